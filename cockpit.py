@@ -1,0 +1,3756 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp>=3.11,<4"]
+# ///
+"""cockpit: an engineer texts one phone number and drives the coding agent on a cloud VM of their own.
+
+A text's journey: Twilio calls `POST /sms` -> its signature is checked -> the phone's route is found -> the text is
+journaled (fsync) and only then answered 200 -> the phone's run lane posts it to the VM's `/command` -> the answer is
+journaled -> the phone's send lane hands it to Twilio's REST API part by part. A route comes from `POST /provision`:
+one Fly app per user, every step recorded before it is taken and undone if a later one fails.
+
+Sections, each knowing only those above it: Settings - Vocabulary and errors - Backoff - State on disk - Fly Machines -
+Twilio - The VM - Provisioning - Relay - HTTP - Operator's page - Local mode - Assembly - Command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import hmac
+import html
+import ipaddress
+import json
+import logging
+import os
+import queue
+import random
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import zlib
+from bisect import bisect_right, insort
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from xml.sax.saxutils import escape
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+T = TypeVar("T")
+Json = dict[str, Any]
+log = logging.getLogger("cockpit")
+
+# --- Settings ---
+
+PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1", "[::1]"}
+
+
+class CockpitError(Exception):
+    """What this program raises on purpose; its text is one line for the operator, without secrets."""
+
+
+class SettingsError(CockpitError):
+    """Settings are missing or wrong; `problems` names each with its remedy."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = list(problems)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only be this machine."""
+    if host in LOOPBACK_NAMES:
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    return False
+
+
+class SettingsReader:
+    """Reads environment variables and collects everything that is wrong with them, so that all is told at once."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.environ = environ
+        self.problems: list[str] = []
+        self.production = self.one_of("COCKPIT_ENV", "local", ("local", "production")) == "production"
+
+    def wrong(self, name: str, remedy: str) -> None:
+        self.problems.append(f"{name}: {remedy}")
+
+    def text(self, name: str, default: str = "", *, required: bool = False) -> str:
+        value = self.environ.get(name, "").strip()
+        if not value and required and self.production:
+            self.wrong(name, "is required when COCKPIT_ENV=production; set it")
+        return value or default
+
+    def matching(self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False) -> str:
+        value = self.text(name, default, required=required)
+        if value and not re.fullmatch(pattern, value):
+            self.wrong(name, remedy)
+        return value
+
+    def one_of(self, name: str, default: str, choices: Sequence[str]) -> str:
+        return self.matching(name, default, "|".join(map(re.escape, choices)), f"must be {' or '.join(choices)}")
+
+    def number(self, name: str, default: float, low: float, high: float = 1e9) -> float:
+        raw = self.text(name, str(default))
+        try:
+            value = float(raw)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            self.wrong(name, f"must be a number from {low:g}" + (f" to {high:g}" if high < 1e9 else " up"))
+            return default
+        return value
+
+    def whole(self, name: str, default: int, low: int, high: int = 10**9) -> int:
+        value = self.number(name, default, low, high)
+        if value != int(value):
+            self.wrong(name, "must be a whole number")
+        return int(value)
+
+    def listed(self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False) -> tuple[str, ...]:
+        raw = self.text(name, default, required=required)
+        values = tuple(part.strip() for part in raw.split(",") if part.strip())
+        if raw and (not values or any(not re.fullmatch(pattern, value) for value in values)):
+            self.wrong(name, remedy)
+        return values
+
+    def url(self, name: str, default: str, *, schemes: tuple[str, ...] = ("http", "https"), required: bool = False) -> str:
+        value = self.text(name, default, required=required).rstrip("/")
+        if not value:
+            return ""
+        with contextlib.suppress(ValueError):
+            parts = urlsplit(value)
+            if parts.scheme in schemes and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment or parts.username):
+                return value
+        self.wrong(name, f"must be a URL starting with {' or '.join(s + '://' for s in schemes)}, without user, query or fragment")
+        return default
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything the environment decides, read once; durations in seconds, memory in MB, disk in GB."""
+
+    # This gateway.
+    production: bool
+    api_keys: tuple[str, ...] = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+    public_url: str
+    host: str
+    port: int
+    routes_file: Path
+    onboarding_url: str
+    log_format: str
+    metrics_token: str = field(repr=False)
+    local_agent: str
+    # Fly and the machines on it.
+    fly_token: str = field(repr=False)
+    fly_is_local: bool
+    fly_url: str
+    fly_org: str
+    fly_network: str
+    vm_image: str
+    vm_app_prefix: str
+    vm_regions: tuple[str, ...]
+    vm_cpu_kind: str
+    vm_cpus: int
+    vm_memory_mb: int
+    vm_volume_gb: int
+    vm_is_public: bool
+    vm_url: str
+    # Twilio.
+    twilio_is_local: bool
+    twilio_account_sid: str
+    twilio_auth_tokens: tuple[str, ...] = field(repr=False)
+    twilio_phone_number: str
+    twilio_api_key: str
+    twilio_api_secret: str = field(repr=False)
+    twilio_url: str
+    # Limits and intervals.
+    provision_timeout_s: float
+    provision_limit: int
+    vm_limit: int
+    pool_size: int
+    reconcile_s: float
+    backfill_s: float
+    vm_command_timeout_s: float
+    vm_away_limit_s: float
+    text_limit: int
+    queue_limit: int
+    drain_s: float
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the settings from `environ`; raises SettingsError naming everything that is missing or wrong."""
+        reader = SettingsReader(environ)
+        gateway = read_gateway_settings(reader)
+        values = gateway | read_fly_settings(reader, gateway) | read_vm_settings(reader)
+        values |= read_twilio_settings(reader, gateway) | read_limits(reader)
+        refuse_open_doors(reader, values)
+        if reader.problems:
+            raise SettingsError(reader.problems)
+        return cls(**values)
+
+
+def local_origin(gateway: Json) -> str:
+    """Where this process reaches itself."""
+    return f"http://[::1]:{gateway['port']}" if gateway["host"] in ("::1", "::") else f"http://127.0.0.1:{gateway['port']}"
+
+
+def read_gateway_settings(read: SettingsReader) -> Json:
+    printable = r"[\x21-\x2b\x2d-\x7e]"
+    host = read.text("HOST", "0.0.0.0" if read.production else "127.0.0.1")
+    port = read.whole("PORT", 8080, 1, 65535)
+    api_keys = read.listed("COCKPIT_API_KEY", "local", "|".join([printable + "{16,}", *(() if read.production else ("local",))]),
+                           "each key needs 16 or more printable characters without spaces; make one with: openssl rand -hex 32", required=True)
+    roots = read.listed("COCKPIT_SECRET", "" if read.production else secrets.token_hex(32), printable + "{32,}",
+                        "each secret needs 32 or more printable characters without spaces; make one with: openssl rand -hex 32", required=True)
+    schemes = ("https",) if read.production else ("http", "https")
+    origin = local_origin({"host": host, "port": port})
+    return {
+        "production": read.production, "host": host, "port": port, "api_keys": api_keys, "secrets": roots,
+        "public_url": read.url("PUBLIC_URL", "" if read.production else origin, schemes=schemes, required=True),
+        "routes_file": Path(read.text("ROUTES_FILE", "routes.json")),
+        "onboarding_url": read.url("ONBOARDING_URL", ""),
+        "log_format": read.one_of("LOG_FORMAT", "json" if read.production else "text", ("text", "json")),
+        "metrics_token": read.text("METRICS_TOKEN"),
+        "local_agent": read.text("LOCAL_AGENT"),
+    }
+
+
+def read_fly_settings(read: SettingsReader, gateway: Json) -> Json:
+    token = read.matching("FLY_API_TOKEN", "", r"[\x20-\x7e]+", "must be one line of printable characters; make one with: fly tokens create org", required=True)
+    is_local = not token and not read.production
+    default_vm_url = "http://{app}.flycast:3000"
+    if read.text("VM_NETWORK", "private") == "public":
+        default_vm_url = "https://{app}.fly.dev"
+    if is_local:
+        default_vm_url = local_origin(gateway) + "/_local/vm/{app}"
+    return {
+        "fly_token": token or secrets.token_hex(16), "fly_is_local": is_local,
+        "fly_url": local_origin(gateway) + "/_local/fly" if is_local else read.url("FLY_API_HOSTNAME", "https://api.machines.dev"),
+        "fly_org": read.matching("FLY_ORG", "personal", r"[A-Za-z0-9-]+", "must be an organisation's slug; see: fly orgs list"),
+        "fly_network": read.matching("FLY_NETWORK", "", r"[A-Za-z][A-Za-z0-9-]*", "must be a Fly network's name: letters, digits and dashes, a letter first"),
+        "vm_url": read_vm_url(read, default_vm_url),
+    }
+
+
+def read_vm_url(read: SettingsReader, default: str) -> str:
+    template = read.text("VM_URL", default).rstrip("/")
+    try:
+        filled = urlsplit(template.format(app="a", machine_id="b", region="c"))
+        if filled.scheme not in ("http", "https") or not filled.hostname or filled.query or filled.fragment:
+            raise ValueError(template)
+    except (KeyError, IndexError, ValueError, AttributeError):
+        read.wrong("VM_URL", "must be an http or https URL in which only {app}, {machine_id} and {region} are filled in")
+    return template
+
+
+def read_vm_settings(read: SettingsReader) -> Json:
+    kind = read.one_of("VM_CPU_KIND", "shared", ("shared", "performance"))
+    cpus, memory = read.whole("VM_CPUS", 1, 1, 64), read.whole("VM_MEMORY_MB", 2048, 256, 10**7)
+    # Fly's own limits for a guest (flyctl, internal/machine/update.go).
+    sizes, step, least, most = ((1, 2, 4, 6, 8), 256, 256, 2048) if kind == "shared" else ((1, *range(2, 65, 2)), 1024, 2048, 8192)
+    if cpus not in sizes:
+        read.wrong("VM_CPUS", f"with VM_CPU_KIND={kind} must be one of {', '.join(map(str, sizes))}")
+    elif memory % step or not least * cpus <= memory <= most * cpus:
+        read.wrong("VM_MEMORY_MB", f"with {cpus} {kind} CPU(s) must be a multiple of {step} from {least * cpus} to {most * cpus}")
+    return {
+        "vm_cpu_kind": kind, "vm_cpus": cpus, "vm_memory_mb": memory,
+        "vm_image": read.matching("VM_IMAGE", "registry.fly.io/sms-cockpit-vm:latest", r"[^\s\x00-\x1f]+", "must be an image reference"),
+        # A vm_id is the prefix, a dash and 8 characters; Fly's app names stay under 63.
+        "vm_app_prefix": read.matching("VM_APP_PREFIX", "cockpit-vm", r"[a-z][a-z0-9-]{0,52}", "must start with a letter and hold a-z, 0-9 and dashes, 53 at most"),
+        "vm_regions": read.listed("VM_REGION", "iad", r"[a-z]{2,5}", "must be Fly region codes separated by commas, such as iad,ewr", required=False),
+        "vm_volume_gb": read.whole("VM_VOLUME_GB", 0, 0, 500),
+        "vm_is_public": read.one_of("VM_NETWORK", "private", ("private", "public")) == "public",
+    }
+
+
+def read_twilio_settings(read: SettingsReader, gateway: Json) -> Json:
+    names = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER")
+    given = [name for name in names if read.text(name)]
+    is_local = not given and not read.production
+    if given and not read.production:
+        for name in sorted(set(names) - set(given)):
+            read.wrong(name, f"is required together with {' and '.join(given)}; set it, or none of them for the stand-in")
+    key, secret = read.text("TWILIO_API_KEY"), read.text("TWILIO_API_SECRET")
+    if bool(key) != bool(secret):
+        read.wrong("TWILIO_API_SECRET" if key else "TWILIO_API_KEY", "TWILIO_API_KEY and TWILIO_API_SECRET go together; set both or neither")
+    tokens = read.listed("TWILIO_AUTH_TOKEN", "", r"[\x21-\x7e]+", "must be the account's auth token, or two separated by a comma while rotating", required=True)
+    if len(tokens) > 2:
+        read.wrong("TWILIO_AUTH_TOKEN", "at most two, separated by a comma, while rotating")
+    return {
+        "twilio_is_local": is_local, "twilio_api_key": key, "twilio_api_secret": secret,
+        "twilio_auth_tokens": tokens or (secrets.token_hex(16),),
+        "twilio_account_sid": read.matching("TWILIO_ACCOUNT_SID", "", r"AC[0-9A-Za-z]+", "must be the account SID, which starts with AC", required=True)
+        or "AC" + secrets.token_hex(16),
+        "twilio_phone_number": read.matching("TWILIO_PHONE_NUMBER", "", PHONE.pattern, "must be in E.164 form, such as +15551234567", required=True) or "+15550000000",
+        "twilio_url": local_origin(gateway) + "/_local/twilio" if is_local else read.url("TWILIO_API_URL", "https://api.twilio.com"),
+    }
+
+
+def read_limits(read: SettingsReader) -> Json:
+    return {
+        "provision_timeout_s": read.number("PROVISION_TIMEOUT_S", 300, 0.1), "provision_limit": read.whole("PROVISION_LIMIT", 20, 1),
+        "vm_limit": read.whole("VM_LIMIT", 0, 0), "pool_size": read.whole("POOL_SIZE", 0, 0, 1000),
+        "reconcile_s": read.number("RECONCILE_S", 60, 0), "backfill_s": read.number("BACKFILL_S", 60, 0),
+        "vm_command_timeout_s": read.number("VM_COMMAND_TIMEOUT_S", 330, 0.01), "vm_away_limit_s": read.number("VM_AWAY_LIMIT_S", 600, 0.01),
+        "text_limit": read.whole("TEXT_LIMIT", 30, 0), "queue_limit": read.whole("QUEUE_LIMIT", 20, 1),
+        "drain_s": read.number("DRAIN_S", 4, 0),
+    }
+
+
+def refuse_open_doors(read: SettingsReader, values: Json) -> None:
+    """Local mode hands out a shell, so none of its conveniences may face more than this machine."""
+    if read.production:
+        return
+    public_host = urlsplit(values["public_url"]).hostname or ""
+    if not is_loopback(public_host) or not is_loopback(values["host"]):
+        if "local" in values["api_keys"]:
+            read.wrong("COCKPIT_API_KEY", "the key 'local' is refused when PUBLIC_URL or HOST reaches beyond this machine; set a key of 16 characters or more")
+        if values["twilio_is_local"]:
+            read.wrong("TWILIO_ACCOUNT_SID", "the stand-in for Twilio is refused when PUBLIC_URL or HOST reaches beyond this machine; "
+                       "set TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER")
+    if not values["fly_is_local"] and is_loopback(public_host):
+        read.wrong("PUBLIC_URL", "a Fly token needs a PUBLIC_URL that Fly's VMs can reach; set it, or unset FLY_API_TOKEN for the stand-in")
+
+
+# --- Vocabulary and errors ---
+#
+# CockpitError
+#   SettingsError                    settings are missing or wrong: printed, exit 2
+#   StoreError                       the state on disk cannot be read or written: 503 storage
+#   Refusal(code)                    what an HTTP caller is told; STATUS_OF gives its status
+#   UpstreamError                    Fly or Twilio; knows service, operation, status, request id
+#     UpstreamUnavailable            refused, reset, timeout, 429, 5xx: the only class worth another attempt
+#     UpstreamRejected               any other 4xx
+#       UpstreamNotFound             404
+#     UpstreamUnreadable             2xx with a body we cannot read: it took effect
+#   VmAway, VmBusy, VmSilent, VmFailed, VmUnreadable       how a hand-over to a VM can end (section The VM)
+
+STATUS_OF = {
+    "malformed": 400, "unauthorized": 401, "bad_signature": 403, "vm_limit": 403, "forbidden": 403, "unknown_vm": 404, "not_found": 404,
+    "method_not_allowed": 405, "phone_taken": 409, "torn_down": 409, "wrong_state": 409, "gone": 410, "too_large": 413,
+    "unsupported_media_type": 415, "invalid_request": 422, "too_many": 429, "fly_rejected": 502, "internal": 500,
+    "fly_unavailable": 503, "no_capacity": 503, "storage": 503, "draining": 503, "vm_unhealthy": 504, "vm_unreachable": 504,
+}
+
+
+class StoreError(CockpitError):
+    """The state on disk cannot be read or written."""
+
+
+class Refusal(CockpitError):
+    """What an HTTP caller is told: a stable code, a detail in words, and further members of the problem document."""
+
+    def __init__(self, code: str, detail: str, *, retry_after_s: int = 0, headers: Mapping[str, str] | None = None, **members: Any) -> None:
+        super().__init__(detail)
+        self.code, self.detail, self.members = code, detail, members
+        self.status = STATUS_OF[code]
+        self.headers = dict(headers or {})
+        if retry_after_s or self.status in (429, 503):
+            self.headers["Retry-After"] = str(retry_after_s or 5)
+
+
+class UpstreamError(CockpitError):
+    """A call to Fly or Twilio failed; `status` is 0 when no answer came."""
+
+    def __init__(self, service: str, operation: str, *, status: int = 0, request_id: str = "", words: str = "",
+                 code: str = "", maybe_done: bool = False, retry_after_s: float | None = None) -> None:
+        self.service, self.operation, self.status, self.request_id = service, operation, status, request_id
+        self.words, self.code, self.maybe_done, self.retry_after_s = scrub(words), code, maybe_done, retry_after_s
+        told = f"{service} {operation}: " + (f"{status} {self.words}".strip() if status else self.words)
+        super().__init__(told + (f" (request id {request_id})" if request_id else ""))
+
+
+class UpstreamUnavailable(UpstreamError):
+    """Worth another attempt, if what it may have done can be repeated (`maybe_done`)."""
+
+
+class UpstreamRejected(UpstreamError):
+    """A 4xx: asking again changes nothing."""
+
+
+class UpstreamNotFound(UpstreamRejected):
+    """404: there is no such thing, or not yet, or no longer."""
+
+
+class UpstreamUnreadable(UpstreamError):
+    """A 2xx whose body makes no sense: the call took effect, but what came of it must be looked up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Clock:
+    """The sources of time and chance, handed to whoever needs them; seconds throughout."""
+
+    now: Callable[[], float] = time.time  # wall clock: across restarts
+    monotonic: Callable[[], float] = time.monotonic  # durations inside this process
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    uniform: Callable[[float, float], float] = random.uniform
+    random_bytes: Callable[[int], bytes] = secrets.token_bytes
+
+    def random_id(self) -> str:
+        """Eight random base32 characters, lower case."""
+        return base64.b32encode(self.random_bytes(5)).decode().lower()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """A phone's VM as routes.json knows it; `extra` carries fields this version does not know."""
+
+    vm_id: str
+    machine_id: str = ""
+    vm_url: str = ""
+    region: str = ""
+    image: str = ""
+    state: str = "ready"
+    created_at: str = ""
+    step: str = ""
+    last_error: str = ""
+    key_id: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, stored: Json) -> Route:
+        """Raises ValueError naming the field that is not what it should be."""
+        known = {name: stored[name] for name in ROUTE_FIELDS if name in stored}
+        for name, value in known.items():
+            if not isinstance(value, str):
+                raise ValueError(f"{name} is not a text")
+        if not known.get("vm_id"):
+            raise ValueError("vm_id is missing")
+        extra = {name: value for name, value in stored.items() if name not in ROUTE_FIELDS}
+        return cls(**known, extra=extra)
+
+    def to_json(self) -> Json:
+        values = {name: getattr(self, name) for name in ROUTE_FIELDS}
+        return {name: value for name, value in values.items() if value or name in ("vm_id", "machine_id", "vm_url", "state")} | dict(self.extra)
+
+
+ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(Route) if f.name != "extra")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A Fly machine, as much of it as is acted on."""
+
+    id: str
+    state: str
+    region: str
+    instance_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    checks_pass: bool = False
+    host_ok: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InboundMessage:
+    """A text as Twilio delivers it; `arrived` is wall-clock seconds."""
+
+    sid: str
+    account_sid: str
+    sender: str
+    recipient: str
+    body: str
+    arrived: float
+    media: tuple[tuple[str, str], ...] = ()  # (url, content type)
+    opt_out: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a VM said to a command, as far as it could be understood."""
+
+    text: str
+    exit_code: int = 0
+    images: tuple[str, ...] = ()
+    unreadable: bool = False
+
+
+def mask_phone(phone: str) -> str:
+    """`+15551234567` as `+1555***4567`; shorter numbers show less."""
+    digits = phone.removeprefix("whatsapp:")
+    return f"{digits[:min(5, max(2, len(digits) - 7))]}***{digits[-4:]}"
+
+
+def scrub(text: str, hide: Iterable[str] = ()) -> str:
+    """Words from outside, made fit for a log line or an error: no whole phone number, none of `hide`, one line, 500 characters."""
+    for secret in hide:
+        if len(secret) >= 4:
+            text = text.replace(secret, "[hidden]")
+    text = re.sub(r"(?:\+|%2B)[1-9][0-9]{6,14}", lambda m: mask_phone(m.group().replace("%2B", "+")), text)
+    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip()[:500]
+
+
+def normalise_phone(text: str) -> str:
+    """A phone number in E.164 form, spaces, dots, dashes and parentheses removed; raises ValueError."""
+    phone = re.sub(r"[ .()-]", "", text)
+    if not PHONE.fullmatch(phone):
+        raise ValueError("must be a phone number in E.164 form: +, then 7 to 15 digits, the first not 0, such as +15551234567")
+    return phone
+
+
+def timestamp(wall_s: float) -> str:
+    """RFC 3339 in UTC, whole seconds."""
+    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def keyed_mark(secret: str, what: str) -> str:
+    """base64url HMAC-SHA256 of `what`, without padding."""
+    return base64.urlsafe_b64encode(hmac.digest(secret.encode(), what.encode(), "sha256")).decode().rstrip("=")
+
+
+def fingerprint(secret: str) -> str:
+    """A short name for one of COCKPIT_SECRET's secrets, from which it cannot be found."""
+    return hashlib.sha256(b"cockpit key " + secret.encode()).hexdigest()[:8]
+
+
+def secret_of(key_id: str, roots: Sequence[str]) -> str:
+    """The secret a route's VM was given, or the signing one when that is no longer configured."""
+    return next((root for root in roots if fingerprint(root) == key_id), roots[0])
+
+
+def vm_token(secret: str, vm_id: str) -> str:
+    """The bearer token a VM and the gateway share: derived, stored nowhere."""
+    return f"{vm_id}.{keyed_mark(secret, 'vm:' + vm_id)}"
+
+
+def owner_mark(secret: str, vm_id: str, phone: str) -> str:
+    """The stamp by which a machine proves whose it is (a VM can write its own metadata)."""
+    return keyed_mark(secret, f"owner:{vm_id}:{phone}")
+
+
+def log_event(event: str, *, level: int = logging.INFO, **fields: object) -> None:
+    """One log line: a stable event name and its fields; phone numbers go in masked."""
+    if log.isEnabledFor(level):
+        log.log(level, event, extra={"fields": fields})
+
+
+class LineFormatter(logging.Formatter):
+    """Writes a record as `key=value` text or as JSON, and hides whole phone numbers whatever wrote them."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__()
+        self.as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {"at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"), "level": record.levelname.lower(), "event": record.getMessage()}
+        fields |= {name: value for name, value in getattr(record, "fields", {}).items() if value not in ("", None)}
+        if record.exc_info:
+            fields["trace"] = self.formatException(record.exc_info)
+        if self.as_json:
+            line = json.dumps(fields, default=str)
+        else:
+            line = " ".join([str(fields.pop("at"))[11:], str(fields.pop("level")), str(fields.pop("event")), *(f"{k}={shlex.quote(str(v))}" for k, v in fields.items())])
+        return re.sub(r"\+[1-9][0-9]{6,14}", lambda m: mask_phone(m.group()), line)
+
+
+# --- Backoff ---
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Retry:
+    """How often and how long to try again, seconds throughout; the pause before retry n is uniform(0, min(cap, base * 2**(n-1)))."""
+
+    attempts: int = 5
+    base_s: float = 0.5
+    cap_s: float = 8.0
+    budget_s: float = 60.0
+
+    def ceiling(self, failures: int) -> float:
+        """The longest pause after this many failures (1 or more)."""
+        return float(min(self.cap_s, self.base_s * 2.0 ** min(failures - 1, 30)))
+
+
+async def retry(call: Callable[[], Awaitable[T]], policy: Retry, clock: Clock,
+                on: tuple[type[UpstreamError], ...] = (UpstreamUnavailable,)) -> T:
+    """Await `call()` until it succeeds, fails for good, or policy's attempts or budget end; the last error is raised unchanged.
+
+    A 429 was never processed, so it is bounded by the budget alone; `Retry-After` is obeyed as the least pause.
+    """
+    failures, throttled, began = 0, 0, clock.monotonic()
+    while True:
+        try:
+            return await call()
+        except on as error:
+            throttled += error.status == 429
+            failures += error.status != 429
+            pause = clock.uniform(0, policy.ceiling(failures + throttled))
+            pause = max(pause, error.retry_after_s or 0)
+            if failures >= policy.attempts or clock.monotonic() + pause - began > policy.budget_s:
+                raise
+            log_event("retry", level=logging.WARNING, error=str(error), attempt=failures + throttled + 1, pause_s=round(pause, 2))
+            await clock.sleep(pause)
+
+
+class Owner:
+    """Owns background tasks: none is lost, each failure is logged, all end together."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, Refusal):
+            log.error("task_failed", exc_info=error, extra={"fields": {"task": task.get_name()}})
+
+    async def close(self) -> None:
+        """Cancel what still runs and wait for its end."""
+        while self._tasks:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+# --- State on disk ---
+
+dump = json.JSONEncoder(separators=(", ", ": ")).encode
+dump_tight = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def fsync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> int:
+    """Replace `path` with `chunks`, all or nothing, mode 0600, and return its size; raises StoreError.
+
+    Blocks for two fsyncs: call it in a thread.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.writelines(chunks)
+            size = file.tell()
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+        return size
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StoreError(f"{path.name} cannot be written: {error.strerror}") from error
+
+
+class StateLock:
+    """One process per state file: held until closed or until the process ends."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_name(path.name + ".lock")
+        try:
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be opened: {error.strerror}; check that the folder exists and is writable") from error
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._handle)
+            raise StoreError(f"another cockpit is using {path}; stop it first, or set ROUTES_FILE to another file") from error
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+
+@dataclass(slots=True, kw_only=True)
+class StoredState:
+    """routes.json, read and checked."""
+
+    gateway_id: str = ""
+    routes: dict[str, Route] = field(default_factory=dict)
+    undo: dict[str, Json] = field(default_factory=dict)
+    pool: dict[str, Json] = field(default_factory=dict)
+    extra: Json = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: bytes) -> StoredState:
+        """Raises ValueError saying what is wrong with the file."""
+        stored = json.loads(text)
+        if not isinstance(stored, dict):
+            raise ValueError("it does not hold a JSON object")
+        if stored.pop("version", None) != 1:
+            raise ValueError('its "version" is not 1: another cockpit wrote it')
+        sections = {name: stored.pop(name, {}) for name in ("routes", "undo", "pool")}
+        for name, section in sections.items():
+            if not isinstance(section, dict) or not all(isinstance(entry, dict) for entry in section.values()):
+                raise ValueError(f'its "{name}" is not an object of objects')
+        gateway_id = stored.pop("gateway_id", "")
+        if not isinstance(gateway_id, str):
+            raise ValueError('its "gateway_id" is not a text')
+        routes: dict[str, Route] = {}
+        for phone, entry in sections["routes"].items():
+            if not PHONE.fullmatch(phone):
+                raise ValueError(f"a route's key is not a phone number: {mask_phone(phone)}")
+            try:
+                routes[phone] = Route.from_json(entry)
+            except ValueError as error:
+                raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
+        if len({route.vm_id for route in routes.values()}) != len(routes):
+            raise ValueError("one vm_id stands under two numbers")
+        return cls(gateway_id=gateway_id, routes=routes, undo=sections["undo"], pool=sections["pool"], extra=stored)
+
+
+def read_state(path: Path) -> tuple[StoredState, str]:
+    """routes.json, or its last good copy and a note saying so; raises StoreError when neither can be read."""
+    reasons = []
+    for candidate in (path, path.with_name(path.name + ".bak")):
+        try:
+            state = StoredState.parse(candidate.read_bytes())
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, RecursionError) as error:
+            reasons.append(f"{candidate} cannot be used: {getattr(error, 'strerror', None) or error}")
+        else:
+            note = "" if candidate == path else f"{reasons[0] if reasons else f'{path} is missing'}; the last good copy {candidate.name} was used"
+            return state, note
+    if reasons:
+        raise StoreError("; ".join(reasons) + "; mend it or put back a good copy (nothing was overwritten)")
+    return StoredState(), ""
+
+
+class RouteStore:
+    """The routes and what is being undone, in memory and in routes.json.
+
+    Changes take effect in memory at once; `commit` waits until they are on disk. Changes that come together share one write.
+    """
+
+    def __init__(self, path: Path, clock: Clock, owner: Owner) -> None:
+        """Reads the file (blocking); raises StoreError. The caller holds the file's lock."""
+        self.path, self._clock, self._owner = path, clock, owner
+        state, self.recovered = read_state(path)
+        self.is_new = not state.gateway_id
+        self.gateway_id = state.gateway_id or clock.random_id()
+        self.routes, self.undo, self.pool, self._extra = state.routes, state.undo, state.pool, state.extra
+        self.states = Counter(route.state for route in self.routes.values())
+        self._lines = {phone: self._line(phone, route) for phone, route in self.routes.items()}
+        self._phone_of = {route.vm_id: phone for phone, route in self.routes.items()}
+        self._phone_of_machine = {route.machine_id: phone for phone, route in self.routes.items() if route.machine_id}
+        self._vm_ids = sorted(self._phone_of)
+        self._waiters: list[asyncio.Future[None]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self.trouble = ""
+
+    @staticmethod
+    def _line(phone: str, route: Route) -> bytes:
+        return f"{dump(phone)}: {dump(route.to_json())}".encode()
+
+    def put(self, phone: str, route: Route) -> None:
+        """Set a phone's route; call `commit` to have it on disk."""
+        self.drop(phone)
+        self.routes[phone] = route
+        self.states[route.state] += 1
+        self._lines[phone] = self._line(phone, route)
+        self._phone_of[route.vm_id] = phone
+        insort(self._vm_ids, route.vm_id)
+        if route.machine_id:
+            self._phone_of_machine[route.machine_id] = phone
+
+    def drop(self, phone: str) -> None:
+        """Forget a phone's route, if there is one."""
+        route = self.routes.pop(phone, None)
+        if route is None:
+            return
+        self.states[route.state] -= 1
+        del self._lines[phone], self._phone_of[route.vm_id]
+        self._phone_of_machine.pop(route.machine_id, None)
+        place = bisect_right(self._vm_ids, route.vm_id) - 1
+        del self._vm_ids[place]
+
+    def begin_undo(self, phone: str, reason: str) -> None:
+        """Move a route to the undo section, which frees its number in the same write."""
+        route = self.routes[phone]
+        self.drop(phone)
+        self.undo[route.vm_id] = route.to_json() | {"phone_number": phone, "reason": reason}
+
+    def find(self, vm_id: str) -> tuple[str, Route] | None:
+        """The phone and route of a vm_id or machine id."""
+        phone = self._phone_of.get(vm_id) or self._phone_of_machine.get(vm_id)
+        return (phone, self.routes[phone]) if phone else None
+
+    def page(self, after: str, limit: int) -> list[str]:
+        """Up to `limit` vm_ids behind `after`, in order."""
+        start = bisect_right(self._vm_ids, after)
+        return self._vm_ids[start:start + limit]
+
+    async def commit(self) -> None:
+        """Wait until every change made so far is on disk; raises StoreError (the write goes on being tried)."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        if self._writer is None:
+            self._writer = self._owner.start(self._write_while_needed(), "write routes")
+        await waiter
+
+    async def _write_while_needed(self) -> None:
+        failures = 0
+        try:
+            while self._waiters or failures:
+                waiters, self._waiters = self._waiters, []
+                lines, rest = list(self._lines.values()), self._rest()
+                try:
+                    await asyncio.to_thread(write_atomically, self.path, self._chunks(lines, rest))
+                except StoreError as error:
+                    failures += 1
+                    self.trouble = str(error)
+                    log_event("routes_not_written", level=logging.ERROR, error=str(error))
+                    settle(waiters, error)
+                    await self._clock.sleep(min(5.0, 0.5 * failures))
+                    continue
+                failures, self.trouble = 0, ""
+                settle(waiters, None)
+                # The copy comes after the waiters are let go: it only guards against later damage to the file itself.
+                with contextlib.suppress(StoreError):
+                    await asyncio.to_thread(write_atomically, self.path.with_name(self.path.name + ".bak"), self._chunks(lines, rest))
+        finally:
+            self._writer = None
+            settle(self._waiters, StoreError(f"{self.path.name} was not written: shutting down"))
+
+    def _rest(self) -> tuple[bytes, bytes]:
+        head = {"version": 1, "gateway_id": self.gateway_id, **self._extra}
+        return dump(head)[:-1].encode() + b', "routes": {\n', b'\n}, "undo": ' + dump(self.undo).encode() + b', "pool": ' + dump(self.pool).encode() + b"}\n"
+
+    @staticmethod
+    def _chunks(lines: list[bytes], rest: tuple[bytes, bytes]) -> Iterable[bytes]:
+        yield rest[0]
+        # A thousand lines at a time, so that no join of 100,000 holds up the event loop's thread.
+        for start in range(0, len(lines), 1000):
+            yield (b",\n" if start else b"") + b",\n".join(lines[start:start + 1000])
+        yield rest[1]
+
+    async def close(self) -> None:
+        """Write what is unwritten, if the disk lets us."""
+        if self._writer is not None:
+            with contextlib.suppress(StoreError, TimeoutError):
+                async with asyncio.timeout(2):
+                    await self.commit()
+                    if self._writer is not None:
+                        await asyncio.shield(self._writer)
+
+
+def settle(waiters: Iterable[asyncio.Future[None]], error: Exception | None) -> None:
+    """Let go everybody who waits, with success or the error; who was cancelled meanwhile is passed over."""
+    for waiter in waiters:
+        if not waiter.done():
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A journal's new content, queued like any line so that it falls at the right place."""
+
+    chunks: list[bytes]
+
+
+class Journal:
+    """An append-only file of JSON lines; many lines share one fsync, made in a thread of its own.
+
+    `snapshot` gives the records that the present state is made of, `is_idle` whether nothing is in flight: the file is
+    rewritten from them when it is idle and has grown by 64 KiB, when it is above 8 MiB, and after a failed write.
+    """
+
+    GROWTH = 64 * 1024
+    CEILING = 8 * 1024 * 1024
+
+    def __init__(self, path: Path, clock: Clock, owner: Owner) -> None:
+        self.path, self._clock, self._owner = path, clock, owner
+        self.snapshot: Callable[[], Iterable[Json]] = tuple
+        self.is_idle: Callable[[], bool] = lambda: False
+        self.trouble = ""
+        self.syncs = self.lines = 0
+        self._queue: queue.SimpleQueue[tuple[bytes | Rewrite, asyncio.Future[None] | None] | None] = queue.SimpleQueue()
+        self._unresolved: deque[bytes] = deque()  # queued, not known to be on disk: part of any rewrite
+        self._rewriting = False
+        self._repairing = False
+        self._thread: threading.Thread | None = None
+        self._handle = -1
+        self.size = self.base_size = 0
+
+    def read(self) -> list[Json]:
+        """The records on file (blocking); a torn last line is cut off, other unreadable lines are skipped and said."""
+        try:
+            raw = self.path.read_bytes()
+        except FileNotFoundError:
+            raw = b""
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be read: {error.strerror}") from error
+        whole = raw[:raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            log_event("journal_torn", level=logging.WARNING, bytes_cut=len(raw) - len(whole))
+            os.truncate(self.path, len(whole))
+        records, bad = [], 0
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+            if isinstance(record, dict):
+                records.append(record)
+            else:
+                bad += 1
+        if bad:
+            log_event("journal_lines_unreadable", level=logging.ERROR, lines=bad)
+        self.size = self.base_size = len(whole)
+        return records
+
+    def open(self) -> None:
+        """Start the writing thread (blocking); raises StoreError."""
+        self._open_file()
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def _open_file(self) -> None:
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
+        try:
+            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
+
+    def append(self, record: Json) -> asyncio.Future[None]:
+        """Queue one record; the future ends when it is on disk, or with StoreError."""
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._put(record, waiter)
+        return waiter
+
+    def note(self, record: Json) -> None:
+        """Queue one record that nobody waits for."""
+        self._put(record, None)
+
+    def _put(self, record: Json, waiter: asyncio.Future[None] | None) -> None:
+        line = dump_tight(record).encode() + b"\n"
+        self._unresolved.append(line)
+        self._queue.put((line, waiter))
+
+    def _rewrite(self) -> asyncio.Future[None]:
+        self._rewriting = True
+        chunks = [dump_tight(record).encode() + b"\n" for record in self.snapshot()]
+        chunks.extend(self._unresolved)
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._queue.put((Rewrite(chunks), waiter))
+        return waiter
+
+    def _work(self) -> None:
+        """The writing thread: takes what has gathered, writes it, syncs once, tells the event loop."""
+        while True:
+            item = self._queue.get()
+            batch = [item]
+            with contextlib.suppress(queue.Empty):
+                while item is not None and not isinstance(item[0], Rewrite):
+                    batch.append(item := self._queue.get_nowait())
+            rewrite = batch.pop() if item is None or isinstance(item[0], Rewrite) else None
+            lines = [entry for entry in batch if entry is not None]
+            if lines:
+                self._report(len(lines), [waiter for _, waiter in lines if waiter], self._sync(b"".join(line for line, _ in lines if isinstance(line, bytes))))
+            if rewrite is not None and isinstance(rewrite[0], Rewrite):
+                self._report(0, [rewrite[1]] if rewrite[1] else [], self._replace(rewrite[0].chunks), rewrote=True)
+            if item is None:
+                return
+
+    def _report(self, lines: int, waiters: list[asyncio.Future[None]], error: StoreError | None, *, rewrote: bool = False) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody is left to tell
+            self._loop.call_soon_threadsafe(self._resolve, lines, waiters, error, rewrote)
+
+    def _sync(self, data: bytes) -> StoreError | None:
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._handle, view):]
+            os.fdatasync(self._handle)
+            self.size += len(data)
+            self.syncs += 1
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._handle, self.size)  # no half line may stay before the next one
+            return StoreError(f"{self.path.name} cannot be written: {error.strerror}")
+        return None
+
+    def _replace(self, chunks: list[bytes]) -> StoreError | None:
+        try:
+            self.size = self.base_size = write_atomically(self.path, chunks)
+            self._open_file()
+        except StoreError as error:
+            return error
+        return None
+
+    def _resolve(self, lines: int, waiters: list[asyncio.Future[None]], error: StoreError | None, rewrote: bool) -> None:
+        self.lines += lines
+        if rewrote:
+            self._rewriting = False
+        settle(waiters, error)
+        if error is not None:
+            self._forget(lines)
+            if not self.trouble:
+                log_event("journal_not_written", level=logging.ERROR, error=str(error))
+            self.trouble = str(error)
+            if not self._repairing:
+                self._repairing = True
+                self._owner.start(self._repair(), "repair journal")
+        else:
+            # Behind those who were just let go: until they have acted on it, only the line itself tells a rewrite of it.
+            self._loop.call_soon(self._forget, lines)
+
+    def _forget(self, lines: int) -> None:
+        for _ in range(lines):
+            self._unresolved.popleft()
+        if not self._rewriting and not self._repairing and not self.trouble:
+            self._compact_if_grown()
+
+    def _compact_if_grown(self) -> None:
+        grown = self.size - self.base_size
+        # Half the base besides: a large remembered state is not written again for every 64 KiB.
+        if (grown >= max(self.GROWTH, self.base_size // 2) and self.is_idle()) or (self.size > self.CEILING and grown > self.CEILING // 2):
+            self._rewrite().add_done_callback(lambda done: done.exception())  # a failure is told by _resolve
+
+    async def _repair(self) -> None:
+        """After a failed write the file may lack lines that memory already counts on: write it anew until that succeeds."""
+        while True:
+            await self._clock.sleep(1.0)
+            try:
+                await self._rewrite()
+            except StoreError:
+                continue
+            log_event("journal_recovered", level=logging.WARNING)
+            self.trouble, self._repairing = "", False
+            return
+
+    async def close(self) -> None:
+        """Write what is queued; leave a file without finished business behind; end the thread."""
+        if self._thread is None:
+            return
+        with contextlib.suppress(StoreError):
+            if self.size > self.base_size:
+                await self._rewrite()
+        self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+        os.close(self._handle)
+
+
+# --- Fly Machines ---
+
+MAX_UPSTREAM_BYTES = 8 * 1024 * 1024
+CAPACITY_WORDS = ("insufficient resources", "insufficient memory", "no capacity", "over the allowed quota")
+
+
+def fly_authorization(token: str) -> str:
+    """The Authorization header for a Fly token: `FlyV1` for macaroons, whole comma-joined, else `Bearer` (fly-go, tokens/tokens.go)."""
+    token = token.strip()
+    while token.lower().startswith(("bearer ", "flyv1 ")):
+        token = token.split(" ", 1)[1].strip()
+    parts = [part.strip() for part in token.split(",") if part.strip()]
+    macaroons = [part for part in parts if part.split("_", 1)[0] in ("fm1r", "fm1a", "fm2")]
+    return "FlyV1 " + ",".join(macaroons) if macaroons else "Bearer " + ",".join(parts)
+
+
+def is_capacity(error: UpstreamError) -> bool:
+    """Whether Fly is out of room there: it comes as 400, 403, 409, 412, 422 and 5xx, so only its words tell."""
+    return error.code == "insufficient_capacity" or any(words in error.words.lower() for words in CAPACITY_WORDS)
+
+
+async def read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
+    """The body, or None when it is longer than `limit` bytes."""
+    chunks, size = [], 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > limit:
+            response.close()
+            return None
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def parse_machine(stored: Any) -> Machine:
+    """Raises ValueError when it is not a machine."""
+    if not isinstance(stored, dict) or not isinstance(stored.get("id"), str) or not stored["id"] or not isinstance(stored.get("state"), str):
+        raise ValueError("a machine without id or state")
+    config = stored.get("config") or stored.get("incomplete_config") or {}
+    metadata = config.get("metadata") or {}
+    checks = [check for check in stored.get("checks") or [] if isinstance(check, dict)]
+    return Machine(
+        id=stored["id"], state=stored["state"], region=str(stored.get("region") or ""), instance_id=str(stored.get("instance_id") or ""),
+        metadata={str(name): str(value) for name, value in metadata.items()},
+        checks_pass=bool(checks) and all(check.get("status") == "passing" for check in checks),
+        host_ok=stored.get("host_status", "ok") == "ok",
+    )
+
+
+class FlyClient:
+    """The Machines API, one method per verb; every request goes through `_request`.
+
+    Facts: Fly's OpenAPI document and docs; rate limits are 1 request/s with bursts of 3 per action and app or machine
+    (5/s, bursts of 10, for Get Machine), so requests are paced here rather than refused there.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock) -> None:
+        self._session, self._settings, self._clock = session, settings, clock
+        self._base = settings.fly_url + "/v1"
+        self._headers = {"Authorization": fly_authorization(settings.fly_token)}
+        self._ready_at: dict[tuple[str, str], float] = {}
+        self.retry = Retry(attempts=5, base_s=0.5, cap_s=8, budget_s=settings.provision_timeout_s)
+        self.refused_since: float | None = None
+
+    async def _pace(self, action: str, identifier: str) -> None:
+        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
+        now, key = self._clock.monotonic(), (action, identifier)
+        if len(self._ready_at) > 10_000:
+            self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
+        at = max(self._ready_at.get(key, 0.0), now)
+        self._ready_at[key] = at + 1 / rate
+        # The margin covers a clock that runs a little apart from Fly's.
+        if (pause := at - now - (burst - 1) / rate) > 0:
+            await self._clock.sleep(pause + 0.02)
+
+    async def _request(self, method: str, path: str, action: str, identifier: str = "", *, body: Json | None = None,
+                       query: Mapping[str, str] | None = None, timeout_s: float = 30, hide: Iterable[str] = ()) -> Any:
+        """One request; raises UpstreamError's children, which carry status, request id and Fly's words with `hide` left out."""
+        await self._pace(action, identifier)
+        url = URL(self._base + path, encoded=True)
+        if query:
+            url = url.with_query(query)
+
+        def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
+            return kind("fly", action, words=scrub(words, (self._settings.fly_token, *hide)), **facts)
+
+        try:
+            async with self._session.request(method, url, json=body, headers=self._headers, allow_redirects=False,
+                                             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)) as response:
+                raw = await read_at_most(response, MAX_UPSTREAM_BYTES)
+        except aiohttp.ClientConnectorError as error:
+            raise fault(UpstreamUnavailable, f"not reached ({type(error).__name__})") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise fault(UpstreamUnavailable, f"no answer ({type(error).__name__})", maybe_done=True) from error
+        request_id = response.headers.get("fly-request-id", "")
+        if response.status >= 300:
+            words, code = explain_fly(raw or b"")
+            kind = kind_of_failure(response.status)
+            raise fault(kind, words, status=response.status, request_id=request_id, code=code, maybe_done=response.status != 429,
+                        retry_after_s=read_retry_after(response.headers, self._clock))
+        self.refused_since = None
+        if not raw:
+            return None
+        try:
+            return json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise fault(UpstreamUnreadable, "an answer that is not JSON", status=response.status, request_id=request_id, maybe_done=True) from error
+
+    def _nonsense(self, action: str, words: str) -> UpstreamUnreadable:
+        return UpstreamUnreadable("fly", action, words=words, maybe_done=True)
+
+    async def _repeatably(self, call: Callable[[], Awaitable[T]]) -> T:
+        """For calls that may be made twice: GETs, idempotent writes."""
+        return await retry(call, self.retry, self._clock, on=(UpstreamUnavailable, UpstreamUnreadable))
+
+    async def _surely_not_done(self, call: Callable[[], Awaitable[T]]) -> T:
+        """For calls that must not be made twice: tried again only when the last one had no effect."""
+        async def once() -> T:
+            try:
+                return await call()
+            except UpstreamUnavailable as error:
+                if error.maybe_done:
+                    raise Ambiguous(error) from error
+                raise
+        try:
+            return await retry(once, self.retry, self._clock)
+        except Ambiguous as ambiguous:
+            raise ambiguous.error from ambiguous.error.__cause__
+
+    # Apps
+
+    async def create_app(self, app: str) -> None:
+        """Create the app on a network named after it; an app of that name that is ours counts as created. Raises NameTaken."""
+        body = {"name": app, "org_slug": self._settings.fly_org, "network": app}
+
+        async def create() -> None:
+            try:
+                # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
+                await self._request("POST", "/apps", "create app", body=body, query={"wait": "true"}, timeout_s=60)
+            except UpstreamUnreadable:
+                return
+            except UpstreamRejected as error:
+                taken = error.code == "name_taken" or "already been taken" in error.words.lower() or error.status == 409
+                if not taken or not await self._is_ours(app, error):
+                    raise
+        await self._repeatably(create)
+
+    async def _is_ours(self, app: str, taken: UpstreamRejected) -> bool:
+        try:
+            found = await self._repeatably(lambda: self.get_app(app))
+        except UpstreamNotFound:
+            return False
+        except UpstreamRejected as error:
+            raise NameTaken("fly", "create app", status=taken.status, request_id=taken.request_id, words=f"the name {app} is taken by somebody else") from error
+        organization = found.get("organization")
+        slug = organization.get("slug") if isinstance(organization, dict) else None
+        return slug in (None, self._settings.fly_org) and found.get("network", app) == app
+
+    async def get_app(self, app: str) -> Json:
+        """One attempt; raises UpstreamNotFound when there is none."""
+        found = await self._request("GET", f"/apps/{quote(app)}", "get app", app)
+        if not isinstance(found, dict) or found.get("name", app) != app:
+            raise self._nonsense("get app", "an answer that is not this app")
+        return found
+
+    async def delete_app(self, app: str) -> None:
+        """Ask for the app and everything in it to be deleted; none being there is success."""
+        async def delete() -> None:
+            with contextlib.suppress(UpstreamNotFound, UpstreamUnreadable):
+                await self._request("DELETE", f"/apps/{quote(app)}", "delete app", app, query={"force": "true"}, timeout_s=60)
+        await self._repeatably(delete)
+        # The affinity cookies of an app that is finished with would only pile up.
+        self.forget_cookies(app)
+
+    def forget_cookies(self, app: str) -> None:
+        self._session.cookie_jar.clear(lambda cookie: cookie["path"].rstrip("/").endswith(f"/apps/{app}"))
+
+    # Secrets, addresses, volumes
+
+    async def set_secrets(self, app: str, values: Mapping[str, str]) -> int:
+        """Set all secrets in one call and return their version."""
+        async def set_all() -> int:
+            answer = await self._request("POST", f"/apps/{quote(app)}/secrets", "set secrets", app, body={"values": dict(values)}, hide=values.values())
+            version = (answer.get("version") or answer.get("Version")) if isinstance(answer, dict) else None
+            if not isinstance(version, int):
+                raise self._nonsense("set secrets", "an answer without a version")
+            return version
+        return await self._repeatably(set_all)
+
+    async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
+        """Allocate an address of this kind (`private_v6`, `shared_v4`, `v6`); the outcome being unknown, what is there is listed first."""
+        path, body = f"/apps/{quote(app)}/ip_assignments", {"type": kind} | ({"network": network} if network else {})
+
+        async def is_there() -> bool:
+            listed = await self._request("GET", path, "list addresses", app)
+            if not isinstance(listed, dict) or not isinstance(listed.get("ips"), list):
+                raise self._nonsense("list addresses", "an answer without ips")
+            return any(kind_of_address(address) == kind for address in listed["ips"] if isinstance(address, dict))
+
+        async def allocate() -> bool:
+            await self._request("POST", path, "allocate address", app, body=body, timeout_s=60)
+            return True
+        await self._once(allocate, lambda: self._repeatably(is_there))
+
+    async def ensure_volume(self, app: str, region: str, guest: Json) -> str:
+        """Create the volume a machine's /data lives on, and return its id."""
+        path = f"/apps/{quote(app)}/volumes"
+        body = {"name": "data", "region": region, "size_gb": self._settings.vm_volume_gb, "compute": guest}
+
+        async def find() -> str:
+            listed = await self._request("GET", path, "list volumes", app)
+            if not isinstance(listed, list):
+                raise self._nonsense("list volumes", "an answer that is not a list")
+            return next((str(v["id"]) for v in listed if isinstance(v, dict) and v.get("id") and v.get("name") == "data" and "destroy" not in str(v.get("state"))), "")
+
+        async def create() -> str:
+            volume = await self._request("POST", path, "create volume", app, body=body, timeout_s=60)
+            if not isinstance(volume, dict) or not isinstance(volume.get("id"), str):
+                raise self._nonsense("create volume", "an answer without an id")
+            return str(volume["id"])
+        return await self._once(create, lambda: self._repeatably(find))
+
+    async def delete_volume(self, app: str, volume_id: str) -> None:
+        """Delete a volume; none being there is success."""
+        async def delete() -> None:
+            with contextlib.suppress(UpstreamNotFound, UpstreamUnreadable):
+                await self._request("DELETE", f"/apps/{quote(app)}/volumes/{quote(volume_id)}", "delete volume", app)
+        await self._repeatably(delete)
+
+    async def _once(self, create: Callable[[], Awaitable[T]], find: Callable[[], Awaitable[T]]) -> T:
+        """Make something that has no idempotency key exactly once: after an unknown outcome look for it, twice, before making it again."""
+        for attempt in range(1, self.retry.attempts + 1):
+            try:
+                return await self._surely_not_done(create)
+            except (UpstreamUnavailable, UpstreamUnreadable) as error:
+                if is_capacity(error) or not error.maybe_done:
+                    raise
+                for pause in (0.2, 1.0):  # lists lag behind writes
+                    await self._clock.sleep(pause)
+                    if found := await find():
+                        return found
+                if attempt == self.retry.attempts:
+                    raise
+                await self._clock.sleep(self._clock.uniform(0, self.retry.ceiling(attempt)))
+        raise AssertionError("unreachable")
+
+    # Machines
+
+    async def create_machine(self, app: str, request: Json, launch: str) -> Machine:
+        """Create a machine; one that carries our `cockpit_launch` mark after an unknown outcome is adopted."""
+        path = f"/apps/{quote(app)}/machines"
+
+        async def create() -> Machine | None:
+            return self._machine("create machine", await self._request("POST", path, "create machine", app, body=request, timeout_s=90))
+
+        async def find() -> Machine | None:
+            machines = await self.list_machines(app)
+            return next((machine for machine in machines if machine.metadata.get("cockpit_launch") == launch), None)
+        machine = await self._once(create, find)
+        assert machine is not None
+        return machine
+
+    def _machine(self, action: str, answer: Any) -> Machine:
+        try:
+            return parse_machine(answer)
+        except (ValueError, AttributeError) as error:
+            raise self._nonsense(action, str(error)) from error
+
+    async def list_machines(self, app: str) -> list[Machine]:
+        async def list_all() -> list[Machine]:
+            listed = await self._request("GET", f"/apps/{quote(app)}/machines", "list machines", app)
+            if not isinstance(listed, list):
+                raise self._nonsense("list machines", "an answer that is not a list")
+            return [self._machine("list machines", entry) for entry in listed]
+        return await self._repeatably(list_all)
+
+    async def get_machine(self, app: str, machine_id: str) -> Machine:
+        async def get() -> Machine:
+            return self._machine("get machine", await self._request("GET", f"/apps/{quote(app)}/machines/{quote(machine_id)}", "get machine", machine_id))
+        return await self._repeatably(get)
+
+    async def start_machine(self, app: str, machine_id: str) -> None:
+        """One attempt: the state is read again before another."""
+        await self._request("POST", f"/apps/{quote(app)}/machines/{quote(machine_id)}/start", "start machine", machine_id)
+
+    async def wake(self, app: str, machine_id: str) -> None:
+        """Start the machine if it is stopped or suspended; raises UpstreamError."""
+        machine = await self.get_machine(app, machine_id)
+        if machine.state in ("stopped", "suspended") and machine.host_ok:
+            log_event("machine_started", vm_id=app, was=machine.state)
+            await self.start_machine(app, machine_id)
+
+    async def is_started(self, app: str, machine_id: str, instance_id: str, timeout_s: float) -> bool:
+        """Wait until the machine's version is started; False when Fly's wait ran out (1 to 60 s, 408)."""
+        query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))} | ({"version": instance_id} if instance_id else {})
+        path = f"/apps/{quote(app)}/machines/{quote(machine_id)}/wait"
+
+        async def wait() -> bool:
+            try:
+                await self._request("GET", path, "wait for machine", machine_id, query=query, timeout_s=75)
+            except UpstreamUnavailable as error:
+                if error.status == HTTPStatus.REQUEST_TIMEOUT:
+                    return False
+                raise
+            return True
+        return await self._repeatably(wait)
+
+
+class Ambiguous(CockpitError):
+    """Carries an error past the retry loop: the call may have taken effect."""
+
+    def __init__(self, error: UpstreamUnavailable) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class NameTaken(UpstreamRejected):
+    """The app's name belongs to another organisation: nothing of ours was made."""
+
+
+def kind_of_failure(status: int) -> type[UpstreamError]:
+    """The error class of an HTTP status of 300 and above; 408 is Fly's wait running out, or its host's."""
+    if status in (408, 429) or status >= 500:
+        return UpstreamUnavailable
+    return UpstreamNotFound if status == HTTPStatus.NOT_FOUND else UpstreamRejected
+
+
+def explain_fly(raw: bytes) -> tuple[str, str]:
+    """Fly's words and machine-readable code: `error` or `message`, `status`; else the raw text."""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        return raw[:500].decode("utf-8", "replace"), ""
+    code = body.get("status")
+    return str(body.get("error") or body.get("message") or body), code if isinstance(code, str) else ""
+
+
+def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
+    """Seconds of a Retry-After header, given as seconds or as a date; at most a minute is obeyed."""
+    value = headers.get("Retry-After", "").strip()
+    if not value:
+        return None
+    try:
+        pause = float(value)
+    except ValueError:
+        try:
+            pause = parsedate_to_datetime(value).timestamp() - clock.now()
+        except ValueError:
+            return None
+    return min(60.0, max(0.0, pause)) if pause == pause else None
+
+
+def kind_of_address(address: Json) -> str:
+    """Fly does not reliably return a type: Flycast addresses start with fdaa:, shared ones say so (fly-go, IsFlycast)."""
+    ip = str(address.get("ip") or "")
+    if ip.startswith("fdaa:"):
+        return "private_v6"
+    if address.get("shared"):
+        return "shared_v4"
+    return "v6" if ":" in ip else "v4"
+
+
+# --- Twilio ---
+
+EMPTY_TWIML = '<?xml version="1.0" encoding="UTF-8"?><Response></Response>'
+PART_UNITS = 1600  # Twilio's limit on Body (21617); emoji count as two, so UTF-16 units are counted
+MAX_PARTS = 8  # well under the 15 quick replies after which Twilio's loop guard (14107) steps in
+SEND_LIMIT_S = 3600.0
+SIGNATURE_DIGESTS = {"HMAC_SHA1": "sha1", "HMAC_SHA256": "sha256"}
+TERMINAL_CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
+UNSENDABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+# What SmartEncoded swaps for GSM-7 characters (Twilio's segment calculator), for comparing words with what Twilio lists.
+SMART_ENCODING = str.maketrans({
+    **dict.fromkeys("\u00ab\u00bb\u201c\u201d\u02ba\u02ee\u201f\u275d\u275e\u301d\u301e\uff02", '"'),
+    **dict.fromkeys("\u2018\u2019\u02bb\u02c8\u02bc\u02bd\u02b9\u201b\uff07\u00b4\u02ca\u0060\u02cb\u275b\u275c\u0313\u0314\ufe10\ufe11", "'"),
+    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u02d7", "-"), **dict.fromkeys("\u2026", "..."),
+    **dict.fromkeys("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000\t", " "), **dict.fromkeys("\u200b\u2060\ufeff", ""),
+})
+
+
+def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]], algorithm: str = "HMAC_SHA1") -> str:
+    """base64 HMAC of the URL and the decoded form fields sorted by name, distinct values of a repeated name sorted (Twilio, Webhooks security)."""
+    by_name: dict[str, set[str]] = {}
+    for name, value in pairs:
+        by_name.setdefault(name, set()).add(value)
+    signed = url + "".join(name + value for name in sorted(by_name) for value in sorted(by_name[name]))
+    return base64.b64encode(hmac.digest(token.encode(), signed.encode(), SIGNATURE_DIGESTS[algorithm])).decode()
+
+
+@functools.lru_cache(maxsize=256)
+def signed_urls(url: str) -> tuple[str, ...]:
+    """The forms of a webhook's URL that Twilio may have signed: as it is, without its port, with the default one."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    bare = host[:-len(str(parts.port)) - 1] if parts.port else host
+    rest = url.split("://", 1)[1][len(parts.netloc):].split("#", 1)[0]
+    default = 443 if parts.scheme == "https" else 80
+    return tuple(dict.fromkeys(f"{parts.scheme}://{name}{rest}" for name in (bare, f"{bare}:{parts.port or default}")))
+
+
+def is_signed(token: str, url: str, pairs: Sequence[tuple[str, str]], header: str | None, *, body: bytes | None = None, algorithm: str = "HMAC_SHA1") -> bool:
+    """Whether Twilio signed this webhook with `token`; `body` is that of a JSON webhook, whose SHA-256 stands in the URL."""
+    if not header or algorithm not in SIGNATURE_DIGESTS:
+        return False
+    if body is not None:
+        told = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True)).get("bodySHA256", "")
+        if not hmac.compare_digest(hashlib.sha256(body).hexdigest().encode(), told.encode()):
+            return False
+    given = header.encode("utf-8", "surrogateescape")
+    return any(hmac.compare_digest(twilio_signature(token, form, pairs, algorithm).encode(), given) for form in signed_urls(url))
+
+
+def twiml(message: str = "") -> str:
+    """A TwiML document that texts `message` back, or nothing."""
+    if not message:
+        return EMPTY_TWIML
+    return EMPTY_TWIML.replace("</Response>", f"<Message>{escape(clean_text(message))}</Message></Response>")
+
+
+def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMessage:
+    """A webhook's form as a message; raises Refusal when it has no MessageSid."""
+    fields = dict(reversed(pairs))
+    sid = fields.get("MessageSid", "")
+    if not re.fullmatch(r"[A-Za-z0-9]{2,64}", sid):
+        raise Refusal("malformed", "MessageSid is missing or not a SID")
+    count = fields.get("NumMedia", "0")
+    numbers = range(min(int(count), 10)) if count.isascii() and count.isdigit() else range(0)
+    media = tuple((fields[f"MediaUrl{n}"], fields.get(f"MediaContentType{n}", "")) for n in numbers if f"MediaUrl{n}" in fields)
+    return InboundMessage(sid=sid, account_sid=fields.get("AccountSid", ""), sender=fields.get("From", ""), recipient=fields.get("To", ""),
+                          body=fields.get("Body", ""), arrived=arrived, media=media, opt_out=fields.get("OptOutType", ""))
+
+
+def clean_text(text: str) -> str:
+    """Text without terminal control sequences and without characters that XML or SMS cannot carry."""
+    if not UNSENDABLE.search(text):
+        return text
+    return UNSENDABLE.sub("", TERMINAL_CONTROL.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def utf16_units(text: str) -> int:
+    return len(text) + sum(character > "\uffff" for character in text)
+
+
+def cut_within(text: str, start: int, units: int) -> int:
+    """Where to cut `text[start:]` so that it fits: behind a line end, else behind a word, in the second half, else anywhere."""
+    end = min(len(text), start + units)
+    while (excess := utf16_units(text[start:end]) - units) > 0:
+        end -= (excess + 1) // 2
+    if end == len(text):
+        return end
+    half = start + (end - start) // 2
+    for mark in ("\n", " "):
+        if (found := text.rfind(mark, half, end)) >= 0:
+            return found + 1
+    return end
+
+
+def split_text(text: str) -> list[str]:
+    """Parts of at most 1,600 UTF-16 units, numbered `(1/3) ` when there are several; of more than 8 the last says how much is left out."""
+    if len(text) <= PART_UNITS // 2 or utf16_units(text) <= PART_UNITS:
+        return [text]
+    parts: list[str] = []
+    start = 0
+    room = PART_UNITS - len("(1/8) ")
+    while start < len(text) and len(parts) < MAX_PARTS:
+        end = cut_within(text, start, room)
+        parts.append(text[start:end])
+        start = end
+    if start < len(text):
+        start -= len(parts[-1])
+        end = cut_within(text, start, room - len(f"[{len(text)} characters left out]"))
+        parts[-1] = f"{text[start:end]}[{len(text) - end} characters left out]"
+    return [f"({number}/{len(parts)}) {part}" for number, part in enumerate(parts, 1)]
+
+
+def quoted(text: str) -> str:
+    """The start of a text, for a notice."""
+    return clean_text(text)[:80]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sms:
+    """One message to hand to Twilio."""
+
+    sender: str
+    recipient: str
+    body: str
+
+
+class TwilioClient:
+    """Twilio's Messages resource (twilio-oai, twilio_api_v2010.json); form-encoded, basic auth, no idempotency key exists."""
+
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock) -> None:
+        self._session, self._settings, self._clock = session, settings, clock
+        self._messages = URL(f"{settings.twilio_url}/2010-04-01/Accounts/{settings.twilio_account_sid}/Messages.json")
+        user, password = (settings.twilio_api_key, settings.twilio_api_secret) if settings.twilio_api_key else (settings.twilio_account_sid, settings.twilio_auth_tokens[0])
+        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
+        self._headers = {"Authorization": f"Basic {basic}", "Accept": "application/json"}
+        self._form_headers = self._headers | {"Content-Type": "application/x-www-form-urlencoded"}
+        self._timeout = aiohttp.ClientTimeout(total=30, sock_connect=10)
+        self._claimed: OrderedDict[str, None] = OrderedDict()  # SIDs that are known to be some other message than one looked for
+        self.retry = Retry(attempts=1000, base_s=0.5, cap_s=60.0, budget_s=SEND_LIMIT_S)
+        self.cannot_list = False
+        self.trouble = ""
+
+    def claim(self, sid: str) -> None:
+        """Remember that this message of Twilio's is one we know, so that no look-up takes it for another."""
+        self._claimed[sid] = None
+        if len(self._claimed) > 10_000:
+            self._claimed.popitem(last=False)
+
+    async def _request(self, method: str, url: URL, operation: str, body: bytes | None = None) -> Any:
+        def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
+            return kind("twilio", operation, words=scrub(words, self._settings.twilio_auth_tokens), **facts)
+
+        headers = self._form_headers if body is not None else self._headers
+        try:
+            async with self._session.request(method, url, data=body, headers=headers, allow_redirects=False, timeout=self._timeout) as response:
+                status = response.status
+                raw = await response.read() if (response.content_length or 0) < MAX_UPSTREAM_BYTES else b""
+        except aiohttp.ClientConnectorError as error:
+            raise fault(UpstreamUnavailable, f"not reached ({type(error).__name__})") from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise fault(UpstreamUnavailable, f"no answer ({type(error).__name__})", maybe_done=True) from error
+        try:
+            answer = json.loads(raw)
+        except (ValueError, RecursionError):
+            answer = None
+        if status < 300:
+            return answer
+        told = answer if isinstance(answer, dict) else {}
+        code = str(told.get("code") or "")
+        words = f"{code} {told.get('message') or raw[:200].decode('utf-8', 'replace')}".strip()
+        # Twilio: a 429 was never processed; what came of a 5xx other than 503 is unknown.
+        raise fault(kind_of_failure(status), words, status=status, code=code, request_id=response.headers.get("Twilio-Request-Id", ""),
+                    maybe_done=status >= 500 and status != 503, retry_after_s=read_retry_after(response.headers, self._clock))
+
+    async def create(self, sms: Sms) -> str:
+        """Hand one message to Twilio, one attempt; returns its SID, empty when the answer was not readable."""
+        form = [("To", sms.recipient), ("From", sms.sender), ("Body", sms.body), ("SmartEncoded", "true")]
+        answer = await self._request("POST", self._messages, "create message", urlencode(form).encode())
+        sid = answer.get("sid") if isinstance(answer, dict) else None
+        if not isinstance(sid, str):
+            return ""
+        self.claim(sid)
+        return sid
+
+    async def deliver(self, sms: Sms, attempted_at: float | None = None) -> str:
+        """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError when that is hopeless.
+
+        `attempted_at` (wall clock) is when an earlier process may have sent it: then Twilio's list is read first.
+        """
+        failures, began = 0, self._clock.monotonic()
+        while True:
+            started = self._clock.now()
+            try:
+                if attempted_at is not None and (sid := await self._find(sms, attempted_at)):
+                    return sid
+                attempted_at = None
+                sid = await self.create(sms)
+                self.trouble = ""
+                return sid
+            except UpstreamError as error:
+                failures += 1
+                pause = max(self._clock.uniform(0, self.retry.ceiling(failures)), error.retry_after_s or 0)
+                if not is_worth_sending_again(error) or self._clock.monotonic() + pause - began > self.retry.budget_s:
+                    raise
+                if error.status == HTTPStatus.UNAUTHORIZED:
+                    self.trouble = "Twilio refuses our credentials (20003): texts wait"
+                if error.maybe_done and error.operation == "create message":
+                    attempted_at = started
+                log_event("send_retry", level=logging.WARNING, error=str(error), attempt=failures + 1, pause_s=round(pause, 2))
+                await self._clock.sleep(pause)
+
+    async def _find(self, sms: Sms, attempted_at: float) -> str:
+        """The SID of a message with these words that Twilio took at or after `attempted_at`, or nothing."""
+        if self.cannot_list:
+            return ""
+        wanted, earliest = comparable(sms.body), int(attempted_at)
+        try:
+            async for message in self.list_messages({"To": sms.recipient, "From": sms.sender}, pages=10):
+                sid = str(message.get("sid") or "")
+                if sid not in self._claimed and comparable(str(message.get("body") or "")) == wanted and (read_date(message) or 0) >= earliest:
+                    self.claim(sid)
+                    return sid
+        except UpstreamRejected as error:
+            self._give_up_listing(error)
+        return ""
+
+    def _give_up_listing(self, error: UpstreamRejected) -> None:
+        # 20008: test credentials may only create. Without the list an unknown outcome is sent again rather than lost.
+        if not self.cannot_list:
+            log_event("twilio_list_refused", level=logging.WARNING, error=str(error))
+        self.cannot_list = error.code == "20008"
+
+    async def list_messages(self, query: Mapping[str, str], pages: int) -> AsyncIterator[Json]:
+        """Messages matching `query`, over at most `pages` pages; raises UpstreamError."""
+        url: URL | None = self._messages.with_query({**query, "PageSize": "1000"})
+        while url is not None and pages > 0:
+            answer = await self._request("GET", url, "list messages")
+            if not isinstance(answer, dict) or not isinstance(answer.get("messages"), list):
+                raise UpstreamUnreadable("twilio", "list messages", words="an answer without messages")
+            for message in answer["messages"]:
+                if isinstance(message, dict):
+                    yield message
+            following = answer.get("next_page_uri")
+            url = URL(self._settings.twilio_url + following, encoded=True) if isinstance(following, str) and following.startswith("/") else None
+            pages -= 1
+
+
+def comparable(body: str) -> str:
+    """Words as they compare after SmartEncoded."""
+    return " ".join(body.translate(SMART_ENCODING).split())
+
+
+def read_date(message: Json) -> float | None:
+    """When Twilio made a message, wall-clock seconds; its dates are RFC 2822."""
+    for name in ("date_created", "date_sent"):
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            return parsedate_to_datetime(message[name]).timestamp()
+    return None
+
+
+def is_worth_sending_again(error: UpstreamError) -> bool:
+    """429, 5xx, what never arrived, a full sender queue (21611) and credentials that may be mended (401)."""
+    return isinstance(error, UpstreamUnavailable | UpstreamUnreadable) or error.code == "21611" or error.status == HTTPStatus.UNAUTHORIZED
+
+
+# --- The VM ---
+
+MAX_ANSWER_BYTES = 1024 * 1024
+IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+MAX_IMAGES = 10
+
+
+class VmAway(CockpitError):
+    """The VM could not be reached. `reached`: the command perhaps got there; `cut`: the VM's side broke the connection."""
+
+    def __init__(self, words: str, *, reached: bool, cut: bool) -> None:
+        super().__init__(words)
+        self.reached, self.cut = reached, cut
+
+
+class VmBusy(CockpitError):
+    """409: another command is running, or this very one."""
+
+
+class VmSilent(CockpitError):
+    """No answer within VM_COMMAND_TIMEOUT_S."""
+
+
+class VmFailed(CockpitError):
+    """An answer with a status that means neither success nor absence."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the VM answered {status}")
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a VM listens and what to say to it, prepared once per route."""
+
+    command: URL
+    health: URL
+    headers: Mapping[str, str]
+
+
+class VmClient:
+    """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects, bounded reads."""
+
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
+        self._session, self._settings = session, settings
+        self._command_timeout = aiohttp.ClientTimeout(total=settings.vm_command_timeout_s, sock_connect=min(10, settings.vm_command_timeout_s))
+        self._health_timeout = aiohttp.ClientTimeout(total=5)
+
+    def endpoint(self, route: Route) -> Endpoint:
+        return self._prepared(route.vm_id, route.vm_url, route.key_id)
+
+    @functools.lru_cache(maxsize=20_000)  # noqa: B019 - one client per process, for its whole life
+    def _prepared(self, vm_id: str, vm_url: str, key_id: str) -> Endpoint:
+        token = vm_token(secret_of(key_id, self._settings.secrets), vm_id)
+        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        return Endpoint(URL(f"{vm_url}/command"), URL(f"{vm_url}/health"), headers)
+
+    async def is_healthy(self, route: Route) -> bool:
+        """Whether `/health` answers 2xx, one attempt of at most 5 s."""
+        endpoint = self.endpoint(route)
+        try:
+            async with self._session.get(endpoint.health, headers=endpoint.headers, allow_redirects=False, timeout=self._health_timeout) as response:
+                await read_at_most(response, MAX_ANSWER_BYTES)
+                return response.status < 300
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return False
+
+    async def command(self, route: Route, sid: str, text: str, media: Sequence[Json]) -> Answer:
+        """Run one text; raises VmAway, VmBusy, VmSilent or VmFailed. The Idempotency-Key is the text's MessageSid."""
+        endpoint = self.endpoint(route)
+        body = dump_tight({"text": text, "media": list(media)}).encode()
+        headers = {**endpoint.headers, "Idempotency-Key": sid}
+        try:
+            async with self._session.post(endpoint.command, data=body, headers=headers, allow_redirects=False, timeout=self._command_timeout) as response:
+                raw = await read_at_most(response, MAX_ANSWER_BYTES)
+                status = response.status
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise VmAway(f"not reached ({type(error).__name__})", reached=False, cut=False) from error
+        except TimeoutError as error:
+            raise VmSilent from error
+        except aiohttp.ClientResponseError:  # not HTTP at all
+            return Answer(text="", unreadable=True)
+        except (aiohttp.ClientError, ValueError) as error:
+            raise VmAway(f"connection dropped ({type(error).__name__})", reached=True, cut=True) from error
+        if status < 300:
+            return read_answer(raw)
+        if status in (502, 503, 504):
+            raise VmAway(f"answered {status}", reached=status != 503, cut=status == 504)
+        raise VmBusy if status == 409 else VmFailed(status)
+
+
+def read_answer(raw: bytes | None) -> Answer:
+    """What a VM's answer says, whatever its shape."""
+    try:
+        told = json.loads(raw) if raw else None if raw is None else {}
+    except (ValueError, RecursionError):
+        told = None
+    if not isinstance(told, dict) or not isinstance(text := told.get("text") or "", str):
+        return Answer(text="", unreadable=True)
+    given = told.get("images") or []
+    images = tuple(image["url"] for image in given if isinstance(image, dict) and isinstance(image.get("url"), str)
+                   and IMAGE_PATH.fullmatch(image["url"]))[:MAX_IMAGES] if isinstance(given, list) else ()
+    code = told.get("exitCode")
+    text = clean_text(text).rstrip("\n")
+    return Answer(text=text, images=images, exit_code=code if type(code) is int else 0, unreadable=bool(given) and not images and not text.strip())
+
+
+# --- Provisioning ---
+
+UNDO_CAP_S = 60.0
+TEARDOWN_WAIT_S = 25.0
+FAILED_KEPT_S = 3600.0
+FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """What the onboarding page asks for, checked."""
+
+    phone: str
+    credentials: Mapping[str, str] = field(repr=False)
+    region: str = ""
+    welcome: bool = False
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Job:
+    """One provisioning on its way."""
+
+    order: Order
+    vm_id: str
+    task: asyncio.Task[Route] | None = None
+    step: str = ""
+    launch: str = ""
+    secrets_version: int = 0
+    volume_id: str = ""
+    machine: Machine | None = None
+    torn_down: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def machine_config(settings: Settings, metadata: Mapping[str, str], volume_id: str = "") -> Json:
+    """A machine's config: restarted always, one service on port 3000 that Fly's proxy keeps open through a long command."""
+    # Fly's proxy may cut a connection that is silent for 60 s; durations of checks are strings, a bare number is nanoseconds.
+    options = {"idle_timeout": int(settings.vm_command_timeout_s) + 60}
+    port: Json = {"port": 443, "handlers": ["tls", "http"]} if settings.vm_is_public else {"port": 3000, "handlers": ["http"]}
+    config: Json = {
+        "image": settings.vm_image,
+        "env": {"PORT": "3000", "HOST": "0.0.0.0"},
+        "guest": guest(settings),
+        "restart": {"policy": "always"},
+        "services": [{"protocol": "tcp", "internal_port": 3000, "autostart": True, "autostop": "off", "ports": [port | {"http_options": options}]}],
+        # It only informs: a check that gates would hide a busy VM from the proxy.
+        "checks": {"health": {"type": "http", "kind": "informational", "port": 3000, "method": "GET", "path": "/health",
+                              "interval": "15s", "timeout": "5s", "grace_period": "30s"}},
+        "metadata": dict(metadata),
+    }
+    if volume_id:
+        config["mounts"] = [{"volume": volume_id, "path": "/data"}]
+    else:
+        config["rootfs"] = {"persist": "restart"}
+    return config
+
+
+def guest(settings: Settings) -> Json:
+    return {"cpu_kind": settings.vm_cpu_kind, "cpus": settings.vm_cpus, "memory_mb": settings.vm_memory_mb}
+
+
+class Provisioner:
+    """Makes and destroys VMs. What is begun stands in routes.json before Fly is asked; what fails is undone until Fly confirms."""
+
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, owner: Owner, *,
+                 on_ready: Callable[[str], Awaitable[None]], on_gone: Callable[[str, str], Awaitable[None]]) -> None:
+        self._settings, self._clock, self._store, self._fly, self._vms, self._owner = settings, clock, store, fly, vms, owner
+        self._on_ready, self._on_gone = on_ready, on_gone
+        self.jobs: dict[str, Job] = {}
+        self._undoing: dict[str, asyncio.Task[None]] = {}
+        self.failed: OrderedDict[str, tuple[float, Json]] = OrderedDict()  # vm_id: when (monotonic), its last record
+        self.draining = False
+        self.steps: tuple[tuple[str, Callable[[Job], Awaitable[None]]], ...] = (
+            ("app", self._create_app), ("secrets", self._set_secrets), ("address", self._allocate_addresses),
+            ("volume", self._create_volume), ("machine", self._create_machine), ("start", self._wait_started), ("health", self._wait_healthy))
+
+    # Asking for a VM
+
+    def begin(self, order: Order) -> Job:
+        """Take an order on; raises Refusal. There is no await between the look-up and the record, so one of many wins."""
+        self._check_number_free(order.phone)
+        if self.draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        if len(self.jobs) >= self._settings.provision_limit:
+            raise Refusal("too_many", f"{len(self.jobs)} VMs are being set up already (PROVISION_LIMIT)", retry_after_s=10)
+        if self._settings.vm_limit and len(self._store.routes) >= self._settings.vm_limit:
+            raise Refusal("vm_limit", f"there are {len(self._store.routes)} VMs, as many as VM_LIMIT allows")
+        job = Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", launch=self._clock.random_id() + self._clock.random_id())
+        signing = self._settings.secrets[0]
+        self._store.put(order.phone, Route(vm_id=job.vm_id, state="provisioning", image=self._settings.vm_image, region=order.region,
+                                           created_at=timestamp(self._clock.now()), key_id=fingerprint(signing)))
+        self.jobs[job.vm_id] = job
+        job.task = self._owner.start(self._provision(job), f"provision {job.vm_id}")
+        log_event("provision_begun", vm_id=job.vm_id, phone=mask_phone(order.phone))
+        return job
+
+    def _check_number_free(self, phone: str) -> None:
+        route = self._store.routes.get(phone)
+        if route is None:
+            return
+        if route.state == "failed":  # its VM is gone: the number may have a new one
+            self._store.begin_undo(phone, "replaced")
+            self._start_undo(route.vm_id)
+            return
+        raise Refusal("phone_taken", f"this number has the VM {route.vm_id} ({route.state}); delete it first", vm_id=route.vm_id)
+
+    async def _provision(self, job: Job) -> Route:
+        try:
+            async with asyncio.timeout(self._settings.provision_timeout_s):
+                await self._store.commit()
+                for name, step in self.steps:
+                    began, job.step = self._clock.monotonic(), name
+                    self._update(job, step=name)
+                    await step(job)
+                    job.seconds[name] = round(self._clock.monotonic() - began, 3)
+                route = self._update(job, state="ready", step="", last_error="")
+                await self._store.commit()
+        except asyncio.CancelledError:
+            if not job.torn_down:  # shutting down: the next start undoes it
+                raise Refusal("draining", f"the gateway shut down while {job.vm_id} was being set up; it will be undone") from None
+            await self._abandon(job, refusal := Refusal("torn_down", f"{job.vm_id} was deleted while it was being set up", vm_id=job.vm_id))
+            raise refusal from None
+        except (CockpitError, TimeoutError) as error:
+            refusal = await self._explain(job, error)
+            await self._abandon(job, refusal, made_nothing=isinstance(error, NameTaken))
+            raise refusal from error
+        finally:
+            self.jobs.pop(job.vm_id, None)
+            self._fly.forget_cookies(job.vm_id)
+        log_event("provision_ready", vm_id=job.vm_id, phone=mask_phone(job.order.phone), seconds=job.seconds)
+        await self._on_ready(job.vm_id)
+        return route
+
+    def _update(self, job: Job, **changes: str) -> Route:
+        """Change the job's route in memory; a commit follows where the change must be on disk."""
+        route = replace(self._store.routes[job.order.phone], **changes)  # type: ignore[arg-type]
+        self._store.put(job.order.phone, route)
+        return route
+
+    # The steps, in order
+
+    async def _create_app(self, job: Job) -> None:
+        await self._fly.create_app(job.vm_id)
+
+    async def _when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Fly may answer 404 or 401 for an app it has just made."""
+        deadline, pause = self._clock.monotonic() + FRESH_APP_S, 0.2
+        while True:
+            try:
+                return await call()
+            except UpstreamRejected as error:
+                hidden = error.status in (401, 404) or "failed to get app" in error.words
+                if not hidden or self._clock.monotonic() > deadline:
+                    raise
+            await self._clock.sleep(pause)
+            pause = min(2.0, pause * 2)
+
+    async def _set_secrets(self, job: Job) -> None:
+        own = {"COCKPIT_URL": self._settings.public_url, "COCKPIT_TOKEN": vm_token(self._settings.secrets[0], job.vm_id)}
+        job.secrets_version = await self._when_visible(lambda: self._fly.set_secrets(job.vm_id, {**job.order.credentials, **own}))
+
+    async def _allocate_addresses(self, job: Job) -> None:
+        if self._settings.vm_is_public:
+            for kind in ("shared_v4", "v6"):
+                await self._when_visible(functools.partial(self._fly.ensure_address, job.vm_id, kind))
+        else:
+            # The address lives on the network its callers are on: the gateway's, not the app's own.
+            await self._when_visible(lambda: self._fly.ensure_address(job.vm_id, "private_v6", self._settings.fly_network))
+
+    async def _create_volume(self, job: Job) -> None:
+        if self._settings.vm_volume_gb:
+            job.volume_id = await self._when_visible(lambda: self._fly.ensure_volume(job.vm_id, self._regions(job)[0], guest(self._settings)))
+
+    def _regions(self, job: Job) -> tuple[str, ...]:
+        return (job.order.region,) if job.order.region else self._settings.vm_regions
+
+    def _metadata(self, job: Job) -> dict[str, str]:
+        host = urlsplit(self._settings.public_url).netloc
+        return {"cockpit_gateway": f"{host}/{self._store.gateway_id}", "cockpit_phone": job.order.phone,
+                "cockpit_owner": owner_mark(self._settings.secrets[0], job.vm_id, job.order.phone), "cockpit_launch": job.launch}
+
+    async def _create_machine(self, job: Job) -> None:
+        request = {"name": job.vm_id, "region": self._regions(job)[0] if job.volume_id else ",".join(self._regions(job)),
+                   "min_secrets_version": job.secrets_version, "config": machine_config(self._settings, self._metadata(job), job.volume_id)}
+        job.machine = machine = await self._when_visible(lambda: self._fly.create_machine(job.vm_id, request, job.launch))
+        url = self._settings.vm_url.format(app=job.vm_id, machine_id=machine.id, region=machine.region)
+        self._update(job, machine_id=machine.id, region=machine.region or self._regions(job)[0], vm_url=url)
+        await self._store.commit()
+
+    async def _wait_started(self, job: Job) -> None:
+        assert job.machine is not None
+        machine = job.machine
+        while not await self._when_visible(lambda: self._fly.is_started(job.vm_id, machine.id, machine.instance_id, self._settings.provision_timeout_s)):
+            now = await self._fly.get_machine(job.vm_id, machine.id)
+            if now.state in ("failed", "launch_failed", "destroying", "destroyed"):
+                raise Refusal("vm_unhealthy", f"the machine did not start: Fly says {now.state}")
+
+    async def _wait_healthy(self, job: Job) -> None:
+        route, failures = self._store.routes[job.order.phone], 0
+        while not await self._vms.is_healthy(route):
+            failures += 1
+            await self._clock.sleep(self._clock.uniform(0.02, min(0.5, 0.05 * 2 ** min(failures, 5))))
+
+    # When it fails
+
+    async def _explain(self, job: Job, error: Exception) -> Refusal:
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, StoreError):
+            return Refusal("storage", f"{error}; nothing was kept", vm_id=job.vm_id)
+        if isinstance(error, UpstreamError):
+            facts: Json = {"vm_id": job.vm_id, "step": job.step, "fly_status": error.status, "request_id": error.request_id}
+            if is_capacity(error):
+                return Refusal("no_capacity", f"Fly has no room in {', '.join(self._regions(job))}: {error}", retry_after_s=60, **facts)
+            return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error), **facts)
+        limit = f"within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
+        if job.step not in ("start", "health"):
+            return Refusal("fly_unavailable", f"Fly did not finish the step {job.step} {limit}", retry_after_s=10, vm_id=job.vm_id, step=job.step)
+        if job.step == "health" and await self._passes_flys_check(job):
+            return Refusal("vm_unreachable", f"Fly's own check of the VM passes, but {self._store.routes[job.order.phone].vm_url} does not answer from here {limit}; "
+                           "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on", vm_id=job.vm_id, step=job.step)
+        return Refusal("vm_unhealthy", f"the VM did not answer /health {limit}", vm_id=job.vm_id, step=job.step)
+
+    async def _passes_flys_check(self, job: Job) -> bool:
+        assert job.machine is not None
+        with contextlib.suppress(UpstreamError, TimeoutError):
+            async with asyncio.timeout(10):
+                return (await self._fly.get_machine(job.vm_id, job.machine.id)).checks_pass
+        return False
+
+    async def _abandon(self, job: Job, refusal: Refusal, *, made_nothing: bool = False) -> None:
+        """Free the number, tell whoever waits, and start the undo; the caller's error does not wait for it."""
+        log_event("provision_failed", level=logging.WARNING, vm_id=job.vm_id, step=job.step, code=refusal.code, error=refusal.detail)
+        state = "deleting" if job.torn_down else "failed"
+        self._remember_failed(self.describe(job.order.phone, self._store.routes[job.order.phone]) | {"state": state, "last_error": refusal.detail})
+        if made_nothing or not job.step:
+            self._store.drop(job.order.phone)
+        else:
+            self._store.begin_undo(job.order.phone, "torn_down" if job.torn_down else "failed")
+            # A create that was cut off may still take effect after the app was looked for and not found.
+            self._store.undo[job.vm_id]["unsure"] = job.step == "app"
+        await self._on_gone(job.vm_id, "failed")
+        with contextlib.suppress(StoreError):
+            await self._store.commit()
+        if job.vm_id in self._store.undo:
+            self._start_undo(job.vm_id)
+
+    def _remember_failed(self, record: Json) -> None:
+        now = self._clock.monotonic()
+        self.failed[record["vm_id"]] = (now, record)
+        while self.failed and (len(self.failed) > 1000 or next(iter(self.failed.values()))[0] < now - FAILED_KEPT_S):
+            self.failed.popitem(last=False)
+
+    # Undoing
+
+    def _start_undo(self, vm_id: str) -> asyncio.Task[None]:
+        if vm_id not in self._undoing:
+            self._undoing[vm_id] = self._owner.start(self._undo(vm_id), f"undo {vm_id}")
+        return self._undoing[vm_id]
+
+    async def _undo(self, vm_id: str) -> None:
+        """Delete the app until Fly confirms that it is gone, however long that takes."""
+        failures = 0
+        try:
+            while True:
+                try:
+                    await self._delete_and_confirm(vm_id)
+                    if self._store.undo[vm_id].pop("unsure", False):
+                        await self._clock.sleep(10)
+                        await self._delete_and_confirm(vm_id)
+                    break
+                except UpstreamError as error:
+                    failures += 1
+                    self._store.undo[vm_id]["last_error"] = str(error)
+                    log_event("undo_retry", level=logging.WARNING, vm_id=vm_id, error=str(error), attempt=failures + 1)
+                    await self._clock.sleep(self._clock.uniform(0, min(UNDO_CAP_S, 0.5 * 2 ** min(failures, 8))))
+            del self._store.undo[vm_id]
+            log_event("undo_confirmed", vm_id=vm_id)
+            with contextlib.suppress(StoreError):
+                await self._store.commit()
+        finally:
+            del self._undoing[vm_id]
+
+    async def _delete_and_confirm(self, vm_id: str) -> None:
+        await self._fly.delete_app(vm_id)
+        for _ in range(30):
+            try:
+                await self._fly.get_app(vm_id)
+            except UpstreamNotFound:
+                return
+            await self._clock.sleep(self._clock.uniform(0.1, 1.0))
+        raise UpstreamUnavailable("fly", "delete app", words="the app is still there")
+
+    async def tear_down(self, vm_id: str) -> bool:
+        """Destroy a VM in whatever state it is and forget its route; False when Fly has not confirmed in 25 s. Raises Refusal when unknown."""
+        found = self._store.find(vm_id)
+        vm_id = found[1].vm_id if found else vm_id
+        log_event("teardown", vm_id=vm_id)
+        if job := self.jobs.get(vm_id):
+            await self._cancel(job)
+        elif found:
+            phone, route = found
+            self._store.begin_undo(phone, "torn_down")
+            await self._on_gone(vm_id, "torn_down")
+            with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive; the write is tried on
+                await self._store.commit()
+            self._start_undo(route.vm_id)
+        elif vm_id not in self._store.undo:
+            if self.failed.pop(vm_id, None) is None:
+                raise Refusal("unknown_vm", f"there is no VM {vm_id}")
+            return True
+        if vm_id not in self._store.undo:
+            self.failed.pop(vm_id, None)
+            return True
+        done, _ = await asyncio.wait({self._start_undo(vm_id)}, timeout=TEARDOWN_WAIT_S)
+        if done:
+            self.failed.pop(vm_id, None)
+        return bool(done)
+
+    async def _cancel(self, job: Job) -> None:
+        assert job.task is not None
+        job.torn_down = True
+        job.task.cancel()
+        with contextlib.suppress(Refusal, asyncio.CancelledError):
+            await asyncio.shield(job.task)
+        if self.jobs.pop(job.vm_id, None):  # cancelled before its first step
+            await self._abandon(job, Refusal("torn_down", f"{job.vm_id} was deleted before it was set up"))
+
+    # Start and stop
+
+    async def recover(self) -> None:
+        """At start: undo what an earlier process left unfinished."""
+        for phone, route in list(self._store.routes.items()):
+            if route.state in ("provisioning", "deleting"):
+                self._store.begin_undo(phone, "failed" if route.state == "provisioning" else "torn_down")
+                self._store.undo[route.vm_id]["unsure"] = route.step in ("", "app")
+                await self._on_gone(route.vm_id, "failed" if route.state == "provisioning" else "torn_down")
+                log_event("unfinished_undone", level=logging.WARNING, vm_id=route.vm_id, was=route.state)
+        if self._store.undo or self._store.is_new:
+            with contextlib.suppress(StoreError):
+                await self._store.commit()
+        for vm_id in list(self._store.undo):
+            self._start_undo(vm_id)
+
+    async def drain(self) -> None:
+        """Take no more orders; wait for those under way (the caller bounds the wait)."""
+        self.draining = True
+        if tasks := [job.task for job in self.jobs.values() if job.task]:
+            await asyncio.wait(tasks)
+
+    # Telling
+
+    def describe(self, phone: str, route: Route) -> Json:
+        """The VM record."""
+        return {"vm_id": route.vm_id, "machine_id": route.machine_id or None, "vm_url": route.vm_url or None, "phone_number": phone, "region": route.region or None,
+                "image": route.image or None, "state": route.state, "step": route.step or None, "created_at": route.created_at or None, "last_error": route.last_error or None}
+
+    def look_up(self, vm_id: str) -> Json:
+        """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
+        if found := self._store.find(vm_id):
+            return self.describe(*found)
+        if failed := self.failed.get(vm_id):
+            return failed[1]
+        if entry := self._store.undo.get(vm_id):
+            record = self.describe(str(entry.get("phone_number") or ""), Route.from_json({name: value for name, value in entry.items() if isinstance(value, str)}))
+            return record | {"state": "failed" if entry.get("reason") == "failed" else "deleting"}
+        raise Refusal("unknown_vm", f"there is no VM {vm_id}")
+
+
+# --- Relay ---
+
+SEEN_S, SEEN_LEAST, SEEN_MOST = 86_400.0, 20_000, 1_000_000
+BUSY_LIMIT_S = 1800.0
+ASK_FLY_EVERY_S = 15.0
+UNKNOWN_NOTICE_S = 3600.0
+NOTICES = {
+    "N1": "This number has no cockpit VM yet. Sign up: {url}",
+    "N2": "Your VM is being set up. Your text is kept.",
+    "N3": 'Your queue is full ({n} waiting). This text was not kept: "{text}"',
+    "N4": "More than {n} texts a minute. This text was not kept; wait a minute.",
+    "N5": "Your VM is restarting... Your text is kept and will run when it is back.",
+    "N6": "Not run, your VM was away too long: {texts}",
+    "N7": 'Your VM went away twice while running this; not tried again: "{text}"',
+    "N8": 'No answer after {s} s; it may still be running: "{text}"',
+    "N9": 'Your VM answered with an error ({status}): "{text}"',
+    "N10": "Done, no output.",
+    "N10 exit": "Exit code {n}, no output.",
+    "N11": "Your VM's answer could not be read.",
+    "N12": "Your VM is gone. Not run: {texts}",
+    "N13": "Your VM could not be set up. Not run: {texts}",
+    "N14": "Your VM is ready. Text me anything.",
+    "N15": "Still working on it.",
+}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Text:
+    """An accepted text on its way to its VM. Wall-clock seconds: they must survive a restart."""
+
+    sid: str
+    body: str
+    arrived: float
+    channel: str = ""  # "whatsapp:" or nothing
+    ours: str = ""  # the address it was sent to, from which it is answered
+    media: tuple[tuple[str, str], ...] = ()
+    run_noted: bool = False  # the journal says it was handed over
+    reached: bool = False  # it perhaps reached the VM
+    cut_at: float = 0.0
+    cuts: int = 0
+    busy_since: float | None = None  # monotonic
+    attempts: int = 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Outbound:
+    """Something to tell an owner, in parts."""
+
+    id: str
+    parts: list[str]
+    at: float
+    channel: str = ""
+    ours: str = ""
+    sent: int = 0
+    resumed: bool = False  # an earlier process may have sent it
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Lane:
+    """What is on its way to and from one VM: a run lane and a send lane, both in order."""
+
+    vm_id: str
+    phone: str
+    waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
+    outbox: deque[Outbound] = field(default_factory=deque)
+    accepting: int = 0
+    runner: asyncio.Task[None] | None = None
+    sender: asyncio.Task[None] | None = None
+    handing_over: bool = False
+    alive_at: float = 0.0  # wall clock: the VM's last sign of life on /command
+    probes: int = 0
+    asked_fly_at: float = float("-inf")  # monotonic
+    busy_noted_at: float = 0.0
+    told_setup: bool = False
+    gone: str = ""  # the notice that whoever waits here gets, once the VM is no more
+
+    def is_idle(self) -> bool:
+        return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
+
+
+class Memory:
+    """What outlives the messages themselves: SIDs seen and what was said to them, outages told."""
+
+    def __init__(self) -> None:
+        self.seen: OrderedDict[str, float] = OrderedDict()
+        self.said: dict[str, str] = {}
+        self.away: dict[str, float] = {}  # vm_id: since when
+
+    def remember(self, sid: str, at: float, say: str = "") -> None:
+        """SIDs are kept for 24 h, at least 20,000 and at most 1,000,000 of them."""
+        self.seen[sid] = at
+        if say:
+            self.said[sid] = say
+        while len(self.seen) > SEEN_LEAST:
+            oldest = next(iter(self.seen))
+            if len(self.seen) <= SEEN_MOST and self.seen[oldest] > at - SEEN_S:
+                break
+            del self.seen[oldest]
+            self.said.pop(oldest, None)
+
+    def record(self) -> Json:
+        return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away}
+
+    def restore(self, record: Json) -> None:
+        self.seen.update((sid, at) for sid, at in record.get("seen", ()))
+        self.said.update(record.get("said", {}))
+        self.away.update(record.get("away", {}))
+
+
+class Relay:
+    """Carries texts to VMs and answers back: journaled before they are acknowledged, in order per phone, phones in parallel.
+
+    Journal records (key `k`), none with a phone number: `in` a text accepted (`run`: and handed over), `run` handed over, `held` surely
+    not handed over, `cut` its connection broke, `busy` the VM said 409, `out` something to tell, completing the texts `re` (`away`: it
+    opens an outage), `sent` parts Twilio took, `done` given up, `seen` a text refused, `back` an outage over, `state` all that is remembered.
+    """
+
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner, *,
+                 wake: Callable[[str, str], Awaitable[None]]) -> None:
+        self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
+        self._vms, self._twilio, self._owner, self._wake = vms, twilio, owner, wake
+        self._memory = Memory()
+        self.lanes: dict[str, Lane] = {}
+        self._accepting: dict[str, asyncio.Future[str]] = {}
+        self._told_unknown: OrderedDict[str, float] = OrderedDict()
+        self._recent: OrderedDict[str, deque[float]] = OrderedDict()
+        self._told_fast: dict[str, float] = {}
+        self.last_errors: OrderedDict[str, str] = OrderedDict()
+        self.draining = False
+        self.counts: Counter[str] = Counter()
+        journal.snapshot, journal.is_idle = self._snapshot, lambda: not self.lanes
+
+    # Taking texts in
+
+    async def accept(self, message: InboundMessage) -> str:
+        """Take a text in, once; returns the words of the webhook's answer. Raises StoreError when it cannot be journaled."""
+        if message.sid in self._memory.seen:
+            return self._memory.said.get(message.sid, "")
+        if (first := self._accepting.get(message.sid)) is not None:
+            return await asyncio.shield(first)
+        if self.draining:
+            raise Refusal("draining", "this gateway is shutting down; the text will be fetched from Twilio's list")
+        verdict = self._accepting[message.sid] = asyncio.get_running_loop().create_future()
+        try:
+            say = await self._take(message)
+            verdict.set_result(say)
+            return say
+        except BaseException as error:
+            verdict.set_exception(error if isinstance(error, CockpitError) else StoreError("not journaled"))
+            verdict.exception()  # whoever waits sees it; if nobody does, that is no accident
+            raise
+        finally:
+            del self._accepting[message.sid]
+
+    async def _take(self, message: InboundMessage) -> str:
+        channel, phone = ("whatsapp:", message.sender[9:]) if message.sender.startswith("whatsapp:") else ("", message.sender)
+        route = self._store.routes.get(phone)
+        refusal = self._refuse(message, phone, route)
+        if refusal is not None or route is None:
+            say = refusal or ""
+            await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)} | ({"say": say} if say else {}))
+            self._memory.remember(message.sid, self._clock.now(), say)
+            return say
+        lane = self._lane(route.vm_id, phone)
+        text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media)
+        # When nothing is before it the hand-over follows at once, so one line, one fsync, tells both.
+        text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self._memory.away
+        lane.accepting += 1
+        try:
+            await self._journal.append(self._in_record(lane, text))
+        finally:
+            lane.accepting -= 1
+            self._retire(lane)
+        self._memory.remember(message.sid, self._clock.now())
+        self.counts["accepted"] += 1
+        log_event("text_accepted", level=logging.DEBUG, vm_id=lane.vm_id, message_sid=text.sid)
+        await self._enqueue(lane, text, route)
+        return ""
+
+    async def _enqueue(self, lane: Lane, text: Text, route: Route) -> None:
+        if lane.gone:
+            await self._finish(lane, [text], [self._quote(lane.gone, [text])])
+            return
+        self.lanes[lane.vm_id] = lane
+        lane.waiting.append(text)
+        self._start_running(lane)
+        if route.state == "provisioning" and not lane.told_setup:
+            lane.told_setup = True
+            self._owner.start(self._tell(lane, text, NOTICES["N2"]), "tell N2")
+
+    def _refuse(self, message: InboundMessage, phone: str, route: Route | None) -> str | None:
+        """What to say to a text that is not taken; None when it is."""
+        if not PHONE.fullmatch(phone) or phone == self._settings.twilio_phone_number:
+            self.counts["ignored"] += 1
+            return ""
+        if route is None:
+            self.counts["unknown"] += 1
+            return self._invite(phone)
+        if route.state == "failed":
+            self.counts["gone"] += 1
+            return self._quote("N12", [message])
+        lane = self.lanes.get(route.vm_id)
+        waiting = max(0, len(lane.waiting) + lane.accepting - (lane.runner is not None and route.state != "provisioning")) if lane else 0
+        if waiting >= self._settings.queue_limit:
+            self.counts["queue_full"] += 1
+            return NOTICES["N3"].format(n=waiting, text=quoted(message.body))
+        return self._limit(phone)
+
+    def _invite(self, phone: str) -> str:
+        now = self._clock.monotonic()
+        if not self._settings.onboarding_url or self._told_unknown.get(phone, float("-inf")) > now - UNKNOWN_NOTICE_S:
+            return ""
+        self._told_unknown[phone] = now
+        self._told_unknown.move_to_end(phone)
+        while len(self._told_unknown) > 10_000:
+            self._told_unknown.popitem(last=False)
+        return NOTICES["N1"].format(url=self._settings.onboarding_url)
+
+    def _limit(self, phone: str) -> str | None:
+        """TEXT_LIMIT within any minute; the notice once a minute."""
+        limit, now = self._settings.text_limit, self._clock.monotonic()
+        if not limit:
+            return None
+        times = self._recent.setdefault(phone, deque(maxlen=limit))
+        self._recent.move_to_end(phone)
+        if len(times) < limit or times[0] <= now - 60:
+            times.append(now)
+            if len(self._recent) > 10_000:
+                oldest, _ = self._recent.popitem(last=False)
+                self._told_fast.pop(oldest, None)
+            return None
+        self.counts["too_fast"] += 1
+        if self._told_fast.get(phone, float("-inf")) > now - 60:
+            return ""
+        self._told_fast[phone] = now
+        return NOTICES["N4"].format(n=limit)
+
+    def _quote(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
+        """A notice about texts that were not run; those that end together share it."""
+        words = NOTICES[notice].format(texts=", ".join(f'"{quoted(text.body)}"' for text in texts))
+        if notice == "N12" and self._settings.onboarding_url:
+            words += f" Sign up: {self._settings.onboarding_url}"
+        return words
+
+    # Lanes
+
+    def _lane(self, vm_id: str, phone: str) -> Lane:
+        lane = self.lanes.get(vm_id)
+        if lane is None:
+            lane = self.lanes[vm_id] = Lane(vm_id=vm_id, phone=phone)
+        return lane
+
+    def _retire(self, lane: Lane) -> None:
+        if lane.is_idle() and self.lanes.get(lane.vm_id) is lane:
+            del self.lanes[lane.vm_id]
+
+    def _start_running(self, lane: Lane) -> None:
+        if lane.runner is None and not self.draining and not lane.gone:
+            lane.runner = self._owner.start(self._run(lane), f"run {lane.vm_id}")
+
+    def _start_sending(self, lane: Lane) -> None:
+        if lane.sender is None:
+            lane.sender = self._owner.start(self._send(lane), f"send {lane.vm_id}")
+
+    # Running
+
+    async def _run(self, lane: Lane) -> None:
+        """The run lane: one text at a time, in order; ends when nothing waits (no await between that look and its end)."""
+        try:
+            while lane.waiting and not self.draining:
+                route = self._store.routes.get(lane.phone)
+                if route is None or route.vm_id != lane.vm_id or route.state == "provisioning":
+                    return
+                await self._hand_over(lane, route, lane.waiting[0])
+        finally:
+            lane.runner = None
+            self._retire(lane)
+
+    async def _hand_over(self, lane: Lane, route: Route, text: Text) -> None:
+        """One attempt to run the first text, or one wait for the VM's return."""
+        if self._is_expired(lane, text):
+            await self._expire(lane)
+            return
+        if lane.vm_id in self._memory.away and not await self._returns(lane, route, text):
+            return
+        if not text.run_noted:
+            text.run_noted = True
+            await self._on_disk({"k": "run", "sid": text.sid})
+        lane.handing_over = True
+        text.attempts += 1
+        try:
+            answer = await self._vms.command(route, text.sid, text.body, [])
+        except VmAway as error:
+            await self._goes_away(lane, text, error)
+        except VmBusy:
+            await self._wait_while_busy(lane, text)
+        except VmSilent:
+            await self._finish(lane, [text], [NOTICES["N8"].format(s=f"{self._settings.vm_command_timeout_s:g}", text=quoted(text.body))])
+        except VmFailed as error:
+            if error.status < 500:
+                self._sign_of_life(lane)
+            await self._finish(lane, [text], [NOTICES["N9"].format(status=error.status, text=quoted(text.body))])
+        else:
+            self._sign_of_life(lane)
+            await self._finish(lane, [text], words_of(answer))
+        finally:
+            lane.handing_over = False
+
+    def _sign_of_life(self, lane: Lane) -> None:
+        """An answer below 500 to /command ends an outage."""
+        lane.alive_at, lane.probes = self._clock.now(), 0
+        if self._memory.away.pop(lane.vm_id, None) is not None:
+            self._journal.note({"k": "back", "vm": lane.vm_id})
+            log_event("vm_back", vm_id=lane.vm_id)
+
+    async def _goes_away(self, lane: Lane, text: Text, error: VmAway) -> None:
+        log_event("vm_away", level=logging.WARNING, vm_id=lane.vm_id, message_sid=text.sid, error=str(error))
+        now = self._clock.now()
+        if error.reached:
+            if error.cut or not text.reached:  # a proxy's 502, again and again, does not prolong the wait
+                text.cut_at = now
+            text.reached = True
+            text.cuts += error.cut
+            await self._on_disk({"k": "cut", "sid": text.sid, "n": text.cuts, "at": text.cut_at})
+        elif not text.reached:
+            text.run_noted = False
+            self._journal.note({"k": "held", "sid": text.sid})
+        if lane.vm_id not in self._memory.away:
+            self._memory.away[lane.vm_id] = now
+            await self._tell(lane, text, NOTICES["N5"], away=True)
+        if text.cuts >= 2:
+            await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))])
+
+    async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
+        """Wait until the VM answers /health; False when the text's time ran out first."""
+        while True:
+            left = self._deadline(lane, text) - self._clock.now()
+            if left <= 0:
+                await self._expire(lane)
+                return False
+            await self._ask_fly(lane, route)
+            lane.probes += 1
+            pause = self._clock.uniform(0, min(4.0, 0.25 * 2 ** min(lane.probes, 10)))
+            await self._clock.sleep(min(pause, left) + 0.001)
+            if await self._vms.is_healthy(route):
+                return True
+
+    async def _ask_fly(self, lane: Lane, route: Route) -> None:
+        """A machine that is stopped or suspended does not come back by itself."""
+        now = self._clock.monotonic()
+        if now - lane.asked_fly_at < ASK_FLY_EVERY_S:
+            return
+        lane.asked_fly_at = now
+        try:
+            await self._wake(route.vm_id, route.machine_id)
+        except UpstreamError as error:
+            log_event("wake_failed", level=logging.WARNING, vm_id=lane.vm_id, error=str(error))
+
+    async def _wait_while_busy(self, lane: Lane, text: Text) -> None:
+        """409: wait without a notice, which does not count as the VM being away."""
+        self._sign_of_life(lane)
+        now = self._clock.monotonic()
+        if text.busy_since is None:
+            text.busy_since, text.attempts = now, 1
+        if now - text.busy_since > BUSY_LIMIT_S:
+            await self._finish(lane, [text], [NOTICES["N9"].format(status=409, text=quoted(text.body))])
+            return
+        if lane.alive_at - lane.busy_noted_at > 60:
+            lane.busy_noted_at = lane.alive_at
+            self._journal.note({"k": "busy", "vm": lane.vm_id, "at": lane.alive_at})
+        await self._clock.sleep(self._clock.uniform(0.05, min(10.0, 0.25 * 2 ** min(text.attempts, 10))))
+
+    def _deadline(self, lane: Lane, text: Text) -> float:
+        return max(text.cut_at if text.reached else text.arrived, lane.alive_at) + self._settings.vm_away_limit_s
+
+    def _is_expired(self, lane: Lane, text: Text) -> bool:
+        return self._deadline(lane, text) <= self._clock.now()
+
+    async def _expire(self, lane: Lane) -> None:
+        """The first text's time is over; those behind it are judged in the same moment and share the notice."""
+        first = lane.waiting[0]
+        if first.reached:
+            await self._finish(lane, [first], [NOTICES["N8"].format(s=f"{self._settings.vm_away_limit_s:g}", text=quoted(first.body))])
+        late = [text for text in lane.waiting if not text.reached and self._is_expired(lane, text)]
+        if late:
+            await self._finish(lane, late, split_text(self._quote("N6", late)))
+
+    # Finishing and telling
+
+    async def _on_disk(self, record: Json) -> None:
+        """Journal a change of a message that is in already: a full disk does not stop it, the journal is written anew later."""
+        with contextlib.suppress(StoreError):
+            await self._journal.append(record)
+
+    async def _finish(self, lane: Lane, texts: list[Text], parts: list[str]) -> None:
+        """Journal the texts' end and what their owner is told, then queue it for sending."""
+        last = texts[-1]
+        out = Outbound(id=texts[0].sid, parts=parts, at=self._clock.now(), channel=last.channel, ours=last.ours)
+        await self._on_disk(self._out_record(lane, out) | {"re": [text.sid for text in texts]})
+        for text in texts:
+            if text in lane.waiting:
+                lane.waiting.remove(text)
+        self.counts["finished"] += len(texts)
+        self._queue_out(lane, out)
+
+    async def _tell(self, lane: Lane, about: Text, words: str, *, away: bool = False) -> None:
+        out = Outbound(id=f"n-{self._clock.random_id()}", parts=split_text(words), at=self._clock.now(), channel=about.channel, ours=about.ours)
+        await self._on_disk(self._out_record(lane, out) | ({"away": True} if away else {}))
+        self._queue_out(lane, out)
+
+    def _queue_out(self, lane: Lane, out: Outbound) -> None:
+        self.lanes.setdefault(lane.vm_id, lane)
+        lane.outbox.append(out)
+        self._start_sending(lane)
+
+    # Sending
+
+    async def _send(self, lane: Lane) -> None:
+        """The send lane: in journal order, the next after Twilio took the last."""
+        try:
+            while lane.outbox:
+                owner = self._store.routes.get(lane.phone)
+                if owner is not None and owner.vm_id != lane.vm_id:
+                    self._journal.note({"k": "done", "id": lane.outbox[0].id})  # the number has another VM, perhaps another owner
+                else:
+                    await self._deliver(lane, lane.outbox[0])
+                lane.outbox.popleft()
+        finally:
+            lane.sender = None
+            self._retire(lane)
+
+    async def _deliver(self, lane: Lane, out: Outbound) -> None:
+        sender = out.ours or out.channel + self._settings.twilio_phone_number
+        while out.sent < len(out.parts):
+            sms = Sms(sender=sender, recipient=out.channel + lane.phone, body=out.parts[out.sent])
+            try:
+                sid = await self._twilio.deliver(sms, out.at if out.resumed else None)
+            except UpstreamError as error:
+                log_event("send_failed", level=logging.ERROR, vm_id=lane.vm_id, message_sid=out.id, error=str(error))
+                self._remember_error(lane.vm_id, str(error))
+                self.counts["send_failed"] += 1
+                self._journal.note({"k": "done", "id": out.id})
+                return
+            out.sent += 1
+            self.counts["sent"] += 1
+            self._journal.note({"k": "sent", "id": out.id, "n": out.sent, "sid": sid})
+
+    def _remember_error(self, vm_id: str, words: str) -> None:
+        self.last_errors[vm_id] = words
+        while len(self.last_errors) > 10_000:
+            self.last_errors.popitem(last=False)
+
+    # What happens to VMs
+
+    async def vm_ready(self, vm_id: str) -> None:
+        """What waited for a VM to be set up runs now."""
+        if lane := self.lanes.get(vm_id):
+            lane.alive_at = self._clock.now()
+            self._start_running(lane)
+
+    async def vm_gone(self, vm_id: str, reason: str) -> None:
+        """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, or `torn_down`."""
+        notice = "N13" if reason == "failed" else "N12"
+        self._memory.away.pop(vm_id, None)
+        lane = self.lanes.get(vm_id)
+        if lane is None:
+            return
+        lane.gone = notice
+        if lane.runner is not None:
+            lane.runner.cancel()
+            await asyncio.wait({lane.runner})
+        if texts := list(lane.waiting):
+            await self._finish(lane, texts, split_text(self._quote(notice, texts)))
+
+    # Journal records, there and back
+
+    def _in_record(self, lane: Lane, text: Text) -> Json:
+        record: Json = {"k": "in", "sid": text.sid, "vm": lane.vm_id, "at": text.arrived, "body": text.body}
+        if text.run_noted:
+            record["run"] = True
+        if text.media:
+            record["media"] = text.media
+        return record | self._addresses(text.channel, text.ours)
+
+    def _out_record(self, lane: Lane, out: Outbound) -> Json:
+        record = {"k": "out", "id": out.id, "vm": lane.vm_id, "at": out.at, "parts": out.parts}
+        if out.sent:
+            record["sent"] = out.sent
+        return record | self._addresses(out.channel, out.ours)
+
+    def _addresses(self, channel: str, ours: str) -> Json:
+        usual = ours in ("", channel + self._settings.twilio_phone_number)
+        return ({"channel": channel} if channel else {}) | ({} if usual else {"ours": ours})
+
+    def _snapshot(self) -> Iterable[Json]:
+        yield self._memory.record()
+        for lane in self.lanes.values():
+            if lane.alive_at:
+                yield {"k": "busy", "vm": lane.vm_id, "at": lane.alive_at}
+            for out in lane.outbox:
+                yield self._out_record(lane, out)
+            for text in lane.waiting:
+                yield self._in_record(lane, text)
+                if text.cuts:
+                    yield {"k": "cut", "sid": text.sid, "n": text.cuts, "at": text.cut_at}
+
+    async def resume(self, records: Iterable[Json]) -> None:
+        """Rebuild the lanes from the journal; `start` sets them going. What belongs to a VM that is gone is not carried over."""
+        replay = Replay(self._memory, self._clock.now())
+        for record in records:
+            replay.apply(record)
+        for vm_id, (texts, outs) in replay.by_vm().items():
+            found, undo = self._store.find(vm_id), self._store.undo.get(vm_id, {})
+            phone = found[0] if found else str(undo.get("phone_number") or "")
+            if not phone:
+                log_event("journal_of_gone_vm", level=logging.WARNING, vm_id=vm_id, texts=len(texts), answers=len(outs))
+                continue
+            lane = self._lane(vm_id, phone)
+            lane.alive_at = replay.alive.get(vm_id, 0.0)
+            lane.waiting.extend(texts)
+            lane.outbox.extend(outs)
+            if not found:
+                await self.vm_gone(vm_id, str(undo.get("reason")))
+        for sid in replay.claimed:
+            self._twilio.claim(sid)
+
+    def start(self) -> None:
+        """Set going what the journal held."""
+        for lane in list(self.lanes.values()):
+            if lane.waiting:
+                self._start_running(lane)
+            if lane.outbox:
+                self._start_sending(lane)
+
+    async def drain(self) -> None:
+        """Take in nothing more, hand over nothing more; wait for what is in a VM's or Twilio's hands (the caller bounds the wait)."""
+        self.draining = True
+        for lane in self.lanes.values():
+            if lane.runner is not None and not lane.handing_over:
+                lane.runner.cancel()
+        while tasks := [task for lane in self.lanes.values() for task in (lane.runner, lane.sender) if task]:
+            await asyncio.wait(tasks)
+
+    # Telling
+
+    def waiting(self, vm_id: str = "") -> int:
+        """Texts not yet finished, of one VM or of all."""
+        lanes = [lane] if (lane := self.lanes.get(vm_id)) else [] if vm_id else list(self.lanes.values())
+        return sum(len(lane.waiting) for lane in lanes)
+
+    def away_since(self, vm_id: str) -> float | None:
+        """Wall-clock second since which the VM is away, or None."""
+        return self._memory.away.get(vm_id)
+
+
+class Replay:
+    """The journal's records applied one after the other."""
+
+    def __init__(self, memory: Memory, now: float) -> None:
+        self.memory, self.now = memory, now
+        self.texts: dict[str, tuple[str, Text]] = {}
+        self.outs: dict[str, tuple[str, Outbound]] = {}
+        self.alive: dict[str, float] = {}
+        self.claimed: list[str] = []
+
+    def apply(self, record: Json) -> None:
+        """Apply one record; a record of an unknown kind is passed over."""
+        apply = getattr(self, f"_on_{record.get('k')}", None)
+        if apply is not None:
+            try:
+                apply(record)
+            except (KeyError, TypeError, ValueError) as error:
+                log_event("journal_record_unusable", level=logging.ERROR, kind=record.get("k"), error=type(error).__name__)
+
+    def _on_state(self, record: Json) -> None:
+        self.memory.restore(record)
+
+    def _on_seen(self, record: Json) -> None:
+        self.memory.remember(record["sid"], record["at"], record.get("say", ""))
+
+    def _on_in(self, record: Json) -> None:
+        text = Text(sid=record["sid"], body=record["body"], arrived=record["at"], channel=record.get("channel", ""), ours=record.get("ours", ""),
+                    media=tuple((url, kind) for url, kind in record.get("media", ())))
+        self._handed(text, bool(record.get("run")))
+        self.texts[text.sid] = (record["vm"], text)
+        self.memory.remember(text.sid, min(text.arrived, self.now))
+
+    def _handed(self, text: Text, handed: bool) -> None:
+        # A gateway's restart is not a cut: the text waits for its VM from now on.
+        text.run_noted = text.reached = handed
+        text.cut_at = self.now if handed else 0.0
+
+    def _on_run(self, record: Json) -> None:
+        if record["sid"] in self.texts:
+            self._handed(self.texts[record["sid"]][1], True)
+
+    def _on_held(self, record: Json) -> None:
+        if record["sid"] in self.texts:
+            self._handed(self.texts[record["sid"]][1], False)
+
+    def _on_cut(self, record: Json) -> None:
+        if record["sid"] in self.texts:
+            text = self.texts[record["sid"]][1]
+            text.run_noted = text.reached = True
+            text.cuts, text.cut_at = record["n"], record["at"]
+
+    def _on_busy(self, record: Json) -> None:
+        self.alive[record["vm"]] = record["at"]
+
+    def _on_out(self, record: Json) -> None:
+        out = Outbound(id=record["id"], parts=record["parts"], at=record["at"], channel=record.get("channel", ""), ours=record.get("ours", ""),
+                       sent=record.get("sent", 0), resumed=True)
+        self.outs[out.id] = (record["vm"], out)
+        for sid in record.get("re", ()):
+            self.texts.pop(sid, None)
+            self.alive[record["vm"]] = record["at"]
+        if record.get("away"):
+            self.memory.away[record["vm"]] = record["at"]
+
+    def _on_sent(self, record: Json) -> None:
+        if record.get("sid"):
+            self.claimed.append(record["sid"])
+        if entry := self.outs.get(record["id"]):
+            entry[1].sent = max(entry[1].sent, record["n"])
+            if entry[1].sent >= len(entry[1].parts):
+                del self.outs[record["id"]]
+
+    def _on_done(self, record: Json) -> None:
+        self.outs.pop(record["id"], None)
+
+    def _on_back(self, record: Json) -> None:
+        self.memory.away.pop(record["vm"], None)
+
+    def by_vm(self) -> dict[str, tuple[list[Text], list[Outbound]]]:
+        """What is in flight, per VM and in order."""
+        grouped: dict[str, tuple[list[Text], list[Outbound]]] = {}
+        for vm_id, text in self.texts.values():
+            grouped.setdefault(vm_id, ([], []))[0].append(text)
+        for vm_id, out in self.outs.values():
+            grouped.setdefault(vm_id, ([], []))[1].append(out)
+        return grouped
+
+
+def words_of(answer: Answer) -> list[str]:
+    """A VM's answer as parts for a phone."""
+    if answer.unreadable:
+        return [NOTICES["N11"]]
+    if answer.text.strip():
+        return split_text(answer.text)
+    return [NOTICES["N10 exit"].format(n=answer.exit_code) if answer.exit_code else NOTICES["N10"]]
+
+
+# --- HTTP ---
+
+PROVISION_BODY_BYTES = 512 * 1024
+SMS_BODY_BYTES = 64 * 1024
+CREDENTIAL_BYTES = 8 * 1024
+VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
+RESERVED = re.compile(r"PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_).*")
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gateway:
+    """The running parts, as handlers reach them."""
+
+    settings: Settings
+    clock: Clock
+    store: RouteStore
+    journal: Journal
+    fly: FlyClient
+    twilio: TwilioClient
+    relay: Relay
+    provisioner: Provisioner
+    owner: Owner
+
+
+GATEWAY = web.AppKey("gateway", Gateway)
+SETTINGS = web.AppKey("settings", Settings)
+
+
+def problem(refusal: Refusal) -> web.Response:
+    """An RFC 9457 problem document."""
+    body = {"type": "about:blank", "title": HTTPStatus(refusal.status).phrase, "status": refusal.status, "detail": refusal.detail, "code": refusal.code, **refusal.members}
+    return web.Response(body=dump(body).encode(), status=refusal.status, content_type="application/problem+json", headers=refusal.headers)
+
+
+def refusal_of(error: Exception) -> Refusal:
+    """What a caller is told of an error."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, StoreError):
+        return Refusal("storage", str(error))
+    if isinstance(error, UpstreamError):
+        return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error))
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return Refusal("method_not_allowed", f"{error.method} is not possible here; allowed: {allowed}", headers={"Allow": allowed})
+    if isinstance(error, web.HTTPException):
+        code = {404: "not_found", 413: "too_large"}.get(error.status, "malformed")
+        return Refusal(code, error.text or error.reason)
+    raise error
+
+
+@web.middleware
+async def answer_errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """The one place where errors become answers."""
+    try:
+        if request.path.startswith("/provision"):
+            require_key(request)
+        return await handler(request)
+    except (CockpitError, web.HTTPException) as error:
+        return problem(refusal_of(error))
+    except Exception:
+        log.exception("request_failed", extra={"fields": {"method": request.method, "path": scrub(request.path)}})
+        return problem(Refusal("internal", "something went wrong here; the log says what"))
+
+
+def require_key(request: web.Request) -> None:
+    """Compare the caller's key with every configured one, in constant time; raises Refusal."""
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    given = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
+    digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
+    matches = [hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest) for key in request.app[SETTINGS].api_keys]
+    if not any(matches):
+        raise Refusal("unauthorized", "send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def read_body(request: web.Request, limit: int, content_type: str) -> bytes:
+    """The body of a request of this type and at most this size; raises Refusal."""
+    if request.content_type != content_type:
+        raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
+    if (request.content_length or 0) <= limit:
+        with contextlib.suppress(web.HTTPRequestEntityTooLarge):
+            raw = await request.read()
+            if len(raw) <= limit:
+                return raw
+    raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
+
+
+async def read_json(request: web.Request, limit: int) -> Json:
+    raw = await read_body(request, limit, "application/json")
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError):
+        body = None
+    if not isinstance(body, dict):
+        raise Refusal("malformed", "the body must be a JSON object")
+    return body
+
+
+class Faults:
+    """Collects what is wrong with a request's fields, so that all is told at once."""
+
+    def __init__(self) -> None:
+        self.errors: list[Json] = []
+
+    def add(self, name: str, message: str) -> None:
+        self.errors.append({"field": name, "message": message})
+
+    def unknown(self, body: Json, known: Iterable[str]) -> None:
+        for name in sorted(set(body) - set(known)):
+            self.add(scrub(name)[:100], "is not a field of this request; leave it out")
+
+    def credential(self, name: str, value: object) -> None:
+        if not isinstance(value, str) or not value:
+            self.add(name, "must be a text that is not empty")
+        elif CONTROL.search(value):
+            self.add(name, "must not hold control characters, such as a line end")
+        elif len(value.encode()) > CREDENTIAL_BYTES:
+            self.add(name, f"must not be longer than {CREDENTIAL_BYTES // 1024} KiB")
+
+    def check(self) -> None:
+        if self.errors:
+            fields = ", ".join(error["field"] for error in self.errors)
+            raise Refusal("invalid_request", f"these fields are not valid: {fields}", errors=self.errors)
+
+
+def check_credentials(body: Json, faults: Faults) -> dict[str, str]:
+    """The environment variables that `github_token` and `api_keys` ask for."""
+    credentials: dict[str, str] = {}
+    if "github_token" in body:
+        faults.credential("github_token", body["github_token"])
+        credentials["GITHUB_TOKEN"] = body["github_token"]
+    keys = body.get("api_keys", {})
+    if not isinstance(keys, dict) or ("api_keys" in body and not 1 <= len(keys) <= 50):
+        faults.add("api_keys", "must be an object of 1 to 50 environment variables, such as {\"ANTHROPIC_API_KEY\": \"...\"}")
+        return credentials
+    for name, value in keys.items():
+        label = f"api_keys.{scrub(name)[:100]}"
+        if not VARIABLE.fullmatch(name):
+            faults.add(label, "must be named like an environment variable: A-Z, 0-9 and _, a letter first")
+        elif RESERVED.fullmatch(name):
+            faults.add(label, "is a reserved name; choose another")
+        else:
+            faults.credential(label, value)
+    return credentials | keys
+
+
+def parse_order(body: Json, settings: Settings) -> Order:
+    """A provisioning request, checked field by field; raises Refusal invalid_request naming each that is wrong."""
+    faults = Faults()
+    faults.unknown(body, ("phone_number", "github_token", "api_keys", "region", "welcome"))
+    for name in ("phone_number", "github_token", "api_keys"):
+        if name not in body:
+            faults.add(name, "is required")
+    phone, given = "", body.get("phone_number", "+10000000")
+    try:
+        if not isinstance(given, str):
+            raise ValueError("must be a text such as \"+15551234567\"")
+        phone = normalise_phone(given)
+        if phone == settings.twilio_phone_number:
+            raise ValueError("is this gateway's own number; give the engineer's")
+    except ValueError as error:
+        faults.add("phone_number", str(error))
+    credentials = check_credentials(body, faults)
+    region, welcome = body.get("region"), body.get("welcome")
+    if region is not None and not (isinstance(region, str) and re.fullmatch(r"[a-z]{2,5}", region)):
+        faults.add("region", "must be a Fly region code such as iad")
+    if welcome is not None and not isinstance(welcome, bool):
+        faults.add("welcome", "must be true or false")
+    faults.check()
+    return Order(phone=phone, credentials=credentials, region=region or "", welcome=bool(welcome))
+
+
+def show(gateway: Gateway, record: Json) -> Json:
+    """The VM record with what only the relay knows."""
+    if record["state"] == "ready" and gateway.relay.away_since(record["vm_id"]) is not None:
+        record = record | {"state": "away"}
+    return record | {"last_error": record["last_error"] or gateway.relay.last_errors.get(record["vm_id"])}
+
+
+def json_response(body: Json, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
+    return web.Response(body=dump(body).encode(), status=status, content_type="application/json", headers={"Cache-Control": "no-store", **(headers or {})})
+
+
+async def post_provision(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    order = parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings)
+    job = gateway.provisioner.begin(order)
+    assert job.task is not None
+    route = await asyncio.shield(job.task)  # a caller who hangs up stops nothing
+    record = show(gateway, gateway.provisioner.describe(order.phone, route))
+    return json_response(record, status=201, headers={"Location": f"/provision/{job.vm_id}"})
+
+
+async def get_provisions(request: web.Request) -> web.Response:
+    gateway, faults = request.app[GATEWAY], Faults()
+    raw, after = request.query.get("limit", "100"), request.query.get("after", "")
+    if not re.fullmatch(r"[0-9]{1,4}", raw) or not 1 <= int(raw) <= 1000:
+        faults.add("limit", "must be a whole number from 1 to 1000")
+    faults.check()
+    limit = int(raw)
+    deleting = [vm_id for vm_id, entry in gateway.store.undo.items() if vm_id > after and entry.get("reason") != "failed"]
+    vm_ids = sorted(gateway.store.page(after, limit + 1) + deleting)
+    vms = [show(gateway, gateway.provisioner.look_up(vm_id)) for vm_id in vm_ids[:limit]]
+    return json_response({"vms": vms, "next": vm_ids[limit - 1] if len(vm_ids) > limit else None})
+
+
+async def get_provision(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    return json_response(show(gateway, gateway.provisioner.look_up(request.match_info["vm_id"])))
+
+
+async def delete_provision(request: web.Request) -> web.Response:
+    gateway, vm_id = request.app[GATEWAY], request.match_info["vm_id"]
+    record = gateway.provisioner.look_up(vm_id)
+    # A caller who hangs up must not leave the teardown half-way.
+    if await asyncio.shield(gateway.owner.start(gateway.provisioner.tear_down(vm_id), "tear down")):
+        return web.Response(status=204)
+    return json_response(show(gateway, gateway.provisioner.look_up(record["vm_id"])), status=202)
+
+
+async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
+    """The form of a webhook that Twilio signed for our account; raises Refusal."""
+    settings = request.app[SETTINGS]
+    raw = await read_body(request, SMS_BODY_BYTES, "application/x-www-form-urlencoded")
+    try:
+        pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=1000, errors="strict")
+    except ValueError:
+        raise Refusal("malformed", "the body is not a form in UTF-8") from None
+    header = request.headers.get("X-Twilio-Signature")
+    url = settings.public_url + request.raw_path
+    # A webhook signed with a SharedKey names it in this header; none is configured here.
+    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any([is_signed(token, url, pairs, header) for token in settings.twilio_auth_tokens]):
+        raise Refusal("bad_signature", "not signed by Twilio for this URL; PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's")
+    if ("AccountSid", settings.twilio_account_sid) not in pairs:
+        raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
+    return pairs
+
+
+async def post_sms(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    message = parse_inbound(await read_webhook(request), gateway.clock.now())
+    say = await gateway.relay.accept(message)
+    return web.Response(body=twiml(say).encode(), content_type="text/xml", charset="utf-8")
+
+
+async def get_health(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    troubles = [words for words in (gateway.store.trouble, gateway.journal.trouble, gateway.twilio.trouble) if words]
+    if gateway.store.undo:
+        troubles.append(f"{len(gateway.store.undo)} VMs are being deleted; Fly has not confirmed yet")
+    body = {"status": "draining" if gateway.relay.draining else "ok", "vms": {state: count for state, count in gateway.store.states.items() if count},
+            "waiting": gateway.relay.waiting(), "troubles": troubles}
+    return json_response(body, status=503 if gateway.relay.draining else 200)
+
+
+async def get_page(request: web.Request) -> web.Response:
+    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return web.Response(text=render_page(request.app[SETTINGS]), content_type="text/html", headers=headers)
+
+
+# --- Operator's page ---
+
+
+def render_page(settings: Settings) -> str:
+    """The page at `/`: what runs here and where to ask."""
+    number = html.escape(mask_phone(settings.twilio_phone_number))
+    mode = "local mode, with stand-ins" if settings.fly_is_local else "production" if settings.production else "local mode"
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>cockpit</title>'
+        "<style>body{font:16px/1.5 system-ui;max-width:40rem;margin:3rem auto;padding:0 1rem;color-scheme:light dark}</style>"
+        f"<h1>cockpit</h1><p>An engineer texts one phone number and drives the coding agent on a cloud VM of their own.</p><p>Running in {mode}; the number is {number}.</p>"
+        "<p>How it is: <a href='health'>health</a>. VMs are made with <code>POST /provision</code>, which needs the API key.</p></html>")
+
+
+# --- Local mode ---
+
+LOCAL_RESTART_S = 2.0
+THIS_FILE = os.path.realpath(__file__)
+PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
+
+
+@web.middleware
+async def fence(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
+    """Keep /_local to this machine: a tunnel or a page elsewhere must not hand anybody a shell."""
+    if request.path.startswith("/_local"):
+        host = urlsplit("//" + request.headers.get("Host", "")).hostname or ""
+        forwarded = any(name.lower() == "forwarded" or name.lower().startswith("x-forwarded") for name in request.headers)
+        if not is_loopback(host) or forwarded or not is_loopback(request.remote or ""):
+            return problem(Refusal("forbidden", "/_local answers this machine only"))
+        if request.method == "POST" and not request.path.startswith("/_local/twilio/") and request.can_read_body and request.content_type != "application/json":
+            return problem(Refusal("unsupported_media_type", "send Content-Type: application/json"))
+    return await handler(request)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class LocalMachine:
+    """A machine of the stand-in: a child process with its own environment, folder and port."""
+
+    id: str
+    region: str
+    config: Json
+    folder: Path
+    port: int
+    state: str = "created"
+    instance_id: str = ""
+    process: asyncio.subprocess.Process | None = None
+    keeper: asyncio.Task[None] | None = None
+
+    def to_json(self) -> Json:
+        return {"id": self.id, "name": self.id, "state": self.state, "region": self.region, "instance_id": self.instance_id, "config": self.config,
+                "host_status": "ok", "checks": [], "events": []}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class LocalApp:
+    name: str
+    network: str
+    secrets: dict[str, str] = field(default_factory=dict)
+    version: int = 0
+    ips: list[Json] = field(default_factory=list)
+    volumes: list[Json] = field(default_factory=list)
+    machines: dict[str, LocalMachine] = field(default_factory=dict)
+
+
+class LocalFly:
+    """A stand-in for the Machines API that speaks HTTP; its machines are `python cockpit.py vm` processes."""
+
+    def __init__(self, settings: Settings, owner: Owner) -> None:
+        self._settings, self._owner = settings, owner
+        self.apps: dict[str, LocalApp] = {}
+        self._folder = Path(tempfile.mkdtemp(prefix="cockpit-local-"))
+        self._authorization = fly_authorization(settings.fly_token)
+
+    def routes(self) -> list[web.RouteDef]:
+        app, machine = "/_local/fly/v1/apps/{app}", "/_local/fly/v1/apps/{app}/machines/{machine}"
+        table: list[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]] = [
+            ("POST", "/_local/fly/v1/apps", self._create_app), ("GET", "/_local/fly/v1/apps", self._list_apps),
+            ("GET", app, self._get_app), ("DELETE", app, self._delete_app), ("POST", app + "/secrets", self._set_secrets),
+            ("GET", app + "/ip_assignments", self._list_addresses), ("POST", app + "/ip_assignments", self._allocate_address),
+            ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume),
+            ("GET", app + "/machines", self._list_machines), ("POST", app + "/machines", self._create_machine),
+            ("GET", machine, self._get_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
+        ]
+        routes = [web.route(method, path, self._authorized(handler)) for method, path, handler in table]
+        return [*routes, web.route("*", "/_local/vm/{app}{path:/.*}", self._proxy), web.post("/_local/vms/{app}/kill", self._kill)]
+
+    def _authorized(self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def check(request: web.Request) -> web.StreamResponse:
+            if request.headers.get("Authorization") != self._authorization:
+                return web.json_response({"error": "unauthorized"}, status=401)
+            return await handler(request)
+        return check
+
+    def _app(self, request: web.Request) -> LocalApp:
+        app = self.apps.get(request.match_info["app"])
+        if app is None:
+            raise web.HTTPNotFound(text='{"error": "app not found"}')
+        return app
+
+    def _machine(self, request: web.Request) -> LocalMachine:
+        machine = self._app(request).machines.get(request.match_info["machine"])
+        if machine is None:
+            raise web.HTTPNotFound(text='{"error": "machine not found"}')
+        return machine
+
+    async def _create_app(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if body["name"] in self.apps:
+            return web.json_response({"error": "Name has already been taken", "status": "name_taken"}, status=422)
+        self.apps[body["name"]] = LocalApp(name=body["name"], network=body.get("network", ""))
+        return web.json_response({"id": body["name"], "created_at": int(time.time() * 1000)}, status=201)
+
+    def _app_json(self, app: LocalApp) -> Json:
+        return {"id": app.name, "name": app.name, "status": "deployed", "network": app.network, "machine_count": len(app.machines),
+                "volume_count": len(app.volumes), "organization": {"slug": self._settings.fly_org}}
+
+    async def _list_apps(self, request: web.Request) -> web.Response:
+        return web.json_response({"total_apps": len(self.apps), "apps": [self._app_json(app) for app in self.apps.values()]})
+
+    async def _get_app(self, request: web.Request) -> web.Response:
+        return web.json_response(self._app_json(self._app(request)))
+
+    async def _delete_app(self, request: web.Request) -> web.Response:
+        app = self._app(request)
+        del self.apps[app.name]
+        for machine in app.machines.values():
+            await self._stop(machine, "destroyed")
+            shutil.rmtree(machine.folder, ignore_errors=True)
+        return web.Response(status=202)
+
+    async def _set_secrets(self, request: web.Request) -> web.Response:
+        app = self._app(request)
+        for name, value in (await request.json())["values"].items():
+            app.secrets.pop(name, None)
+            if value is not None:
+                app.secrets[name] = value
+        app.version += 1
+        return web.json_response({"secrets": [{"name": name} for name in app.secrets], "version": app.version})
+
+    async def _list_addresses(self, request: web.Request) -> web.Response:
+        return web.json_response({"ips": self._app(request).ips})
+
+    async def _allocate_address(self, request: web.Request) -> web.Response:
+        app, kind = self._app(request), (await request.json())["type"]
+        ip = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}[kind] + str(len(app.ips) + 1)
+        app.ips.append({"ip": ip, "region": "global", "shared": kind == "shared_v4"})
+        return web.json_response(app.ips[-1])
+
+    async def _list_volumes(self, request: web.Request) -> web.Response:
+        return web.json_response(self._app(request).volumes)
+
+    async def _create_volume(self, request: web.Request) -> web.Response:
+        app, body = self._app(request), await request.json()
+        app.volumes.append({"id": "vol_" + secrets.token_hex(8), "name": body["name"], "state": "created", "region": body.get("region", "iad"), "size_gb": body.get("size_gb", 3)})
+        return web.json_response(app.volumes[-1])
+
+    async def _list_machines(self, request: web.Request) -> web.Response:
+        return web.json_response([machine.to_json() for machine in self._app(request).machines.values()])
+
+    async def _create_machine(self, request: web.Request) -> web.Response:
+        app, body = self._app(request), await request.json()
+        machine = LocalMachine(id=secrets.token_hex(7), region=str(body.get("region") or "iad").split(",")[0], config=body["config"],
+                               folder=Path(tempfile.mkdtemp(dir=self._folder)), port=free_port())
+        app.machines[machine.id] = machine
+        await self._start(app, machine)
+        return web.json_response(machine.to_json())
+
+    async def _get_machine(self, request: web.Request) -> web.Response:
+        return web.json_response(self._machine(request).to_json())
+
+    async def _wait(self, request: web.Request) -> web.Response:
+        machine, wanted = self._machine(request), request.query.get("state", "started")
+        deadline = time.monotonic() + float(request.query.get("timeout", "60"))
+        while machine.state != wanted:
+            if time.monotonic() > deadline:
+                return web.json_response({"error": f"deadline_exceeded: machine failed to reach desired state, {wanted}, currently {machine.state}"}, status=408)
+            await asyncio.sleep(0.05)
+        return web.json_response({"ok": True, "state": machine.state, "version": machine.instance_id})
+
+    async def _command(self, request: web.Request) -> web.Response:
+        app, machine, verb = self._app(request), self._machine(request), request.match_info["verb"]
+        previous = machine.state
+        if verb in ("stop", "restart"):
+            await self._stop(machine, "stopped")
+        if verb in ("start", "restart"):
+            await self._start(app, machine)
+        return web.json_response({"ok": True, "previous_state": previous})
+
+    async def _start(self, app: LocalApp, machine: LocalMachine) -> None:
+        if machine.keeper is None:
+            machine.instance_id = secrets.token_hex(13)
+            await self._spawn(app, machine)
+            machine.keeper = self._owner.start(self._keep(app, machine), f"keep {machine.id}")
+
+    async def _spawn(self, app: LocalApp, machine: LocalMachine) -> None:
+        environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | app.secrets
+        command = [sys.executable, THIS_FILE, "vm", "--host", "127.0.0.1", "--port", str(machine.port), "--until-stdin-closes"]
+        if self._settings.local_agent:
+            command += ["--agent", self._settings.local_agent]
+        output = await asyncio.to_thread(os.open, machine.folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            machine.process = await asyncio.create_subprocess_exec(*command, cwd=machine.folder, env=environ, stdin=asyncio.subprocess.PIPE,
+                                                                   stdout=output, stderr=output, start_new_session=True)
+        finally:
+            os.close(output)
+        machine.state = "started"
+
+    async def _keep(self, app: LocalApp, machine: LocalMachine) -> None:
+        """The restart policy `always`."""
+        while machine.process is not None:
+            code = await machine.process.wait()
+            machine.process, machine.state = None, "starting"
+            log_event("local_vm_exited", vm_id=app.name, exit_code=code, restarts_in_s=LOCAL_RESTART_S)
+            await asyncio.sleep(LOCAL_RESTART_S)
+            await self._spawn(app, machine)
+
+    async def _stop(self, machine: LocalMachine, state: str) -> None:
+        if machine.keeper is not None:
+            machine.keeper.cancel()
+            await asyncio.wait({machine.keeper})
+            machine.keeper = None
+        machine.state = state
+        if machine.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(machine.process.pid, signal.SIGKILL)
+            await machine.process.wait()
+            machine.process = None
+
+    async def _kill(self, request: web.Request) -> web.Response:
+        for machine in self._app(request).machines.values():
+            if machine.process is not None:
+                os.killpg(machine.process.pid, signal.SIGKILL)
+        return web.Response(status=204)
+
+    async def _proxy(self, request: web.Request) -> web.StreamResponse:
+        """Like Fly's proxy: 503 while nothing listens; a connection that the VM drops is dropped here too."""
+        machine = next((machine for machine in self._app(request).machines.values() if machine.process is not None), None)
+        if machine is None:
+            return web.Response(status=503, text="no machine is running")
+        headers = {name: value for name, value in request.headers.items() if name.lower() in ("authorization", "content-type", "idempotency-key")}
+        try:
+            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session, session.request(
+                    request.method, f"http://127.0.0.1:{machine.port}{request.match_info['path']}", data=await request.read(), headers=headers) as answer:
+                return web.Response(status=answer.status, body=await answer.read(), headers={"Content-Type": answer.headers.get("Content-Type", "application/octet-stream")})
+        except aiohttp.ClientConnectorError:
+            return web.Response(status=503, text="the machine does not listen yet")
+        except aiohttp.ClientError:
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=502)
+
+    async def close(self) -> None:
+        """End every local VM."""
+        for app in self.apps.values():
+            for machine in app.machines.values():
+                await self._stop(machine, "destroyed")
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class LocalTwilio:
+    """A stand-in for Twilio that speaks HTTP: takes messages over REST, signs and delivers texts to /sms, keeps the threads."""
+
+    KEPT = 10_000
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._messages: deque[Json] = deque(maxlen=self.KEPT)
+        basic = base64.b64encode(f"{settings.twilio_account_sid}:{settings.twilio_auth_tokens[0]}".encode()).decode()
+        self._authorization = f"Basic {basic}"
+
+    def routes(self) -> list[web.RouteDef]:
+        messages = "/_local/twilio/2010-04-01/Accounts/{account}/Messages.json"
+        return [web.post(messages, self._create), web.get(messages, self._list), web.post("/_local/texts", self._text), web.get("/_local/texts", self._thread)]
+
+    def _refuses(self, request: web.Request) -> web.Response | None:
+        if request.headers.get("Authorization") == self._authorization and request.match_info["account"] == self._settings.twilio_account_sid:
+            return None
+        return web.json_response({"code": 20003, "message": "Authenticate", "status": 401}, status=401)
+
+    def _record(self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = (), sid: str = "") -> Json:
+        now = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S +0000")
+        message = {"sid": sid or "SM" + secrets.token_hex(16), "account_sid": self._settings.twilio_account_sid, "direction": direction, "from": sender, "to": recipient,
+                   "body": body, "media": list(media), "num_media": str(len(media)), "status": "received" if direction == "inbound" else "delivered",
+                   "date_created": now, "date_sent": now, "date_updated": now, "error_code": None}
+        self._messages.append(message)
+        return message
+
+    async def _create(self, request: web.Request) -> web.Response:
+        if refusal := self._refuses(request):
+            return refusal
+        form = await request.post()
+        media = [str(value) for value in form.getall("MediaUrl", [])]
+        recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
+        if not PHONE.fullmatch(recipient.removeprefix("whatsapp:")):
+            return web.json_response({"code": 21211, "message": f"Invalid 'To' Phone Number: {recipient}", "status": 400}, status=400)
+        if utf16_units(body) > PART_UNITS:
+            return web.json_response({"code": 21617, "message": "The concatenated message body exceeds the 1600 character limit", "status": 400}, status=400)
+        return web.json_response(self._record("outbound-api", str(form.get("From", "")), recipient, body, media), status=201)
+
+    async def _list(self, request: web.Request) -> web.Response:
+        if refusal := self._refuses(request):
+            return refusal
+        wanted = {field_name: request.query[name] for name, field_name in (("To", "to"), ("From", "from")) if name in request.query}
+        found = [message for message in reversed(self._messages) if all(message[name] == value for name, value in wanted.items())]
+        return web.json_response({"messages": found[:1000], "next_page_uri": None})
+
+    async def _text(self, request: web.Request) -> web.Response:
+        """Send a text as a phone would."""
+        body = await read_json(request, SMS_BODY_BYTES)
+        faults = Faults()
+        sender, words = body.get("from"), body.get("body")
+        if not isinstance(sender, str) or not PHONE.fullmatch(sender):
+            faults.add("from", "must be a phone number such as +15551234567")
+        if not isinstance(words, str) or len(words) > PART_UNITS:
+            faults.add("body", "must be a text of at most 1600 characters")
+        faults.check()
+        settings = self._settings
+        message = self._record("inbound", str(sender), settings.twilio_phone_number, str(words))
+        form = [("ApiVersion", "2010-04-01"), ("MessageSid", message["sid"]), ("SmsMessageSid", message["sid"]), ("SmsSid", message["sid"]), ("SmsStatus", "received"),
+                ("AccountSid", settings.twilio_account_sid), ("From", str(sender)), ("To", settings.twilio_phone_number), ("Body", str(words)), ("NumMedia", "0"),
+                ("NumSegments", "1"), ("FromCity", ""), ("FromCountry", "US")]
+        headers = {"X-Twilio-Signature": twilio_signature(settings.twilio_auth_tokens[0], settings.public_url + "/sms", form), "Content-Type": "application/x-www-form-urlencoded"}
+        origin = settings.twilio_url.removesuffix("/_local/twilio")
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session, session.post(f"{origin}/sms", data=urlencode(form).encode(), headers=headers) as answer:
+            document = await answer.text()
+        for reply in re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL) if answer.status == 200 else ():
+            self._record("outbound-reply", settings.twilio_phone_number, str(sender), html.unescape(reply))
+        return json_response({"sid": message["sid"], "webhook_status": answer.status}, status=201)
+
+    async def _thread(self, request: web.Request) -> web.Response:
+        """One phone's thread, both directions, oldest first."""
+        phone = request.query.get("phone", "").replace(" ", "+")
+        texts = [{"sid": message["sid"], "direction": "in" if message["direction"] == "inbound" else "out", "from": message["from"], "to": message["to"],
+                  "body": message["body"], "media": message["media"], "at": message["date_created"]}
+                 for message in self._messages if phone in (message["from"], message["to"])]
+        return json_response({"texts": texts})
+
+
+class KeptAsFound:
+    """Local VMs end with the gateway, so routes.json is put back as it was found, also by the next start after a crash."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._copy = self._sibling(".found")
+
+    def _sibling(self, suffix: str) -> Path:
+        return self._path.with_name(self._path.name + suffix)
+
+    def keep(self) -> None:
+        """Set the file aside (blocking), or first put back what an earlier run set aside; call it with the lock held."""
+        if self._copy.exists():
+            self.put_back()
+        try:
+            found = self._path.read_bytes() if self._path.exists() else b""
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be read: {error.strerror}") from error
+        write_atomically(self._copy, [found])
+
+    def put_back(self) -> None:
+        """Restore the file and remove what grew beside it (blocking)."""
+        found = self._copy.read_bytes()
+        if found:
+            write_atomically(self._path, [found])
+        else:
+            self._path.unlink(missing_ok=True)
+        for suffix in (".journal", ".bak", ".found"):
+            self._sibling(suffix).unlink(missing_ok=True)
+
+
+class VmServer:
+    """A working server of what a VM speaks: one command at a time, answers stored so that a repeated command is not run again."""
+
+    KEPT = 100
+
+    def __init__(self, token: str, agent: str, folder: Path) -> None:
+        self._token, self._agent, self._folder = token, agent, folder
+        self._answers_file = folder / ".cockpit-vm-answers.json"
+        self._running = ""
+        self._answers: OrderedDict[str, Json] = OrderedDict()
+        with contextlib.suppress(OSError, ValueError):
+            self._answers.update(json.loads(self._answers_file.read_bytes()))
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=256 * 1024)
+        app.add_routes([web.get("/health", self._health), web.post("/command", self._command), web.get("/images/{name}", self._image)])
+        return app
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    def _check(self, request: web.Request) -> None:
+        given = request.headers.get("Authorization", "")
+        if self._token and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {self._token}".encode()):
+            raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
+
+    async def _command(self, request: web.Request) -> web.Response:
+        self._check(request)
+        try:
+            body = await request.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
+            return web.json_response({"error": 'send {"text": "..."}'}, status=400)
+        key = request.headers.get("Idempotency-Key", "")
+        if key and key in self._answers:
+            return web.json_response(self._answers[key])
+        if self._running:
+            return web.json_response({"error": "busy"}, status=409)
+        self._running = key or "unnamed"
+        # The command goes on when the caller hangs up: its answer is stored for the next time.
+        return web.json_response(await asyncio.shield(asyncio.ensure_future(self._run(key, body["text"]))))
+
+    async def _run(self, key: str, text: str) -> Json:
+        began = time.monotonic()
+        try:
+            words, images, code = await (self._run_agent(text) if self._agent else self._answer(text))
+            answer = {"text": words, "images": images, "exitCode": code, "durationMs": int((time.monotonic() - began) * 1000)}
+            if key:
+                self._answers[key] = answer
+                while len(self._answers) > self.KEPT:
+                    self._answers.popitem(last=False)
+                await asyncio.to_thread(write_atomically, self._answers_file, [dump(self._answers).encode()])
+            return answer
+        finally:
+            self._running = ""
+
+    async def _run_agent(self, text: str) -> tuple[str, list[Json], int]:
+        try:
+            process = await asyncio.create_subprocess_exec(*shlex.split(self._agent), cwd=self._folder, stdin=asyncio.subprocess.PIPE,
+                                                           stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+        except (OSError, ValueError) as error:
+            return f"LOCAL_AGENT could not be started: {error}", [], 127
+        output, _ = await process.communicate(text.encode())
+        return output.decode("utf-8", "replace"), [], process.returncode or 0
+
+    async def _answer(self, text: str) -> tuple[str, list[Json], int]:
+        """The built-in agent: echoes, draws, sleeps and crashes on request."""
+        words = text.strip().lower().split()
+        if words == ["crash"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if words[:1] == ["sleep"] and len(words) == 2 and words[1].replace(".", "", 1).isdigit():
+            await asyncio.sleep(min(3600.0, float(words[1])))
+            return f"Slept {words[1]} s.", [], 0
+        if words == ["image"]:
+            name = f"{secrets.token_hex(8)}.png"
+            (self._folder / "images").mkdir(exist_ok=True)
+            await asyncio.to_thread((self._folder / "images" / name).write_bytes, draw_png(160, 100))
+            return "Here is an image.", [{"type": "image/png", "url": f"/images/{name}"}], 0
+        return text, [], 0
+
+    async def _image(self, request: web.Request) -> web.StreamResponse:
+        self._check(request)
+        name = request.match_info["name"]
+        file = self._folder / "images" / name
+        if not IMAGE_PATH.fullmatch(f"/images/{name}") or not file.is_file():
+            raise web.HTTPNotFound
+        return web.FileResponse(file)
+
+
+def draw_png(width: int, height: int) -> bytes:
+    """A small picture: a gradient with a horizon."""
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+    rows = b"".join(b"\0" + b"".join(bytes((40, 60 + y, 200 - x // 2) if y < height * 0.6 else (30, 90 + x // 4, 60)) for x in range(width)) for y in range(height))
+    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+# --- Assembly ---
+
+
+async def run_gateway(app: web.Application, settings: Settings, clock: Clock) -> AsyncIterator[None]:
+    """Hold the state file for as long as the gateway runs; in local mode put it back as it was found."""
+    path = Path(await asyncio.to_thread(os.path.realpath, settings.routes_file))
+    lock = await asyncio.to_thread(StateLock, path)
+    kept = KeptAsFound(path) if settings.fly_is_local else None
+    try:
+        if kept is not None:
+            await asyncio.to_thread(kept.keep)
+        async with run_parts(app, settings, clock, path):
+            yield
+    finally:
+        if kept is not None:
+            await asyncio.to_thread(kept.put_back)
+        lock.close()
+
+
+@contextlib.asynccontextmanager
+async def run_parts(app: web.Application, settings: Settings, clock: Clock, path: Path) -> AsyncIterator[None]:
+    """Bring the parts up in order, and down in the reverse."""
+    disk, owner = Owner(), Owner()
+    store = await asyncio.to_thread(RouteStore, path, clock, disk)
+    if store.recovered:
+        log_event("routes_recovered", level=logging.WARNING, note=store.recovered)
+    journal = Journal(path.with_name(path.name + ".journal"), clock, disk)
+    records = await asyncio.to_thread(journal.read)
+    timeouts = aiohttp.ClientTimeout(total=60)
+    async with (
+        # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows bare addresses.
+        aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), timeout=timeouts) as fly_session,
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=50)) as twilio_session,
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0)) as vm_session,
+    ):
+        fly, twilio, vms = FlyClient(fly_session, settings, clock), TwilioClient(twilio_session, settings, clock), VmClient(vm_session, settings)
+        relay = Relay(settings, clock, store, journal, vms, twilio, owner, wake=fly.wake)
+        provisioner = Provisioner(settings, clock, store, fly, vms, owner, on_ready=relay.vm_ready, on_gone=relay.vm_gone)
+        journal.open()
+        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, relay=relay, provisioner=provisioner, owner=owner)
+        try:
+            await relay.resume(records)
+            await provisioner.recover()
+            relay.start()
+            yield
+        finally:
+            await owner.close()
+            await journal.close()
+            await store.close()
+            await disk.close()
+
+
+async def drain(gateway: Gateway) -> None:
+    """Stop taking in, settle what fits in DRAIN_S, leave the rest to the journal and the next start."""
+    gateway.relay.draining = gateway.provisioner.draining = True
+    log_event("draining", waiting=gateway.relay.waiting(), provisioning=len(gateway.provisioner.jobs))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(gateway.settings.drain_s):
+            await asyncio.gather(gateway.relay.drain(), gateway.provisioner.drain())
+    await gateway.owner.close()
+    log_event("drained", waiting=gateway.relay.waiting())
+
+
+async def end_local_vms(app: web.Application, fly: LocalFly) -> AsyncIterator[None]:
+    try:
+        yield
+    finally:
+        await fly.close()
+
+
+def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
+    """The whole gateway as an aiohttp application; nothing starts before the application does."""
+    local = settings.fly_is_local or settings.twilio_is_local
+    app = web.Application(client_max_size=PROVISION_BODY_BYTES, middlewares=[fence, answer_errors] if local else [answer_errors])
+    app[SETTINGS] = settings
+    app.add_routes([
+        web.post("/provision", post_provision), web.get("/provision", get_provisions),
+        web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision),
+        web.post("/sms", post_sms), web.get("/health", get_health), web.get("/", get_page),
+    ])
+    if local:
+        add_local_world(app, settings)
+    app.cleanup_ctx.append(functools.partial(run_gateway, settings=settings, clock=clock or Clock()))
+    return app
+
+
+def add_local_world(app: web.Application, settings: Settings) -> None:
+    """The stand-ins for whichever cloud is not configured."""
+    if settings.fly_is_local:
+        fly = LocalFly(settings, Owner())
+        app.add_routes(fly.routes())
+        app.cleanup_ctx.append(functools.partial(end_local_vms, fly=fly))
+    if settings.twilio_is_local:
+        app.add_routes(LocalTwilio(settings).routes())
+
+
+# --- Command line ---
+
+
+def set_up_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter(as_json=settings.log_format == "json"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+
+
+async def serve(settings: Settings) -> int:
+    """Serve until SIGTERM or SIGINT; a second one ends the process at once. Returns the exit code."""
+    app = make_app(settings)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.3)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            os._exit(1)  # the journal holds whatever was not finished
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        greet(settings)
+        await stop.wait()
+        await drain(app[GATEWAY])
+    except StoreError as error:
+        print(f"cockpit: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"cockpit: cannot listen on {settings.host}:{settings.port}: {error.strerror}; set PORT or HOST", file=sys.stderr)
+        return 1
+    finally:
+        await runner.cleanup()
+    return 0
+
+
+def greet(settings: Settings) -> None:
+    log_event("serving", host=settings.host, port=settings.port, mode="production" if settings.production else "local")
+    if settings.fly_is_local or settings.twilio_is_local:
+        key = "local" if "local" in settings.api_keys else "the one in COCKPIT_API_KEY"
+        print(f"cockpit runs at http://127.0.0.1:{settings.port}/ - the API key is: {key}", flush=True)
+
+
+async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool) -> int:
+    """Serve what a VM speaks until a signal, or until the gateway that started it is gone."""
+    server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), agent, Path.cwd())
+    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if until_stdin_closes:
+        loop.add_reader(0, lambda: None if os.read(0, 1024) else end_with_children())
+    try:
+        await web.TCPSite(runner, host, port).start()
+        print(f"a cockpit VM listens on {host}:{port}", flush=True)
+        await stop.wait()
+    except OSError as error:
+        print(f"cockpit vm: cannot listen on {host}:{port}: {error.strerror}; set PORT or --port", file=sys.stderr)
+        return 1
+    finally:
+        await runner.cleanup()
+    return 0
+
+
+def end_with_children() -> None:
+    """The gateway died: end, and take the agent along (this process leads its own group)."""
+    os.killpg(0, signal.SIGKILL)
+
+
+def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="cockpit.py", description="One text message to one engineer's own VM. Settings come from the environment; see README.md.")
+    commands = parser.add_subparsers(dest="command")
+    vm = commands.add_parser("vm", help="serve what a VM speaks, with a built-in agent or the one given")
+    vm.add_argument("--host", default=os.environ.get("HOST") or "0.0.0.0")
+    vm.add_argument("--port", type=int, default=int(os.environ.get("PORT") or 3000))
+    vm.add_argument("--agent", default=os.environ.get("LOCAL_AGENT", ""), help="a command: the text on its standard input, the answer on its standard output")
+    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command; exit code 2 for settings that are missing or wrong."""
+    arguments = parse_arguments(argv)
+    if arguments.command == "vm":
+        return asyncio.run(serve_vm(arguments.host, arguments.port, arguments.agent, until_stdin_closes=arguments.until_stdin_closes))
+    try:
+        settings = Settings.from_env(os.environ)
+    except SettingsError as error:
+        print("cockpit cannot start; mend these settings:", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 2
+    set_up_logging(settings)
+    return asyncio.run(serve(settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
