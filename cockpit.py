@@ -428,6 +428,7 @@ class Route:
     machine_id: str = ""
     vm_url: str = ""
     region: str = ""
+    volume_id: str = ""
     image: str = ""
     state: str = "ready"
     created_at: str = ""
@@ -1279,23 +1280,26 @@ class FlyClient:
             return True
         await self._once(allocate, lambda: self._repeatably(is_there))
 
-    async def ensure_volume(self, app: str, region: str, guest: Json) -> str:
-        """Create the volume a machine's /data lives on, and return its id."""
+    async def ensure_volume(self, app: str, region: str, guest: Json) -> tuple[str, str]:
+        """Create the volume a machine's /data lives on; returns its id and its region."""
         path = f"/apps/{quote(app)}/volumes"
         body = {"name": "data", "region": region, "size_gb": self._settings.vm_volume_gb, "compute": guest}
 
-        async def find() -> str:
+        async def find() -> tuple[str, str] | None:
             listed = await self._request("GET", path, "list volumes", app)
             if not isinstance(listed, list):
                 raise self._nonsense("list volumes", "an answer that is not a list")
-            return next((str(v["id"]) for v in listed if isinstance(v, dict) and v.get("id") and v.get("name") == "data" and "destroy" not in str(v.get("state"))), "")
+            return next(((str(v["id"]), region) for v in listed if isinstance(v, dict) and v.get("id") and v.get("name") == "data"
+                         and v.get("region") == region and "destroy" not in str(v.get("state"))), None)
 
-        async def create() -> str:
+        async def create() -> tuple[str, str] | None:
             volume = await self._request("POST", path, "create volume", app, body=body, timeout_s=60)
             if not isinstance(volume, dict) or not isinstance(volume.get("id"), str):
                 raise self._nonsense("create volume", "an answer without an id")
-            return str(volume["id"])
-        return await self._once(create, lambda: self._repeatably(find))
+            return volume["id"], str(volume.get("region") or region)
+        made = await self._once(create, lambda: self._repeatably(find))
+        assert made is not None
+        return made
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
@@ -1854,14 +1858,28 @@ class Job:
 
     order: Order
     vm_id: str
+    regions: list[str]  # not yet found full
     task: asyncio.Task[Route] | None = None
     step: str = ""
     launch: str = ""
     secrets_version: int = 0
-    volume_id: str = ""
     machine: Machine | None = None
     torn_down: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    moved: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # ends with the present step
+
+    async def outcome(self) -> Route:
+        """What came of it; raises Refusal. A caller who hangs up stops nothing."""
+        assert self.task is not None
+        await asyncio.wait({self.task})
+        if self.task.cancelled():
+            raise Refusal("torn_down", f"{self.vm_id} was deleted before it was set up", vm_id=self.vm_id)
+        return self.task.result()
+
+    def end_step(self, seconds: float) -> None:
+        self.seconds[self.step] = round(seconds, 3)
+        self.moved.set_result(None)
+        self.moved = asyncio.get_running_loop().create_future()
 
 
 def machine_config(settings: Settings, metadata: Mapping[str, str], volume_id: str = "") -> Json:
@@ -1917,7 +1935,7 @@ class Provisioner:
             raise Refusal("too_many", f"{len(self.jobs)} VMs are being set up already (PROVISION_LIMIT)", retry_after_s=10)
         if self._settings.vm_limit and len(self._store.routes) >= self._settings.vm_limit:
             raise Refusal("vm_limit", f"there are {len(self._store.routes)} VMs, as many as VM_LIMIT allows")
-        job = Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", launch=self._clock.random_id() + self._clock.random_id())
+        job = Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", regions=list(self._regions(order)), launch=self._clock.random_id() + self._clock.random_id())
         signing = self._settings.secrets[0]
         self._store.put(order.phone, Route(vm_id=job.vm_id, state="provisioning", image=self._settings.vm_image, region=order.region,
                                            created_at=timestamp(self._clock.now()), key_id=fingerprint(signing)))
@@ -1944,8 +1962,8 @@ class Provisioner:
                     began, job.step = self._clock.monotonic(), name
                     self._update(job, step=name)
                     await step(job)
-                    job.seconds[name] = round(self._clock.monotonic() - began, 3)
-                route = self._update(job, state="ready", step="", last_error="")
+                    job.end_step(self._clock.monotonic() - began)
+                route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds})
                 await self._store.commit()
         except asyncio.CancelledError:
             if not job.torn_down:  # shutting down: the next start undoes it
@@ -1963,9 +1981,9 @@ class Provisioner:
         await self._on_ready(job.vm_id)
         return route
 
-    def _update(self, job: Job, **changes: str) -> Route:
+    def _update(self, job: Job, **changes: Any) -> Route:
         """Change the job's route in memory; a commit follows where the change must be on disk."""
-        route = replace(self._store.routes[job.order.phone], **changes)  # type: ignore[arg-type]
+        route = replace(self._store.routes[job.order.phone], **changes)
         self._store.put(job.order.phone, route)
         return route
 
@@ -2000,11 +2018,25 @@ class Provisioner:
             await self._when_visible(lambda: self._fly.ensure_address(job.vm_id, "private_v6", self._settings.fly_network))
 
     async def _create_volume(self, job: Job) -> None:
-        if self._settings.vm_volume_gb:
-            job.volume_id = await self._when_visible(lambda: self._fly.ensure_volume(job.vm_id, self._regions(job)[0], guest(self._settings)))
+        """In the first region that has room; a machine that finds none beside it comes back here for the next."""
+        while self._settings.vm_volume_gb:
+            try:
+                volume_id, region = await self._when_visible(lambda: self._fly.ensure_volume(job.vm_id, job.regions[0], guest(self._settings)))
+            except UpstreamError as error:
+                self._next_region(job, error)
+            else:
+                self._update(job, volume_id=volume_id, region=region)
+                await self._store.commit()
+                return
 
-    def _regions(self, job: Job) -> tuple[str, ...]:
-        return (job.order.region,) if job.order.region else self._settings.vm_regions
+    def _next_region(self, job: Job, error: UpstreamError) -> None:
+        """Give up on a region that is full; raises the error when it is another or when this was the last."""
+        if not is_capacity(error) or len(job.regions) < 2:
+            raise error
+        log_event("region_full", level=logging.WARNING, vm_id=job.vm_id, region=job.regions.pop(0), error=str(error))
+
+    def _regions(self, order: Order) -> tuple[str, ...]:
+        return (order.region,) if order.region else self._settings.vm_regions
 
     def _metadata(self, job: Job) -> dict[str, str]:
         host = urlsplit(self._settings.public_url).netloc
@@ -2012,11 +2044,21 @@ class Provisioner:
                 "cockpit_owner": owner_mark(self._settings.secrets[0], job.vm_id, job.order.phone), "cockpit_launch": job.launch}
 
     async def _create_machine(self, job: Job) -> None:
-        request = {"name": job.vm_id, "region": self._regions(job)[0] if job.volume_id else ",".join(self._regions(job)),
-                   "min_secrets_version": job.secrets_version, "config": machine_config(self._settings, self._metadata(job), job.volume_id)}
-        job.machine = machine = await self._when_visible(lambda: self._fly.create_machine(job.vm_id, request, job.launch))
-        url = self._settings.vm_url.format(app=job.vm_id, machine_id=machine.id, region=machine.region)
-        self._update(job, machine_id=machine.id, region=machine.region or self._regions(job)[0], vm_url=url)
+        while job.machine is None:
+            route = self._store.routes[job.order.phone]
+            # Fly reads a list of regions itself; a volume pins the machine to its own.
+            request = {"name": job.vm_id, "region": route.region if route.volume_id else ",".join(job.regions), "min_secrets_version": job.secrets_version,
+                       "config": machine_config(self._settings, self._metadata(job), route.volume_id)}
+            try:
+                job.machine = await self._when_visible(functools.partial(self._fly.create_machine, job.vm_id, request, job.launch))
+            except UpstreamError as error:
+                self._next_region(job, error)
+                if route.volume_id:
+                    await self._fly.delete_volume(job.vm_id, route.volume_id)
+                    await self._create_volume(job)
+        region = job.machine.region or job.regions[0]
+        url = self._settings.vm_url.format(app=job.vm_id, machine_id=job.machine.id, region=region)
+        self._update(job, machine_id=job.machine.id, region=region, vm_url=url)
         await self._store.commit()
 
     async def _wait_started(self, job: Job) -> None:
@@ -2043,7 +2085,7 @@ class Provisioner:
         if isinstance(error, UpstreamError):
             facts: Json = {"vm_id": job.vm_id, "step": job.step, "fly_status": error.status, "request_id": error.request_id}
             if is_capacity(error):
-                return Refusal("no_capacity", f"Fly has no room in {', '.join(self._regions(job))}: {error}", retry_after_s=60, **facts)
+                return Refusal("no_capacity", f"Fly has no room in {', '.join(self._regions(job.order))}: {error}", retry_after_s=60, **facts)
             return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error), **facts)
         limit = f"within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
         if job.step not in ("start", "health"):
@@ -2184,8 +2226,9 @@ class Provisioner:
 
     def describe(self, phone: str, route: Route) -> Json:
         """The VM record."""
+        steps = {"steps": route.extra["steps"]} if "steps" in route.extra else {}  # known once it is ready
         return {"vm_id": route.vm_id, "machine_id": route.machine_id or None, "vm_url": route.vm_url or None, "phone_number": phone, "region": route.region or None,
-                "image": route.image or None, "state": route.state, "step": route.step or None, "created_at": route.created_at or None, "last_error": route.last_error or None}
+                "image": route.image or None, "state": route.state, "step": route.step or None, "created_at": route.created_at or None, "last_error": route.last_error or None} | steps
 
     def look_up(self, vm_id: str) -> Json:
         """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
@@ -2864,6 +2907,7 @@ PROVISION_BODY_BYTES = 512 * 1024
 SMS_BODY_BYTES = 64 * 1024
 XML_HEADERS = CIMultiDict({"Content-Type": "text/xml; charset=utf-8"})
 CREDENTIAL_BYTES = 8 * 1024
+STREAM_BEAT_S = 15.0
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
 RESERVED = re.compile(r"PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_).*")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -2888,10 +2932,13 @@ GATEWAY = web.AppKey("gateway", Gateway)
 SETTINGS = web.AppKey("settings", Settings)
 
 
-def problem(refusal: Refusal) -> web.Response:
+def problem_of(refusal: Refusal) -> Json:
     """An RFC 9457 problem document."""
-    body = {"type": "about:blank", "title": HTTPStatus(refusal.status).phrase, "status": refusal.status, "detail": refusal.detail, "code": refusal.code, **refusal.members}
-    return web.Response(body=dump(body).encode(), status=refusal.status, content_type="application/problem+json", headers=refusal.headers)
+    return {"type": "about:blank", "title": HTTPStatus(refusal.status).phrase, "status": refusal.status, "detail": refusal.detail, "code": refusal.code, **refusal.members}
+
+
+def problem(refusal: Refusal) -> web.Response:
+    return web.Response(body=dump(problem_of(refusal)).encode(), status=refusal.status, content_type="application/problem+json", headers=refusal.headers)
 
 
 def refusal_of(error: Exception) -> Refusal:
@@ -3043,14 +3090,53 @@ def json_response(body: Json, *, status: int = 200, headers: Mapping[str, str] |
     return web.Response(body=dump(body).encode(), status=status, content_type="application/json", headers={"Cache-Control": "no-store", **(headers or {})})
 
 
-async def post_provision(request: web.Request) -> web.Response:
+def wants_no_wait(request: web.Request) -> bool:
+    """Whether the caller asked to be answered at once (RFC 7240)."""
+    return any(part.strip().lower() == "respond-async" for header in request.headers.getall("Prefer", []) for part in re.split("[,;]", header))
+
+
+async def post_provision(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
-    order = parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings)
-    job = gateway.provisioner.begin(order)
+    job = gateway.provisioner.begin(parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings))
+    location = {"Location": f"/provision/{job.vm_id}"}
+    if "text/event-stream" in request.headers.get("Accept", "").lower():
+        return await stream_steps(request, job, location)
+    if wants_no_wait(request):
+        await gateway.store.commit()  # 202 is a promise: it is kept across a crash
+        return json_response(show(gateway, gateway.provisioner.look_up(job.vm_id)), status=202, headers={**location, "Preference-Applied": "respond-async"})
+    record = show(gateway, gateway.provisioner.describe(job.order.phone, await job.outcome()))
+    return json_response(record, status=201, headers=location)
+
+
+async def stream_steps(request: web.Request, job: Job, headers: Mapping[str, str]) -> web.StreamResponse:
+    """Each step of a provisioning as it ends, as server-sent events, a comment line when nothing happens for 15 s; a dropped stream stops nothing."""
+    gateway, told = request.app[GATEWAY], 0
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", **headers})
     assert job.task is not None
-    route = await asyncio.shield(job.task)  # a caller who hangs up stops nothing
-    record = show(gateway, gateway.provisioner.describe(order.phone, route))
-    return json_response(record, status=201, headers={"Location": f"/provision/{job.vm_id}"})
+    with contextlib.suppress(ConnectionError):
+        await response.prepare(request)
+        while True:
+            for step, seconds in list(job.seconds.items())[told:]:
+                told += 1
+                await response.write(server_sent("step", {"step": step, "seconds": seconds}))
+            if job.task.done():
+                break
+            beat = asyncio.ensure_future(gateway.clock.sleep(STREAM_BEAT_S))
+            awaited: set[asyncio.Future[Any]] = {job.task, job.moved, beat}
+            if (await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED))[0] == {beat}:
+                await response.write(b": still working\n\n")
+            beat.cancel()
+        try:
+            last = server_sent("ready", show(gateway, gateway.provisioner.describe(job.order.phone, await job.outcome())))
+        except Refusal as refusal:
+            last = server_sent("failed", problem_of(refusal))
+        await response.write(last)
+        await response.write_eof()
+    return response
+
+
+def server_sent(event: str, told: Json) -> bytes:
+    return f"event: {event}\ndata: {dump(told)}\n\n".encode()
 
 
 async def get_provisions(request: web.Request) -> web.Response:
@@ -3199,7 +3285,7 @@ class LocalFly:
             ("POST", "/_local/fly/v1/apps", self._create_app), ("GET", "/_local/fly/v1/apps", self._list_apps),
             ("GET", app, self._get_app), ("DELETE", app, self._delete_app), ("POST", app + "/secrets", self._set_secrets),
             ("GET", app + "/ip_assignments", self._list_addresses), ("POST", app + "/ip_assignments", self._allocate_address),
-            ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume),
+            ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume), ("DELETE", app + "/volumes/{volume}", self._delete_volume),
             ("GET", app + "/machines", self._list_machines), ("POST", app + "/machines", self._create_machine),
             ("GET", machine, self._get_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
         ]
@@ -3275,6 +3361,11 @@ class LocalFly:
         app, body = self._app(request), await request.json()
         app.volumes.append({"id": "vol_" + secrets.token_hex(8), "name": body["name"], "state": "created", "region": body.get("region", "iad"), "size_gb": body.get("size_gb", 3)})
         return web.json_response(app.volumes[-1])
+
+    async def _delete_volume(self, request: web.Request) -> web.Response:
+        app = self._app(request)
+        app.volumes = [volume for volume in app.volumes if volume["id"] != request.match_info["volume"]]
+        return web.json_response({})
 
     async def _list_machines(self, request: web.Request) -> web.Response:
         return web.json_response([machine.to_json() for machine in self._app(request).machines.values()])
