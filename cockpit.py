@@ -482,6 +482,7 @@ class InboundMessage:
     arrived: float
     media: tuple[tuple[str, str], ...] = ()  # (url, content type)
     opt_out: str = ""
+    fetched: bool = False  # from Twilio's list, not by webhook
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -608,6 +609,21 @@ async def retry(call: Callable[[], Awaitable[T]], policy: Retry, clock: Clock,
                 raise
             log_event("retry", level=logging.WARNING, error=str(error), attempt=failures + throttled + 1, pause_s=round(pause, 2))
             await clock.sleep(pause)
+
+
+@contextlib.asynccontextmanager
+async def time_limit(clock: Clock, seconds: float) -> AsyncIterator[None]:
+    """Like asyncio.timeout, by the given clock: raises TimeoutError when the block takes longer."""
+    async with asyncio.timeout(None) as limit:
+        async def expire() -> None:
+            await clock.sleep(seconds)
+            limit.reschedule(asyncio.get_running_loop().time())
+
+        watchdog = asyncio.create_task(expire())
+        try:
+            yield
+        finally:
+            watchdog.cancel()
 
 
 class Owner:
@@ -902,6 +918,7 @@ class Journal:
         self._unresolved: deque[bytes] = deque()  # queued, not known to be on disk: part of any rewrite
         self._rewriting = False
         self._repairing = False
+        self._damage: StoreError | None = None  # the writing thread's: lines are missing on file, only a rewrite mends that
         self._thread: threading.Thread | None = None
         self._handle = -1
         self.size = self.base_size = 0
@@ -951,6 +968,8 @@ class Journal:
 
     def append(self, record: Json) -> asyncio.Future[None]:
         """Queue one record; the future ends when it is on disk, or with StoreError."""
+        if self.trouble and not self._rewriting:
+            self._rewrite().add_done_callback(lambda done: done.exception())
         waiter: asyncio.Future[None] = self._loop.create_future()
         self._put(record, waiter)
         return waiter
@@ -1000,6 +1019,8 @@ class Journal:
             self._loop.call_soon_threadsafe(self._resolve, lines, waiters, error, rewrote)
 
     def _write(self, data: bytes, *, sync: bool) -> StoreError | None:
+        if self._damage is not None:
+            return self._damage
         try:
             view = memoryview(data)
             while view:
@@ -1011,8 +1032,8 @@ class Journal:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._handle, self.size)  # no half line may stay before the next one
-            return StoreError(f"{self.path.name} cannot be written: {error.strerror}")
-        return None
+            self._damage = StoreError(f"{self.path.name} cannot be written: {error.strerror}")
+        return self._damage
 
     def _replace(self, chunks: list[bytes]) -> StoreError | None:
         try:
@@ -1020,6 +1041,7 @@ class Journal:
             self._open_file()
         except StoreError as error:
             return error
+        self._damage = None
         return None
 
     def _resolve(self, lines: int, waiters: list[asyncio.Future[None]], error: StoreError | None, rewrote: bool) -> None:
@@ -1036,6 +1058,8 @@ class Journal:
                 self._repairing = True
                 self._owner.start(self._repair(), "repair journal")
         else:
+            if rewrote:
+                self.trouble = ""
             # Behind those who were just let go: until they have acted on it, only the line itself tells a rewrite of it.
             self._loop.call_soon(self._forget, lines)
 
@@ -1055,13 +1079,12 @@ class Journal:
         """After a failed write the file may lack lines that memory already counts on: write it anew until that succeeds."""
         while True:
             await self._clock.sleep(1.0)
-            try:
+            with contextlib.suppress(StoreError):
                 await self._rewrite()
-            except StoreError:
-                continue
-            log_event("journal_recovered", level=logging.WARNING)
-            self.trouble, self._repairing = "", False
-            return
+            if not self.trouble:
+                log_event("journal_recovered", level=logging.WARNING)
+                self._repairing = False
+                return
 
     async def close(self) -> None:
         """Write what is queued; leave a file without finished business behind; end the thread."""
@@ -1078,6 +1101,8 @@ class Journal:
 # --- Fly Machines ---
 
 MAX_UPSTREAM_BYTES = 8 * 1024 * 1024
+FRESH_APPS = 200  # apps whose affinity cookies are kept
+FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
 CAPACITY_WORDS = ("insufficient resources", "insufficient memory", "no capacity", "over the allowed quota")
 
 
@@ -1139,6 +1164,7 @@ class FlyClient:
         self._ready_at: dict[tuple[str, str], float] = {}
         self.retry = Retry(attempts=5, base_s=0.5, cap_s=8, budget_s=settings.provision_timeout_s)
         self.refused_since: float | None = None
+        self._fresh: deque[str] = deque()
 
     async def _pace(self, action: str, identifier: str) -> None:
         rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
@@ -1221,15 +1247,24 @@ class FlyClient:
                 taken = error.code == "name_taken" or "already been taken" in error.words.lower() or error.status == 409
                 if not taken or not await self._is_ours(app, error):
                     raise
+                log_event("app_adopted", vm_id=app)
+        self._fresh.append(app)
+        if len(self._fresh) > FRESH_APPS:  # cookies of apps long made would only pile up
+            self._forget_cookies(self._fresh.popleft())
         await self._repeatably(create)
 
     async def _is_ours(self, app: str, taken: UpstreamRejected) -> bool:
-        try:
-            found = await self._repeatably(lambda: self.get_app(app))
-        except UpstreamNotFound:
-            return False
-        except UpstreamRejected as error:
-            raise NameTaken("fly", "create app", status=taken.status, request_id=taken.request_id, words=f"the name {app} is taken by somebody else") from error
+        deadline = self._clock.monotonic() + (FRESH_APP_S if taken.code == "name_taken" else 0)
+        while True:
+            try:
+                found = await self._repeatably(lambda: self.get_app(app))
+                break
+            except UpstreamNotFound:
+                if self._clock.monotonic() >= deadline:
+                    return False
+            except UpstreamRejected as error:
+                raise NameTaken("fly", "create app", status=taken.status, request_id=taken.request_id, words=f"the name {app} is taken by somebody else") from error
+            await self._clock.sleep(1.0)  # made a moment ago by a call whose answer was lost, and not visible yet
         organization = found.get("organization")
         slug = organization.get("slug") if isinstance(organization, dict) else None
         return slug in (None, self._settings.fly_org) and found.get("network", app) == app
@@ -1241,16 +1276,19 @@ class FlyClient:
             raise self._nonsense("get app", "an answer that is not this app")
         return found
 
-    async def delete_app(self, app: str) -> None:
-        """Ask for the app and everything in it to be deleted; none being there is success."""
-        async def delete() -> None:
-            with contextlib.suppress(UpstreamNotFound, UpstreamUnreadable):
+    async def delete_app(self, app: str) -> bool:
+        """Ask for the app and everything in it to be deleted; False when Fly knows no such app (any more, or yet)."""
+        async def delete() -> bool:
+            try:
                 await self._request("DELETE", f"/apps/{quote(app)}", "delete app", app, query={"force": "true"}, timeout_s=60)
-        await self._repeatably(delete)
-        # The affinity cookies of an app that is finished with would only pile up.
-        self.forget_cookies(app)
+            except UpstreamNotFound:
+                return False
+            except UpstreamUnreadable:
+                return True
+            return True
+        return await self._repeatably(delete)
 
-    def forget_cookies(self, app: str) -> None:
+    def _forget_cookies(self, app: str) -> None:
         self._session.cookie_jar.clear(lambda cookie: cookie["path"].rstrip("/").endswith(f"/apps/{app}"))
 
     # Secrets, addresses, volumes
@@ -1445,7 +1483,7 @@ def kind_of_address(address: Json) -> str:
 
 # --- Twilio ---
 
-EMPTY_TWIML = '<?xml version="1.0" encoding="UTF-8"?><Response></Response>'
+EMPTY_TWIML = '<?xml version="1.0" encoding="UTF-8"?><Response/>'
 PART_UNITS = 1600  # Twilio's limit on Body (21617); emoji count as two, so UTF-16 units are counted
 MAX_PARTS = 8  # well under the 15 quick replies after which Twilio's loop guard (14107) steps in
 SEND_LIMIT_S = 3600.0
@@ -1501,7 +1539,7 @@ def twiml(message: str = "") -> str:
     """A TwiML document that texts `message` back, or nothing."""
     if not message:
         return EMPTY_TWIML
-    return EMPTY_TWIML.replace("</Response>", f"<Message>{escape(clean_text(message))}</Message></Response>")
+    return EMPTY_TWIML.replace("<Response/>", f"<Response><Message>{escape(clean_text(message))}</Message></Response>")
 
 
 def parse_form(raw: bytes) -> list[tuple[str, str]]:
@@ -1685,10 +1723,11 @@ class TwilioClient:
                     self.claim(sid)
                     return sid
         except UpstreamRejected as error:
-            self._give_up_listing(error)
+            self.give_up_listing(error)
         return ""
 
-    def _give_up_listing(self, error: UpstreamRejected) -> None:
+    def give_up_listing(self, error: UpstreamRejected) -> None:
+        """Say once that the list is refused; go on without it when that is for good."""
         # 20008: test credentials may only create. Without the list an unknown outcome is sent again rather than lost.
         if not self.cannot_list:
             log_event("twilio_list_refused", level=logging.WARNING, error=str(error))
@@ -1821,7 +1860,7 @@ class VmClient:
 def read_answer(raw: bytes | None) -> Answer:
     """What a VM's answer says, whatever its shape."""
     try:
-        told = json.loads(raw) if raw else None if raw is None else {}
+        told = json.loads(raw or b"")
     except (ValueError, RecursionError):
         told = None
     if not isinstance(told, dict) or not isinstance(text := told.get("text") or "", str):
@@ -1839,7 +1878,7 @@ def read_answer(raw: bytes | None) -> Answer:
 UNDO_CAP_S = 60.0
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
-FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
+LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # so a fresh app that Fly does not know (yet) is asked for again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1956,7 +1995,7 @@ class Provisioner:
 
     async def _provision(self, job: Job) -> Route:
         try:
-            async with asyncio.timeout(self._settings.provision_timeout_s):
+            async with time_limit(self._clock, self._settings.provision_timeout_s):
                 await self._store.commit()
                 for name, step in self.steps:
                     began, job.step = self._clock.monotonic(), name
@@ -1976,7 +2015,6 @@ class Provisioner:
             raise refusal from error
         finally:
             self.jobs.pop(job.vm_id, None)
-            self._fly.forget_cookies(job.vm_id)
         log_event("provision_ready", vm_id=job.vm_id, phone=mask_phone(job.order.phone), seconds=job.seconds)
         await self._on_ready(job.vm_id)
         return route
@@ -2098,7 +2136,7 @@ class Provisioner:
     async def _passes_flys_check(self, job: Job) -> bool:
         assert job.machine is not None
         with contextlib.suppress(UpstreamError, TimeoutError):
-            async with asyncio.timeout(10):
+            async with time_limit(self._clock, 10):
                 return (await self._fly.get_machine(job.vm_id, job.machine.id)).checks_pass
         return False
 
@@ -2111,8 +2149,6 @@ class Provisioner:
             self._store.drop(job.order.phone)
         else:
             self._store.begin_undo(job.order.phone, "torn_down" if job.torn_down else "failed")
-            # A create that was cut off may still take effect after the app was looked for and not found.
-            self._store.undo[job.vm_id]["unsure"] = job.step == "app"
         await self._on_gone(job.vm_id, "failed")
         with contextlib.suppress(StoreError):
             await self._store.commit()
@@ -2138,9 +2174,11 @@ class Provisioner:
         try:
             while True:
                 try:
-                    await self._delete_and_confirm(vm_id)
-                    if self._store.undo[vm_id].pop("unsure", False):
-                        await self._clock.sleep(10)
+                    for pause in LOOK_AGAIN_S if self._is_fresh(vm_id) else ():
+                        if await self._delete_and_confirm(vm_id):
+                            break
+                        await self._clock.sleep(pause)
+                    else:
                         await self._delete_and_confirm(vm_id)
                     break
                 except UpstreamError as error:
@@ -2155,13 +2193,19 @@ class Provisioner:
         finally:
             del self._undoing[vm_id]
 
-    async def _delete_and_confirm(self, vm_id: str) -> None:
-        await self._fly.delete_app(vm_id)
+    def _is_fresh(self, vm_id: str) -> bool:
+        """Whether a 404 may mean `not yet`: the app is young, or a create that was cut off may still take effect."""
+        created = str(self._store.undo[vm_id].get("created_at") or "")
+        return created > timestamp(self._clock.now() - 2 * FRESH_APP_S)
+
+    async def _delete_and_confirm(self, vm_id: str) -> bool:
+        """Whether there was an app to delete; returns when it is gone."""
+        was_there = await self._fly.delete_app(vm_id)
         for _ in range(30):
             try:
                 await self._fly.get_app(vm_id)
             except UpstreamNotFound:
-                return
+                return was_there
             await self._clock.sleep(self._clock.uniform(0.1, 1.0))
         raise UpstreamUnavailable("fly", "delete app", words="the app is still there")
 
@@ -2186,10 +2230,12 @@ class Provisioner:
         if vm_id not in self._store.undo:
             self.failed.pop(vm_id, None)
             return True
-        done, _ = await asyncio.wait({self._start_undo(vm_id)}, timeout=TEARDOWN_WAIT_S)
-        if done:
-            self.failed.pop(vm_id, None)
-        return bool(done)
+        with contextlib.suppress(TimeoutError):
+            async with time_limit(self._clock, TEARDOWN_WAIT_S):
+                await asyncio.shield(self._start_undo(vm_id))
+                self.failed.pop(vm_id, None)
+                return True
+        return False
 
     async def _cancel(self, job: Job) -> None:
         assert job.task is not None
@@ -2207,7 +2253,6 @@ class Provisioner:
         for phone, route in list(self._store.routes.items()):
             if route.state in ("provisioning", "deleting"):
                 self._store.begin_undo(phone, "failed" if route.state == "provisioning" else "torn_down")
-                self._store.undo[route.vm_id]["unsure"] = route.step in ("", "app")
                 await self._on_gone(route.vm_id, "failed" if route.state == "provisioning" else "torn_down")
                 log_event("unfinished_undone", level=logging.WARNING, vm_id=route.vm_id, was=route.state)
         if self._store.undo or self._store.is_new:
@@ -2234,7 +2279,7 @@ class Provisioner:
         """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
         if found := self._store.find(vm_id):
             return self.describe(*found)
-        if failed := self.failed.get(vm_id):
+        if (failed := self.failed.get(vm_id)) and failed[0] > self._clock.monotonic() - FAILED_KEPT_S:
             return failed[1]
         if entry := self._store.undo.get(vm_id):
             record = self.describe(str(entry.get("phone_number") or ""), Route.from_json({name: value for name, value in entry.items() if isinstance(value, str)}))
@@ -2329,10 +2374,12 @@ class Memory:
         self.seen: OrderedDict[str, float] = OrderedDict()
         self.said: dict[str, str] = {}
         self.away: dict[str, float] = {}  # vm_id: since when
+        self.mark = 0.0  # up to when Twilio's texts are known
 
     def remember(self, sid: str, at: float, say: str = "") -> None:
         """SIDs are kept for 24 h, at least 20,000 and at most 1,000,000 of them."""
         self.seen[sid] = at
+        self.mark = max(self.mark, at)
         if say:
             self.said[sid] = say
         while len(self.seen) > SEEN_LEAST:
@@ -2343,12 +2390,13 @@ class Memory:
             self.said.pop(oldest, None)
 
     def record(self) -> Json:
-        return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away}
+        return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away, "mark": self.mark}
 
     def restore(self, record: Json) -> None:
         self.seen.update((sid, at) for sid, at in record.get("seen", ()))
         self.said.update(record.get("said", {}))
         self.away.update(record.get("away", {}))
+        self.mark = max(self.mark, float(record.get("mark", 0)))
 
 
 class Relay:
@@ -2363,7 +2411,7 @@ class Relay:
                  wake: Callable[[str, str], Awaitable[None]]) -> None:
         self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
         self._vms, self._twilio, self._owner, self._wake = vms, twilio, owner, wake
-        self._memory = Memory()
+        self.memory = Memory()
         self.lanes: dict[str, Lane] = {}
         self._accepting: dict[str, asyncio.Future[str]] = {}
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
@@ -2378,8 +2426,8 @@ class Relay:
 
     async def accept(self, message: InboundMessage) -> str:
         """Take a text in, once; returns the words of the webhook's answer. Raises StoreError when it cannot be journaled."""
-        if message.sid in self._memory.seen:
-            return self._memory.said.get(message.sid, "")
+        if message.sid in self.memory.seen:
+            return self.memory.said.get(message.sid, "")
         if (first := self._accepting.get(message.sid)) is not None:
             return await asyncio.shield(first)
         if self.draining:
@@ -2403,19 +2451,19 @@ class Relay:
         if refusal is not None or route is None:
             say = refusal or ""
             await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)} | ({"say": say} if say else {}))
-            self._memory.remember(message.sid, self._clock.now(), say)
+            self.memory.remember(message.sid, message.arrived, say)
             return say
         lane = self._lane(route.vm_id, phone)
         text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media)
         # When nothing is before it the hand-over follows at once, so one line, one fsync, tells both.
-        text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self._memory.away
+        text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self.memory.away
         lane.accepting += 1
         try:
             await self._journal.append(self._in_record(lane, text))
         finally:
             lane.accepting -= 1
             self._retire(lane)
-        self._memory.remember(message.sid, self._clock.now())
+        self.memory.remember(message.sid, message.arrived)
         self.counts["accepted"] += 1
         await self._enqueue(lane, text, route)
         return ""
@@ -2447,7 +2495,7 @@ class Relay:
         if waiting >= self._settings.queue_limit:
             self.counts["queue_full"] += 1
             return NOTICES["N3"].format(n=waiting, text=quoted(message.body))
-        return self._limit(phone)
+        return None if message.fetched else self._limit(phone)
 
     def _invite(self, phone: str) -> str:
         now = self._clock.monotonic()
@@ -2529,10 +2577,10 @@ class Relay:
 
     async def _hand_over(self, lane: Lane, route: Route, text: Text) -> None:
         """One attempt to run the first text, or one wait for the VM's return."""
-        if self._is_expired(lane, text):
+        if not text.attempts and self._is_expired(lane, text):
             await self._expire(lane)
             return
-        if lane.vm_id in self._memory.away and not await self._returns(lane, route, text):
+        if lane.vm_id in self.memory.away and not await self._returns(lane, route, text):
             return
         if not text.run_noted:
             text.run_noted = True
@@ -2560,7 +2608,7 @@ class Relay:
     def _sign_of_life(self, lane: Lane) -> None:
         """An answer below 500 to /command ends an outage."""
         lane.alive_at, lane.probes = self._clock.now(), 0
-        if self._memory.away.pop(lane.vm_id, None) is not None:
+        if self.memory.away.pop(lane.vm_id, None) is not None:
             self._journal.note({"k": "back", "vm": lane.vm_id})
             log_event("vm_back", vm_id=lane.vm_id)
 
@@ -2576,8 +2624,8 @@ class Relay:
         elif not text.reached:
             text.run_noted = False
             self._journal.note({"k": "held", "sid": text.sid})
-        if lane.vm_id not in self._memory.away:
-            self._memory.away[lane.vm_id] = now
+        if lane.vm_id not in self.memory.away:
+            self.memory.away[lane.vm_id] = now
             await self._tell(lane, text, NOTICES["N5"], away=True)
         if text.cuts >= 2:
             await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))])
@@ -2712,7 +2760,7 @@ class Relay:
     async def vm_gone(self, vm_id: str, reason: str) -> None:
         """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, or `torn_down`."""
         notice = "N13" if reason == "failed" else "N12"
-        self._memory.away.pop(vm_id, None)
+        self.memory.away.pop(vm_id, None)
         lane = self.lanes.get(vm_id)
         if lane is None:
             return
@@ -2744,7 +2792,7 @@ class Relay:
         return ({"channel": channel} if channel else {}) | ({} if usual else {"ours": ours})
 
     def _snapshot(self) -> Iterable[Json]:
-        yield self._memory.record()
+        yield self.memory.record()
         for lane in self.lanes.values():
             if lane.alive_at:
                 yield {"k": "busy", "vm": lane.vm_id, "at": lane.alive_at}
@@ -2757,7 +2805,7 @@ class Relay:
 
     async def resume(self, records: Iterable[Json]) -> None:
         """Rebuild the lanes from the journal; `start` sets them going. What belongs to a VM that is gone is not carried over."""
-        replay = Replay(self._memory, self._clock.now())
+        replay = Replay(self.memory, self._clock.now())
         for record in records:
             replay.apply(record)
         for vm_id, (texts, outs) in replay.by_vm().items():
@@ -2801,7 +2849,57 @@ class Relay:
 
     def away_since(self, vm_id: str) -> float | None:
         """Wall-clock second since which the VM is away, or None."""
-        return self._memory.away.get(vm_id)
+        return self.memory.away.get(vm_id)
+
+
+class Backfill:
+    """Fetches the texts that arrived while nobody listened from Twilio's list, and hands them in at the same door."""
+
+    OVERLAP_S = 900.0
+    AT_START_S = 5.0
+
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, twilio: TwilioClient, relay: Relay) -> None:
+        self._settings, self._clock, self._store, self._twilio, self._relay = settings, clock, store, twilio, relay
+
+    async def at_start(self) -> None:
+        """Before the door opens: whatever Twilio tells within 5 s."""
+        with contextlib.suppress(TimeoutError):
+            async with time_limit(self._clock, self.AT_START_S):
+                await self.once()
+
+    async def run(self) -> None:
+        """Again every BACKFILL_S, until Twilio says that this account may not list."""
+        while not self._twilio.cannot_list:
+            await self._clock.sleep(self._settings.backfill_s)
+            await self.once()
+
+    async def once(self) -> None:
+        """One look at the lists of our number and of its WhatsApp sender."""
+        began, mark = self._clock.now(), self._relay.memory.mark
+        since = mark - self.OVERLAP_S if mark else began - self._settings.vm_away_limit_s
+        try:
+            found = [message for channel in ("", "whatsapp:") for message in await self._list(channel + self._settings.twilio_phone_number, since)]
+            for message in sorted(found, key=lambda message: message.arrived):
+                await self._relay.accept(message)
+        except UpstreamRejected as error:
+            self._twilio.give_up_listing(error)
+        except (UpstreamError, Refusal, StoreError) as error:
+            log_event("backfill_failed", level=logging.WARNING, error=str(error))
+        else:
+            self._relay.memory.mark = max(self._relay.memory.mark, began)
+
+    async def _list(self, ours: str, since: float) -> list[InboundMessage]:
+        """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date, so ours is applied besides."""
+        messages = []
+        async for told in self._twilio.list_messages({"To": ours, "DateSent>": timestamp(since)}, pages=20):
+            sid, sender, sent = str(told.get("sid") or ""), str(told.get("from") or ""), read_date(told)
+            if told.get("direction") != "inbound" or not sid or sid in self._relay.memory.seen or sent is None or sent < since - 1:
+                continue
+            route = self._store.routes.get(sender.removeprefix("whatsapp:"))
+            if route is not None and timestamp(sent) >= route.created_at:
+                messages.append(InboundMessage(sid=sid, account_sid=self._settings.twilio_account_sid, sender=sender, recipient=ours,
+                                               body=str(told.get("body") or ""), arrived=min(sent, self._clock.now()), fetched=True))
+        return messages[::-1]
 
 
 class Replay:
@@ -3729,6 +3827,10 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         try:
             await relay.resume(records)
             await provisioner.recover()
+            if settings.backfill_s:
+                backfill = Backfill(settings, clock, store, twilio, relay)
+                await backfill.at_start()
+                owner.start(backfill.run())
             relay.start()
             yield
         finally:
