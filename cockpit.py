@@ -464,8 +464,14 @@ class Machine:
     id: str
     state: str
     region: str
+    app: str = ""  # told by lists only
     instance_id: str = ""
+    created_at: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)  # empty when Fly knows it only in part
     metadata: Mapping[str, str] = field(default_factory=dict)
+    image: str = ""
+    build: str = ""  # the image by its digest
+    last_event: str = ""
     checks_pass: bool = False
     host_ok: bool = True
 
@@ -521,6 +527,14 @@ def normalise_phone(text: str) -> str:
 def timestamp(wall_s: float) -> str:
     """RFC 3339 in UTC, whole seconds."""
     return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def read_timestamp(told: object) -> float | None:
+    """Wall-clock seconds of an RFC 3339 time, or None."""
+    try:
+        return datetime.fromisoformat(str(told).replace("Z", "+00:00")).astimezone(UTC).timestamp()
+    except (ValueError, OverflowError):
+        return None
 
 
 def keyed_mark(secret: str, what: str) -> str:
@@ -1139,12 +1153,15 @@ def parse_machine(stored: Any) -> Machine:
     """Raises ValueError when it is not a machine."""
     if not isinstance(stored, dict) or not isinstance(stored.get("id"), str) or not stored["id"] or not isinstance(stored.get("state"), str):
         raise ValueError("a machine without id or state")
-    config = stored.get("config") or stored.get("incomplete_config") or {}
-    metadata = config.get("metadata") or {}
+    config, reference = stored.get("config") or {}, stored.get("image_ref") or {}
+    metadata = (config or stored.get("incomplete_config") or {}).get("metadata") or {}
     checks = [check for check in stored.get("checks") or [] if isinstance(check, dict)]
+    named = "/".join(str(reference[part]) for part in ("registry", "repository") if reference.get(part))
     return Machine(
-        id=stored["id"], state=stored["state"], region=str(stored.get("region") or ""), instance_id=str(stored.get("instance_id") or ""),
-        metadata={str(name): str(value) for name, value in metadata.items()},
+        id=stored["id"], state=stored["state"], region=str(stored.get("region") or ""), app=str(stored.get("app_name") or ""), config=config,
+        instance_id=str(stored.get("instance_id") or ""), created_at=read_timestamp(stored.get("created_at")),
+        metadata={str(name): str(value) for name, value in metadata.items()}, image=str(config.get("image") or ""),
+        build=f"{named}@{reference['digest']}" if named and reference.get("digest") else "", last_event=next((str(event["id"]) for event in stored.get("events") or []), ""),
         checks_pass=bool(checks) and all(check.get("status") == "passing" for check in checks),
         host_ok=stored.get("host_status", "ok") == "ok",
     )
@@ -1382,7 +1399,7 @@ class FlyClient:
     def _machine(self, action: str, answer: Any) -> Machine:
         try:
             return parse_machine(answer)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, TypeError, KeyError) as error:
             raise self._nonsense(action, str(error)) from error
 
     async def list_machines(self, app: str) -> list[Machine]:
@@ -1402,6 +1419,28 @@ class FlyClient:
         """One attempt: the state is read again before another."""
         await self._request("POST", f"/apps/{quote(app)}/machines/{quote(machine_id)}/start", "start machine", machine_id)
 
+    async def restart_machine(self, app: str, machine: Machine) -> None:
+        """Restart a machine, or start it when it rests."""
+        if machine.state in ("stopped", "suspended"):
+            return await self.start_machine(app, machine.id)
+        path = f"/apps/{quote(app)}/machines/{quote(machine.id)}/restart"
+        return await self._surely_not_done(lambda: self._request("POST", path, "restart machine", machine.id, query={"timeout": "30s"}, timeout_s=90))
+
+    async def update_machine(self, app: str, machine: Machine, config: Json, secrets_version: int) -> Machine:
+        """Replace the machine's whole config, which restarts it; after an unknown outcome another version than before is ours."""
+        body = {"config": config, "min_secrets_version": secrets_version} | ({"current_version": machine.instance_id} if machine.instance_id else {})
+
+        async def update() -> Machine | None:
+            path = f"/apps/{quote(app)}/machines/{quote(machine.id)}"
+            return self._machine("update machine", await self._request("POST", path, "update machine", machine.id, body=body, timeout_s=90))
+
+        async def find() -> Machine | None:
+            found = await self.get_machine(app, machine.id)
+            return found if found.instance_id != machine.instance_id else None
+        updated = await self._once(update, find)
+        assert updated is not None
+        return updated
+
     async def wake(self, app: str, machine_id: str) -> None:
         """Start the machine if it is stopped or suspended; raises UpstreamError."""
         machine = await self.get_machine(app, machine_id)
@@ -1409,9 +1448,10 @@ class FlyClient:
             log_event("machine_started", vm_id=app, was=machine.state)
             await self.start_machine(app, machine_id)
 
-    async def is_started(self, app: str, machine_id: str, instance_id: str, timeout_s: float) -> bool:
-        """Wait until the machine's version is started; False when Fly's wait ran out (1 to 60 s, 408)."""
-        query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))} | ({"version": instance_id} if instance_id else {})
+    async def is_started(self, app: str, machine_id: str, timeout_s: float, *, instance_id: str = "", after_event: str = "") -> bool:
+        """Wait until the machine is started, in that version, after that event; False when Fly's wait ran out (1 to 60 s, 408)."""
+        query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))}
+        query |= {name: value for name, value in (("version", instance_id), ("from_event_id", after_event)) if value}
         path = f"/apps/{quote(app)}/machines/{quote(machine_id)}/wait"
 
         async def wait() -> bool:
@@ -1454,6 +1494,14 @@ def explain_fly(raw: bytes) -> tuple[str, str]:
         return raw[:500].decode("utf-8", "replace"), ""
     code = body.get("status")
     return str(body.get("error") or body.get("message") or body), code if isinstance(code, str) else ""
+
+
+def told_of_fly(error: UpstreamError, **facts: Any) -> Refusal:
+    """What a caller is told when Fly refused or failed."""
+    facts |= {"fly_status": error.status, "request_id": error.request_id}
+    if is_capacity(error):
+        return Refusal("no_capacity", f"Fly has no room: {error}", retry_after_s=60, **facts)
+    return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error), **facts)
 
 
 def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
@@ -2044,8 +2092,11 @@ class Provisioner:
             pause = min(2.0, pause * 2)
 
     async def _set_secrets(self, job: Job) -> None:
-        own = {"COCKPIT_URL": self._settings.public_url, "COCKPIT_TOKEN": vm_token(self._settings.secrets[0], job.vm_id)}
-        job.secrets_version = await self._when_visible(lambda: self._fly.set_secrets(job.vm_id, {**job.order.credentials, **own}))
+        values = {**job.order.credentials, **self.own_secrets(job.vm_id)}
+        job.secrets_version = await self._when_visible(lambda: self._fly.set_secrets(job.vm_id, values))
+
+    def own_secrets(self, vm_id: str) -> dict[str, str]:
+        return {"COCKPIT_URL": self._settings.public_url, "COCKPIT_TOKEN": vm_token(self._settings.secrets[0], vm_id)}
 
     async def _allocate_addresses(self, job: Job) -> None:
         if self._settings.vm_is_public:
@@ -2076,17 +2127,20 @@ class Provisioner:
     def _regions(self, order: Order) -> tuple[str, ...]:
         return (order.region,) if order.region else self._settings.vm_regions
 
-    def _metadata(self, job: Job) -> dict[str, str]:
-        host = urlsplit(self._settings.public_url).netloc
-        return {"cockpit_gateway": f"{host}/{self._store.gateway_id}", "cockpit_phone": job.order.phone,
-                "cockpit_owner": owner_mark(self._settings.secrets[0], job.vm_id, job.order.phone), "cockpit_launch": job.launch}
+    @property
+    def gateway_host(self) -> str:
+        return urlsplit(self._settings.public_url).netloc
+
+    def stamp(self, vm_id: str, phone: str) -> dict[str, str]:
+        """The metadata that says whose a machine is."""
+        return {"cockpit_gateway": f"{self.gateway_host}/{self._store.gateway_id}", "cockpit_phone": phone, "cockpit_owner": owner_mark(self._settings.secrets[0], vm_id, phone)}
 
     async def _create_machine(self, job: Job) -> None:
         while job.machine is None:
             route = self._store.routes[job.order.phone]
             # Fly reads a list of regions itself; a volume pins the machine to its own.
             request = {"name": job.vm_id, "region": route.region if route.volume_id else ",".join(job.regions), "min_secrets_version": job.secrets_version,
-                       "config": machine_config(self._settings, self._metadata(job), route.volume_id)}
+                       "config": machine_config(self._settings, self.stamp(job.vm_id, job.order.phone) | {"cockpit_launch": job.launch}, route.volume_id)}
             try:
                 job.machine = await self._when_visible(functools.partial(self._fly.create_machine, job.vm_id, request, job.launch))
             except UpstreamError as error:
@@ -2094,21 +2148,34 @@ class Provisioner:
                 if route.volume_id:
                     await self._fly.delete_volume(job.vm_id, route.volume_id)
                     await self._create_volume(job)
-        region = job.machine.region or job.regions[0]
-        url = self._settings.vm_url.format(app=job.vm_id, machine_id=job.machine.id, region=region)
-        self._update(job, machine_id=job.machine.id, region=region, vm_url=url)
+        self._update(job, machine_id=job.machine.id, region=job.machine.region or job.regions[0], vm_url=self.place(job.vm_id, job.machine))
         await self._store.commit()
+
+    def place(self, vm_id: str, machine: Machine) -> str:
+        """The URL a VM is reached at."""
+        return self._settings.vm_url.format(app=vm_id, machine_id=machine.id, region=machine.region)
 
     async def _wait_started(self, job: Job) -> None:
         assert job.machine is not None
-        machine = job.machine
-        while not await self._when_visible(lambda: self._fly.is_started(job.vm_id, machine.id, machine.instance_id, self._settings.provision_timeout_s)):
-            now = await self._fly.get_machine(job.vm_id, machine.id)
+        await self.wait_started(job.vm_id, job.machine)
+
+    async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
+        """Wait until Fly calls the machine started (the caller bounds the wait); raises Refusal when that will not be."""
+        version = "" if after_event else machine.instance_id
+        while not await self._when_visible(lambda: self._fly.is_started(vm_id, machine.id, self._settings.provision_timeout_s, instance_id=version, after_event=after_event)):
+            now = await self._fly.get_machine(vm_id, machine.id)
             if now.state in ("failed", "launch_failed", "destroying", "destroyed"):
-                raise Refusal("vm_unhealthy", f"the machine did not start: Fly says {now.state}")
+                raise Refusal("vm_unhealthy", f"the machine did not start: Fly says {now.state}", vm_id=vm_id)
+            if now.state == "stopped":  # seen after updates; while Fly is still replacing it, it refuses to start it
+                with contextlib.suppress(UpstreamRejected):
+                    await self._fly.start_machine(vm_id, machine.id)
 
     async def _wait_healthy(self, job: Job) -> None:
-        route, failures = self._store.routes[job.order.phone], 0
+        await self.wait_healthy(self._store.routes[job.order.phone])
+
+    async def wait_healthy(self, route: Route) -> None:
+        """Poll until the VM answers /health (the caller bounds the wait)."""
+        failures = 0
         while not await self._vms.is_healthy(route):
             failures += 1
             await self._clock.sleep(self._clock.uniform(0.02, min(0.5, 0.05 * 2 ** min(failures, 5))))
@@ -2121,10 +2188,7 @@ class Provisioner:
         if isinstance(error, StoreError):
             return Refusal("storage", f"{error}; nothing was kept", vm_id=job.vm_id)
         if isinstance(error, UpstreamError):
-            facts: Json = {"vm_id": job.vm_id, "step": job.step, "fly_status": error.status, "request_id": error.request_id}
-            if is_capacity(error):
-                return Refusal("no_capacity", f"Fly has no room in {', '.join(self._regions(job.order))}: {error}", retry_after_s=60, **facts)
-            return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error), **facts)
+            return told_of_fly(error, vm_id=job.vm_id, step=job.step, regions=self._regions(job.order))
         limit = f"within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
         if job.step not in ("start", "health"):
             return Refusal("fly_unavailable", f"Fly did not finish the step {job.step} {limit}", retry_after_s=10, vm_id=job.vm_id, step=job.step)
@@ -2418,6 +2482,7 @@ class Relay:
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()
         self._told_fast: dict[str, float] = {}
         self.last_errors: OrderedDict[str, str] = OrderedDict()
+        self._held: set[str] = set()  # VMs that are handed nothing: they are being changed
         self.draining = False
         self.counts: Counter[str] = Counter()
         journal.snapshot, journal.is_idle = self._snapshot, lambda: not self.lanes
@@ -2456,7 +2521,7 @@ class Relay:
         lane = self._lane(route.vm_id, phone)
         text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media)
         # When nothing is before it the hand-over follows at once, so one line, one fsync, tells both.
-        text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self.memory.away
+        text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self.memory.away and route.vm_id not in self._held
         lane.accepting += 1
         try:
             await self._journal.append(self._in_record(lane, text))
@@ -2561,7 +2626,7 @@ class Relay:
         try:
             while lane.waiting and not self.draining:
                 route = self._store.routes.get(lane.phone)
-                if route is None or route.vm_id != lane.vm_id or route.state == "provisioning":
+                if route is None or route.vm_id != lane.vm_id or route.state == "provisioning" or lane.vm_id in self._held:
                     return
                 await self._hand_over(lane, route, lane.waiting[0])
             lane.runner = None
@@ -2580,11 +2645,8 @@ class Relay:
         if not text.attempts and self._is_expired(lane, text):
             await self._expire(lane)
             return
-        if lane.vm_id in self.memory.away and not await self._returns(lane, route, text):
+        if not await self._is_open(lane, route, text):
             return
-        if not text.run_noted:
-            text.run_noted = True
-            await self._on_disk({"k": "run", "sid": text.sid})
         lane.handing_over = True
         text.attempts += 1
         try:
@@ -2604,6 +2666,16 @@ class Relay:
             await self._finish(lane, [text], words_of(answer))
         finally:
             lane.handing_over = False
+
+    async def _is_open(self, lane: Lane, route: Route, text: Text) -> bool:
+        """Whether the first text may go now: its VM is back, and the journal says that it goes."""
+        if lane.vm_id in self.memory.away and not await self._returns(lane, route, text):
+            return False
+        if not text.run_noted:
+            text.run_noted = True
+            await self._on_disk({"k": "run", "sid": text.sid})
+        # A VM that was changed while this waited is looked at again.
+        return lane.vm_id not in self._held and self._store.routes.get(lane.phone) is route
 
     def _sign_of_life(self, lane: Lane) -> None:
         """An answer below 500 to /command ends an outage."""
@@ -2631,8 +2703,8 @@ class Relay:
             await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))])
 
     async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
-        """Wait until the VM answers /health; False when the text's time ran out first."""
-        while True:
+        """Wait until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
+        while lane.vm_id not in self._held:
             left = self._deadline(lane, text) - self._clock.now()
             if left <= 0:
                 await self._expire(lane)
@@ -2643,6 +2715,7 @@ class Relay:
             await self._clock.sleep(min(pause, left) + 0.001)
             if await self._vms.is_healthy(route):
                 return True
+        return False
 
     async def _ask_fly(self, lane: Lane, route: Route) -> None:
         """A machine that is stopped or suspended does not come back by itself."""
@@ -2756,6 +2829,21 @@ class Relay:
         if lane := self.lanes.get(vm_id):
             lane.alive_at = self._clock.now()
             self._start_running(lane)
+
+    async def hold(self, vm_id: str, patience_s: float) -> None:
+        """Hand nothing more to a VM until `release`; what it is running has so long to end."""
+        self._held.add(vm_id)
+        deadline = self._clock.monotonic() + patience_s
+        while (lane := self.lanes.get(vm_id)) and lane.handing_over and self._clock.monotonic() < deadline:
+            await self._clock.sleep(0.1)
+
+    def release(self, vm_id: str, alive_at: float = 0.0) -> None:
+        """Go on with a VM that was held; `alive_at`: when it was seen well (wall clock), from which its texts' waiting counts."""
+        self._held.discard(vm_id)
+        if lane := self.lanes.get(vm_id):
+            lane.alive_at = max(lane.alive_at, alive_at)
+            if lane.waiting:
+                self._start_running(lane)
 
     async def vm_gone(self, vm_id: str, reason: str) -> None:
         """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, or `torn_down`."""
@@ -2999,6 +3087,141 @@ def words_of(answer: Answer) -> list[str]:
     return [NOTICES["N10 exit"].format(n=answer.exit_code) if answer.exit_code else NOTICES["N10"]]
 
 
+# --- Fleet ---
+
+# How long a text that is being run has to end before its VM is restarted for a change; an upgrade waits for all of it.
+PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Change:
+    """A restart, rotation or upgrade on its way."""
+
+    vm_id: str
+    what: str
+    task: asyncio.Task[None] | None = None
+
+    async def outcome(self) -> None:
+        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
+        assert self.task is not None
+        await asyncio.wait({self.task})
+        if self.task.cancelled():
+            raise Refusal("torn_down", f"{self.vm_id} was deleted during the {self.what}", vm_id=self.vm_id)
+        self.task.result()
+
+
+class Fleet:
+    """Keeps VMs in order: changes each by one hand at a time while its texts wait."""
+
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, provisioner: Provisioner, relay: Relay, owner: Owner) -> None:
+        self._settings, self._clock, self._store, self._fly, self._vms = settings, clock, store, fly, vms
+        self._provisioner, self._relay, self._owner = provisioner, relay, owner
+        self.changes: dict[str, Change] = {}
+
+    # Changing one VM
+
+    def begin(self, vm_id: str, what: str, credentials: Mapping[str, str] | None = None) -> Change:
+        """Take on a `restart`, `rotate` or `upgrade`; raises Refusal when the VM is not ready for it."""
+        record = self._provisioner.look_up(vm_id)
+        change = Change(vm_id=record["vm_id"], what=what)
+        if record["state"] != "ready" or change.vm_id in self.changes:
+            state = f"in the middle of a {self.changes[change.vm_id].what}" if change.vm_id in self.changes else record["state"]
+            raise Refusal("wrong_state", f"{change.vm_id} is {state}; this needs it to be ready", vm_id=change.vm_id)
+        if self._provisioner.draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        self.changes[change.vm_id] = change
+        change.task = self._owner.start(self._change(change, record["phone_number"], credentials or {}), f"{what} {change.vm_id}")
+        log_event(f"{what}_begun", vm_id=change.vm_id)
+        return change
+
+    async def _change(self, change: Change, phone: str, credentials: Mapping[str, str]) -> None:
+        vm_id, alive_at, trouble = change.vm_id, 0.0, ""
+        try:
+            await self._relay.hold(vm_id, min(PATIENCE_S[change.what], self._settings.vm_command_timeout_s))
+            if change.what == "restart":
+                await self._restart(vm_id)
+            elif change.what == "rotate":
+                await self._settle(vm_id, await self._replace_config(phone, vm_id, credentials))
+            else:
+                await self._upgrade(phone, vm_id)
+            alive_at = self._clock.now()
+        except (CockpitError, TimeoutError) as error:
+            refusal = self._explain(change, error)
+            trouble = f"{change.what}: {refusal.detail}"
+            raise refusal from error
+        finally:
+            self.changes.pop(vm_id, None)
+            self._relay.release(vm_id, alive_at)
+            with contextlib.suppress(StoreError):
+                await self._note(vm_id, last_error=trouble)
+            log_event(f"{change.what}_{'failed' if trouble else 'done'}", vm_id=vm_id, error=trouble)
+
+    def _explain(self, change: Change, error: Exception) -> Refusal:
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, UpstreamError):
+            return told_of_fly(error, vm_id=change.vm_id)
+        if isinstance(error, StoreError):
+            return Refusal("storage", str(error), vm_id=change.vm_id)
+        return Refusal("vm_unhealthy", f"{change.vm_id} did not answer /health within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S) of the {change.what}", vm_id=change.vm_id)
+
+    async def _note(self, vm_id: str, **changes: str) -> None:
+        """Change a route that is still there, on disk."""
+        if (found := self._store.find(vm_id)) and (noted := replace(found[1], **changes)) != found[1]:  # type: ignore[arg-type]
+            self._store.put(found[0], noted)
+            await self._store.commit()
+
+    def _route(self, vm_id: str) -> Route:
+        if found := self._store.find(vm_id):
+            return found[1]
+        raise Refusal("torn_down", f"{vm_id} was deleted meanwhile", vm_id=vm_id)
+
+    async def _machine(self, vm_id: str) -> Machine:
+        machine = await self._fly.get_machine(vm_id, self._route(vm_id).machine_id)
+        if not machine.host_ok or not machine.config:
+            raise Refusal("fly_unavailable", "Fly does not reach the host this VM is on; try again later", retry_after_s=60, vm_id=vm_id)
+        return machine
+
+    async def _restart(self, vm_id: str) -> None:
+        machine = await self._machine(vm_id)
+        await self._fly.restart_machine(vm_id, machine)
+        # Right after the call Fly may still show the old `started`: only an event after the last one counts.
+        await self._settle(vm_id, machine, machine.last_event)
+
+    async def _replace_config(self, phone: str, vm_id: str, credentials: Mapping[str, str], image: str = "") -> Machine:
+        """Set secrets, ours renewed among them, and send the whole fresh config back, for a VM reads secrets only as it boots."""
+        machine = await self._machine(vm_id)
+        version = await self._fly.set_secrets(vm_id, {**credentials, **self._provisioner.own_secrets(vm_id)})
+        config = {**machine.config, "image": image or machine.image, "metadata": {**machine.metadata, **self._provisioner.stamp(vm_id, phone)}}
+        updated = await self._fly.update_machine(vm_id, machine, config, version)
+        await self._note(vm_id, key_id=fingerprint(self._settings.secrets[0]))
+        return updated
+
+    async def _settle(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
+        async with asyncio.timeout(self._settings.provision_timeout_s):
+            await self._provisioner.wait_started(vm_id, machine, after_event)
+            await self._provisioner.wait_healthy(self._route(vm_id))
+
+    async def _upgrade(self, phone: str, vm_id: str) -> None:
+        """Move to the present VM_IMAGE; back to the old one, the very build if the tag is the same, when that is not healthy."""
+        before, image = await self._machine(vm_id), self._settings.vm_image
+        updated = await self._replace_config(phone, vm_id, {}, image)
+        try:
+            await self._settle(vm_id, updated)
+        except (CockpitError, TimeoutError) as error:
+            old = before.image if before.image != image else before.build or image
+            log_event("upgrade_undone", level=logging.WARNING, vm_id=vm_id, image=image, back_to=old, error=str(error))
+            await self._settle(vm_id, await self._replace_config(phone, vm_id, {}, old))
+            raise Refusal("vm_unhealthy", f"{vm_id} did not become healthy on {image}; it is back on {old}", vm_id=vm_id) from error
+        await self._note(vm_id, image=image)
+
+    async def vm_gone(self, vm_id: str, reason: str) -> None:
+        """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
+        if (change := self.changes.get(vm_id)) and change.task:
+            change.task.cancel()
+        await self._relay.vm_gone(vm_id, reason)
+
+
 # --- HTTP ---
 
 PROVISION_BODY_BYTES = 512 * 1024
@@ -3023,6 +3246,7 @@ class Gateway:
     twilio: TwilioClient
     relay: Relay
     provisioner: Provisioner
+    fleet: Fleet
     owner: Owner
 
 
@@ -3046,7 +3270,7 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, StoreError):
         return Refusal("storage", str(error))
     if isinstance(error, UpstreamError):
-        return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error))
+        return told_of_fly(error)
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
         return Refusal("method_not_allowed", f"{error.method} is not possible here; allowed: {allowed}", headers={"Allow": allowed})
@@ -3179,7 +3403,9 @@ def parse_order(body: Json, settings: Settings) -> Order:
 
 def show(gateway: Gateway, record: Json) -> Json:
     """The VM record with what only the relay knows."""
-    if record["state"] == "ready" and gateway.relay.away_since(record["vm_id"]) is not None:
+    if record["state"] == "ready" and (change := gateway.fleet.changes.get(record["vm_id"])):
+        record = record | {"state": "away", "step": change.what}
+    elif record["state"] == "ready" and gateway.relay.away_since(record["vm_id"]) is not None:
         record = record | {"state": "away"}
     return record | {"last_error": record["last_error"] or gateway.relay.last_errors.get(record["vm_id"])}
 
@@ -3262,6 +3488,27 @@ async def delete_provision(request: web.Request) -> web.Response:
     if await asyncio.shield(gateway.owner.start(gateway.provisioner.tear_down(vm_id), "tear down")):
         return web.Response(status=204)
     return json_response(show(gateway, gateway.provisioner.look_up(record["vm_id"])), status=202)
+
+
+async def change_vm(request: web.Request, what: str, credentials: Mapping[str, str] | None = None) -> web.Response:
+    """Restart, rotate or upgrade a VM; with `Prefer: respond-async` the record's `step` says how long it lasts and `last_error` how it ended."""
+    gateway = request.app[GATEWAY]
+    change = gateway.fleet.begin(request.match_info["vm_id"], what, credentials)
+    if wants_no_wait(request):
+        headers = {"Location": f"/provision/{change.vm_id}", "Preference-Applied": "respond-async"}
+        return json_response(show(gateway, gateway.provisioner.look_up(change.vm_id)), status=202, headers=headers)
+    await change.outcome()
+    return json_response(show(gateway, gateway.provisioner.look_up(change.vm_id)))
+
+
+async def patch_provision(request: web.Request) -> web.Response:
+    body, faults = await read_json(request, PROVISION_BODY_BYTES), Faults()
+    faults.unknown(body, ("github_token", "api_keys"))
+    credentials = check_credentials(body, faults)
+    if not body:
+        faults.add("api_keys", "or github_token must be given")
+    faults.check()
+    return await change_vm(request, "rotate", credentials)
 
 
 async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
@@ -3349,12 +3596,14 @@ class LocalMachine:
     port: int
     state: str = "created"
     instance_id: str = ""
+    events: list[Json] = field(default_factory=list)  # newest first
+    created_at: str = field(default_factory=lambda: timestamp(time.time()))
     process: asyncio.subprocess.Process | None = None
     keeper: asyncio.Task[None] | None = None
 
     def to_json(self) -> Json:
         return {"id": self.id, "name": self.id, "state": self.state, "region": self.region, "instance_id": self.instance_id, "config": self.config,
-                "host_status": "ok", "checks": [], "events": []}
+                "created_at": self.created_at, "host_status": "ok", "checks": [], "events": self.events[:20]}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -3385,7 +3634,7 @@ class LocalFly:
             ("GET", app + "/ip_assignments", self._list_addresses), ("POST", app + "/ip_assignments", self._allocate_address),
             ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume), ("DELETE", app + "/volumes/{volume}", self._delete_volume),
             ("GET", app + "/machines", self._list_machines), ("POST", app + "/machines", self._create_machine),
-            ("GET", machine, self._get_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
+            ("GET", machine, self._get_machine), ("POST", machine, self._update_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
         ]
         routes = [web.route(method, path, self._authorized(handler)) for method, path, handler in table]
         return [*routes, web.route("*", "/_local/vm/{app}{path:/.*}", self._proxy), web.post("/_local/vms/{app}/kill", self._kill)]
@@ -3479,10 +3728,19 @@ class LocalFly:
     async def _get_machine(self, request: web.Request) -> web.Response:
         return web.json_response(self._machine(request).to_json())
 
+    async def _update_machine(self, request: web.Request) -> web.Response:
+        app, machine, body = self._app(request), self._machine(request), await request.json()
+        if body.get("current_version", machine.instance_id) != machine.instance_id:
+            return web.json_response({"error": "aborted: the machine has another version"}, status=409)
+        await self._stop(machine, "replacing")
+        machine.config = body["config"]
+        await self._start(app, machine)
+        return web.json_response(machine.to_json())
+
     async def _wait(self, request: web.Request) -> web.Response:
         machine, wanted = self._machine(request), request.query.get("state", "started")
         deadline = time.monotonic() + float(request.query.get("timeout", "60"))
-        while machine.state != wanted:
+        while machine.state != wanted or (machine.events and machine.events[0]["id"] == request.query.get("from_event_id")):
             if time.monotonic() > deadline:
                 return web.json_response({"error": f"deadline_exceeded: machine failed to reach desired state, {wanted}, currently {machine.state}"}, status=408)
             await asyncio.sleep(0.05)
@@ -3515,6 +3773,7 @@ class LocalFly:
         finally:
             os.close(output)
         machine.state = "started"
+        machine.events.insert(0, {"id": secrets.token_hex(13), "type": "start", "status": "started", "timestamp": int(time.time() * 1000)})
 
     async def _keep(self, app: LocalApp, machine: LocalMachine) -> None:
         """The restart policy `always`."""
@@ -3821,9 +4080,13 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
     ):
         fly, twilio, vms = FlyClient(fly_session, settings, clock), TwilioClient(twilio_session, settings, clock), VmClient(vm_session, settings)
         relay = Relay(settings, clock, store, journal, vms, twilio, owner, wake=fly.wake)
-        provisioner = Provisioner(settings, clock, store, fly, vms, owner, on_ready=relay.vm_ready, on_gone=relay.vm_gone)
+
+        async def vm_gone(vm_id: str, reason: str) -> None:
+            await fleet.vm_gone(vm_id, reason)
+        provisioner = Provisioner(settings, clock, store, fly, vms, owner, on_ready=relay.vm_ready, on_gone=vm_gone)
+        fleet = Fleet(settings, clock, store, fly, vms, provisioner, relay, owner)
         journal.open()
-        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, relay=relay, provisioner=provisioner, owner=owner)
+        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner)
         try:
             await relay.resume(records)
             await provisioner.recover()
@@ -3865,7 +4128,8 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     app[SETTINGS] = settings
     app.add_routes([
         web.post("/provision", post_provision), web.get("/provision", get_provisions),
-        web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision),
+        web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision), web.patch("/provision/{vm_id}", patch_provision),
+        *(web.post(f"/provision/{{vm_id}}/{what}", functools.partial(change_vm, what=what)) for what in ("restart", "upgrade")),
         web.post("/sms", post_sms), web.get("/health", get_health), web.get("/", get_page),
     ])
     if local:
@@ -3962,6 +4226,75 @@ def end_with_children() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+class UpgradeClient:
+    """Moves all VMs to the present image through a running gateway's HTTP interface, a few at a time, until one fails."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str, key: str, clock: Clock) -> None:
+        self._session, self._url, self._clock, self._failed = session, url, clock, 0
+        self._headers = {"Authorization": f"Bearer {key}", "Prefer": "respond-async"}
+
+    async def _ask(self, method: str, path: str) -> tuple[int, Json]:
+        try:
+            async with self._session.request(method, self._url + path, headers=self._headers, allow_redirects=False) as response:
+                body = json.loads(await response.read())
+                return response.status, body if isinstance(body, dict) else {}
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            return 0, {"detail": f"{self._url} gave no answer ({type(error).__name__}); set PUBLIC_URL, or PORT, to where the gateway listens"}
+
+    async def _vm_ids(self) -> list[str]:
+        found, after = [], ""
+        while True:
+            status, page = await self._ask("GET", f"/provision?limit=1000&after={quote(after)}")
+            if status != 200:
+                raise StoreError(str(page.get("detail") or f"the gateway answered {status}"))
+            found += [vm["vm_id"] for vm in page["vms"] if vm["state"] in ("ready", "away")]
+            if not (after := page["next"] or ""):
+                return found
+
+    async def _upgrade(self, vm_id: str) -> str:
+        """What went wrong, or nothing."""
+        status, record = await self._ask("POST", f"/provision/{vm_id}/upgrade")
+        if status == HTTPStatus.NOT_FOUND:  # torn down meanwhile
+            return ""
+        while status in (200, 202) and record.get("step"):
+            await self._clock.sleep(1)
+            status, record = await self._ask("GET", f"/provision/{vm_id}")
+        return str(record.get("last_error") or "") if status in (200, 202) else str(record.get("detail") or status)
+
+    async def run(self, at_once: int) -> int:
+        """Returns the exit code; says each VM's outcome as a line."""
+        waiting = await self._vm_ids()
+        total, done = len(waiting), 0
+
+        async def work() -> None:
+            nonlocal done
+            while waiting and not self._failed:
+                vm_id = waiting.pop(0)
+                if trouble := await self._upgrade(vm_id):
+                    self._failed += 1
+                    print(f"{vm_id}: FAILED: {trouble}", flush=True)
+                else:
+                    done += 1
+                    print(f"{vm_id}: upgraded ({done} of {total})", flush=True)
+        await asyncio.gather(*(work() for _ in range(at_once)))
+        print(f"{done} upgraded, {self._failed} failed, {len(waiting)} not tried", flush=True)
+        return 1 if self._failed else 0
+
+
+async def upgrade(at_once: int) -> int:
+    """Needs only what it takes to reach the gateway, so that it also runs elsewhere."""
+    reader = SettingsReader(os.environ)
+    gateway = read_gateway_settings(reader)
+    if problems := [problem for problem in reader.problems if problem.startswith(("PUBLIC_URL", "COCKPIT_API_KEY", "PORT"))]:
+        raise SettingsError(problems)
+    try:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+            return await UpgradeClient(session, gateway["public_url"], gateway["api_keys"][0], Clock()).run(at_once)
+    except StoreError as error:
+        print(f"cockpit upgrade: {error}", file=sys.stderr)
+        return 1
+
+
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="cockpit.py", description="One text message to one engineer's own VM. Settings come from the environment; see README.md.")
     commands = parser.add_subparsers(dest="command")
@@ -3970,6 +4303,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     vm.add_argument("--port", type=int, default=int(os.environ.get("PORT") or 3000))
     vm.add_argument("--agent", default=os.environ.get("LOCAL_AGENT", ""), help="a command: the text on its standard input, the answer on its standard output")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    move = commands.add_parser("upgrade", help="move all VMs to the present VM_IMAGE through the running gateway; stops at the first failure")
+    move.add_argument("--at-once", type=int, default=3, choices=range(1, 51), metavar="N", help="so many at a time (1 to 50; default 3)")
     return parser.parse_args(argv)
 
 
@@ -3979,6 +4314,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.command == "vm":
         return asyncio.run(serve_vm(arguments.host, arguments.port, arguments.agent, until_stdin_closes=arguments.until_stdin_closes))
     try:
+        if arguments.command == "upgrade":
+            return asyncio.run(upgrade(arguments.at_once))
         settings = Settings.from_env(os.environ)
     except SettingsError as error:
         print("cockpit cannot start; mend these settings:", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
