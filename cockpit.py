@@ -33,6 +33,7 @@ import os
 import queue
 import random
 import re
+import resource
 import secrets
 import shlex
 import shutil
@@ -444,6 +445,8 @@ class Route:
         for name, value in known.items():
             if not isinstance(value, str):
                 raise ValueError(f"{name} is not a text")
+        for name in SHARED_FIELDS & known.keys():  # one copy for 100,000 routes
+            known[name] = sys.intern(known[name])
         if not known.get("vm_id"):
             raise ValueError("vm_id is missing")
         extra = {name: value for name, value in stored.items() if name not in ROUTE_FIELDS}
@@ -454,6 +457,7 @@ class Route:
         return {name: value for name, value in values.items() if value or name in ("vm_id", "machine_id", "vm_url", "state")} | dict(self.extra)
 
 
+SHARED_FIELDS = frozenset(("region", "image", "state", "key_id"))
 ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(Route) if f.name != "extra")
 
 
@@ -3931,12 +3935,15 @@ class KeptAsFound:
         except OSError as error:
             raise StoreError(f"{self._path} cannot be read: {error.strerror}") from error
         write_atomically(self._copy, [found])
+        if found:
+            self._copy.chmod(self._path.stat().st_mode & 0o777)
 
     def put_back(self) -> None:
         """Restore the file and remove what grew beside it (blocking)."""
         found = self._copy.read_bytes()
         if found:
             write_atomically(self._path, [found])
+            self._path.chmod(self._copy.stat().st_mode & 0o777)
         else:
             self._path.unlink(missing_ok=True)
         for suffix in (".journal", ".bak", ".found"):
@@ -4150,6 +4157,8 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 
 # --- Command line ---
 
+FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
+
 
 def set_up_logging(settings: Settings) -> None:
     handler = logging.StreamHandler(sys.stderr)
@@ -4158,8 +4167,20 @@ def set_up_logging(settings: Settings) -> None:
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
 
 
+def raise_file_limit() -> None:
+    """Every command in flight holds a connection: take all the file descriptors we may have, and say when they are few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    if 0 <= soft < FILES_WANTED:
+        log_event("few_file_descriptors", level=logging.WARNING, limit=soft, wanted=FILES_WANTED,
+                  remedy="raise the limit (ulimit -n, or LimitNOFILE) for more than half as many commands at a time")
+
+
 async def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; a second one ends the process at once. Returns the exit code."""
+    raise_file_limit()
     app = make_app(settings)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.3)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
