@@ -9,7 +9,7 @@ journaled (fsync) and only then answered 200 -> the phone's run lane posts it to
 journaled -> the phone's send lane hands it to Twilio's REST API part by part. A route comes from `POST /provision`:
 one Fly app per user, every step recorded before it is taken and undone if a later one fails.
 
-Sections, each knowing only those above it: Settings - Vocabulary and errors - Backoff - State on disk - Fly Machines -
+Sections, each knowing only those above it: Settings - Vocabulary and errors - Metrics - Backoff - State on disk - Fly Machines -
 Twilio - The VM - Provisioning - Relay - HTTP - Operator's page - Local mode - Assembly - Command line.
 """
 
@@ -44,9 +44,10 @@ import tempfile
 import threading
 import time
 import zlib
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -541,6 +542,11 @@ def read_timestamp(told: object) -> float | None:
         return None
 
 
+def rfc3339(wall_s: float) -> str:
+    """The same to the millisecond."""
+    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
 def keyed_mark(secret: str, what: str) -> str:
     """base64url HMAC-SHA256 of `what`, without padding."""
     return base64.urlsafe_b64encode(hmac.digest(secret.encode(), what.encode(), "sha256")).decode().rstrip("=")
@@ -566,29 +572,156 @@ def owner_mark(secret: str, vm_id: str, phone: str) -> str:
     return keyed_mark(secret, f"owner:{vm_id}:{phone}")
 
 
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
+WHOLE_PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
+
+
 def log_event(event: str, *, level: int = logging.INFO, **fields: object) -> None:
     """One log line: a stable event name and its fields; phone numbers go in masked."""
+    log_events(event, [fields], level)
+
+
+def log_events(event: str, batch: list[dict[str, object]], level: int = logging.INFO) -> None:
+    """Several log lines of one event, written together."""
     if log.isEnabledFor(level):
-        log.log(level, event, extra={"fields": fields})
+        # Made by hand: finding the caller's file and line, which nobody reads here, costs more than the rest.
+        record = logging.LogRecord(log.name, level, "", 0, event, None, None)
+        record.fields = batch
+        log.handle(record)
 
 
 class LineFormatter(logging.Formatter):
-    """Writes a record as `key=value` text or as JSON, and hides whole phone numbers whatever wrote them."""
+    """Writes a record as `key=value` text or as JSON, with the request it belongs to, and hides whole phone numbers whatever wrote them."""
+
+    encode = json.JSONEncoder(default=str).encode
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
-        self.as_json = as_json
+        self.write = self.encode if as_json else self._as_text
+
+    @staticmethod
+    def _as_text(fields: Json) -> str:
+        return " ".join([fields.pop("at")[11:], fields.pop("level"), fields.pop("event"), *(f"{name}={shlex.quote(str(value))}" for name, value in fields.items())])
 
     def format(self, record: logging.LogRecord) -> str:
-        fields = {"at": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"), "level": record.levelname.lower(), "event": record.getMessage()}
-        fields |= {name: value for name, value in getattr(record, "fields", {}).items() if value not in ("", None)}
-        if record.exc_info:
-            fields["trace"] = self.formatException(record.exc_info)
-        if self.as_json:
-            line = json.dumps(fields, default=str)
-        else:
-            line = " ".join([str(fields.pop("at"))[11:], str(fields.pop("level")), str(fields.pop("event")), *(f"{k}={shlex.quote(str(v))}" for k, v in fields.items())])
-        return re.sub(r"\+[1-9][0-9]{6,14}", lambda m: mask_phone(m.group()), line)
+        head = {"at": rfc3339(record.created), "level": record.levelname.lower(), "event": record.getMessage()}
+        rest = {"request_id": REQUEST_ID.get(), "trace": self.formatException(record.exc_info) if record.exc_info else ""}
+        batch: list[Json] = getattr(record, "fields", [{}])
+        text = "\n".join([self.write({name: value for name, value in (head | rest | fields).items() if value not in ("", None)}) for fields in batch])
+        return WHOLE_PHONE.sub(lambda found: mask_phone(found.group()), text) if "+" in text else text
+
+
+# --- Metrics ---
+
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
+STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx")
+MOST_SERIES = 200  # of one metric: whatever comes, what is above it counts as `other`
+
+
+def series(name: str, labels: Sequence[str], values: Sequence[str], number: float) -> str:
+    """One line of Prometheus text."""
+    told = ",".join(f'{label}="{value}"' for label, value in zip(labels, (v.translate(LABEL_ESCAPES) for v in values), strict=True))
+    return f"{name}{{{told}}} {number:.12g}" if told else f"{name} {number:.12g}"
+
+
+class Counts:
+    """A counter per combination of label values, which come from small fixed sets: never a number or an id."""
+
+    def __init__(self, meaning: str, *labels: str) -> None:
+        self.meaning, self.labels = meaning, labels
+        self.values: dict[tuple[str, ...], int] = {} if labels else {(): 0}
+
+    def add(self, *values: str, by: int = 1) -> None:
+        if values not in self.values and len(self.values) >= MOST_SERIES:
+            values = ("other",) * len(values)
+        self.values[values] = self.values.get(values, 0) + by
+
+    def expose(self, name: str) -> Iterator[str]:
+        yield f"# HELP {name}_total {self.meaning}\n# TYPE {name}_total counter"
+        for values, number in sorted(self.values.items()):
+            yield series(f"{name}_total", self.labels, values, number)
+
+
+class Durations:
+    """A histogram of seconds per combination of label values."""
+
+    def __init__(self, meaning: str, *labels: str) -> None:
+        self.meaning, self.labels = meaning, labels
+        self.cells: dict[tuple[str, ...], list[float]] = {} if labels else {(): [0] * (len(BUCKETS_S) + 2)}
+
+    def observe(self, seconds: float, *values: str) -> None:
+        cells = self.cells.get(values)
+        if cells is None:
+            cells = self.cells[values] = [0] * (len(BUCKETS_S) + 2)
+        cells[bisect_left(BUCKETS_S, seconds)] += 1
+        cells[-1] += seconds
+
+    def expose(self, name: str) -> Iterator[str]:
+        yield f"# HELP {name}_seconds {self.meaning}\n# TYPE {name}_seconds histogram"
+        for values, cells in sorted(self.cells.items()):
+            total = 0.0
+            for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), cells, strict=False):
+                total += count
+                yield series(f"{name}_seconds_bucket", (*self.labels, "le"), (*values, bound), total)
+            yield series(f"{name}_seconds_sum", self.labels, values, cells[-1])
+            yield series(f"{name}_seconds_count", self.labels, values, total)
+
+
+class Metrics:
+    """What is counted and timed. An attribute's name is its metric's, between `cockpit_` and `_total` or `_seconds`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.texts = Counts("Texts that came in, by what the door said.", "outcome")
+        self.texts_finished = Counts("Texts accepted earlier that came to an end, by which.", "outcome")
+        self.messages_sent = Counts("Parts of messages handed to Twilio, by outcome.", "outcome")
+        self.outages = Counts("Times a VM was found away.")
+        self.text_handover = Durations("From a text's webhook to its first hand-over to the VM.")
+        self.text_answer = Durations("From a text's webhook to its answer's last part being taken by Twilio.")
+        self.provision = Durations("Provisionings, by what came of them.", "outcome")
+        self.provision_step = Durations("Steps of provisionings that succeeded.", "step")
+        self.journal_sync = Durations("One fsync of the journal.")
+        self.journal_lines = Counts("Lines queued for the journal.")
+        self.upstream = Durations("Calls to Fly and Twilio, by class of status; none: no answer came.", "service", "operation", "status")
+        self.twilio_errors = Counts("Errors that Twilio told, by its code.", "code")
+        self.refusals = Counts("Requests that were refused, by call and code.", "call", "code")
+        self._clock = clock
+        self._minutes: dict[int, list[int]] = {}
+        self.recent_answers: deque[float] = deque(maxlen=1000)
+
+    def note_text(self, *, failed: bool = False) -> None:
+        """Count a text accepted, or one that failed, into the present minute."""
+        minute = int(self._clock.monotonic() // 60)
+        cell = self._minutes.get(minute)
+        if cell is None:
+            cell = self._minutes[minute] = [0, 0]
+            for old in [known for known in self._minutes if known <= minute - 61]:
+                del self._minutes[old]
+        cell[failed] += 1
+
+    def last_hour(self) -> list[list[int]]:
+        """Texts and failures of each of the last 60 minutes, the present one last."""
+        minute = int(self._clock.monotonic() // 60)
+        return [self._minutes.get(at, [0, 0]) for at in range(minute - 59, minute + 1)]
+
+    def texts_a_minute(self) -> float:
+        """Texts of the last 60 s, the minute before the present one counting for what is left of it."""
+        gone = self._clock.monotonic() % 60 / 60
+        before, present = self.last_hour()[-2:]
+        return present[0] + before[0] * (1 - gone)
+
+    def quantile(self, share: float) -> float | None:
+        """Seconds from text to answer within which this share of the last 1,000 stayed."""
+        known = sorted(self.recent_answers)
+        return known[min(len(known) - 1, int(share * len(known)))] if known else None
+
+    def expose(self, gauges: Iterable[tuple[str, str, str, Mapping[str, float]]]) -> str:
+        """Everything in Prometheus's text format; a gauge is its name, meaning, label (or nothing) and values."""
+        lines = [line for name, metric in vars(self).items() if isinstance(metric, Counts | Durations) for line in metric.expose(f"cockpit_{name}")]
+        for name, meaning, label, values in gauges:
+            lines.append(f"# HELP cockpit_{name} {meaning}\n# TYPE cockpit_{name} gauge")
+            lines += [series(f"cockpit_{name}", (label,) if label else (), (value,) if label else (), number) for value, number in values.items()]
+        return "\n".join(lines) + "\n"
 
 
 # --- Backoff ---
@@ -659,7 +792,7 @@ class Owner:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, Refusal):
-            log.error("task_failed", exc_info=error, extra={"fields": {"task": getattr(task.get_coro(), "__qualname__", "")}})
+            log.error("task_failed", exc_info=error, extra={"fields": [{"task": getattr(task.get_coro(), "__qualname__", "")}]})
 
     async def close(self) -> None:
         """Cancel what still runs and wait for its end."""
@@ -926,12 +1059,11 @@ class Journal:
     CEILING = 8 * 1024 * 1024
     GATHER_S = 0.002
 
-    def __init__(self, path: Path, clock: Clock, owner: Owner) -> None:
-        self.path, self._clock, self._owner = path, clock, owner
+    def __init__(self, path: Path, clock: Clock, owner: Owner, metrics: Metrics) -> None:
+        self.path, self._clock, self._owner, self._metrics = path, clock, owner, metrics
         self.snapshot: Callable[[], Iterable[Json]] = tuple
         self.is_idle: Callable[[], bool] = lambda: False
         self.trouble = ""
-        self.syncs = self.lines = 0
         self._queue: queue.SimpleQueue[tuple[bytes | Rewrite, asyncio.Future[None] | None] | None] = queue.SimpleQueue()
         self._unresolved: deque[bytes] = deque()  # queued, not known to be on disk: part of any rewrite
         self._rewriting = False
@@ -1044,8 +1176,9 @@ class Journal:
             while view:
                 view = view[os.write(self._handle, view):]
             if sync:
+                began = self._clock.monotonic()
                 os.fdatasync(self._handle)
-                self.syncs += 1
+                self._metrics.journal_sync.observe(self._clock.monotonic() - began)
             self.size += len(data)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -1063,7 +1196,7 @@ class Journal:
         return None
 
     def _resolve(self, lines: int, waiters: list[asyncio.Future[None]], error: StoreError | None, rewrote: bool) -> None:
-        self.lines += lines
+        self._metrics.journal_lines.add(by=lines)
         if rewrote:
             self._rewriting = False
         settle(waiters, error)
@@ -1178,8 +1311,8 @@ class FlyClient:
     (5/s, bursts of 10, for Get Machine), so requests are paced here rather than refused there.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock) -> None:
-        self._session, self._settings, self._clock = session, settings, clock
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, metrics: Metrics) -> None:
+        self._session, self._settings, self._clock, self._metrics = session, settings, clock, metrics
         self._base = settings.fly_url + "/v1"
         self._headers = {"Authorization": fly_authorization(settings.fly_token)}
         self._ready_at: dict[tuple[str, str], float] = {}
@@ -1209,14 +1342,18 @@ class FlyClient:
         def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
             return kind("fly", action, words=scrub(words, (self._settings.fly_token, *hide)), **facts)
 
+        status, began = 0, self._clock.monotonic()
         try:
             async with self._session.request(method, url, json=body, headers=self._headers, allow_redirects=False,
                                              timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)) as response:
+                status = response.status
                 raw = await read_at_most(response, MAX_UPSTREAM_BYTES)
         except aiohttp.ClientConnectorError as error:
             raise fault(UpstreamUnavailable, f"not reached ({type(error).__name__})") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise fault(UpstreamUnavailable, f"no answer ({type(error).__name__})", maybe_done=True) from error
+        finally:
+            self._metrics.upstream.observe(self._clock.monotonic() - began, "fly", action, STATUS_CLASSES[status // 100])
         request_id = response.headers.get("fly-request-id", "")
         if response.status >= 300:
             words, code = explain_fly(raw or b"")
@@ -1681,8 +1818,8 @@ class Sms:
 class TwilioClient:
     """Twilio's Messages resource (twilio-oai, twilio_api_v2010.json); form-encoded, basic auth, no idempotency key exists."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock) -> None:
-        self._session, self._settings, self._clock = session, settings, clock
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, metrics: Metrics) -> None:
+        self._session, self._settings, self._clock, self._metrics = session, settings, clock, metrics
         self._messages = URL(f"{settings.twilio_url}/2010-04-01/Accounts/{settings.twilio_account_sid}/Messages.json")
         user, password = (settings.twilio_api_key, settings.twilio_api_secret) if settings.twilio_api_key else (settings.twilio_account_sid, settings.twilio_auth_tokens[0])
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
@@ -1705,6 +1842,7 @@ class TwilioClient:
             return kind("twilio", operation, words=scrub(words, self._settings.twilio_auth_tokens), **facts)
 
         headers = self._form_headers if body is not None else self._headers
+        status, began = 0, self._clock.monotonic()
         try:
             async with self._session.request(method, url, data=body and aiohttp.BytesPayload(body), headers=headers, allow_redirects=False, timeout=self._timeout) as response:
                 status = response.status
@@ -1713,6 +1851,8 @@ class TwilioClient:
             raise fault(UpstreamUnavailable, f"not reached ({type(error).__name__})") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise fault(UpstreamUnavailable, f"no answer ({type(error).__name__})", maybe_done=True) from error
+        finally:
+            self._metrics.upstream.observe(self._clock.monotonic() - began, "twilio", operation, STATUS_CLASSES[status // 100])
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
@@ -1721,6 +1861,7 @@ class TwilioClient:
             return answer
         told = answer if isinstance(answer, dict) else {}
         code = str(told.get("code") or "")
+        self._metrics.twilio_errors.add(code if re.fullmatch(r"[0-9]{1,5}", code) else "none")
         words = f"{code} {told.get('message') or raw[:200].decode('utf-8', 'replace')}".strip()
         # Twilio: a 429 was never processed; what came of a 5xx other than 503 is unknown.
         raise fault(kind_of_failure(status), words, status=status, code=code, request_id=response.headers.get("Twilio-Request-Id", ""),
@@ -1953,6 +2094,7 @@ class Job:
     task: asyncio.Task[Route] | None = None
     step: str = ""
     launch: str = ""
+    began: float = 0.0  # monotonic
     secrets_version: int = 0
     machine: Machine | None = None
     torn_down: bool = False
@@ -2003,9 +2145,9 @@ def guest(settings: Settings) -> Json:
 class Provisioner:
     """Makes and destroys VMs. What is begun stands in routes.json before Fly is asked; what fails is undone until Fly confirms."""
 
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, owner: Owner, *,
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, owner: Owner, metrics: Metrics, *,
                  on_ready: Callable[[str], Awaitable[None]], on_gone: Callable[[str, str], Awaitable[None]]) -> None:
-        self._settings, self._clock, self._store, self._fly, self._vms, self._owner = settings, clock, store, fly, vms, owner
+        self._settings, self._clock, self._store, self._fly, self._vms, self._owner, self._metrics = settings, clock, store, fly, vms, owner, metrics
         self._on_ready, self._on_gone = on_ready, on_gone
         self.jobs: dict[str, Job] = {}
         self._undoing: dict[str, asyncio.Task[None]] = {}
@@ -2027,6 +2169,7 @@ class Provisioner:
         if self._settings.vm_limit and len(self._store.routes) >= self._settings.vm_limit:
             raise Refusal("vm_limit", f"there are {len(self._store.routes)} VMs, as many as VM_LIMIT allows")
         job = Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", regions=list(self._regions(order)), launch=self._clock.random_id() + self._clock.random_id())
+        job.began = self._clock.monotonic()
         signing = self._settings.secrets[0]
         self._store.put(order.phone, Route(vm_id=job.vm_id, state="provisioning", image=self._settings.vm_image, region=order.region,
                                            created_at=timestamp(self._clock.now()), key_id=fingerprint(signing)))
@@ -2053,7 +2196,8 @@ class Provisioner:
                     began, job.step = self._clock.monotonic(), name
                     self._update(job, step=name)
                     await step(job)
-                    job.end_step(self._clock.monotonic() - began)
+                    job.end_step(seconds := self._clock.monotonic() - began)
+                    self._metrics.provision_step.observe(seconds, name)
                 route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds})
                 await self._store.commit()
         except asyncio.CancelledError:
@@ -2067,6 +2211,7 @@ class Provisioner:
             raise refusal from error
         finally:
             self.jobs.pop(job.vm_id, None)
+        self._metrics.provision.observe(self._clock.monotonic() - job.began, "ready")
         log_event("provision_ready", vm_id=job.vm_id, phone=mask_phone(job.order.phone), seconds=job.seconds)
         await self._on_ready(job.vm_id)
         return route
@@ -2210,6 +2355,7 @@ class Provisioner:
 
     async def _abandon(self, job: Job, refusal: Refusal, *, made_nothing: bool = False) -> None:
         """Free the number, tell whoever waits, and start the undo; the caller's error does not wait for it."""
+        self._metrics.provision.observe(self._clock.monotonic() - job.began, refusal.code)
         log_event("provision_failed", level=logging.WARNING, vm_id=job.vm_id, step=job.step, code=refusal.code, error=refusal.detail)
         state = "deleting" if job.torn_down else "failed"
         self._remember_failed(self.describe(job.order.phone, self._store.routes[job.order.phone]) | {"state": state, "last_error": refusal.detail})
@@ -2381,6 +2527,39 @@ NOTICES = {
 }
 
 
+TRACES_KEPT = 10_000
+LOG_GATHER_S = 0.05
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Trace:
+    """One text's way through the gateway, without its words; steps in seconds since its receipt, None while not reached."""
+
+    sid: str = ""
+    vm_id: str = ""
+    request_id: str = ""
+    received: float = 0.0  # wall clock
+    began: float = 0.0  # monotonic, the same moment
+    outcome: str = "waiting"
+    journaled: float | None = None
+    handed_over: float | None = None
+    answered: float | None = None
+    sent: float | None = None
+    delivered: float | None = None
+    attempts: int = 0
+    parts: int = 0
+    errors: list[tuple[float, str]] | None = None
+
+    def to_json(self) -> Json:
+        steps = [("received", 0.0), *((name, getattr(self, name)) for name in ("journaled", "handed_over", "answered", "sent", "delivered"))]
+        return {"message_sid": self.sid, "vm_id": self.vm_id or None, "request_id": self.request_id or None, "outcome": self.outcome, "attempts": self.attempts, "parts": self.parts,
+                "steps": [{"step": name, "at": self._at(passed), "ms": round(passed * 1000, 1)} for name, passed in steps if passed is not None],
+                "errors": [{"at": self._at(passed), "error": words} for passed, words in self.errors or ()]}
+
+    def _at(self, passed: float) -> str:
+        return rfc3339(self.received + passed)
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Text:
     """An accepted text on its way to its VM. Wall-clock seconds: they must survive a restart."""
@@ -2397,6 +2576,7 @@ class Text:
     cuts: int = 0
     busy_since: float | None = None  # monotonic
     attempts: int = 0
+    trace: Trace = field(default_factory=Trace)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -2410,6 +2590,7 @@ class Outbound:
     ours: str = ""
     sent: int = 0
     resumed: bool = False  # an earlier process may have sent it
+    traces: Sequence[Trace] = ()  # of the texts it answers
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -2475,10 +2656,10 @@ class Relay:
     opens an outage), `sent` parts Twilio took, `done` given up, `seen` a text refused, `back` an outage over, `state` all that is remembered.
     """
 
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner, *,
-                 wake: Callable[[str, str], Awaitable[None]]) -> None:
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner,
+                 metrics: Metrics, *, wake: Callable[[str, str], Awaitable[None]]) -> None:
         self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
-        self._vms, self._twilio, self._owner, self._wake = vms, twilio, owner, wake
+        self._vms, self._twilio, self._owner, self._metrics, self._wake = vms, twilio, owner, metrics, wake
         self.memory = Memory()
         self.lanes: dict[str, Lane] = {}
         self._accepting: dict[str, asyncio.Future[str]] = {}
@@ -2488,7 +2669,9 @@ class Relay:
         self.last_errors: OrderedDict[str, str] = OrderedDict()
         self._held: set[str] = set()  # VMs that are handed nothing: they are being changed
         self.draining = False
-        self.counts: Counter[str] = Counter()
+        self.traces: OrderedDict[str, Trace] = OrderedDict()
+        self._done: list[Trace] = []  # to be logged
+        self.last_texts: dict[str, float] = {}  # vm_id: when its last text came, wall clock
         journal.snapshot, journal.is_idle = self._snapshot, lambda: not self.lanes
 
     # Taking texts in
@@ -2496,6 +2679,7 @@ class Relay:
     async def accept(self, message: InboundMessage) -> str:
         """Take a text in, once; returns the words of the webhook's answer. Raises StoreError when it cannot be journaled."""
         if message.sid in self.memory.seen:
+            self._metrics.texts.add("repeated")
             return self.memory.said.get(message.sid, "")
         if (first := self._accepting.get(message.sid)) is not None:
             return await asyncio.shield(first)
@@ -2513,6 +2697,18 @@ class Relay:
         finally:
             del self._accepting[message.sid]
 
+    def _trace(self, sid: str, vm_id: str, received: float) -> Trace:
+        trace = self.traces[sid] = Trace(sid=sid, vm_id=vm_id, request_id=REQUEST_ID.get(), received=received,
+                                         began=self._clock.monotonic() - max(0.0, self._clock.now() - received))
+        if len(self.traces) > TRACES_KEPT:
+            self.traces.popitem(last=False)
+        return trace
+
+    def _turn_away(self, message: InboundMessage, outcome: str) -> None:
+        self._metrics.texts.add(outcome)
+        self._trace(message.sid, "", self._clock.now()).outcome = outcome
+        log_event("text_refused", message_sid=message.sid, phone=mask_phone(message.sender), outcome=outcome)
+
     async def _take(self, message: InboundMessage) -> str:
         channel, phone = ("whatsapp:", message.sender[9:]) if message.sender.startswith("whatsapp:") else ("", message.sender)
         route = self._store.routes.get(phone)
@@ -2523,23 +2719,30 @@ class Relay:
             self.memory.remember(message.sid, message.arrived, say)
             return say
         lane = self._lane(route.vm_id, phone)
-        text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media)
+        trace = self._trace(message.sid, route.vm_id, message.arrived)
+        text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media, trace=trace)
         # When nothing is before it the hand-over follows at once, so one line, one fsync, tells both.
         text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self.memory.away and route.vm_id not in self._held
         lane.accepting += 1
         try:
             await self._journal.append(self._in_record(lane, text))
+        except StoreError:
+            self._metrics.texts.add("not_journaled")
+            raise
         finally:
             lane.accepting -= 1
             self._retire(lane)
         self.memory.remember(message.sid, message.arrived)
-        self.counts["accepted"] += 1
+        trace.journaled = self._clock.monotonic() - trace.began
+        self.last_texts[lane.vm_id] = message.arrived
+        self._metrics.texts.add("accepted")
+        self._metrics.note_text()
         await self._enqueue(lane, text, route)
         return ""
 
     async def _enqueue(self, lane: Lane, text: Text, route: Route) -> None:
         if lane.gone:
-            await self._finish(lane, [text], [self._quote(lane.gone, [text])])
+            await self._finish(lane, [text], [self._quote(lane.gone, [text])], "gone")
             return
         self.lanes[lane.vm_id] = lane
         lane.waiting.append(text)
@@ -2551,20 +2754,20 @@ class Relay:
     def _refuse(self, message: InboundMessage, phone: str, route: Route | None) -> str | None:
         """What to say to a text that is not taken; None when it is."""
         if not PHONE.fullmatch(phone) or phone == self._settings.twilio_phone_number:
-            self.counts["ignored"] += 1
+            self._turn_away(message, "ignored")
             return ""
         if route is None:
-            self.counts["unknown"] += 1
+            self._turn_away(message, "unknown")
             return self._invite(phone)
         if route.state == "failed":
-            self.counts["gone"] += 1
+            self._turn_away(message, "gone")
             return self._quote("N12", [message])
         lane = self.lanes.get(route.vm_id)
         waiting = max(0, len(lane.waiting) + lane.accepting - (lane.runner is not None and route.state != "provisioning")) if lane else 0
         if waiting >= self._settings.queue_limit:
-            self.counts["queue_full"] += 1
+            self._turn_away(message, "queue_full")
             return NOTICES["N3"].format(n=waiting, text=quoted(message.body))
-        return None if message.fetched else self._limit(phone)
+        return None if message.fetched else self._limit(message, phone)
 
     def _invite(self, phone: str) -> str:
         now = self._clock.monotonic()
@@ -2576,7 +2779,7 @@ class Relay:
             self._told_unknown.popitem(last=False)
         return NOTICES["N1"].format(url=self._settings.onboarding_url)
 
-    def _limit(self, phone: str) -> str | None:
+    def _limit(self, message: InboundMessage, phone: str) -> str | None:
         """TEXT_LIMIT within any minute; the notice once a minute."""
         limit, now = self._settings.text_limit, self._clock.monotonic()
         if not limit:
@@ -2589,7 +2792,7 @@ class Relay:
                 oldest, _ = self._recent.popitem(last=False)
                 self._told_fast.pop(oldest, None)
             return None
-        self.counts["too_fast"] += 1
+        self._turn_away(message, "too_fast")
         if self._told_fast.get(phone, float("-inf")) > now - 60:
             return ""
         self._told_fast[phone] = now
@@ -2627,6 +2830,7 @@ class Relay:
 
     async def _run(self, lane: Lane) -> None:
         """The run lane: one text at a time, in order; ends when nothing waits (no await between that look and its end)."""
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
         try:
             while lane.waiting and not self.draining:
                 route = self._store.routes.get(lane.phone)
@@ -2653,6 +2857,7 @@ class Relay:
             return
         lane.handing_over = True
         text.attempts += 1
+        self._note_hand_over(text.trace)
         try:
             answer = await self._vms.command(route, text.sid, text.body, [])
         except VmAway as error:
@@ -2660,14 +2865,14 @@ class Relay:
         except VmBusy:
             await self._wait_while_busy(lane, text)
         except VmSilent:
-            await self._finish(lane, [text], [NOTICES["N8"].format(s=f"{self._settings.vm_command_timeout_s:g}", text=quoted(text.body))])
+            await self._finish(lane, [text], [NOTICES["N8"].format(s=f"{self._settings.vm_command_timeout_s:g}", text=quoted(text.body))], "silent")
         except VmFailed as error:
             if error.status < 500:
                 self._sign_of_life(lane)
-            await self._finish(lane, [text], [NOTICES["N9"].format(status=error.status, text=quoted(text.body))])
+            await self._finish(lane, [text], [NOTICES["N9"].format(status=error.status, text=quoted(text.body))], "failed")
         else:
             self._sign_of_life(lane)
-            await self._finish(lane, [text], words_of(answer))
+            await self._finish(lane, [text], words_of(answer), "answered")
         finally:
             lane.handing_over = False
 
@@ -2681,6 +2886,15 @@ class Relay:
         # A VM that was changed while this waited is looked at again.
         return lane.vm_id not in self._held and self._store.routes.get(lane.phone) is route
 
+    def _note_hand_over(self, trace: Trace) -> None:
+        trace.attempts += 1
+        if trace.handed_over is None:
+            trace.handed_over = self._clock.monotonic() - trace.began
+            self._metrics.text_handover.observe(trace.handed_over)
+
+    def _note_error(self, trace: Trace, words: str) -> None:
+        trace.errors = [*(trace.errors or ())[-9:], (self._clock.monotonic() - trace.began, words)]
+
     def _sign_of_life(self, lane: Lane) -> None:
         """An answer below 500 to /command ends an outage."""
         lane.alive_at, lane.probes = self._clock.now(), 0
@@ -2689,7 +2903,8 @@ class Relay:
             log_event("vm_back", vm_id=lane.vm_id)
 
     async def _goes_away(self, lane: Lane, text: Text, error: VmAway) -> None:
-        log_event("vm_away", level=logging.WARNING, vm_id=lane.vm_id, message_sid=text.sid, error=str(error))
+        log_event("vm_away", level=logging.WARNING, vm_id=lane.vm_id, message_sid=text.sid, error=str(error), attempt=text.attempts)
+        self._note_error(text.trace, str(error))
         now = self._clock.now()
         if error.reached:
             if error.cut or not text.reached:  # a proxy's 502, again and again, does not prolong the wait
@@ -2702,9 +2917,10 @@ class Relay:
             self._journal.note({"k": "held", "sid": text.sid})
         if lane.vm_id not in self.memory.away:
             self.memory.away[lane.vm_id] = now
+            self._metrics.outages.add()
             await self._tell(lane, text, NOTICES["N5"], away=True)
         if text.cuts >= 2:
-            await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))])
+            await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))], "crashed")
 
     async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
         """Wait until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
@@ -2739,7 +2955,7 @@ class Relay:
         if text.busy_since is None:
             text.busy_since, text.attempts = now, 1
         if now - text.busy_since > BUSY_LIMIT_S:
-            await self._finish(lane, [text], [NOTICES["N9"].format(status=409, text=quoted(text.body))])
+            await self._finish(lane, [text], [NOTICES["N9"].format(status=409, text=quoted(text.body))], "failed")
             return
         if lane.alive_at - lane.busy_noted_at > 60:
             lane.busy_noted_at = lane.alive_at
@@ -2756,10 +2972,10 @@ class Relay:
         """The first text's time is over; those behind it are judged in the same moment and share the notice."""
         first = lane.waiting[0]
         if first.reached:
-            await self._finish(lane, [first], [NOTICES["N8"].format(s=f"{self._settings.vm_away_limit_s:g}", text=quoted(first.body))])
+            await self._finish(lane, [first], [NOTICES["N8"].format(s=f"{self._settings.vm_away_limit_s:g}", text=quoted(first.body))], "silent")
         late = [text for text in lane.waiting if not text.reached and self._is_expired(lane, text)]
         if late:
-            await self._finish(lane, late, split_text(self._quote("N6", late)))
+            await self._finish(lane, late, split_text(self._quote("N6", late)), "expired")
 
     # Finishing and telling
 
@@ -2768,15 +2984,19 @@ class Relay:
         with contextlib.suppress(StoreError):
             await self._journal.append(record)
 
-    async def _finish(self, lane: Lane, texts: list[Text], parts: list[str]) -> None:
+    async def _finish(self, lane: Lane, texts: list[Text], parts: list[str], outcome: str) -> None:
         """Journal the texts' end and what their owner is told, then queue it for sending."""
         last = texts[-1]
-        out = Outbound(id=texts[0].sid, parts=parts, at=self._clock.now(), channel=last.channel, ours=last.ours)
+        out = Outbound(id=texts[0].sid, parts=parts, at=self._clock.now(), channel=last.channel, ours=last.ours, traces=[text.trace for text in texts])
+        for trace in out.traces:
+            trace.outcome, trace.parts, trace.answered = outcome, len(parts), self._clock.monotonic() - trace.began
+            if outcome != "answered":
+                self._metrics.note_text(failed=True)
         await self._on_disk(self._out_record(lane, out) | {"re": [text.sid for text in texts]})
         for text in texts:
             if text in lane.waiting:
                 lane.waiting.remove(text)
-        self.counts["finished"] += len(texts)
+        self._metrics.texts_finished.add(outcome, by=len(texts))
         self._queue_out(lane, out)
 
     async def _tell(self, lane: Lane, about: Text, words: str, *, away: bool = False) -> None:
@@ -2793,6 +3013,7 @@ class Relay:
 
     async def _send(self, lane: Lane) -> None:
         """The send lane: in journal order, the next after Twilio took the last."""
+        REQUEST_ID.set("")
         try:
             while lane.outbox:
                 owner = self._store.routes.get(lane.phone)
@@ -2814,12 +3035,37 @@ class Relay:
             except UpstreamError as error:
                 log_event("send_failed", level=logging.ERROR, vm_id=lane.vm_id, message_sid=out.id, error=str(error))
                 self._remember_error(lane.vm_id, str(error))
-                self.counts["send_failed"] += 1
+                self._metrics.messages_sent.add("failed")
+                for trace in out.traces:
+                    trace.outcome = "send_failed"
+                    self._note_error(trace, str(error))
                 self._journal.note({"k": "done", "id": out.id})
                 return
             out.sent += 1
-            self.counts["sent"] += 1
+            self._metrics.messages_sent.add("sent")
             self._journal.note({"k": "sent", "id": out.id, "n": out.sent, "sid": sid})
+        for trace in out.traces:
+            self._note_sent(trace)
+
+    def _note_sent(self, trace: Trace) -> None:
+        """The one log line of a text with which all is well."""
+        trace.sent = passed = self._clock.monotonic() - trace.began
+        if trace.outcome == "answered":
+            self._metrics.text_answer.observe(passed)
+            self._metrics.recent_answers.append(passed)
+        self._done.append(trace)
+        if len(self._done) == 1:
+            # Logged together a moment later: a line of its own would cost each text a tenth of all its work.
+            asyncio.get_running_loop().call_later(LOG_GATHER_S, self.log_done)
+
+    def log_done(self) -> None:
+        """Write the log lines of the texts that ended since the last time."""
+        done, self._done = self._done, []
+        if not done:
+            return
+        log_events("text_done", [
+            {"vm_id": trace.vm_id, "message_sid": trace.sid, "request_id": trace.request_id, "outcome": trace.outcome, "attempts": trace.attempts, "parts": trace.parts,
+             "ms_to_hand_over": in_ms(trace.handed_over), "ms_to_answer": in_ms(trace.answered), "ms_to_sent": in_ms(trace.sent)} for trace in done])
 
     def _remember_error(self, vm_id: str, words: str) -> None:
         self.last_errors[vm_id] = words
@@ -2853,6 +3099,7 @@ class Relay:
         """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, or `torn_down`."""
         notice = "N13" if reason == "failed" else "N12"
         self.memory.away.pop(vm_id, None)
+        self.last_texts.pop(vm_id, None)
         lane = self.lanes.get(vm_id)
         if lane is None:
             return
@@ -2861,7 +3108,7 @@ class Relay:
             lane.runner.cancel()
             await asyncio.wait({lane.runner})
         if texts := list(lane.waiting):
-            await self._finish(lane, texts, split_text(self._quote(notice, texts)))
+            await self._finish(lane, texts, split_text(self._quote(notice, texts)), "gone")
 
     # Journal records, there and back
 
@@ -2908,6 +3155,9 @@ class Relay:
                 continue
             lane = self._lane(vm_id, phone)
             lane.alive_at = replay.alive.get(vm_id, 0.0)
+            for text in texts:
+                text.trace = self._trace(text.sid, vm_id, text.arrived)
+            self._metrics.texts.add("resumed", by=len(texts))
             lane.waiting.extend(texts)
             lane.outbox.extend(outs)
             if not found:
@@ -2938,6 +3188,13 @@ class Relay:
         """Texts not yet finished, of one VM or of all."""
         lanes = [lane] if (lane := self.lanes.get(vm_id)) else [] if vm_id else list(self.lanes.values())
         return sum(len(lane.waiting) for lane in lanes)
+
+    def oldest_waiting_s(self) -> float:
+        """Age of the text that waits longest, 0 when none does."""
+        return max(0.0, self._clock.now() - min((lane.waiting[0].arrived for lane in self.lanes.values() if lane.waiting), default=float("inf")))
+
+    def away_count(self) -> int:
+        return len(self.memory.away)
 
     def away_since(self, vm_id: str) -> float | None:
         """Wall-clock second since which the VM is away, or None."""
@@ -3080,6 +3337,10 @@ class Replay:
         for vm_id, out in self.outs.values():
             grouped.setdefault(vm_id, ([], []))[1].append(out)
         return grouped
+
+
+def in_ms(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
 
 
 def words_of(answer: Answer) -> list[str]:
@@ -3235,6 +3496,7 @@ CREDENTIAL_BYTES = 8 * 1024
 STREAM_BEAT_S = 15.0
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
 RESERVED = re.compile(r"PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_).*")
+REQUEST_IDS = re.compile(r"[A-Za-z0-9._-]{8,64}")
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
@@ -3252,10 +3514,12 @@ class Gateway:
     provisioner: Provisioner
     fleet: Fleet
     owner: Owner
+    metrics: Metrics
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
 SETTINGS = web.AppKey("settings", Settings)
+METRICS = web.AppKey("metrics", Metrics)
 
 
 def problem_of(refusal: Refusal) -> Json:
@@ -3286,25 +3550,46 @@ def refusal_of(error: Exception) -> Refusal:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    """The one place where errors become answers."""
+    """The one place where errors become answers; each request has an id here, Fly's or a new one, which its log lines and its answer carry."""
+    given = request.headers.get("Fly-Request-Id", "")
+    REQUEST_ID.set(given if REQUEST_IDS.fullmatch(given) else f"{random.getrandbits(64):016x}")
+    resource = request.match_info.route.resource
+    call, response = resource.canonical if resource is not None else "unknown", None
     try:
-        if request.path.startswith("/provision"):
+        if call.startswith("/provision"):
             require_key(request)
-        return await handler(request)
+        response = await handler(request)
     except (CockpitError, web.HTTPException) as error:
-        return problem(refusal_of(error))
+        refusal = refusal_of(error)
+        response = problem(refusal)
+        request.app[METRICS].refusals.add(call, refusal.code)
+        if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
+            log_event("request_refused", level=logging.WARNING, method=request.method, call=call, status=refusal.status, code=refusal.code, error=scrub(refusal.detail))
     except Exception:
-        log.exception("request_failed", extra={"fields": {"method": request.method, "path": scrub(request.path)}})
-        return problem(Refusal("internal", "something went wrong here; the log says what"))
+        log.exception("request_failed", extra={"fields": [{"method": request.method, "call": call}]})
+        response = problem(Refusal("internal", "something went wrong here; the log says what"))
+    if not response.prepared:
+        response.headers["X-Request-Id"] = REQUEST_ID.get()
+    return response
 
 
-def require_key(request: web.Request) -> None:
-    """Compare the caller's key with every configured one, in constant time; raises Refusal."""
+def event_stream(headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+    """An answer of server-sent events, to be prepared and written to."""
+    own = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Request-Id": REQUEST_ID.get()}
+    return web.StreamResponse(headers={**own, **(headers or {})})
+
+
+def is_bearer(request: web.Request, keys: Iterable[str]) -> bool:
+    """Whether the caller sent one of `keys`; every one is compared, in constant time."""
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
     given = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
     digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-    matches = [hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest) for key in request.app[SETTINGS].api_keys]
-    if not any(matches):
+    return any([hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest) for key in keys])
+
+
+def require_key(request: web.Request) -> None:
+    """Refuse a caller without the API key."""
+    if not is_bearer(request, request.app[SETTINGS].api_keys):
         raise Refusal("unauthorized", "send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -3439,7 +3724,7 @@ async def post_provision(request: web.Request) -> web.StreamResponse:
 async def stream_steps(request: web.Request, job: Job, headers: Mapping[str, str]) -> web.StreamResponse:
     """Each step of a provisioning as it ends, as server-sent events, a comment line when nothing happens for 15 s; a dropped stream stops nothing."""
     gateway, told = request.app[GATEWAY], 0
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", **headers})
+    response = event_stream(headers)
     assert job.task is not None
     with contextlib.suppress(ConnectionError):
         await response.prepare(request)
@@ -3540,13 +3825,48 @@ async def post_sms(request: web.Request) -> web.Response:
     return web.Response(body=twiml(say).encode(), headers=XML_HEADERS)
 
 
-async def get_health(request: web.Request) -> web.Response:
-    gateway = request.app[GATEWAY]
+def vms_by_state(gateway: Gateway) -> dict[str, int]:
+    """How many VMs there are in each state."""
+    known, away = gateway.store.states, gateway.relay.away_count()
+    return {"ready": max(0, known["ready"] - away), "away": away, "provisioning": known["provisioning"], "deleting": len(gateway.store.undo), "failed": known["failed"]}
+
+
+def troubles_of(gateway: Gateway) -> list[str]:
+    """What is not well, in words, without numbers of phones."""
     troubles = [words for words in (gateway.store.trouble, gateway.journal.trouble, gateway.twilio.trouble) if words]
     if gateway.store.undo:
         troubles.append(f"{len(gateway.store.undo)} VMs are being deleted; Fly has not confirmed yet")
-    body = {"status": "draining" if gateway.relay.draining else "ok", "vms": {state: count for state, count in gateway.store.states.items() if count},
-            "waiting": gateway.relay.waiting(), "troubles": troubles}
+    return troubles
+
+
+async def get_metrics(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    if gateway.settings.metrics_token and not is_bearer(request, [gateway.settings.metrics_token]):
+        raise Refusal("unauthorized", "send METRICS_TOKEN as `Authorization: Bearer TOKEN`", headers={"WWW-Authenticate": "Bearer"})
+    relay = gateway.relay
+    gauges: list[tuple[str, str, str, Mapping[str, float]]] = [
+        ("vms", "VMs by state.", "state", vms_by_state(gateway)),
+        ("texts_waiting", "Texts accepted and not yet finished.", "", {"": relay.waiting()}),
+        ("oldest_waiting_seconds", "Age of the text that waits longest.", "", {"": relay.oldest_waiting_s()}),
+        ("journal_bytes", "Size of the journal.", "", {"": gateway.journal.size}),
+        ("troubles", "Troubles that /health names.", "", {"": len(troubles_of(gateway))}),
+        ("draining", "1 while shutting down.", "", {"": relay.draining}),
+    ]
+    return web.Response(text=gateway.metrics.expose(gauges), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"})
+
+
+async def get_message(request: web.Request) -> web.Response:
+    require_key(request)
+    trace = request.app[GATEWAY].relay.traces.get(request.match_info["sid"])
+    if trace is None:
+        raise Refusal("not_found", f"no text with this SID among the last {TRACES_KEPT} since this gateway started")
+    return json_response(trace.to_json())
+
+
+async def get_health(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    body = {"status": "draining" if gateway.relay.draining else "ok", "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
+            "waiting": gateway.relay.waiting(), "troubles": troubles_of(gateway)}
     return json_response(body, status=503 if gateway.relay.draining else 200)
 
 
@@ -3583,9 +3903,9 @@ async def fence(request: web.Request, handler: Callable[[web.Request], Awaitable
         host = urlsplit("//" + request.headers.get("Host", "")).hostname or ""
         forwarded = any(name.lower() == "forwarded" or name.lower().startswith("x-forwarded") for name in request.headers)
         if not is_loopback(host) or forwarded or not is_loopback(request.remote or ""):
-            return problem(Refusal("forbidden", "/_local answers this machine only"))
+            raise Refusal("forbidden", "/_local answers this machine only")
         if request.method == "POST" and not request.path.startswith("/_local/twilio/") and request.can_read_body and request.content_type != "application/json":
-            return problem(Refusal("unsupported_media_type", "send Content-Type: application/json"))
+            raise Refusal("unsupported_media_type", "send Content-Type: application/json")
     return await handler(request)
 
 
@@ -4072,11 +4392,11 @@ async def run_gateway(app: web.Application, settings: Settings, clock: Clock) ->
 @contextlib.asynccontextmanager
 async def run_parts(app: web.Application, settings: Settings, clock: Clock, path: Path) -> AsyncIterator[None]:
     """Bring the parts up in order, and down in the reverse."""
-    disk, owner = Owner(), Owner()
+    disk, owner, metrics = Owner(), Owner(), app[METRICS]
     store = await asyncio.to_thread(RouteStore, path, clock, disk)
     if store.recovered:
         log_event("routes_recovered", level=logging.WARNING, note=store.recovered)
-    journal = Journal(path.with_name(path.name + ".journal"), clock, disk)
+    journal = Journal(path.with_name(path.name + ".journal"), clock, disk, metrics)
     records = await asyncio.to_thread(journal.read)
     timeouts = aiohttp.ClientTimeout(total=60)
     async with (
@@ -4085,15 +4405,16 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=50)) as twilio_session,
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0)) as vm_session,
     ):
-        fly, twilio, vms = FlyClient(fly_session, settings, clock), TwilioClient(twilio_session, settings, clock), VmClient(vm_session, settings)
-        relay = Relay(settings, clock, store, journal, vms, twilio, owner, wake=fly.wake)
+        fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics), VmClient(vm_session, settings)
+        relay = Relay(settings, clock, store, journal, vms, twilio, owner, metrics, wake=fly.wake)
 
         async def vm_gone(vm_id: str, reason: str) -> None:
             await fleet.vm_gone(vm_id, reason)
-        provisioner = Provisioner(settings, clock, store, fly, vms, owner, on_ready=relay.vm_ready, on_gone=vm_gone)
+        provisioner = Provisioner(settings, clock, store, fly, vms, owner, metrics, on_ready=relay.vm_ready, on_gone=vm_gone)
         fleet = Fleet(settings, clock, store, fly, vms, provisioner, relay, owner)
         journal.open()
-        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner)
+        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner,
+                               metrics=metrics)
         try:
             await relay.resume(records)
             await provisioner.recover()
@@ -4118,6 +4439,7 @@ async def drain(gateway: Gateway) -> None:
         async with asyncio.timeout(gateway.settings.drain_s):
             await asyncio.gather(gateway.relay.drain(), gateway.provisioner.drain())
     await gateway.owner.close()
+    gateway.relay.log_done()
     log_event("drained", waiting=gateway.relay.waiting())
 
 
@@ -4131,17 +4453,19 @@ async def end_local_vms(app: web.Application, fly: LocalFly) -> AsyncIterator[No
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     """The whole gateway as an aiohttp application; nothing starts before the application does."""
     local = settings.fly_is_local or settings.twilio_is_local
-    app = web.Application(client_max_size=PROVISION_BODY_BYTES, middlewares=[fence, answer_errors] if local else [answer_errors])
-    app[SETTINGS] = settings
+    app = web.Application(client_max_size=PROVISION_BODY_BYTES, middlewares=[answer_errors, fence] if local else [answer_errors])
+    clock = clock or Clock()
+    app[SETTINGS], app[METRICS] = settings, Metrics(clock)
     app.add_routes([
         web.post("/provision", post_provision), web.get("/provision", get_provisions),
         web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision), web.patch("/provision/{vm_id}", patch_provision),
         *(web.post(f"/provision/{{vm_id}}/{what}", functools.partial(change_vm, what=what)) for what in ("restart", "upgrade")),
-        web.post("/sms", post_sms), web.get("/health", get_health), web.get("/", get_page),
+        web.post("/sms", post_sms), web.get("/health", get_health), web.get("/metrics", get_metrics),
+        web.get("/messages/{sid}", get_message), web.get("/", get_page),
     ])
     if local:
         add_local_world(app, settings)
-    app.cleanup_ctx.append(functools.partial(run_gateway, settings=settings, clock=clock or Clock()))
+    app.cleanup_ctx.append(functools.partial(run_gateway, settings=settings, clock=clock))
     return app
 
 
