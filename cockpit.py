@@ -549,7 +549,7 @@ def rfc3339(wall_s: float) -> str:
 
 def keyed_mark(secret: str, what: str) -> str:
     """base64url HMAC-SHA256 of `what`, without padding."""
-    return base64.urlsafe_b64encode(hmac.digest(secret.encode(), what.encode(), "sha256")).decode().rstrip("=")
+    return base64.urlsafe_b64encode(hmac.digest(secret.encode(), what.encode("utf-8", "surrogateescape"), "sha256")).decode().rstrip("=")
 
 
 def fingerprint(secret: str) -> str:
@@ -570,6 +570,24 @@ def vm_token(secret: str, vm_id: str) -> str:
 def owner_mark(secret: str, vm_id: str, phone: str) -> str:
     """The stamp by which a machine proves whose it is (a VM can write its own metadata)."""
     return keyed_mark(secret, f"owner:{vm_id}:{phone}")
+
+
+def sign_link(secret: str, vm_id: str, what: str, until: float) -> str:
+    """The last part of a `/media` address: what of which VM, until when, and a mark; no phone number is in it."""
+    told = base64.urlsafe_b64encode(f"{vm_id} {int(until)} {what}".encode()).decode().rstrip("=")
+    return f"{told}.{keyed_mark(secret, 'media:' + told)}"
+
+
+def read_link(signed: str, roots: Sequence[str], now: float) -> tuple[str, str]:
+    """Whose VM a link is about, and what of it; raises Refusal when we did not make it or its time is over."""
+    told, _, mark = signed.partition(".")
+    given = mark.encode("utf-8", "surrogateescape")
+    if not any([hmac.compare_digest(keyed_mark(root, f"media:{told}").encode(), given) for root in roots]):
+        raise Refusal("forbidden", "this link was not made here, or was changed on its way; use it as it was sent")
+    vm_id, until, what = base64.urlsafe_b64decode(told + "=" * (-len(told) % 4)).decode().split(" ", 2)
+    if int(until) <= now:
+        raise Refusal("gone", "this link is over a day old; ask for the image again")
+    return vm_id, what
 
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
@@ -1677,7 +1695,7 @@ PART_UNITS = 1600  # Twilio's limit on Body (21617); emoji count as two, so UTF-
 MAX_PARTS = 8  # well under the 15 quick replies after which Twilio's loop guard (14107) steps in
 SEND_LIMIT_S = 3600.0
 SIGNATURE_DIGESTS = {"HMAC_SHA1": "sha1", "HMAC_SHA256": "sha256"}
-TERMINAL_CONTROL = re.compile(r"\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)?|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
+TERMINAL_CONTROL = re.compile(r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x9c|\x1b\\)?|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
 UNSENDABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 # What SmartEncoded swaps for GSM-7 characters (Twilio's segment calculator), for comparing words with what Twilio lists.
 SMART_ENCODING = str.maketrans({
@@ -1806,13 +1824,79 @@ def quoted(text: str) -> str:
     return clean_text(text)[:80]
 
 
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """What one of Twilio's codes means for a message of ours, and what to tell whoever asks why it did not arrive.
+
+    `act`: `wait` try again, for at most an hour; `mend` the same, and /health says so; `look_up` it may have been sent, see Twilio's list
+    before trying again; `once_more` the send lane waits 30 s, then the part goes once more; `as_text` a picture goes as words and a link;
+    `opted_out` nothing more until START; `final` this message is given up.
+    """
+
+    act: str
+    words: str
+
+
+# Every code of Twilio's dictionary (www.twilio.com/docs/api/errors) that a message of ours can meet, in the create's answer or in a callback.
+RULINGS = {code: Ruling(act, words) for codes, act, words in (
+    ("20003", "mend", "Twilio refuses our credentials; check TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN or the API key, their region and the account"),
+    ("30002", "mend", "the Twilio account is suspended; settle it in Twilio's console"),
+    ("20429 20503", "wait", "Twilio is busy; tried again"),
+    ("21611", "wait", "this sender's queue at Twilio is full; tried again later"),
+    ("20500", "look_up", "Twilio failed inside; looked up before it is sent again"),
+    ("14107", "once_more", "Twilio's loop guard stopped it (over 15 quick texts between two numbers); sent once more after 30 s"),
+    ("30001 30017 30022 63018", "once_more", "Twilio or the carrier was congested; sent once more after 30 s"),
+    ("30008", "once_more", "lost for a reason the carrier does not tell; sent once more"),
+    ("21612 21620 30011 30019 11200 11751 12300", "as_text", "it could not be sent as a picture message; a picture goes as words and a link"),
+    ("21610", "opted_out", "the owner opted out by STOP; nothing is sent until they text START"),
+    ("30004", "final", "the phone blocks us, or its owner opted out; they may text START"),
+    ("20404", "final", "Twilio knows no such account; check TWILIO_ACCOUNT_SID, letter by letter"),
+    ("21211", "final", "Twilio says that this is not a phone number; provision the VM with the right one"),
+    ("21266", "final", "the number is the gateway's own; provision the VM with the engineer's"),
+    ("21212 21606", "final", "our number is not this account's or cannot send this; check TWILIO_PHONE_NUMBER"),
+    ("21701 21702 21703 21704 21705", "final", "the Messaging Service is wrong or has no number; mend it in Twilio's console"),
+    ("21408", "final", "texts to this country are not enabled; allow it under Geo Permissions in Twilio's console"),
+    ("21602 21603 21604 21609 21617 21623 21624", "final", "Twilio found the message malformed; this is a fault of cockpit or of PUBLIC_URL"),
+    ("21608", "final", "a trial account sends to verified numbers only; verify this one or upgrade the Twilio account"),
+    ("21614 21635 30006", "final", "the number is a landline or cannot be reached; provision the VM with a mobile number"),
+    ("30003", "final", "the phone was off or out of reach"),
+    ("30005", "final", "the carrier does not know this number; check it"),
+    ("30007", "final", "filtered as spam by Twilio or the carrier; see the message in Twilio's console, repeating it makes it worse"),
+    ("30410", "final", "the carrier did not answer in time; it may have arrived, so it is not sent again"),
+    ("30023 30027", "final", "T-Mobile's daily limit is used up until midnight Pacific time; raise the campaign's trust score"),
+    ("30032", "final", "the toll-free number is not verified; verify it in Twilio's console"),
+    ("30034 30035", "final", "the number is not registered for texts in the US (A2P 10DLC) or not yet; register brand and campaign in Twilio's console"),
+    ("30036", "final", "it waited too long in Twilio's queue"),
+    ("30450", "final", "Twilio's SMS pumping protection blocked it; look into it before texting on"),
+    ("63016", "final", "WhatsApp allows answers only within 24 h of the owner's last text; they should text first"),
+) for code in codes.split()}
+encoded = functools.lru_cache(maxsize=20_000)(quote_plus)
+
+
+def explain_code(code: str) -> str:
+    """One of Twilio's codes in plain words, with the cure."""
+    ruling = RULINGS.get(code)
+    return f"Twilio {code}: {ruling.words}" if ruling else f"Twilio {code}: see www.twilio.com/docs/api/errors/{code}"
+
+
+def act_on(error: UpstreamError) -> str:
+    """What to do about a failed call to Twilio: by its code; a code nobody knows by what is known of the call."""
+    if error.code in RULINGS:
+        return RULINGS[error.code].act
+    if isinstance(error, UpstreamUnavailable | UpstreamUnreadable):
+        return "look_up" if error.maybe_done else "wait"
+    return "mend" if error.status == HTTPStatus.UNAUTHORIZED else "final"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sms:
-    """One message to hand to Twilio."""
+    """One message to hand to Twilio: words, or the address of a picture; `callback` is where Twilio tells what became of it."""
 
     sender: str
     recipient: str
     body: str
+    media: str = ""
+    callback: str = ""
 
 
 class TwilioClient:
@@ -1869,7 +1953,13 @@ class TwilioClient:
 
     async def create(self, sms: Sms) -> str:
         """Hand one message to Twilio, one attempt; returns its SID, empty when the answer was not readable."""
-        form = f"SmartEncoded=true&From={quote_plus(sms.sender)}&To={quote_plus(sms.recipient)}&Body={quote_plus(sms.body)}"
+        form = f"SmartEncoded=true&From={encoded(sms.sender)}&To={encoded(sms.recipient)}"
+        if sms.body:
+            form += f"&Body={quote_plus(sms.body)}"
+        if sms.media:
+            form += f"&MediaUrl={quote_plus(sms.media)}"
+        if sms.callback:
+            form += f"&StatusCallback={encoded(sms.callback)}"
         answer = await self._request("POST", self._messages, "create message", form.encode())
         sid = answer.get("sid") if isinstance(answer, dict) else None
         if not isinstance(sid, str):
@@ -1893,13 +1983,13 @@ class TwilioClient:
                 self.trouble = ""
                 return sid
             except UpstreamError as error:
-                failures += 1
+                failures, act = failures + 1, act_on(error)
                 pause = max(self._clock.uniform(0, self.retry.ceiling(failures)), error.retry_after_s or 0)
-                if not is_worth_sending_again(error) or self._clock.monotonic() + pause - began > self.retry.budget_s:
+                if act not in ("wait", "mend", "look_up") or self._clock.monotonic() + pause - began > self.retry.budget_s:
                     raise
-                if error.status == HTTPStatus.UNAUTHORIZED:
-                    self.trouble = "Twilio refuses our credentials (20003): texts wait"
-                if error.maybe_done and error.operation == "create message":
+                if act == "mend":
+                    self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
+                if act == "look_up" and error.operation == "create message":
                     attempted_at = started
                 log_event("send_retry", level=logging.WARNING, error=str(error), attempt=failures + 1, pause_s=round(pause, 2))
                 await self._clock.sleep(pause)
@@ -1918,6 +2008,23 @@ class TwilioClient:
         except UpstreamRejected as error:
             self.give_up_listing(error)
         return ""
+
+    async def body_of(self, sid: str) -> str:
+        """The words of a message that Twilio has; raises UpstreamError."""
+        answer = await self._request("GET", self._messages.parent / "Messages" / f"{sid}.json", "fetch message")
+        return str(answer.get("body") or "") if isinstance(answer, dict) else ""
+
+    @contextlib.asynccontextmanager
+    async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A picture that a phone sent, not yet read. Our credentials go to Twilio's own address, never to where it redirects."""
+        url, headers = URL(self._settings.twilio_url + path, encoded=True), self._headers
+        for _ in range(5):
+            async with self._session.get(url, headers=headers | {"Accept": "*/*"}, allow_redirects=False, timeout=self._timeout) as response:
+                if response.status not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
+                    yield response
+                    return
+                url, headers = url.join(URL(response.headers["Location"])), {}
+        raise Refusal("not_found", "the picture is not to be had: Twilio redirects too often")
 
     def give_up_listing(self, error: UpstreamRejected) -> None:
         """Say once that the list is refused; go on without it when that is for good."""
@@ -1954,14 +2061,10 @@ def read_date(message: Json) -> float | None:
     return None
 
 
-def is_worth_sending_again(error: UpstreamError) -> bool:
-    """429, 5xx, what never arrived, a full sender queue (21611) and credentials that may be mended (401)."""
-    return isinstance(error, UpstreamUnavailable | UpstreamUnreadable) or error.code == "21611" or error.status == HTTPStatus.UNAUTHORIZED
-
-
 # --- The VM ---
 
 MAX_ANSWER_BYTES = 1024 * 1024
+MAX_IMAGE_BYTES = 5 * 1024 * 1024
 IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 MAX_IMAGES = 10
 
@@ -2005,7 +2108,7 @@ class VmClient:
     def __init__(self, session: aiohttp.ClientSession, settings: Settings) -> None:
         self._session, self._settings = session, settings
         self._command_timeout = aiohttp.ClientTimeout(total=settings.vm_command_timeout_s, sock_connect=min(10, settings.vm_command_timeout_s))
-        self._health_timeout = aiohttp.ClientTimeout(total=5)
+        self._health_timeout, self._image_timeout = aiohttp.ClientTimeout(total=5), aiohttp.ClientTimeout(total=60, sock_connect=10)
 
     def endpoint(self, route: Route) -> Endpoint:
         return self._prepared(route.vm_id, route.vm_url, route.key_id)
@@ -2025,6 +2128,11 @@ class VmClient:
                 return response.status < 300
         except (aiohttp.ClientError, TimeoutError, ValueError):
             return False
+
+    def open_image(self, route: Route, path: str) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """One of a VM's images, not yet read."""
+        endpoint = self.endpoint(route)
+        return self._session.get(URL(route.vm_url + path), headers=endpoint.headers, allow_redirects=False, timeout=self._image_timeout)
 
     async def command(self, route: Route, sid: str, text: str, media: Sequence[Json]) -> Answer:
         """Run one text; raises VmAway, VmBusy, VmSilent or VmFailed. The Idempotency-Key is the text's MessageSid."""
