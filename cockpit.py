@@ -693,6 +693,8 @@ class Metrics:
         self.texts = Counts("Texts that came in, by what the door said.", "outcome")
         self.texts_finished = Counts("Texts accepted earlier that came to an end, by which.", "outcome")
         self.messages_sent = Counts("Parts of messages handed to Twilio, by outcome.", "outcome")
+        self.unasked = Counts("Messages that VMs texted their owners unasked.")
+        self.deliveries = Counts("What Twilio told of messages sent, by status.", "status")
         self.outages = Counts("Times a VM was found away.")
         self.text_handover = Durations("From a text's webhook to its first hand-over to the VM.")
         self.text_answer = Durations("From a text's webhook to its answer's last part being taken by Twilio.")
@@ -1921,6 +1923,9 @@ class TwilioClient:
         if len(self._claimed) > 10_000:
             self._claimed.popitem(last=False)
 
+    def last_claimed(self) -> list[str]:
+        return list(self._claimed)[-1000:]
+
     async def _request(self, method: str, url: URL, operation: str, body: bytes | None = None) -> Any:
         def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
             return kind("twilio", operation, words=scrub(words, self._settings.twilio_auth_tokens), **facts)
@@ -2254,7 +2259,7 @@ class Provisioner:
     """Makes and destroys VMs. What is begun stands in routes.json before Fly is asked; what fails is undone until Fly confirms."""
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, owner: Owner, metrics: Metrics, *,
-                 on_ready: Callable[[str], Awaitable[None]], on_gone: Callable[[str, str], Awaitable[None]]) -> None:
+                 on_ready: Callable[..., Awaitable[None]], on_gone: Callable[[str, str], Awaitable[None]]) -> None:
         self._settings, self._clock, self._store, self._fly, self._vms, self._owner, self._metrics = settings, clock, store, fly, vms, owner, metrics
         self._on_ready, self._on_gone = on_ready, on_gone
         self.jobs: dict[str, Job] = {}
@@ -2321,7 +2326,7 @@ class Provisioner:
             self.jobs.pop(job.vm_id, None)
         self._metrics.provision.observe(self._clock.monotonic() - job.began, "ready")
         log_event("provision_ready", vm_id=job.vm_id, phone=mask_phone(job.order.phone), seconds=job.seconds)
-        await self._on_ready(job.vm_id)
+        await self._on_ready(job.vm_id, welcome=job.order.welcome)
         return route
 
     def _update(self, job: Job, **changes: Any) -> Route:
@@ -2615,6 +2620,16 @@ SEEN_S, SEEN_LEAST, SEEN_MOST = 86_400.0, 20_000, 1_000_000
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 UNKNOWN_NOTICE_S = 3600.0
+LINK_S = 86_400.0
+LOOP_GUARD_S = 30.0  # 14107: Twilio counts texts that follow each other within this time
+STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
+UNASKED_LIMITS = ((60.0, 20), (86_400.0, 300))  # a VM's own messages: seconds, how many
+# Twilio acts on these by itself when they are the whole of a text; YES is an answer to an agent unless its sender is opted out.
+KEYWORDS = {**dict.fromkeys(("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"), "STOP"),
+            **dict.fromkeys(("START", "UNSTOP", "YES"), "START"), **dict.fromkeys(("HELP", "INFO"), "HELP")}
+# Callbacks come in any order: a status of no higher rank than one already told says nothing new.
+RANKS = {"accepted": 0, "scheduled": 0, "queued": 1, "sending": 2, "sent": 3, "delivered": 4, "undelivered": 4, "failed": 4, "canceled": 4, "read": 5}
+IMAGE_IN_WORDS = "An image that could not be sent as a picture message; for a day it is here: {url}"
 NOTICES = {
     "N1": "This number has no cockpit VM yet. Sign up: {url}",
     "N2": "Your VM is being set up. Your text is kept.",
@@ -2689,14 +2704,17 @@ class Text:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Outbound:
-    """Something to tell an owner, in parts."""
+    """Something to tell an owner: words in parts, then images of the VM, each a message of its own."""
 
     id: str
     parts: list[str]
     at: float
+    images: tuple[str, ...] = ()
     channel: str = ""
     ours: str = ""
-    sent: int = 0
+    sent: int = 0  # of the parts, then of the images
+    once_more: bool = False  # Twilio stopped it before: there is no third time
+    hold_until: float = 0.0  # wall clock: its lane sends nothing before
     resumed: bool = False  # an earlier process may have sent it
     traces: Sequence[Trace] = ()  # of the texts it answers
 
@@ -2718,6 +2736,9 @@ class Lane:
     asked_fly_at: float = float("-inf")  # monotonic
     busy_noted_at: float = 0.0
     told_setup: bool = False
+    hold_until: float = 0.0  # wall clock: Twilio's loop guard wants a pause
+    still_at: float = 0.0  # monotonic: when its owner hears that the command still runs
+    still_told: int = 0
     gone: str = ""  # the notice that whoever waits here gets, once the VM is no more
 
     def is_idle(self) -> bool:
@@ -2725,13 +2746,17 @@ class Lane:
 
 
 class Memory:
-    """What outlives the messages themselves: SIDs seen and what was said to them, outages told."""
+    """What outlives the messages themselves: SIDs seen and what was said to them, outages told, opt-outs, the addresses last used."""
 
     def __init__(self) -> None:
         self.seen: OrderedDict[str, float] = OrderedDict()
         self.said: dict[str, str] = {}
         self.away: dict[str, float] = {}  # vm_id: since when
         self.mark = 0.0  # up to when Twilio's texts are known
+        self.muted: dict[str, bool] = {}  # channel and vm_id of those who opted out
+        self.pairs: dict[str, Json] = {}  # vm_id: channel and our address of its owner's last text, where they are not the usual ones
+        self.unasked: dict[str, deque[float]] = {}  # vm_id: when it last texted its owner by itself
+        self.errors: OrderedDict[str, str] = OrderedDict()  # vm_id: why its owner did not hear something
 
     def remember(self, sid: str, at: float, say: str = "") -> None:
         """SIDs are kept for 24 h, at least 20,000 and at most 1,000,000 of them."""
@@ -2747,13 +2772,48 @@ class Memory:
             self.said.pop(oldest, None)
 
     def record(self) -> Json:
-        return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away, "mark": self.mark}
+        return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away, "muted": self.muted,
+                "pairs": self.pairs, "unasked": {vm_id: list(times) for vm_id, times in self.unasked.items()}, "errors": self.errors, "mark": self.mark}
 
     def restore(self, record: Json) -> None:
         self.seen.update((sid, at) for sid, at in record.get("seen", ()))
         self.said.update(record.get("said", {}))
-        self.away.update(record.get("away", {}))
         self.mark = max(self.mark, float(record.get("mark", 0)))
+        for name in ("away", "muted", "pairs", "errors"):
+            getattr(self, name).update(record.get(name, {}))
+        for vm_id, times in record.get("unasked", {}).items():
+            self.unasked[vm_id] = deque(times, maxlen=UNASKED_LIMITS[-1][1])
+
+    def use_pair(self, vm_id: str, pair: Json) -> None:
+        """The channel and our address of an owner's last text; nothing is kept of the usual ones."""
+        if pair:
+            self.pairs[vm_id] = pair
+        elif vm_id in self.pairs:
+            del self.pairs[vm_id]
+
+    def spoke(self, vm_id: str, at: float) -> None:
+        """A VM texted its owner unasked."""
+        self.unasked.setdefault(vm_id, deque(maxlen=UNASKED_LIMITS[-1][1])).append(at)
+
+    def mute(self, who: str, muted: bool) -> None:
+        """Nobody who opted out is texted until they text START."""
+        if muted:
+            self.muted[who] = True
+        else:
+            self.muted.pop(who, None)
+
+    def note_error(self, vm_id: str, words: str) -> None:
+        """Remember what is wrong with reaching a VM's owner; no words: nothing is."""
+        self.errors.pop(vm_id, None)
+        if words:
+            self.errors[vm_id] = words
+        while len(self.errors) > 10_000:
+            self.errors.popitem(last=False)
+
+    def forget(self, vm_id: str) -> None:
+        """A VM is gone (that its owner opted out stays true)."""
+        for kept in (self.away, self.pairs, self.unasked, self.errors):
+            kept.pop(vm_id, None)
 
 
 class Relay:
@@ -2761,7 +2821,8 @@ class Relay:
 
     Journal records (key `k`), none with a phone number: `in` a text accepted (`run`: and handed over), `run` handed over, `held` surely
     not handed over, `cut` its connection broke, `busy` the VM said 409, `out` something to tell, completing the texts `re` (`away`: it
-    opens an outage), `sent` parts Twilio took, `done` given up, `seen` a text refused, `back` an outage over, `state` all that is remembered.
+    opens an outage), `sent` parts Twilio took, `done` given up, `seen` a text refused, `mute` an owner opted out or in, `error` what is
+    wrong with reaching one, `claimed` SIDs of what was sent, `back` an outage over, `state` all that is remembered.
     """
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner,
@@ -2774,8 +2835,13 @@ class Relay:
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()
         self._told_fast: dict[str, float] = {}
-        self.last_errors: OrderedDict[str, str] = OrderedDict()
         self._held: set[str] = set()  # VMs that are handed nothing: they are being changed
+        self.last_errors = self.memory.errors
+        self._ranks: OrderedDict[str, int] = OrderedDict()  # of the last status told of a message; a restart may count one twice
+        self._sent_as: OrderedDict[str, Sequence[Trace]] = OrderedDict()  # by the SID of an answer's message, for the word that it was delivered
+        self._watcher: asyncio.Task[None] | None = None
+        # A VM's links and callbacks are of use only where Twilio can reach them.
+        self._callback = "" if is_loopback(urlsplit(settings.public_url).hostname or "") else f"{settings.public_url}/sms/status?vm="
         self.draining = False
         self.traces: OrderedDict[str, Trace] = OrderedDict()
         self._done: list[Trace] = []  # to be logged
@@ -2820,9 +2886,12 @@ class Relay:
     async def _take(self, message: InboundMessage) -> str:
         channel, phone = ("whatsapp:", message.sender[9:]) if message.sender.startswith("whatsapp:") else ("", message.sender)
         route = self._store.routes.get(phone)
+        who = channel + route.vm_id if route else ""
+        if word := self._keyword(message, who):
+            return await self._take_keyword(message, who, word)
         refusal = self._refuse(message, phone, route)
         if refusal is not None or route is None:
-            say = refusal or ""
+            say = "" if who in self.memory.muted else refusal or ""
             await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)} | ({"say": say} if say else {}))
             self.memory.remember(message.sid, message.arrived, say)
             return say
@@ -2841,11 +2910,34 @@ class Relay:
             lane.accepting -= 1
             self._retire(lane)
         self.memory.remember(message.sid, message.arrived)
+        self.memory.use_pair(lane.vm_id, self._addresses(channel, message.recipient))
         trace.journaled = self._clock.monotonic() - trace.began
         self.last_texts[lane.vm_id] = message.arrived
         self._metrics.texts.add("accepted")
         self._metrics.note_text()
         await self._enqueue(lane, text, route)
+        return ""
+
+    def _keyword(self, message: InboundMessage, who: str) -> str:
+        """STOP, START or HELP when Twilio answers this text itself, else nothing."""
+        word = message.body.strip().upper() if len(message.body) < 40 else ""
+        if word == "YES" and who not in self.memory.muted:
+            return ""
+        return KEYWORDS.get(message.opt_out.upper()) or KEYWORDS.get(word, "")
+
+    async def _take_keyword(self, message: InboundMessage, who: str, word: str) -> str:
+        """Record an opt-out or opt-in; nothing is said, Twilio does that."""
+        record: Json = {"k": "seen", "sid": message.sid, "at": int(message.arrived)}
+        if who and word != "HELP":
+            record |= {"who": who, "muted": word == "STOP"}
+        await self._journal.append(record)
+        self.memory.remember(message.sid, message.arrived)
+        if "who" in record:
+            self.memory.mute(who, record["muted"])
+            if word == "START":
+                self._remember_error(who.removeprefix("whatsapp:"), "")
+            log_event("opted_out" if word == "STOP" else "opted_in", vm_id=who, message_sid=message.sid)
+        self._metrics.texts.add("keyword")
         return ""
 
     async def _enqueue(self, lane: Lane, text: Text, route: Route) -> None:
@@ -2857,7 +2949,7 @@ class Relay:
         self._start_running(lane)
         if route.state == "provisioning" and not lane.told_setup:
             lane.told_setup = True
-            self._owner.start(self._tell(lane, text, NOTICES["N2"]), "tell N2")
+            self._owner.start(self._tell(lane, NOTICES["N2"], text), "tell N2")
 
     def _refuse(self, message: InboundMessage, phone: str, route: Route | None) -> str | None:
         """What to say to a text that is not taken; None when it is."""
@@ -2963,11 +3055,11 @@ class Relay:
             return
         if not await self._is_open(lane, route, text):
             return
-        lane.handing_over = True
+        self._start_watching(lane)
         text.attempts += 1
         self._note_hand_over(text.trace)
         try:
-            answer = await self._vms.command(route, text.sid, text.body, [])
+            answer = await self._vms.command(route, text.sid, text.body, self._media(lane.vm_id, text))
         except VmAway as error:
             await self._goes_away(lane, text, error)
         except VmBusy:
@@ -2980,7 +3072,7 @@ class Relay:
             await self._finish(lane, [text], [NOTICES["N9"].format(status=error.status, text=quoted(text.body))], "failed")
         else:
             self._sign_of_life(lane)
-            await self._finish(lane, [text], words_of(answer), "answered")
+            await self._finish(lane, [text], words_of(answer), "answered", answer.images)
         finally:
             lane.handing_over = False
 
@@ -3002,6 +3094,33 @@ class Relay:
 
     def _note_error(self, trace: Trace, words: str) -> None:
         trace.errors = [*(trace.errors or ())[-9:], (self._clock.monotonic() - trace.began, words)]
+
+    def _media(self, vm_id: str, text: Text) -> list[Json]:
+        """Links by which the VM can open a text's pictures; only what lies at Twilio's own address gets one."""
+        origin = self._settings.twilio_url
+        return [{"url": self._link(vm_id, url.removeprefix(origin)), "content_type": kind} for url, kind in text.media if url.startswith(origin + "/")]
+
+    def _link(self, vm_id: str, what: str) -> str:
+        return f"{self._settings.public_url}/media/{sign_link(self._settings.secrets[0], vm_id, what, self._clock.now() + LINK_S)}"
+
+    def _start_watching(self, lane: Lane) -> None:
+        lane.handing_over, lane.still_at, lane.still_told = True, self._clock.monotonic() + STILL_AFTER_S, 0
+        if self._watcher is None:
+            self._watcher = self._owner.start(self._watch())
+
+    async def _watch(self) -> None:
+        """Tell the owners of commands that run long (N15), for all lanes; ends when nothing runs."""
+        try:
+            while times := [lane.still_at for lane in self.lanes.values() if lane.handing_over]:
+                await self._clock.sleep(min(STILL_AFTER_S, max(1.0, min(times) - self._clock.monotonic())))
+                for lane in list(self.lanes.values()):
+                    # Behind anything still to be sent it would only come late.
+                    if lane.handing_over and lane.still_at <= self._clock.monotonic() and not lane.outbox and lane.waiting:
+                        lane.still_told += 1
+                        lane.still_at += STILL_EVERY_S if lane.still_told < STILL_MOST else float("inf")
+                        await self._tell(lane, NOTICES["N15"], lane.waiting[0])
+        finally:
+            self._watcher = None
 
     def _sign_of_life(self, lane: Lane) -> None:
         """An answer below 500 to /command ends an outage."""
@@ -3026,7 +3145,7 @@ class Relay:
         if lane.vm_id not in self.memory.away:
             self.memory.away[lane.vm_id] = now
             self._metrics.outages.add()
-            await self._tell(lane, text, NOTICES["N5"], away=True)
+            await self._tell(lane, NOTICES["N5"], text, away=True)
         if text.cuts >= 2:
             await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))], "crashed")
 
@@ -3092,29 +3211,32 @@ class Relay:
         with contextlib.suppress(StoreError):
             await self._journal.append(record)
 
-    async def _finish(self, lane: Lane, texts: list[Text], parts: list[str], outcome: str) -> None:
+    async def _finish(self, lane: Lane, texts: list[Text], parts: list[str], outcome: str, images: tuple[str, ...] = ()) -> None:
         """Journal the texts' end and what their owner is told, then queue it for sending."""
         last = texts[-1]
-        out = Outbound(id=texts[0].sid, parts=parts, at=self._clock.now(), channel=last.channel, ours=last.ours, traces=[text.trace for text in texts])
+        out = Outbound(id=texts[0].sid, parts=parts, images=images, at=self._clock.now(), channel=last.channel, ours=last.ours, traces=[text.trace for text in texts])
         for trace in out.traces:
-            trace.outcome, trace.parts, trace.answered = outcome, len(parts), self._clock.monotonic() - trace.began
+            trace.outcome, trace.parts, trace.answered = outcome, len(parts) + len(images), self._clock.monotonic() - trace.began
             if outcome != "answered":
                 self._metrics.note_text(failed=True)
-        await self._on_disk(self._out_record(lane, out) | {"re": [text.sid for text in texts]})
+        await self._on_disk(self._out_record(lane.vm_id, out) | {"re": [text.sid for text in texts]})
         for text in texts:
             if text in lane.waiting:
                 lane.waiting.remove(text)
         self._metrics.texts_finished.add(outcome, by=len(texts))
         self._queue_out(lane, out)
 
-    async def _tell(self, lane: Lane, about: Text, words: str, *, away: bool = False) -> None:
-        out = Outbound(id=f"n-{self._clock.random_id()}", parts=split_text(words), at=self._clock.now(), channel=about.channel, ours=about.ours)
-        await self._on_disk(self._out_record(lane, out) | ({"away": True} if away else {}))
+    async def _tell(self, lane: Lane, words: str, about: Text | None = None, *, away: bool = False) -> None:
+        """A notice: about a text from where that came, else where the owner last texted."""
+        pair = {"channel": about.channel, "ours": about.ours} if about else self.memory.pairs.get(lane.vm_id, {})
+        out = Outbound(id=f"n-{self._clock.random_id()}", parts=split_text(words), at=self._clock.now(), **pair)
+        await self._on_disk(self._out_record(lane.vm_id, out) | ({"away": True} if away else {}))
         self._queue_out(lane, out)
 
     def _queue_out(self, lane: Lane, out: Outbound) -> None:
-        self.lanes.setdefault(lane.vm_id, lane)
+        lane = self.lanes.setdefault(lane.vm_id, lane)
         lane.outbox.append(out)
+        lane.hold_until = max(lane.hold_until, out.hold_until)
         self._start_sending(lane)
 
     # Sending
@@ -3135,22 +3257,29 @@ class Relay:
             self._retire(lane)
 
     async def _deliver(self, lane: Lane, out: Outbound) -> None:
-        sender = out.ours or out.channel + self._settings.twilio_phone_number
-        while out.sent < len(out.parts):
-            sms = Sms(sender=sender, recipient=out.channel + lane.phone, body=out.parts[out.sent])
+        in_words = False  # an image that was refused as a picture
+        while out.sent < len(out.parts) + len(out.images):
+            while (pause := lane.hold_until - self._clock.now()) > 0:
+                await self._clock.sleep(min(pause, LOOP_GUARD_S))
+            if out.channel + lane.vm_id in self.memory.muted:
+                self._give_up(lane, out, explain_code("21610"))
+                return
+            sms = self._sms(lane, out, in_words)
             try:
                 sid = await self._twilio.deliver(sms, out.at if out.resumed else None)
             except UpstreamError as error:
-                log_event("send_failed", level=logging.ERROR, vm_id=lane.vm_id, message_sid=out.id, error=str(error))
-                self._remember_error(lane.vm_id, str(error))
-                self._metrics.messages_sent.add("failed")
-                for trace in out.traces:
-                    trace.outcome = "send_failed"
-                    self._note_error(trace, str(error))
-                self._journal.note({"k": "done", "id": out.id})
-                return
-            out.sent += 1
+                if not (in_words := bool(sms.media) and act_on(error) == "as_text"):
+                    if act_on(error) == "opted_out":
+                        self._mute(out.channel + lane.vm_id)
+                    self._give_up(lane, out, f"{explain_code(error.code)} ({error})" if error.code in RULINGS else str(error))
+                    return
+                continue
+            out.sent, in_words = out.sent + 1, False
             self._metrics.messages_sent.add("sent")
+            if self._callback and out.traces:
+                self._sent_as[sid] = out.traces
+                if len(self._sent_as) > TRACES_KEPT:
+                    self._sent_as.popitem(last=False)
             self._journal.note({"k": "sent", "id": out.id, "n": out.sent, "sid": sid})
         for trace in out.traces:
             self._note_sent(trace)
@@ -3175,15 +3304,117 @@ class Relay:
             {"vm_id": trace.vm_id, "message_sid": trace.sid, "request_id": trace.request_id, "outcome": trace.outcome, "attempts": trace.attempts, "parts": trace.parts,
              "ms_to_hand_over": in_ms(trace.handed_over), "ms_to_answer": in_ms(trace.answered), "ms_to_sent": in_ms(trace.sent)} for trace in done])
 
+    def _sms(self, lane: Lane, out: Outbound, in_words: bool) -> Sms:
+        """The next message of what is to be told; its callback says whose it is and, if it is a picture, which."""
+        body, media, about = "", "", lane.vm_id + ("&again=1" if out.once_more else "")
+        if out.sent < len(out.parts):
+            body = out.parts[out.sent]
+        else:
+            image = out.images[out.sent - len(out.parts)]
+            media, about = self._link(lane.vm_id, image), f"{about}&image={image}"
+        if in_words:
+            body, media = IMAGE_IN_WORDS.format(url=media), ""
+        return Sms(sender=out.ours or out.channel + self._settings.twilio_phone_number, recipient=out.channel + lane.phone, body=body, media=media,
+                   callback=self._callback and self._callback + about)
+
+    def _give_up(self, lane: Lane, out: Outbound, words: str) -> None:
+        log_event("send_failed", level=logging.ERROR, vm_id=lane.vm_id, message_sid=out.id, error=words)
+        self._remember_error(lane.vm_id, words)
+        self._metrics.messages_sent.add("failed")
+        for trace in out.traces:
+            trace.outcome = "send_failed"
+            self._note_error(trace, words)
+        self._journal.note({"k": "done", "id": out.id})
+
+    def _mute(self, who: str) -> None:
+        """Twilio says that they opted out."""
+        self.memory.mute(who, True)
+        self._journal.note({"k": "mute", "who": who, "muted": True})
+
     def _remember_error(self, vm_id: str, words: str) -> None:
-        self.last_errors[vm_id] = words
-        while len(self.last_errors) > 10_000:
-            self.last_errors.popitem(last=False)
+        if self.memory.errors.get(vm_id, "") != words:
+            self.memory.note_error(vm_id, words)
+            self._journal.note({"k": "error", "vm": vm_id, "words": words})
+
+    # What became of what was sent
+
+    async def on_status(self, fields: Mapping[str, str], about: Mapping[str, str]) -> None:
+        """One of Twilio's callbacks, which come out of order, twice, and before the create's own answer; `about` is what `_sms` put into its address."""
+        sid, status = fields.get("MessageSid", ""), fields.get("MessageStatus", "")
+        if RANKS.get(status, -1) <= self._ranks.get(sid, -1):
+            return
+        self._ranks[sid] = RANKS[status]
+        if len(self._ranks) > SEEN_LEAST:
+            self._ranks.popitem(last=False)
+        self._metrics.deliveries.add(status)
+        found, to = self._store.find(about.get("vm", "")), fields.get("To", "")
+        if found is None or found[0] != to.removeprefix("whatsapp:") or RANKS[status] < RANKS["delivered"]:
+            return
+        if status in ("delivered", "read"):
+            for trace in self._sent_as.get(sid, ()):
+                trace.delivered = self._clock.monotonic() - trace.began
+            if to.removesuffix(found[0]) + found[1].vm_id not in self.memory.muted:
+                self._remember_error(found[1].vm_id, "")
+        elif sid not in self.memory.seen:
+            await self._undelivered(self._lane(found[1].vm_id, found[0]), sid, fields, about)
+
+    async def _undelivered(self, lane: Lane, sid: str, fields: Mapping[str, str], about: Mapping[str, str]) -> None:
+        """A message that Twilio took and could not deliver: what its code asks for is done once, also across restarts."""
+        self.memory.remember(sid, self._clock.now())
+        code, image, channel = fields.get("ErrorCode", ""), about.get("image", ""), "whatsapp:" if fields.get("To", "").startswith("whatsapp:") else ""
+        act, words = RULINGS[code].act if code in RULINGS else "final", ""
+        log_event("undelivered", level=logging.WARNING, vm_id=lane.vm_id, message_sid=sid, error=explain_code(code))
+        self._remember_error(lane.vm_id, explain_code(code))
+        self._metrics.twilio_errors.add(code if code in RULINGS else "other")
+        for trace in self._sent_as.get(sid, ()):
+            self._note_error(trace, explain_code(code))
+        if act == "opted_out":
+            self._mute(channel + lane.vm_id)
+        elif act == "mend":
+            self._twilio.trouble = f"texts do not arrive: {explain_code(code)}"
+        elif IMAGE_PATH.fullmatch(image) and act == "as_text":
+            words, image = IMAGE_IN_WORDS.format(url=self._link(lane.vm_id, image)), ""
+        elif act == "once_more" and not image and not about.get("again"):
+            with contextlib.suppress(UpstreamError):
+                words = await retry(lambda: self._twilio.body_of(sid), Retry(), self._clock)
+        again = act == "once_more" and not about.get("again")
+        if words or (again and IMAGE_PATH.fullmatch(image)):
+            now = self._clock.now()
+            out = Outbound(id=f"a-{sid}", parts=[words] if words else [], images=() if words else (image,), at=now, channel=channel, ours=fields.get("From", ""),
+                           once_more=again, hold_until=now + LOOP_GUARD_S if again else 0.0)
+            await self._on_disk(self._out_record(lane.vm_id, out) | {"seen": sid})
+            self._queue_out(lane, out)
+        else:
+            self._journal.note({"k": "seen", "sid": sid, "at": int(self._clock.now())})
+        self._retire(lane)
+
+    async def say_unasked(self, vm_id: str, phone: str, words: str, images: tuple[str, ...]) -> str:
+        """A VM texts its own owner; returns the message's id once it is journaled. Raises Refusal and StoreError."""
+        if self.draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        pair, now = self.memory.pairs.get(vm_id, {}), self._clock.now()
+        if pair.get("channel", "") + vm_id in self.memory.muted:
+            raise Refusal("wrong_state", "the owner of this VM opted out of texts (STOP); nothing is sent until they text START")
+        times = self.memory.unasked.get(vm_id, ())  # no more of them than a day allows
+        for seconds, most in UNASKED_LIMITS:
+            recent = [at for at in times if now - seconds < at <= now]
+            if len(recent) >= most:
+                raise Refusal("too_many", f"a VM may text its owner {most} times in {seconds:g} s", retry_after_s=int(recent[-most] + seconds - now) + 1)
+        self.memory.spoke(vm_id, now)
+        out = Outbound(id=f"v-{self._clock.random_id()}", parts=split_text(words) if words else [], images=images, at=now, **pair)
+        await self._journal.append(self._out_record(vm_id, out) | {"unasked": True})
+        lane = self._lane(vm_id, phone)
+        lane.still_at = max(lane.still_at, self._clock.monotonic() + STILL_EVERY_S)
+        self._queue_out(lane, out)
+        self._metrics.unasked.add()
+        return out.id
 
     # What happens to VMs
 
-    async def vm_ready(self, vm_id: str) -> None:
+    async def vm_ready(self, vm_id: str, *, welcome: bool = False) -> None:
         """What waited for a VM to be set up runs now."""
+        if welcome and (found := self._store.find(vm_id)):
+            await self._tell(self._lane(vm_id, found[0]), NOTICES["N14"])
         if lane := self.lanes.get(vm_id):
             lane.alive_at = self._clock.now()
             self._start_running(lane)
@@ -3206,7 +3437,7 @@ class Relay:
     async def vm_gone(self, vm_id: str, reason: str) -> None:
         """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, or `torn_down`."""
         notice = "N13" if reason == "failed" else "N12"
-        self.memory.away.pop(vm_id, None)
+        self.memory.forget(vm_id)
         self.last_texts.pop(vm_id, None)
         lane = self.lanes.get(vm_id)
         if lane is None:
@@ -3228,10 +3459,11 @@ class Relay:
             record["media"] = text.media
         return record | self._addresses(text.channel, text.ours)
 
-    def _out_record(self, lane: Lane, out: Outbound) -> Json:
-        record = {"k": "out", "id": out.id, "vm": lane.vm_id, "at": out.at, "parts": out.parts}
-        if out.sent:
-            record["sent"] = out.sent
+    def _out_record(self, vm_id: str, out: Outbound) -> Json:
+        record = {"k": "out", "id": out.id, "vm": vm_id, "at": out.at, "parts": out.parts}
+        for name, value in (("images", out.images), ("sent", out.sent), ("once_more", out.once_more), ("hold_until", out.hold_until)):
+            if value:
+                record[name] = value
         return record | self._addresses(out.channel, out.ours)
 
     def _addresses(self, channel: str, ours: str) -> Json:
@@ -3240,11 +3472,13 @@ class Relay:
 
     def _snapshot(self) -> Iterable[Json]:
         yield self.memory.record()
+        if any(lane.outbox for lane in self.lanes.values()):  # what was sent must not be taken for what was not
+            yield {"k": "claimed", "sids": self._twilio.last_claimed()}
         for lane in self.lanes.values():
             if lane.alive_at:
                 yield {"k": "busy", "vm": lane.vm_id, "at": lane.alive_at}
             for out in lane.outbox:
-                yield self._out_record(lane, out)
+                yield self._out_record(lane.vm_id, out)
             for text in lane.waiting:
                 yield self._in_record(lane, text)
                 if text.cuts:
@@ -3268,6 +3502,7 @@ class Relay:
             self._metrics.texts.add("resumed", by=len(texts))
             lane.waiting.extend(texts)
             lane.outbox.extend(outs)
+            lane.hold_until = min(self._clock.now() + LOOP_GUARD_S, max((out.hold_until for out in outs), default=0.0))
             if not found:
                 await self.vm_gone(vm_id, str(undo.get("reason")))
         for sid in replay.claimed:
@@ -3383,12 +3618,24 @@ class Replay:
 
     def _on_seen(self, record: Json) -> None:
         self.memory.remember(record["sid"], record["at"], record.get("say", ""))
+        if "who" in record:
+            self._on_mute(record)
+
+    def _on_mute(self, record: Json) -> None:
+        self.memory.mute(record["who"], record["muted"])
+
+    def _on_error(self, record: Json) -> None:
+        self.memory.note_error(record["vm"], record["words"])
+
+    def _on_claimed(self, record: Json) -> None:
+        self.claimed.extend(record["sids"])
 
     def _on_in(self, record: Json) -> None:
         text = Text(sid=record["sid"], body=record["body"], arrived=record["at"], channel=record.get("channel", ""), ours=record.get("ours", ""),
                     media=tuple((url, kind) for url, kind in record.get("media", ())))
         self._handed(text, bool(record.get("run")))
         self.texts[text.sid] = (record["vm"], text)
+        self.memory.use_pair(record["vm"], {name: record[name] for name in ("channel", "ours") if name in record})
         self.memory.remember(text.sid, min(text.arrived, self.now))
 
     def _handed(self, text: Text, handed: bool) -> None:
@@ -3414,21 +3661,25 @@ class Replay:
         self.alive[record["vm"]] = record["at"]
 
     def _on_out(self, record: Json) -> None:
-        out = Outbound(id=record["id"], parts=record["parts"], at=record["at"], channel=record.get("channel", ""), ours=record.get("ours", ""),
-                       sent=record.get("sent", 0), resumed=True)
+        fields = {name: record[name] for name in ("channel", "ours", "sent", "once_more", "hold_until") if name in record}
+        out = Outbound(id=record["id"], parts=record["parts"], at=record["at"], images=tuple(record.get("images", ())), resumed=True, **fields)
         self.outs[out.id] = (record["vm"], out)
         for sid in record.get("re", ()):
             self.texts.pop(sid, None)
             self.alive[record["vm"]] = record["at"]
         if record.get("away"):
             self.memory.away[record["vm"]] = record["at"]
+        if record.get("unasked"):
+            self.memory.spoke(record["vm"], record["at"])
+        if "seen" in record:
+            self.memory.remember(record["seen"], record["at"])
 
     def _on_sent(self, record: Json) -> None:
         if record.get("sid"):
             self.claimed.append(record["sid"])
         if entry := self.outs.get(record["id"]):
             entry[1].sent = max(entry[1].sent, record["n"])
-            if entry[1].sent >= len(entry[1].parts):
+            if entry[1].sent >= len(entry[1].parts) + len(entry[1].images):
                 del self.outs[record["id"]]
 
     def _on_done(self, record: Json) -> None:
@@ -3457,6 +3708,8 @@ def words_of(answer: Answer) -> list[str]:
         return [NOTICES["N11"]]
     if answer.text.strip():
         return split_text(answer.text)
+    if answer.images and not answer.exit_code:
+        return []
     return [NOTICES["N10 exit"].format(n=answer.exit_code) if answer.exit_code else NOTICES["N10"]]
 
 
@@ -3599,6 +3852,8 @@ class Fleet:
 
 PROVISION_BODY_BYTES = 512 * 1024
 SMS_BODY_BYTES = 64 * 1024
+MESSAGE_BODY_BYTES = 256 * 1024
+PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF87a": "image/gif", b"GIF89a": "image/gif"}
 XML_HEADERS = CIMultiDict({"Content-Type": "text/xml; charset=utf-8"})
 CREDENTIAL_BYTES = 8 * 1024
 STREAM_BEAT_S = 15.0
@@ -3618,6 +3873,7 @@ class Gateway:
     journal: Journal
     fly: FlyClient
     twilio: TwilioClient
+    vms: VmClient
     relay: Relay
     provisioner: Provisioner
     fleet: Fleet
@@ -3687,10 +3943,14 @@ def event_stream(headers: Mapping[str, str] | None = None) -> web.StreamResponse
     return web.StreamResponse(headers={**own, **(headers or {})})
 
 
+def bearer_of(request: web.Request) -> str:
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    return bearer.strip() if scheme.lower() == "bearer" else ""
+
+
 def is_bearer(request: web.Request, keys: Iterable[str]) -> bool:
     """Whether the caller sent one of `keys`; every one is compared, in constant time."""
-    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    given = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("X-API-Key", "")
+    given = bearer_of(request) or request.headers.get("X-API-Key", "")
     digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
     return any([hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest) for key in keys])
 
@@ -3931,6 +4191,85 @@ async def post_sms(request: web.Request) -> web.Response:
     message = parse_inbound(await read_webhook(request), gateway.clock.now())
     say = await gateway.relay.accept(message)
     return web.Response(body=twiml(say).encode(), headers=XML_HEADERS)
+
+
+async def post_sms_status(request: web.Request) -> web.Response:
+    fields = dict(reversed(await read_webhook(request)))
+    await request.app[GATEWAY].relay.on_status(fields, request.query)
+    return web.Response(status=204)
+
+
+def require_vm(request: web.Request) -> tuple[str, Route]:
+    """The phone and route of the VM whose token this request carries; raises Refusal."""
+    gateway, given = request.app[GATEWAY], bearer_of(request).encode("utf-8", "surrogateescape")
+    vm_id = given.partition(b".")[0].decode("utf-8", "replace")
+    matches = [hmac.compare_digest(vm_token(root, vm_id).encode(), given) for root in gateway.settings.secrets]
+    found = gateway.store.find(vm_id) if any(matches) else None
+    if found is None or found[1].vm_id != vm_id or found[1].state in ("failed", "deleting"):
+        raise Refusal("unauthorized", "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`; it is refused once the VM is gone", headers={"WWW-Authenticate": "Bearer"})
+    return found
+
+
+async def post_messages(request: web.Request) -> web.Response:
+    """A VM texts its own owner, unasked."""
+    (phone, route), faults = require_vm(request), Faults()
+    body = await read_json(request, MESSAGE_BODY_BYTES)
+    faults.unknown(body, ("text", "images"))
+    words, given = body.get("text", ""), body.get("images", [])
+    if not isinstance(words, str):
+        faults.add("text", "must be a text")
+    paths = [image.get("url") if isinstance(image, dict) else image for image in given] if isinstance(given, list) else [None]
+    if len(paths) > MAX_IMAGES or not all(isinstance(path, str) and IMAGE_PATH.fullmatch(path) for path in paths):
+        faults.add("images", f'must be at most {MAX_IMAGES} images of this VM, such as [{{"url": "/images/chart.png"}}]')
+    faults.check()
+    if not (words := clean_text(words).strip("\n")).strip() and not paths:
+        faults.add("text", "must hold something to say, unless there are images")
+        faults.check()
+    message = await request.app[GATEWAY].relay.say_unasked(route.vm_id, phone, words if words.strip() else "", tuple(map(str, paths)))
+    return json_response({"id": message}, status=202)
+
+
+async def get_media(request: web.Request) -> web.StreamResponse:
+    """An image of a VM for Twilio to fetch, or a phone's picture for its VM: whoever holds the link may read it."""
+    gateway = request.app[GATEWAY]
+    vm_id, what = read_link(request.match_info["signed"], gateway.settings.secrets, gateway.clock.now())
+    found = gateway.store.find(vm_id)
+    if found is None or found[1].state in ("failed", "deleting"):
+        raise Refusal("not_found", "the VM that this link is about is gone")
+    is_image = IMAGE_PATH.fullmatch(what) is not None
+    response = web.StreamResponse(headers={"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'", "Cache-Control": "private"})
+    try:
+        async with gateway.vms.open_image(found[1], what) if is_image else gateway.twilio.open_media(what) as source:
+            await pass_on(request, source, response, pictures_only=is_image)
+    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        if not response.prepared:
+            raise Refusal("vm_unreachable", "the image cannot be fetched just now; try again in a minute") from error
+        log_event("media_cut", level=logging.WARNING, vm_id=vm_id, error=type(error).__name__)
+        if request.transport is not None:
+            request.transport.abort()  # the only way to tell that it is not whole
+    return response
+
+
+async def pass_on(request: web.Request, source: aiohttp.ClientResponse, response: web.StreamResponse, *, pictures_only: bool) -> None:
+    """Stream what is fetched, at most 5 MB of it, as what its first bytes say it is; raises Refusal when there is nothing to show."""
+    size = source.content_length
+    if source.status != HTTPStatus.OK or "Content-Encoding" in source.headers or (size or 0) > MAX_IMAGE_BYTES:
+        raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
+    chunk = b""
+    while len(chunk) < 8 and (more := await source.content.readany()):
+        chunk += more
+    kind = next((kind for start, kind in PICTURES.items() if chunk.startswith(start)), "")
+    if not kind and pictures_only:
+        raise Refusal("not_found", "this is not a PNG, JPEG or GIF image")
+    response.content_type, response.content_length = kind or "application/octet-stream", size
+    await response.prepare(request)
+    sent = 0
+    while chunk and request.method != "HEAD":
+        sent += len(chunk)
+        if sent > MAX_IMAGE_BYTES:
+            raise aiohttp.ClientPayloadError("larger than 5 MB")
+        await response.write(chunk)
+        chunk = await source.content.readany()
 
 
 def vms_by_state(gateway: Gateway) -> dict[str, int]:
@@ -4521,7 +4860,7 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         provisioner = Provisioner(settings, clock, store, fly, vms, owner, metrics, on_ready=relay.vm_ready, on_gone=vm_gone)
         fleet = Fleet(settings, clock, store, fly, vms, provisioner, relay, owner)
         journal.open()
-        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner,
+        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, vms=vms, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner,
                                metrics=metrics)
         try:
             await relay.resume(records)
@@ -4568,8 +4907,8 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
         web.post("/provision", post_provision), web.get("/provision", get_provisions),
         web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision), web.patch("/provision/{vm_id}", patch_provision),
         *(web.post(f"/provision/{{vm_id}}/{what}", functools.partial(change_vm, what=what)) for what in ("restart", "upgrade")),
-        web.post("/sms", post_sms), web.get("/health", get_health), web.get("/metrics", get_metrics),
-        web.get("/messages/{sid}", get_message), web.get("/", get_page),
+        web.post("/sms", post_sms), web.post("/sms/status", post_sms_status), web.post("/messages", post_messages), web.get("/messages/{sid}", get_message),
+        web.get("/media/{signed}", get_media), web.get("/health", get_health), web.get("/metrics", get_metrics), web.get("/", get_page),
     ])
     if local:
         add_local_world(app, settings)
