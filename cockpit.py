@@ -3105,7 +3105,7 @@ class Relay:
 
     def _start_watching(self, lane: Lane) -> None:
         lane.handing_over, lane.still_at, lane.still_told = True, self._clock.monotonic() + STILL_AFTER_S, 0
-        if self._watcher is None:
+        if self._watcher is None and self._settings.vm_command_timeout_s > STILL_AFTER_S:
             self._watcher = self._owner.start(self._watch())
 
     async def _watch(self) -> None:
