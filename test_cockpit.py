@@ -1,0 +1,2879 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["aiohttp", "pytest", "pytest-aiohttp"]
+# ///
+"""The specification of `cockpit.py`, as tests, in the order of its sections.
+
+Nothing of cockpit is replaced: `FakeFly`, `FakeTwilio` and `FakeVMs` are small servers on loopback, strict like the originals, which
+remember what they were asked and fail on command; `FakeClock` is the time cockpit is given, so that hours pass in milliseconds.
+`World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
+
+Sections: clock and wires · Fly · VMs · Twilio · world · settings · vocabulary · retry · store · Fly client · Twilio · provisioning ·
+relay · HTTP · local mode · container and main · never lose a text · never leave half a VM
+"""
+import asyncio
+import base64
+import contextlib
+import hashlib
+import heapq
+import hmac
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import stat
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from email.utils import format_datetime, parsedate_to_datetime
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable
+from urllib.parse import parse_qsl, urlencode
+from xml.etree import ElementTree
+
+import aiohttp
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import unused_port
+
+import cockpit
+
+HERE = Path(__file__).resolve().parent
+KEY, SECRET = "onboarding-page-key-0123456789", "root-of-tokens-and-marks-0123456789abcdef"
+FLY_TOKEN, AUTH_TOKEN, ACCOUNT = "FlyV1 fm2_organisation,fm2_discharge", "twilio-auth-token-of-the-account", "AC" + "a" * 32
+PUBLIC, NUMBER, ORG = "https://cockpit.example.com", "+15550000000", "acme"
+ANN, BOB, EVE = "+15551234567", "+15557654321", "+15559990000"
+PHONES = [f"+15551110{n:03d}" for n in range(30)]
+GITHUB, ANTHROPIC = "ghp_the-github-token-of-ann", "sk-ant-the-api-key-of-ann"
+SECRETS = (KEY, SECRET, "fm2_organisation", AUTH_TOKEN, GITHUB, ANTHROPIC)
+RESTARTING = "Your VM is restarting... Your text is kept and will run when it is back."
+
+
+# --- Clock and wires ---
+
+class FakeClock:
+    """Virtual time. It moves only inside `advance`, `until` and `run`, sleeper by sleeper, once nothing else moves.
+
+    `live` is real time, for tests with a real process. Chance is `pick`; by default the longest pause that may be drawn.
+    """
+
+    def __init__(self, *, live: bool = False):
+        self.live, self.elapsed, self.moves = live, 0.0, 0
+        self.slept: list[float] = []
+        self.drawn: list[tuple[float, float]] = []
+        self._sleepers: list = []
+        self._order = itertools.count()
+        self.pick: Callable[[float, float], float] = lambda low, high: high
+
+    @property
+    def clock(self) -> cockpit.Clock:
+        return cockpit.Clock(now=self.now, monotonic=self.monotonic, sleep=self.sleep, uniform=self.uniform)
+
+    def now(self) -> float:
+        return time.time() if self.live else 1_795_377_600.25 + self.elapsed  # 2026-11-22T20:00:00.25Z
+
+    def monotonic(self) -> float:
+        return time.monotonic() if self.live else 1000 + self.elapsed
+
+    async def sleep(self, seconds: float) -> None:
+        self.touch()
+        if self.live:
+            return await asyncio.sleep(seconds)
+        self.slept.append(seconds)
+        awake = asyncio.get_running_loop().create_future()
+        heapq.heappush(self._sleepers, (self.elapsed + max(0.0, seconds), next(self._order), awake))
+        await awake
+
+    def uniform(self, low: float, high: float) -> float:
+        self.drawn.append((low, high))
+        return self.pick(low, high)
+
+    def touch(self) -> None:
+        """Something happened: virtual time stands still for another moment."""
+        self.moves += 1
+
+    async def settle(self, rounds: int = 4) -> None:
+        """Returns when nothing has touched clock or wires for some rounds of the loop, a millisecond each."""
+        quiet = 0
+        while quiet < rounds:
+            before = self.moves
+            await asyncio.sleep(0.001)
+            quiet = quiet + 1 if self.moves == before else 0
+
+    async def _wake_next(self, end: float, unless: Callable[[], Any] = bool) -> bool:
+        """Wakes the next sleeper if it is due by then. A long jump is likely a timeout, so it waits longer for a thread that is still writing."""
+        await self.settle()
+        if (due := self._next()) > self.elapsed + 10 and due <= end and not unless():
+            await self.settle(60)
+        if self._next() > end or unless():
+            return False
+        at, _, awake = heapq.heappop(self._sleepers)
+        self.elapsed = max(self.elapsed, at)
+        awake.set_result(None)
+        return True
+
+    def _next(self) -> float:
+        while self._sleepers and self._sleepers[0][2].done():
+            heapq.heappop(self._sleepers)
+        return self._sleepers[0][0] if self._sleepers else float("inf")
+
+    async def advance(self, seconds: float) -> None:
+        end = self.elapsed + seconds
+        while await self._wake_next(end):
+            pass
+        self.elapsed = end
+        await self.settle()
+
+    async def until(self, condition: Callable[[], Any], within: float = 120, real: float = 8) -> Any:
+        """Lets time run until the condition holds, for at most `within` virtual (and `real` real) seconds."""
+        end, deadline = self.elapsed + within, time.monotonic() + real
+        while not (found := condition()):
+            assert time.monotonic() < deadline, f"never came true in {self.elapsed - end + within:.0f} virtual seconds"
+            before = self.moves
+            await asyncio.sleep(0.005 if self.live else 0.001)
+            if self.moves == before and not condition() and not self.live:
+                await self._wake_next(end, condition)
+        return found
+
+    async def run(self, work, within: float = 1000, real: float = 15) -> Any:
+        """Awaits `work` while letting time run."""
+        task = asyncio.ensure_future(work)
+        try:
+            await self.until(task.done, within, real)
+            return task.result()
+        finally:
+            task.cancel()
+
+
+class Server:
+    """An app on loopback, served as in production: a handler goes on when its caller hangs up (aiohttp's TestServer would cancel it)."""
+
+    def __init__(self, app: web.Application, port: int = 0):
+        self.port, self.url, self.listening = port or unused_port(), "", False
+        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+
+    async def start(self) -> "Server":
+        if self.runner.server is None:
+            await self.runner.setup()
+        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        self.url, self.listening = f"http://127.0.0.1:{self.port}", True
+        return self
+
+    async def refuse(self) -> None:
+        """Nobody listens any more; connections kept open are cut."""
+        for site in list(self.runner.sites):
+            await site.stop()
+        for connection in self.runner.server.connections:
+            connection.transport and connection.transport.abort()
+        self.listening = False
+
+    async def close(self) -> None:
+        await self.runner.cleanup()
+
+
+@dataclass
+class Seen:
+    """One request a fake received."""
+    name: str
+    path: str
+    query: dict[str, str]
+    body: Any
+    headers: Any
+    at: float
+
+
+class Gate:
+    """Holds requests back until it is opened, and tells when one has arrived."""
+
+    def __init__(self):
+        self.arrived, self.opened = asyncio.Event(), asyncio.Event()
+
+    def open(self) -> None:
+        self.opened.set()
+
+
+@dataclass
+class Fault:
+    """What happens to the next requests of one name: before or after they took effect."""
+    after: bool = False
+    status: int = 0  # 0: the connection is cut
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    gate: Gate | None = None
+    left: float = 1
+
+
+class Fake:
+    """A server on loopback that remembers its requests, objects to what the real one would refuse, and fails on command."""
+
+    routes: tuple[tuple[str, str, str], ...] = ()  # method, path, name
+
+    def __init__(self, clock: FakeClock):
+        self.clock, self.seen, self.objections = clock, [], []
+        self._faults: dict[str, deque[Fault]] = defaultdict(deque)
+        self._gates: list[Gate] = []
+        self.deaf, self._life = False, 0
+        self.app = web.Application(middlewares=[self._wire], client_max_size=16 << 20)
+        for method, path, name in self.routes:
+            self.app.router.add_route(method, path, self._wire, name=name)
+        self.server = Server(self.app)
+
+    def fails(self, name: str, status: int, times: float = 1, body: Any = None, headers: dict[str, str] | None = None, after: bool = False) -> None:
+        self._faults[name].append(Fault(after, status, {"error": f"{status} by script"} if body is None else body, headers or {}, None, times))
+
+    def drops(self, name: str, *, after: bool = False, times: float = 1) -> None:
+        self._faults[name].append(Fault(after, left=times))
+
+    def answers_late(self, name: str, status: int = 504, times: float = 1) -> None:
+        self.fails(name, status, times, after=True)
+
+    def holds(self, name: str, *, after: bool = False) -> Gate:
+        gate = Gate()
+        self._gates.append(gate)
+        self._faults[name].append(Fault(after, gate=gate))
+        return gate
+
+    def heals(self, name: str) -> None:
+        self._faults[name].clear()
+
+    def opens_all(self) -> None:
+        self._faults.clear()
+        for gate in self._gates:
+            gate.open()
+
+    def forgets_its_callers(self) -> None:
+        """Those who asked are gone: what is still held never takes effect."""
+        self._life += 1
+        for name, faults in self._faults.items():
+            self._faults[name] = deque(fault for fault in faults if not fault.gate)
+        for gate in self._gates:
+            gate.open()
+
+    def calls(self, name: str) -> list[Seen]:
+        return [seen for seen in self.seen if seen.name == name]
+
+    def count(self, name: str) -> int:
+        return len(self.calls(name))
+
+    def refuse(self, why: str, status: int = 400, body: Any = None) -> web.Response:
+        self.objections.append(why)
+        return web.json_response({"error": f"invalid_argument: {why}"} if body is None else body, status=status)
+
+    async def read(self, request: web.Request) -> Any:
+        return await request.json() if request.can_read_body else None
+
+    async def admit(self, request: web.Request, seen: Seen) -> web.Response | None:
+        """An answer that refuses the request at the door, or None."""
+        return None
+
+    async def act(self, name: str, request: web.Request, body: Any) -> Any:
+        """What the call does and answers: a response, a JSON value, or (status, JSON value)."""
+        raise NotImplementedError
+
+    async def _answer(self, request: web.Request, seen: Seen) -> web.Response:
+        answer = await self.act(seen.name, request, seen.body)
+        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        return answer if isinstance(answer, web.Response) else web.json_response(value, status=status)
+
+    @web.middleware
+    async def _wire(self, request, handler):
+        self.clock.touch()
+        life, name = self._life, request.match_info.route.name or "unknown"
+        try:
+            if self.deaf:
+                return cut(request)
+            seen = Seen(name, request.raw_path, dict(request.query), await self.read(request), request.headers, self.clock.monotonic())
+            self.seen.append(seen)
+            if name == "unknown":
+                return self.refuse(f"no such call: {request.method} {request.path}", 404)
+            if (refusal := await self.admit(request, seen)) is not None:
+                return refusal
+            faults = self._faults[name]
+            fault = faults[0] if faults else None
+            if fault:
+                fault.left -= 1
+                if fault.left <= 0:
+                    faults.popleft()
+            response = None
+            if fault is None or fault.after:
+                response = await self._answer(request, seen)
+            if fault and fault.gate:
+                fault.gate.arrived.set()
+                await fault.gate.opened.wait()
+                if life != self._life:
+                    return cut(request)
+                response = response or await self._answer(request, seen)
+            elif fault:
+                response = web.json_response(fault.body, status=fault.status, headers=fault.headers) if fault.status else cut(request)
+            return cut(request) if self.deaf else response
+        finally:
+            self.clock.touch()
+
+
+def cut(request: web.Request) -> web.Response:
+    """Cuts the connection instead of answering."""
+    if request.transport is not None:
+        request.transport.abort()
+    return web.Response()
+
+
+def misfit(value: Any, shape: Any, at: str = "body") -> str:
+    """Why a JSON value does not fit a shape: a type, {field: shape}, {str: shape} (a map), [shape] or a tuple (an enumeration)."""
+    if isinstance(shape, tuple):
+        return "" if value in shape else f"{at} is none of {shape}"
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{at} is no array"
+        return next(filter(None, (misfit(item, shape[0], f"{at}[{n}]") for n, item in enumerate(value))), "")
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{at} is no object"
+        inner = shape.get(str)
+        return next(filter(None, (misfit(item, inner or shape[key], f"{at}.{key}") if inner or key in shape else f"{at}.{key} is unknown"
+                                  for key, item in value.items())), "")
+    return "" if isinstance(value, shape) and (shape is bool or not isinstance(value, bool)) else f"{at} is no {shape.__name__}"
+
+
+# --- Fly ---
+
+def fields(kind: type, names: str) -> dict[str, type]:
+    return dict.fromkeys(names.split(), kind)
+
+
+# The request bodies of the Machines API's OpenAPI document (info.version 1.0), field by field.
+PERSIST, SIGNALS = ("never", "always", "restart"), ("SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM")
+CHECK = fields(str, "grace_period interval method path protocol timeout tls_server_name type") | {
+    "port": int, "tls_skip_verify": bool, "headers": [{"name": str, "values": [str]}]}
+GUEST = fields(int, "cpus gpus max_memory_mb memory_mb") | fields(str, "cpu_kind gpu_kind host_dedication_id") | {
+    "kernel_args": [str], "persist_rootfs": PERSIST}
+EXEC = {"cmd": [str], "entrypoint": [str], "exec": [str]}
+PORT = fields(int, "end_port port start_port") | {
+    "force_https": bool, "handlers": [str], "proxy_proto_options": {"version": str},
+    "tls_options": {"alpn": [str], "default_self_signed": bool, "versions": [str]},
+    "http_options": fields(bool, "compress h2_backend") | fields(int, "headers_read_timeout idle_timeout") | {
+        "response": {"headers": {str: object}, "pristine": bool}}}
+SERVICE = fields(int, "internal_port min_machines_running") | fields(str, "force_instance_description force_instance_key protocol") | {
+    "autostart": bool, "autostop": ("off", "stop", "suspend"), "checks": [CHECK], "ports": [PORT],
+    "concurrency": {"hard_limit": int, "soft_limit": int, "type": str}}
+MOUNT = fields(int, "add_size_gb extend_threshold_percent size_gb size_gb_limit") | fields(str, "name path volume") | {"encrypted": bool}
+CONFIG = fields(bool, "auto_destroy disable_machine_autostart") | fields(str, "image schedule size") | {
+    "checks": {str: CHECK | {"kind": ("informational", "readiness")}}, "env": {str: str}, "guest": GUEST, "metadata": {str: str}, "mounts": [MOUNT],
+    "files": [fields(str, "guest_path image_config raw_value secret_name") | {"mode": int}], "metrics": {"https": bool, "path": str, "port": int},
+    "init": EXEC | {"kernel_args": [str], "swap_size_mb": int, "tty": bool},
+    "processes": [EXEC | {"env": {str: str}, "ignore_app_secrets": bool, "secrets": [fields(str, "env_var name")], "user": str}],
+    "restart": {"gpu_bid_price": float, "max_retries": int, "policy": ("no", "always", "on-failure", "spot-price")},
+    "rootfs": {"persist": PERSIST, "size_gb": int}, "services": [SERVICE], "standbys": [str], "stop_config": {"signal": SIGNALS, "timeout": str}}
+MACHINE = fields(int, "lease_ttl min_secrets_version") | fields(str, "name region") | {"config": CONFIG} | fields(
+    bool, "skip_launch skip_secrets skip_service_registration")
+BODIES = {
+    "create_app": fields(str, "name network org_slug") | {"enable_subdomains": bool},
+    "set_secrets": {"values": {str: object}},  # a string sets, null unsets
+    "allocate_ip": fields(str, "network org_slug region service_name type"), "create_machine": MACHINE,
+    "update_machine": MACHINE | {"current_version": str}, "stop_machine": {"signal": SIGNALS, "timeout": str}, "set_metadata": fields(str, "value updated_at"),
+    "create_volume": fields(bool, "auto_backup_enabled encrypted require_unique_zone unique_zone_app_wide") | fields(int, "size_gb snapshot_retention") |
+    fields(str, "compute_image fstype name region snapshot_id source_volume_id") | {"compute": GUEST}}
+MACHINES_QUERY = "include_deleted region state summary"
+QUERIES = {  # those of the document, and the two the official client sends
+    "create_app": "wait", "list_apps": "org_slug app_role", "delete_app": "force", "list_machines": MACHINES_QUERY + " include_leases",
+    "get_machine": "include_leases", "delete_machine": "force", "list_volumes": "summary", "restart_machine": "timeout signal",
+    "wait_machine": "version instance_id from_event_id timeout state", "org_machines": MACHINES_QUERY + " updated_after cursor limit"}
+
+
+@dataclass
+class App:
+    name: str
+    network: str
+    seen_by_all_at: float
+    ips: list = field(default_factory=list)
+    secrets: dict = field(default_factory=dict)
+    version: int = 0
+    volumes: dict = field(default_factory=dict)
+    machines: dict = field(default_factory=dict)
+    polls_left: int | None = None  # of a deleted app, until it is gone
+
+
+@dataclass
+class Machine:
+    id: str
+    app: str
+    name: str
+    region: str
+    config: dict
+    instance_id: str
+    rest: str = "created"  # its state, when it is not on its way to `started`
+    started_at: float = 0.0
+
+
+class FakeFly(Fake):
+    """The Machines API, as strict as its document: unknown fields and parameters, rate limits, eventual consistency, slow deletes."""
+
+    A, M = "/v1/apps/{app}", "/v1/apps/{app}/machines/{id}"
+    routes = (
+        ("POST", "/v1/apps", "create_app"), ("GET", "/v1/apps", "list_apps"), ("GET", A, "get_app"), ("DELETE", A, "delete_app"),
+        ("POST", A + "/secrets", "set_secrets"), ("GET", A + "/ip_assignments", "list_ips"), ("POST", A + "/ip_assignments", "allocate_ip"),
+        ("GET", A + "/volumes", "list_volumes"), ("POST", A + "/volumes", "create_volume"), ("DELETE", A + "/volumes/{volume}", "delete_volume"),
+        ("GET", A + "/machines", "list_machines"), ("POST", A + "/machines", "create_machine"), ("GET", M, "get_machine"),
+        ("POST", M, "update_machine"), ("DELETE", M, "delete_machine"), ("GET", M + "/wait", "wait_machine"), ("POST", M + "/start", "start_machine"),
+        ("POST", M + "/stop", "stop_machine"), ("POST", M + "/restart", "restart_machine"), ("GET", M + "/metadata", "get_metadata"),
+        ("POST", M + "/metadata/{key}", "set_metadata"), ("DELETE", M + "/metadata/{key}", "delete_metadata"),
+        ("GET", "/v1/orgs/{org}/machines", "org_machines"), ("GET", "/v1/tokens/current", "current_tokens"))
+
+    def __init__(self, clock: FakeClock, vms: "FakeVMs"):
+        super().__init__(clock)
+        self.vms, self.everything = vms, {}
+        self.rate_limited, self.hide_s, self.boot_s, self.delete_polls = True, 2.0, 0.0, 1
+        self.networks, self.full = {"default", "gateway-net"}, set()
+        self.checks = ""  # what Fly's own health check says; empty: as the VM is
+        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
+        self._numbers = itertools.count(1)
+
+    @property
+    def apps(self) -> dict[str, App]:
+        return {name: app for name, app in self.everything.items() if app.polls_left is None}
+
+    @property
+    def machines(self) -> list[Machine]:
+        return [machine for app in self.apps.values() for machine in app.machines.values()]
+
+    def rests(self, vm: "FakeVM", state: str) -> None:
+        """Stops or suspends a VM's machine, as somebody at the console would."""
+        for machine in self.apps[vm.app].machines.values():
+            machine.rest = state
+
+    async def admit(self, request, seen):
+        if seen.headers.get("Authorization") != FLY_TOKEN:
+            return self.refuse("unauthorized", 401, {"error": "unauthorized"})
+        if odd := set(seen.query) - set(QUERIES.get(seen.name, "").split()):
+            return self.refuse(f"{seen.name}: unknown parameters {odd}")
+        if why := misfit(seen.body or {}, BODIES.get(seen.name, {})):
+            return self.refuse(f"{seen.name}: {why}")
+        name, id = request.match_info.get("app", ORG), request.match_info.get("id", "")
+        if self.rate_limited and not self._allowed(seen.name, name + id):
+            return web.Response(status=429, text="rate limit exceeded")
+        if name != ORG:
+            app = self.everything.get(name)
+            if app is None or self.clock.monotonic() < app.seen_by_all_at and request.cookies.get("fly_flaps_affinity") != f"node-of-{name}":
+                return web.json_response({"error": "app not found"}, status=404)
+            if id and id not in app.machines:
+                return web.json_response({"error": "machine not found"}, status=404)
+        return None
+
+    def _allowed(self, call: str, identifier: str) -> bool:
+        rate, burst, now = *((5, 10) if call == "get_machine" else (1, 3)), self.clock.monotonic()
+        tokens, at = self._buckets.get((call, identifier), (burst, now))
+        tokens = min(burst, tokens + (now - at) * rate) + 1e-6
+        self._buckets[call, identifier] = (tokens - (tokens >= 1), now)
+        return tokens >= 1
+
+    def state(self, machine: Machine) -> str:
+        return machine.rest or ("started" if self.clock.monotonic() >= machine.started_at else "starting")
+
+    def _launch(self, machine: Machine, body: dict | None = None) -> None:
+        machine.rest, machine.started_at = "", self.clock.monotonic() + self.boot_s
+        if body is not None:  # secrets younger than the version asked for are missing
+            app = self.everything[machine.app]
+            self.vms.boot(machine.app, lambda: self.state(machine) == "started", dict(app.secrets) if body.get("min_secrets_version", 0) >= app.version else {})
+
+    def _capacity(self, regions: str) -> str:
+        return next((region for region in regions.split(",") if region not in self.full), "")
+
+    def _app(self, app: App) -> dict:
+        return {"id": "x" + app.name, "name": app.name, "status": "deployed", "network": app.network, "organization": {"name": "Acme", "slug": ORG},
+                "machine_count": len(app.machines), "volume_count": len(app.volumes)}
+
+    def _machine(self, machine: Machine) -> dict:
+        status = self.checks or ("passing" if self.vms[machine.app].is_up() else "critical") if machine.app in self.vms.all else ""
+        return {"id": machine.id, "name": machine.name, "state": self.state(machine), "region": machine.region, "instance_id": machine.instance_id,
+                "private_ip": "fdaa::99", "created_at": "2026-11-22T20:00:00Z", "updated_at": "2026-11-22T20:00:00Z", "config": machine.config,
+                "host_status": "ok", "cordoned": False, "events": [], "image_ref": {"repository": machine.config["image"], "digest": "sha256:0"},
+                "checks": [{"name": name, "status": status, "output": "", "updated_at": ""} for name in machine.config.get("checks", {}) if status]}
+
+    async def act(self, name, request, body):
+        app = self.everything.get(request.match_info.get("app"))
+        if "id" in request.match_info:
+            return await self._act_on_machine(name, request, body, app, app.machines[request.match_info["id"]])
+        match name:
+            case "create_app":
+                return self._create_app(body["name"], body.get("network", "default"), body.get("org_slug"))
+            case "list_apps":
+                return {"total_apps": len(self.everything), "apps": [self._app(app) for app in self.everything.values() if request.query["org_slug"] == ORG]}
+            case "get_app":
+                if app.polls_left is not None:
+                    app.polls_left -= 1
+                    app.polls_left > 0 or self.everything.pop(app.name)
+                return self._app(app)
+            case "delete_app":
+                if app.machines and request.query.get("force") != "true":
+                    return self.refuse("delete_app: it has machines, and no force=true", 412)
+                self.vms.gone(app.name)
+                self.everything[app.name] = App(app.name, app.network, 0, polls_left=self.delete_polls if app.polls_left is None else app.polls_left)
+                return web.Response(status=202)
+            case "set_secrets":
+                if any(not isinstance(value, str | None) for value in body["values"].values()):
+                    return self.refuse("set_secrets: a value is no string")
+                app.secrets, app.version = {key: value for key, value in (app.secrets | body["values"]).items() if value is not None}, app.version + 1
+                return {"secrets": [{"name": key, "digest": "d"} for key in app.secrets], "version": app.version}
+            case "list_ips":
+                return {"ips": app.ips}
+            case "allocate_ip":
+                return self._allocate_ip(app, body["type"], body)
+            case "list_volumes":
+                return list(app.volumes.values())
+            case "create_volume":
+                if not self._capacity(body["region"]):
+                    return 400, {"error": "no capacity"}
+                id = f"vol_{next(self._numbers):014x}"
+                app.volumes[id] = {"id": id, "name": body["name"], "state": "created", "size_gb": body["size_gb"], "region": body["region"], "attached_machine_id": None}
+                return app.volumes[id]
+            case "delete_volume":
+                return app.volumes.pop(request.match_info["volume"], (404, {"error": "volume not found"}))
+            case "list_machines":
+                return [self._machine(machine) for machine in app.machines.values()]
+            case "create_machine":
+                return self._create_machine(app, body, body["config"])
+            case "org_machines":
+                first, size = int(request.query.get("cursor", "0")), min(int(request.query.get("limit", "1000")), 1000)
+                found = [self._machine(machine) | {"app_name": machine.app} for machine in self.machines]
+                return {"machines": found[first:first + size], "next_cursor": str(first + size) if first + size < len(found) else "", "error_regions": []}
+            case "current_tokens":
+                return {"tokens": [{"token_id": "t", "org_slug": ORG, "organization": ORG, "apps": [], "user": ""}]}
+
+    def _create_app(self, name: str, network: str, org: str) -> Any:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,61}", name) or not re.fullmatch(r"[a-z][a-z0-9-]*", network) or org != ORG:
+            return self.refuse(f"create_app: {name}, {network}, {org}", 422)
+        if name in self.everything:
+            return 422, {"error": "Name has already been taken", "status": "name_taken"}
+        self.networks.add(network)
+        self.everything[name] = App(name, network, self.clock.monotonic() + self.hide_s)
+        return web.json_response({"id": "x" + name, "created_at": 1}, status=201, headers={
+            "Set-Cookie": f"fly_flaps_affinity=node-of-{name}; Path=/v1/apps/{name}"})
+
+    def _allocate_ip(self, app: App, kind: str, body: dict) -> Any:
+        private, number = kind == "private_v6", next(self._numbers)
+        if kind not in ("private_v6", "shared_v4", "v6") or not private and {"org_slug", "network"} & set(body):
+            return self.refuse(f"allocate_ip: {body}")
+        if body.get("network", "default") not in self.networks:
+            return self.refuse("allocate_ip: network not found", 400, {"error": "network not found"})
+        app.ips.append({"ip": f"fdaa::{number}" if private else f"2a09::{number}" if kind == "v6" else "66.241.124.1", "region": "global", "service_name": "",
+                        "shared": kind == "shared_v4", "network": {"name": body.get("network", ""), "org_slug": ORG} if private else None})
+        return app.ips[-1]
+
+    def _create_machine(self, app: App, body: dict, config: dict) -> Any:
+        if not config.get("image") or any(machine.name == body.get("name") for machine in app.machines.values()) or app.polls_left is not None:
+            return self.refuse(f"create_machine: {body}", 422)
+        region, id = self._capacity(body.get("region", "iad")), f"{next(self._numbers):014x}"
+        if not region:
+            return 503, {"error": "insufficient resources available to fulfill request", "status": "insufficient_capacity"}
+        for mount in config.get("mounts", []):
+            volume = app.volumes.get(mount["volume"], {"region": ""})
+            if volume["region"] != region or volume["attached_machine_id"]:
+                return self.refuse("create_machine: the volume is not there", 412)
+            volume["attached_machine_id"] = id
+        app.machines[id] = Machine(id, app.name, body.get("name") or f"name-{id}", region, config, f"01H{id.upper()}")
+        if not body.get("skip_launch"):
+            self._launch(app.machines[id], body)
+        return self._machine(app.machines[id])
+
+    async def _act_on_machine(self, name, request, body, app, machine):
+        before, metadata = self.state(machine), machine.config.setdefault("metadata", {})
+        match name:
+            case "get_machine":
+                return self._machine(machine)
+            case "update_machine":
+                if not body["config"].get("image") or body.get("current_version", machine.instance_id) != machine.instance_id:
+                    return self.refuse(f"update_machine: {body}", 412)
+                machine.config, machine.instance_id = body["config"], f"01H{next(self._numbers):014X}"
+                if not body.get("skip_launch"):
+                    self._launch(machine, body)
+                return self._machine(machine)
+            case "delete_machine":
+                if before not in ("stopped", "suspended") and request.query.get("force") != "true":
+                    return self.refuse("delete_machine: it runs", 412)
+                self.vms.gone(app.name)
+                return {"ok": bool(app.machines.pop(machine.id))}
+            case "wait_machine":
+                return await self._wait(app, machine, request.query)
+            case "start_machine":
+                if before == "created":
+                    return 412, {"error": "failed_precondition: unable to start machine from current state: 'created'"}
+                before == "started" or self._launch(machine)
+                return {"previous_state": before, "migrated": False, "new_host": ""}
+            case "stop_machine":
+                machine.rest = "stopped"
+                return {"ok": True}
+            case "restart_machine":
+                self._launch(machine)
+                return {"ok": True}
+            case "get_metadata":
+                return metadata
+            case "set_metadata":
+                metadata[request.match_info["key"]] = body["value"]
+                return web.Response(status=204)
+            case "delete_metadata":
+                metadata.pop(request.match_info["key"], None)
+                return web.Response(status=204)
+
+    async def _wait(self, app: App, machine: Machine, query: Any) -> Any:
+        timeout, wanted, rests = query.get("timeout", "60"), set(query.get("state", "started").split(",")), {"started", "stopped", "suspended", "failed"}
+        if not timeout.isdigit() or not 1 <= int(timeout) <= 60 or not wanted <= rests | {"destroyed", "settled"}:
+            return self.refuse(f"wait_machine: {dict(query)}")
+        if query.get("version", machine.instance_id) != machine.instance_id:
+            return self.refuse("wait_machine: another version", 404)
+        deadline = self.clock.monotonic() + int(timeout)
+        while (state := self.state(machine)) not in wanted | (rests if "settled" in wanted else set()):
+            if self.clock.monotonic() >= deadline or machine.id not in app.machines:
+                return 408, {"error": f"deadline_exceeded: machine failed to reach desired state, currently {state}"}
+            await self.clock.sleep(max(0.05, min(deadline, machine.started_at) - self.clock.monotonic()) if state == "starting" else 0.2)
+        return {"ok": True, "state": state, "version": machine.instance_id, "event_id": "01M"}
+
+
+# --- VMs ---
+
+@dataclass
+class Command:
+    text: str
+    media: list
+    key: str
+    bearer: str
+
+
+class FakeVM:
+    """One engineer's VM: runs a text once per key, and can be away, busy, slow, dying or odd."""
+
+    def __init__(self, app: str, started: Callable[[], bool], env: dict[str, str]):
+        self.app, self.started, self.env = app, started, env
+        self.asked: list[Command] = []  # every POST /command
+        self.ran: list[str] = []  # the texts it really ran
+        self.stored: dict[str, Any] = {}
+        self.away: int | str = 0  # a status of the proxy, or "cut": every connection is dropped
+        self.script: deque[dict] = deque()  # for the next commands: {"status", "body", "headers"}, {"cut": "before" | "after"}, {"answer"}
+        self.busy, self.gate = False, None
+        self.answer: Callable[[str], Any] = lambda text: {"text": f"ran: {text}", "images": [], "exitCode": 0, "durationMs": 1}
+
+    def is_up(self) -> bool:
+        return self.started() and not self.away
+
+    def then(self, *reactions: dict) -> None:
+        self.script.extend(reactions)
+
+    def holds(self) -> Gate:
+        """Commands run until the gate is opened."""
+        self.gate = Gate()
+        return self.gate
+
+
+class FakeVMs(Fake):
+    """All VMs behind one server, as Fly's proxy would reach them: `/{app}/...`; a VM whose machine does not run answers 503."""
+
+    routes = (("GET", "/{app}/health", "health"), ("POST", "/{app}/command", "command"), ("GET", "/{app}/images/{name}", "image"))
+
+    def __init__(self, clock: FakeClock):
+        super().__init__(clock)
+        self.all: dict[str, FakeVM] = {}
+        self.images: dict[str, tuple[str, bytes]] = {}
+
+    def __getitem__(self, app: str) -> FakeVM:
+        return self.all[app]
+
+    def boot(self, app: str, started: Callable[[], bool], env: dict[str, str]) -> None:
+        vm = self.all.setdefault(app, FakeVM(app, started, env))
+        vm.started, vm.env = started, env
+
+    def gone(self, app: str) -> None:
+        if app in self.all:
+            self.all[app].started = lambda: False
+
+    async def admit(self, request, seen):
+        vm = self.all.get(request.match_info["app"])
+        if vm is None or not vm.started():
+            return web.Response(status=503, text="no machine runs")
+        bearer = seen.headers.get("Authorization", "")
+        if seen.name == "command":
+            vm.asked.append(Command(seen.body["text"], seen.body["media"], seen.headers.get("Idempotency-Key", ""), bearer))
+            if set(seen.body) != {"text", "media"} or not vm.asked[-1].key or "Cookie" in seen.headers:
+                return self.refuse(f"command: {seen.body} {dict(seen.headers)}")
+        if seen.name != "health" and bearer != f"Bearer {vm.env.get('COCKPIT_TOKEN')}":
+            return self.refuse(f"{seen.name}: not this VM's token", 401)
+        if vm.away:
+            return cut(request) if vm.away == "cut" else web.Response(status=vm.away, text="<h1>proxy error</h1>")
+        return None
+
+    async def act(self, name, request, body):
+        if name == "health":
+            return {"status": "ok"}
+        if name == "image":
+            kind, content = self.images[request.match_info["name"]]
+            return web.Response(body=content, content_type=kind)
+        vm, key = self.all[request.match_info["app"]], request.headers["Idempotency-Key"]
+        reaction = vm.script.popleft() if vm.script else {}
+        if reaction.get("cut") == "before":
+            return cut(request)
+        if "status" in reaction:
+            return web.Response(status=reaction["status"], body=reaction.get("body", b"oops"), headers=reaction.get("headers"))
+        if key not in vm.stored and vm.busy:
+            return 409, {"error": "busy"}
+        if key not in vm.stored:
+            vm.busy = True
+            vm.ran.append(body["text"])
+            if vm.gate:
+                vm.gate.arrived.set()
+                await vm.gate.opened.wait()
+            vm.stored[key], vm.busy = reaction.get("answer", vm.answer(body["text"])), False
+        if reaction.get("cut") == "after":
+            return cut(request)
+        answer = vm.stored[key]
+        return web.Response(body=answer, content_type="application/json", headers={"Set-Cookie": "a=b"}) if isinstance(answer, bytes) else answer
+
+
+# --- Twilio ---
+
+SEND_FIELDS = set("""To StatusCallback ApplicationSid MaxPrice ProvideFeedback Attempt ValidityPeriod ForceDelivery ContentRetention AddressRetention
+    SmartEncoded PersistentAction TrafficType ShortenUrls ScheduleType SendAt SendAsMms ContentVariables RiskCheck From FallbackFrom
+    MessagingServiceSid Body MediaUrl ContentSid""".split())
+LIST_FIELDS = {"To", "From", "DateSent", "DateSent<", "DateSent>", "PageSize", "Page", "PageToken"}
+SMART = str.maketrans({"“": '"', "”": '"', "‘": "'", "’": "'", "–": "-", "—": "-", "…": "...", "\u00a0": " ", "`": "'", "\t": "    "})
+
+
+@dataclass
+class Answer:
+    """What the gateway answered."""
+    status: int
+    text: str
+    headers: Any
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.text)
+
+    @property
+    def said(self) -> str:
+        """The text in a TwiML answer."""
+        return "".join(ElementTree.fromstring(self.text.encode()).itertext())
+
+
+def sign(url: str, form: dict[str, str], token: str = AUTH_TOKEN) -> str:
+    text = url + "".join(name + form[name] for name in sorted(form))
+    return base64.b64encode(hmac.new(token.encode(), text.encode(), hashlib.sha1).digest()).decode()
+
+
+class FakeTwilio(Fake):
+    """Twilio's Messages resource, strict, and the Twilio that signs and delivers texts to the gateway."""
+
+    ROOT = f"/2010-04-01/Accounts/{ACCOUNT}"
+    routes = (("POST", ROOT + "/Messages.json", "send"), ("GET", ROOT + "/Messages.json", "list"), ("GET", ROOT + "/Messages/{sid}.json", "fetch"))
+
+    def __init__(self, clock: FakeClock):
+        super().__init__(clock)
+        self.messages: list[dict] = []  # oldest first
+        self.gateway, self.page_cap, self.session = "", 1000, None  # the gateway: where it really listens
+        self._numbers = itertools.count(1)
+
+    def fails(self, name, status, times=1, body=None, headers=None, after=False, code: int | None = None):
+        super().fails(name, status, times, body or {"code": code or status * 100, "message": "by script", "status": status}, headers, after)
+
+    @property
+    def sent(self) -> list[tuple[str, str]]:
+        return [(message["to"], message["body"]) for message in self.messages if message["direction"] == "outbound-api"]
+
+    def sent_to(self, phone: str) -> list[str]:
+        return [body for to, body in self.sent if to == phone]
+
+    async def read(self, request):
+        return list((await request.post()).items())
+
+    async def admit(self, request, seen):
+        if seen.headers.get("Authorization") != aiohttp.encode_basic_auth(ACCOUNT, AUTH_TOKEN):
+            return self.refuse("authenticate", 401, {"code": 20003, "message": "Authenticate", "status": 401})
+        if odd := {name for name, _ in seen.body} - SEND_FIELDS | set(seen.query) - (LIST_FIELDS if seen.name == "list" else set()):
+            return self.refuse(f"{seen.name}: unknown fields {odd}")
+        return None
+
+    def _add(self, direction: str, to: str, sender: str, body: str, sid: str | None = None) -> dict:
+        sid, date = sid or f"SM{next(self._numbers):032x}", format_datetime(datetime.fromtimestamp(int(self.clock.now()), timezone.utc))
+        self.messages.append({"sid": sid, "account_sid": ACCOUNT, "api_version": "2010-04-01", "direction": direction, "to": to, "from": sender, "body": body,
+                              "status": "received" if direction == "inbound" else "queued", "date_created": date, "date_sent": date, "date_updated": date,
+                              "num_media": "0", "num_segments": "1", "error_code": None, "error_message": None, "price": None, "messaging_service_sid": None,
+                              "subresource_uris": {"media": f"{self.ROOT}/Messages/{sid}/Media.json"}, "uri": f"{self.ROOT}/Messages/{sid}.json"})
+        return self.messages[-1]
+
+    async def act(self, name, request, body):
+        if name == "fetch":
+            return next((message for message in self.messages if message["sid"] == request.match_info["sid"]), (404, {"code": 20404, "status": 404}))
+        if name == "list":
+            return self._list(request.path, dict(request.query))
+        form = dict(body)
+        text = form.get("Body", "")
+        if not re.fullmatch(r"(whatsapp:)?\+[1-9]\d{6,14}", form.get("To", "")) or not form.get("From") or not (text or "MediaUrl" in form):
+            return self.refuse(f"send: {form}", body={"code": 21604, "message": "To, From or Body is missing", "status": 400})
+        if len(text.encode("utf-16-le")) > 3200:
+            return self.refuse("send: body over 1600 units", body={"code": 21617, "message": "too long", "status": 400})
+        return 201, self._add("outbound-api", form["To"], form["From"], text.translate(SMART) if form.get("SmartEncoded") == "true" else text)
+
+    def _list(self, path: str, query: dict[str, str]) -> Any:
+        found = [message for message in reversed(self.messages) if query.get("To", message["to"]) == message["to"] and query.get("From", message["from"]) == message["from"]]
+        for name, sign in (("DateSent>", 1), ("DateSent<", -1)):
+            if name in query:
+                if not re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?", query[name]):
+                    return self.refuse(f"list: {name}={query[name]}", body={"code": 20001, "message": "bad date", "status": 400})
+                bound = datetime.fromisoformat(query[name].replace("Z", "")).replace(tzinfo=timezone.utc)
+                found = [message for message in found if (parsedate_to_datetime(message["date_sent"]) - bound).total_seconds() * sign >= 0]
+        size, page = min(int(query.get("PageSize", "50")), self.page_cap), int(query.get("Page", "0"))
+        more = f"{path}?{urlencode(query | {'Page': page + 1, 'PageToken': f'PA{page + 1}'})}" if (page + 1) * size < len(found) else None
+        return {"messages": found[page * size:(page + 1) * size], "page": page, "page_size": size, "next_page_uri": more}
+
+    def missed(self, phone: str, body: str, to: str = NUMBER, sid: str | None = None) -> str:
+        """A text that arrived at Twilio while no gateway listened."""
+        known = any(message["sid"] == sid for message in self.messages)
+        return sid if known else self._add("inbound", to, phone, body, sid)["sid"]
+
+    async def texts(self, phone: str, body: str, **more: str) -> Answer:
+        """A text from a phone, signed and delivered; `more` are further form fields (MessageSid repeats an earlier one)."""
+        sid = self.missed(phone, body, more.get("To", NUMBER), more.pop("MessageSid", None))
+        form = {"MessageSid": sid, "SmsSid": sid, "SmsMessageSid": sid, "AccountSid": ACCOUNT, "From": phone, "To": NUMBER, "Body": body, "NumMedia": "0",
+                "NumSegments": "1", "SmsStatus": "received", "ApiVersion": "2010-04-01", "FromCity": "", "FromCountry": "US"} | more
+        return await self.posts("/sms", form)
+
+    async def posts(self, path: str, form: dict[str, str], signature: str | None = None, headers: dict[str, str] | None = None) -> Answer:
+        """A signed webhook; an empty signature is left out."""
+        signed = {"X-Twilio-Signature": sign(PUBLIC + path, form) if signature is None else signature} | (headers or {})
+        async with self.session.post(self.gateway + path, data=form, headers={name: value for name, value in signed.items() if value}) as response:
+            return Answer(response.status, await response.text(), response.headers)
+
+
+# --- World ---
+
+def settings(**changes: Any) -> dict[str, str]:
+    """A complete production environment; the addresses of the fakes are filled in by `World`."""
+    return {"COCKPIT_ENV": "production", "COCKPIT_API_KEY": KEY, "COCKPIT_SECRET": SECRET, "PUBLIC_URL": PUBLIC, "FLY_API_TOKEN": FLY_TOKEN,
+            "FLY_ORG": ORG, "TWILIO_ACCOUNT_SID": ACCOUNT, "TWILIO_AUTH_TOKEN": AUTH_TOKEN, "TWILIO_PHONE_NUMBER": NUMBER, "VM_IMAGE": "vm-image:7",
+            "RECONCILE_S": "0", "BACKFILL_S": "0", "DRAIN_S": "0.05", "ONBOARDING_URL": "https://signup.example.com", "TEXT_LIMIT": "0"} | {
+        name: str(value) for name, value in changes.items()}
+
+
+def sign_up_form(phone: str = ANN, **more: Any) -> dict[str, Any]:
+    return {"phone_number": phone, "github_token": GITHUB, "api_keys": {"ANTHROPIC_API_KEY": ANTHROPIC}} | more
+
+
+class World:
+    """One gateway between a Fly, a Twilio and VMs of its own, with its files in a folder of its own."""
+
+    def __init__(self, folder: Path, clock: FakeClock):
+        self.clock, self.disks = clock, folder
+        self.vms = FakeVMs(clock)
+        self.fly, self.twilio = FakeFly(clock, self.vms), FakeTwilio(clock)
+        self.fakes = (self.fly, self.twilio, self.vms)
+        self.server: Server | None = None
+        self.children: list[Child] = []
+        self.file = folder / "disk0" / "routes.json"
+        self.file.parent.mkdir()
+
+    async def open(self) -> None:
+        for fake in self.fakes:
+            await fake.server.start()
+        self.session = self.twilio.session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
+        self.environ = settings(FLY_API_HOSTNAME=self.fly.server.url, TWILIO_API_URL=self.twilio.server.url, VM_URL=self.vms.server.url + "/{app}")
+
+    async def close(self) -> None:
+        for fake in self.fakes:
+            fake.opens_all()
+        await self.stop()
+        for child in self.children:
+            await child.ends(signal.SIGKILL)
+            assert_nothing_secret(child.log)
+        await self.session.close()
+        for fake in self.fakes:
+            await fake.server.close()
+        for fake in self.fakes:
+            assert not fake.objections, f"{type(fake).__name__} refused what cockpit asked: {fake.objections}"
+
+    async def start(self, **changes: Any) -> None:
+        self.environ |= {name: str(value) for name, value in changes.items()}
+        app = cockpit.make_app(cockpit.Settings.from_env(self.environ | {"ROUTES_FILE": str(self.file)}), self.clock.clock)
+        self.server = Server(app)
+        await self.clock.run(self.server.start())
+        self.twilio.gateway = self.server.url
+
+    async def stop(self) -> None:
+        if self.server is not None:
+            await self.clock.run(self.server.close())
+            self.server = None
+
+    async def restart(self, **changes: Any) -> None:
+        await self.stop()
+        await self.start(**changes)
+
+    async def crash(self) -> None:
+        """What SIGKILL leaves: the files of this moment; whatever the old process still does reaches nobody."""
+        disk = self.disks / f"disk{len(list(self.disks.iterdir()))}"
+        shutil.copytree(self.file.parent, disk)
+        self.file = disk / "routes.json"
+        for fake in self.fakes:
+            fake.deaf = True
+            fake.forgets_its_callers()
+        await self.stop()
+        for fake in self.fakes:
+            fake.deaf = False
+
+    async def crash_and_restart(self, **changes: Any) -> None:
+        await self.crash()
+        await self.start(**changes)
+
+    async def spawn(self, *, wait: bool = True, **changes: Any) -> "Child":
+        """The gateway as a process of its own (the clock must be live)."""
+        port = unused_port()
+        self.environ |= {name: str(value) for name, value in changes.items()}
+        return await self.adopt(await Child.start(self.environ | {"ROUTES_FILE": str(self.file), "HOST": "127.0.0.1"}, port, self.disks), wait)
+
+    async def adopt(self, child: "Child", wait: bool = True) -> "Child":
+        self.children.append(child)
+        if wait:
+            await child.listens()
+            self.twilio.gateway = child.url
+        return child
+
+    async def ask(self, method: str, path: str, *, key: str | None = KEY, headers: dict[str, str] | None = None, **more: Any) -> Answer:
+        sent = ({"Authorization": f"Bearer {key}"} if key is not None else {}) | (headers or {})
+        async with self.session.request(method, self.twilio.gateway + path, headers=sent, allow_redirects=False, **more) as response:
+            return Answer(response.status, await response.text(), response.headers)
+
+    async def call(self, method: str, path: str, **more: Any) -> Answer:
+        """Asks while letting time run."""
+        return await self.clock.run(self.ask(method, path, **more))
+
+    async def provision(self, phone: str = ANN, **more: Any) -> Answer:
+        return await self.call("POST", "/provision", json=sign_up_form(phone, **more))
+
+    async def sign_up(self, phone: str = ANN, **more: Any) -> FakeVM:
+        answer = await self.provision(phone, **more)
+        assert answer.status == 201, answer.text
+        return self.vms[answer.body["vm_id"]]
+
+    async def text(self, body: str, phone: str = ANN, **more: str) -> Answer:
+        """A text that is taken in."""
+        answer = await self.twilio.texts(phone, body, **more)
+        assert answer.status == 200, answer.text
+        return answer
+
+    async def begin(self, fake: Fake, call: str, *, after: bool = False, **more: Any) -> tuple[Gate, asyncio.Future]:
+        """A sign-up that is being held at a call."""
+        gate = fake.holds(call, after=after)
+        job = asyncio.ensure_future(self.ask("POST", "/provision", json=sign_up_form(**more)))
+        await self.clock.until(gate.arrived.is_set)
+        return gate, job
+
+    async def hears(self, *texts: str, phone: str = ANN, within: float = 120) -> None:
+        """The phone hears exactly these texts, all told, in this order, and nothing more for the moment."""
+        with contextlib.suppress(AssertionError):
+            await self.clock.until(lambda: len(self.twilio.sent_to(phone)) >= len(texts), within)
+        await self.clock.settle()
+        assert self.twilio.sent_to(phone) == list(texts)
+
+    async def leaves(self, vm: FakeVM, how: int | str) -> None:
+        """The VM goes away: nobody listens ("refused"), connections are cut ("cut"), or the proxy answers with a status."""
+        if how == "refused":
+            await self.vms.server.refuse()
+            await self.clock.settle()
+        else:
+            vm.away = how
+
+    async def returns(self, vm: FakeVM) -> None:
+        if not self.vms.server.listening:
+            await self.vms.server.start()
+        vm.away = 0
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        return json.loads(self.file.read_text())
+
+    @property
+    def journal(self) -> Path:
+        return self.file.with_name(self.file.name + ".journal")
+
+
+class Child:
+    """cockpit as a real process; what it prints is kept in memory, so that a full disk cannot silence it."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int):
+        self.process, self.port, self.url, self.printed = process, port, f"http://127.0.0.1:{port}", bytearray()
+        self._reader = asyncio.ensure_future(self._read())
+
+    @classmethod
+    async def start(cls, environ: dict[str, str], port: int, folder: Path, *arguments: str) -> "Child":
+        environ = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "PORT": str(port)} | environ
+        return cls(await asyncio.create_subprocess_exec(sys.executable, str(HERE / "cockpit.py"), *arguments, cwd=folder, env=environ,
+                                                        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT), port)
+
+    async def _read(self) -> None:
+        while part := await self.process.stdout.read(65536):
+            self.printed += part
+
+    @property
+    def log(self) -> str:
+        return self.printed.decode()
+
+    async def listens(self) -> None:
+        deadline = time.monotonic() + 10
+        while True:
+            assert self.process.returncode is None and time.monotonic() < deadline, self.log
+            with contextlib.suppress(OSError):
+                _, writer = await asyncio.open_connection("127.0.0.1", self.port)
+                return writer.close()
+            await asyncio.sleep(0.01)
+
+    async def ends(self, number: int = 0, within: float = 8) -> int:
+        """Sends a signal, if any, and waits for the exit status."""
+        if number and self.process.returncode is None:
+            self.process.send_signal(number)
+        status = await asyncio.wait_for(self.process.wait(), within)
+        await asyncio.wait_for(self._reader, within)
+        return status
+
+
+@contextlib.asynccontextmanager
+async def a_world(clock: FakeClock):
+    """In memory where the system offers it: an fsync then takes no time that a virtual clock would have to guess."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as folder:
+        world = World(Path(folder), clock)
+        await world.open()
+        try:
+            yield world
+        finally:
+            await world.close()
+
+
+def assert_nothing_secret(text: str) -> None:
+    found = [secret for secret in SECRETS if secret in text] + re.findall(r"(?:\+|%2B)1555\d{7}", text)
+    assert not set(found) - {NUMBER}, f"secrets or whole numbers in the log: {found}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_secret_is_logged(caplog):
+    caplog.set_level(logging.INFO)
+    yield
+    assert_nothing_secret("\n".join(str(vars(record)) for record in caplog.get_records("call")))
+
+
+@pytest.fixture
+async def world():
+    """A gateway in virtual time, not yet started."""
+    async with a_world(FakeClock()) as world:
+        yield world
+
+
+@pytest.fixture
+async def live():
+    """The surroundings of a gateway that is a process of its own, in real time."""
+    async with a_world(FakeClock(live=True)) as world:
+        world.fly.rate_limited, world.fly.hide_s = False, 0.0
+        yield world
+
+
+# --- Settings ---
+
+REQUIRED = ("COCKPIT_API_KEY", "COCKPIT_SECRET", "PUBLIC_URL", "FLY_API_TOKEN", "TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER")
+
+
+def problems(environ: dict[str, str]) -> list[str]:
+    with pytest.raises(cockpit.SettingsError) as caught:
+        cockpit.Settings.from_env(environ)
+    return caught.value.problems
+
+
+def test_production_names_every_missing_setting_at_once():
+    found = problems({"COCKPIT_ENV": "production"})
+    assert all(any(name in problem for problem in found) for name in REQUIRED), found
+
+
+def test_a_complete_production_environment_is_accepted():
+    cockpit.Settings.from_env(settings())
+    cockpit.Settings.from_env(settings(COCKPIT_API_KEY=f"{KEY},{'k' * 16}", COCKPIT_SECRET=f"{SECRET},{'s' * 32}", TWILIO_AUTH_TOKEN="one,two"))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("COCKPIT_ENV", "staging"), ("COCKPIT_API_KEY", "fifteen-letters"), ("COCKPIT_API_KEY", KEY + ",short"), ("COCKPIT_SECRET", "s" * 31),
+    ("PUBLIC_URL", "http://cockpit.example.com"), ("PUBLIC_URL", "cockpit.example.com"), ("PORT", "http"), ("PORT", "70000"),
+    ("TWILIO_PHONE_NUMBER", "555-0000"), ("VM_CPUS", "0"), ("VM_MEMORY_MB", "lots"), ("VM_NETWORK", "secret"), ("VM_COMMAND_TIMEOUT_S", "nan"),
+    ("PROVISION_TIMEOUT_S", "-1"), ("PROVISION_LIMIT", "1e999"), ("QUEUE_LIMIT", "-5"), ("LOG_FORMAT", "xml"), ("FLY_API_HOSTNAME", "api.machines.dev"),
+    ("VM_URL", "http://{nobody}:3000"), ("TWILIO_API_URL", "ftp://api.twilio.com"), ("VM_APP_PREFIX", "Not A Name")])
+def test_a_bad_value_is_reported_under_its_name(name, value):
+    found = problems(settings(**{name: value}))
+    assert len(found) == 1 and name in found[0], found
+
+
+def test_missing_and_bad_values_are_reported_together():
+    environ = settings(PORT="http")
+    del environ["FLY_API_TOKEN"]
+    found = " ".join(problems(environ))
+    assert "PORT" in found and "FLY_API_TOKEN" in found
+
+
+def test_half_of_a_twilio_api_key_is_reported():
+    assert "TWILIO_API_SECRET" in " ".join(problems(settings(TWILIO_API_KEY="SK" + "0" * 32)))
+
+
+def test_local_mode_needs_no_setting():
+    cockpit.Settings.from_env({})
+
+
+TWILIO_SETTINGS = {"TWILIO_ACCOUNT_SID": ACCOUNT, "TWILIO_AUTH_TOKEN": AUTH_TOKEN, "TWILIO_PHONE_NUMBER": NUMBER}
+
+
+@pytest.mark.parametrize("environ, named", [
+    ({"PUBLIC_URL": "https://tunnel.example.com"} | TWILIO_SETTINGS, "COCKPIT_API_KEY"),
+    ({"HOST": "0.0.0.0"} | TWILIO_SETTINGS, "COCKPIT_API_KEY"),
+    ({"PUBLIC_URL": "https://tunnel.example.com", "COCKPIT_API_KEY": KEY}, "TWILIO_"),
+    ({"HOST": "0.0.0.0", "COCKPIT_API_KEY": KEY}, "TWILIO_"),
+    ({"FLY_API_TOKEN": "fo1_real"}, "PUBLIC_URL")])
+def test_local_mode_is_refused_where_the_internet_could_reach_it(environ, named):
+    assert any(named in problem for problem in problems(environ))
+
+
+def test_a_developer_may_text_a_local_vm_from_a_real_phone():
+    cockpit.Settings.from_env({"PUBLIC_URL": "https://tunnel.example.com", "COCKPIT_API_KEY": KEY} | TWILIO_SETTINGS)
+
+
+# --- Vocabulary ---
+
+@pytest.mark.parametrize("typed, number", [
+    ("+15551234567", "+15551234567"), ("+1 (555) 123-4567", "+15551234567"), ("+49.151.1234567", "+491511234567"), ("+1234567", "+1234567"),
+    ("+123456789012345", "+123456789012345")])
+def test_a_number_is_e164_once_spaces_dots_dashes_and_parentheses_are_gone(typed, number):
+    assert cockpit.normalise_phone(typed) == number
+
+
+@pytest.mark.parametrize("typed", [
+    "", "15551234567", "+05551234567", "+123456", "+1234567890123456", "+1555CALLNOW", "++15551234567", "+1555+1234567",
+    "+١٥٥٥١٢٣٤٥٦٧",  # Arabic-Indic digits are digits to str.isdigit, not to a phone network
+    "+15551234567\n", "+1555/1234567"])
+def test_anything_else_is_no_number(typed):
+    with pytest.raises(ValueError):
+        cockpit.normalise_phone(typed)
+
+
+def test_a_number_is_masked_for_logs():
+    assert cockpit.mask_phone("+15551234567") == "+1555***4567"
+
+
+@pytest.mark.parametrize("token, header", [
+    ("fo1_deploy", "Bearer fo1_deploy"), ("Bearer fo1_deploy", "Bearer fo1_deploy"), ("fm2_a,fm2_b", "FlyV1 fm2_a,fm2_b"),
+    ("FlyV1 fm2_a, fm1r_b\n", "FlyV1 fm2_a,fm1r_b"), ("Bearer FlyV1 fm2_a,fm1a_b", "FlyV1 fm2_a,fm1a_b")])
+def test_a_fly_token_goes_out_under_the_scheme_it_needs(token, header):
+    assert cockpit.fly_authorization(token) == header
+
+
+# --- Retry ---
+
+async def test_pauses_have_full_jitter_and_grow_to_a_cap(world):
+    await world.start()
+    world.clock.drawn.clear()
+    world.fly.fails("set_secrets", 503, times=4)
+    await world.sign_up()
+    ceilings = [high for low, high in world.clock.drawn[:4]]
+    assert all(low == 0 for low, _ in world.clock.drawn[:4]), "full jitter draws from zero"
+    assert ceilings == sorted(ceilings) and ceilings[0] < ceilings[-1] <= 60
+
+
+async def test_retry_after_is_obeyed(world):
+    await world.start()
+    world.clock.pick = lambda low, high: low
+    world.fly.fails("set_secrets", 429, headers={"Retry-After": "7"})
+    await world.sign_up()
+    first, second = world.fly.calls("set_secrets")
+    assert 7 <= second.at - first.at < 9
+
+
+async def test_fly_s_rate_limits_are_ridden_out_for_as_long_as_the_provisioning_may_take(world):
+    await world.start()
+    world.fly.fails("create_machine", 429, times=15)
+    await world.sign_up()
+    assert world.fly.count("create_machine") == 16
+
+
+# --- Store ---
+
+async def test_routes_are_private_readable_json_with_one_route_a_line(world):
+    await world.start()
+    vms = {phone: await world.sign_up(phone) for phone in (ANN, BOB)}
+    assert stat.S_IMODE(world.file.stat().st_mode) == 0o600
+    lines = world.file.read_text().splitlines()
+    for phone, vm in vms.items():
+        line, = (line for line in lines if f'"{phone}"' in line)
+        assert vm.app in line and json.loads("{" + line.rstrip(",") + "}")[phone]["state"] == "ready"
+    saved = world.saved
+    assert saved["version"] == 1 and re.fullmatch(r"[a-z0-9]{8}", saved["gateway_id"])
+    route = saved["routes"][ANN]
+    assert {"vm_id", "machine_id", "vm_url", "region", "image", "state", "created_at"} <= set(route)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", route["created_at"])
+    assert not any(secret in world.file.read_text() for secret in SECRETS)
+
+
+async def test_unknown_fields_survive_a_rewrite(world):
+    await world.start()
+    await world.sign_up(ANN)
+    await world.stop()
+    saved = world.saved
+    saved["routes"][ANN]["note"], saved["colour"] = {"kept": [1, None]}, "blue"
+    world.file.write_text(json.dumps(saved))
+    await world.start()
+    await world.sign_up(BOB)
+    assert (world.saved["routes"][ANN]["note"], world.saved["colour"]) == ({"kept": [1, None]}, "blue")
+    assert world.saved["gateway_id"] == saved["gateway_id"]
+
+
+async def test_routes_survive_a_restart(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.restart()
+    await world.text("still there?")
+    await world.hears("ran: still there?")
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "ready"
+
+
+@pytest.mark.parametrize("damage", ["", '{"version": 1, "rou', "[]", '{"version": 1, "routes": {"+15551234567": 5}}', "\x00" * 300])
+async def test_an_unreadable_file_is_recovered_from_the_last_good_copy(world, damage):
+    await world.start()
+    await world.sign_up()
+    await world.stop()
+    world.file.write_text(damage)
+    await world.start()
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
+@pytest.mark.parametrize("damage", ['{"version": 1, "rou', "nonsense"])
+async def test_a_start_that_can_read_neither_copy_is_refused_and_overwrites_nothing(live, damage):
+    for suffix in ("", ".bak"):
+        live.file.with_name(live.file.name + suffix).write_text(damage)
+    child = await live.spawn(wait=False)
+    assert await child.ends() != 0
+    assert live.file.read_text() == damage and str(live.file) in child.log and "Traceback" not in child.log
+
+
+async def test_a_second_process_on_the_same_file_is_refused(live):
+    await live.spawn()
+    second = await live.spawn(wait=False)
+    assert await second.ends() != 0
+    assert str(live.file) in second.log and "Traceback" not in second.log
+
+
+async def test_the_file_is_whole_at_every_moment(live):
+    """A reader racing with the writer, and then a kill, only ever see complete files."""
+    child = await live.spawn()
+    work = asyncio.gather(*map(live.provision, PHONES))
+    seen = 0
+    while not work.done():
+        if live.file.exists():
+            seen = max(seen, len(live.saved["routes"]))
+        await asyncio.sleep(0.001)
+        if seen >= 20:
+            break
+    await child.ends(signal.SIGKILL)
+    assert live.saved["version"] == 1 and seen
+    await asyncio.gather(work, return_exceptions=True)
+    await live.spawn()
+
+
+# --- Fly client ---
+
+async def test_a_provisioning_asks_fly_in_order_and_once_each(world):
+    await world.start()
+    await world.sign_up()
+    asked = [seen.name for seen in world.fly.seen if seen.name in ("create_app", "set_secrets", "allocate_ip", "create_machine", "wait_machine")]
+    assert asked == ["create_app", "set_secrets", "allocate_ip", "create_machine", "wait_machine"]
+
+
+async def test_the_machine_is_the_one_the_contract_describes(world):
+    await world.start(VM_CPUS=2, VM_MEMORY_MB=1024)
+    vm = await world.sign_up()
+    app, machine = world.fly.apps[vm.app], world.fly.machines[0]
+    config, seen = machine.config, world.fly.calls("create_machine")[0].body
+    assert app.network == vm.app and seen["min_secrets_version"] == app.version and seen["region"] == "iad"
+    assert config["image"] == "vm-image:7" and config["guest"] == {"cpu_kind": "shared", "cpus": 2, "memory_mb": 1024}
+    assert config["restart"]["policy"] == "always" and config["rootfs"]["persist"] == "restart"
+    service, = config["services"]
+    assert (service["internal_port"], service["autostart"], service["autostop"]) == (3000, True, "off") and not service.get("checks")
+    port, = service["ports"]
+    assert (port["port"], port["handlers"]) == (3000, ["http"]) and port["http_options"]["idle_timeout"] > 330 and not port.get("force_https")
+    check, = config["checks"].values()
+    assert (check["path"], check["port"], check.get("kind", "informational")) == ("/health", 3000, "informational")
+    owner = base64.urlsafe_b64encode(hmac.new(SECRET.encode(), f"owner:{vm.app}:{ANN}".encode(), hashlib.sha256).digest()).decode()
+    metadata = config["metadata"]
+    assert metadata["cockpit_gateway"] == f"cockpit.example.com/{world.saved['gateway_id']}" and metadata["cockpit_phone"] == ANN
+    assert metadata["cockpit_owner"].rstrip("=") == owner.rstrip("=") and metadata["cockpit_launch"]
+    assert GITHUB not in json.dumps(config) and ANTHROPIC not in json.dumps(config), "credentials are secrets, not configuration"
+
+
+async def test_the_vm_s_secrets_are_set_in_one_call(world):
+    await world.start()
+    vm = await world.sign_up()
+    token = base64.urlsafe_b64encode(hmac.new(SECRET.encode(), f"vm:{vm.app}".encode(), hashlib.sha256).digest()).decode().rstrip("=")
+    assert world.fly.count("set_secrets") == 1
+    assert {name: value.rstrip("=") for name, value in vm.env.items()} == {
+        "GITHUB_TOKEN": GITHUB, "ANTHROPIC_API_KEY": ANTHROPIC, "COCKPIT_URL": PUBLIC, "COCKPIT_TOKEN": f"{vm.app}.{token}"}
+
+
+@pytest.mark.parametrize("changes, asked", [
+    ({}, [{"type": "private_v6"}]), ({"FLY_NETWORK": "gateway-net"}, [{"type": "private_v6", "network": "gateway-net"}]),
+    ({"VM_NETWORK": "public"}, [{"type": "shared_v4"}, {"type": "v6"}])])
+async def test_addresses_are_private_unless_asked_otherwise(world, changes, asked):
+    await world.start(**changes)
+    vm = await world.sign_up()
+    bodies = [{name: value for name, value in seen.body.items() if name != "org_slug" or seen.body["type"] != "private_v6"}
+              for seen in world.fly.calls("allocate_ip")]
+    assert sorted(bodies, key=str) == sorted(asked, key=str)
+    assert len(world.fly.apps[vm.app].ips) == len(asked)
+    if changes.get("VM_NETWORK") == "public":
+        ports = world.fly.machines[0].config["services"][0]["ports"]
+        assert [(port["port"], port["handlers"]) for port in ports if "tls" in port["handlers"]] == [(443, ["tls", "http"])]
+
+
+@pytest.mark.parametrize("changes, url", [
+    ({"VM_NETWORK": "private"}, "http://{app}.flycast:3000"), ({"VM_NETWORK": "public"}, "https://{app}.fly.dev"),
+    ({"VM_URL": "http://proxy.example.com/base/{region}/{machine_id}/{app}/"}, "http://proxy.example.com/base/{region}/{machine_id}/{app}")])
+async def test_a_vm_s_address_follows_the_template(world, changes, url):
+    if "VM_URL" not in changes:
+        del world.environ["VM_URL"]
+    await world.start(PROVISION_TIMEOUT_S=5, **changes)
+    gate, job = await world.begin(world.fly, "wait_machine", after=True)
+    route, machine = world.saved["routes"][ANN], world.fly.machines[0]
+    assert route["vm_url"].rstrip("/") == url.format(app=machine.app, machine_id=machine.id, region="iad")
+    await world.call("DELETE", f"/provision/{route['vm_id']}")
+    gate.open()
+    assert (await world.clock.run(job)).status == 409
+
+
+async def test_a_fresh_app_is_seen_at_once_because_the_cookie_comes_back(world):
+    """Fly hides a fresh app for a moment from who does not return its affinity cookie; limits are 1 request/s, burst 3."""
+    world.fly.boot_s = 3.0
+    await world.start()
+    before = world.clock.elapsed
+    await world.sign_up()
+    assert world.clock.elapsed - before <= 3.0 + 1.0
+
+
+async def test_five_users_at_once_lose_only_what_fly_s_limit_on_app_creation_costs(world):
+    world.fly.boot_s = 3.0
+    await world.start()
+    before = world.clock.elapsed
+    answers = await world.clock.run(asyncio.gather(*(world.ask("POST", "/provision", json=sign_up_form(phone)) for phone in PHONES[:5])))
+    assert [answer.status for answer in answers] == [201] * 5
+    assert world.clock.elapsed - before <= 3.0 + 1.0 + 2.0
+
+
+@pytest.mark.parametrize("call", ["create_app", "set_secrets", "allocate_ip", "create_machine"])
+@pytest.mark.parametrize("status", [400, 403, 412])
+async def test_another_4xx_fails_at_once_with_fly_s_words_and_is_undone(world, call, status):
+    await world.start()
+    world.fly.fails(call, status, times=99, body={"error": "invalid_argument: the moon is wrong"}, headers={"fly-request-id": "req-1"})
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (502, "fly_rejected")
+    assert "the moon is wrong" in answer.text and world.fly.count(call) == 1
+    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"])
+    assert ANN not in world.saved["routes"]
+
+
+async def test_what_is_no_json_from_fly_is_told_without_harm(world):
+    await world.start()
+    world.fly.fails("set_secrets", 400, body="<html>nginx</html>")
+    assert (await world.provision()).body["code"] == "fly_rejected"
+
+
+async def test_a_lasting_outage_of_fly_is_told_as_such(world):
+    await world.start(PROVISION_TIMEOUT_S=60)
+    world.fly.fails("create_machine", 503, times=10_000)
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (503, "fly_unavailable") and int(answer.headers["Retry-After"]) > 0
+    world.fly.heals("create_machine")
+    await world.clock.until(lambda: not world.fly.everything)
+
+
+# --- Twilio ---
+
+# (id, accepted, URL, form, signature presented, the right one if another, token, algorithm), from the official validator. A form is what differs from BASE
+# (None: left out), or wire text, or the bytes of a JSON webhook. Addresses without a scheme are https://gw.example.com.
+Y, N, T, S, J = True, False, "0123456789abcdef0123456789abcdef", "vdcdhavOFIUp4hloIOAn21bf5Z4=", "FPjMEp9ipaO+Zo0izMkyvIo9TuM="
+SM, MM, AC = "SM" + "b" * 32, "MM" + "c" * 32, "AC" + "a" * 32
+MEDIA = f"https://api.twilio.com/2010-04-01/Accounts/{AC}/Messages/{MM}/Media/ME"
+STATUS = f"SmsSid={SM}&To=%2B15558675310&MessageSid={SM}&AccountSid={AC}&From=%2B15557122661&ApiVersion=2010-04-01"
+JSON, SHA = b'{"CallSid":"CA1234567890ABCDE","Caller":"+12349013030"}', "5ccde7145dfb8f56479710896586cb9d5911809d83afbe34627818790db0aec9"
+BASE = {
+    "ToCountry": "US", "ToState": "CA", "SmsMessageSid": SM, "NumMedia": "0", "ToCity": "SAN BRUNO", "FromZip": "94103", "SmsSid": SM, "FromState": "CA",
+    "SmsStatus": "received", "FromCity": "SAN FRANCISCO", "Body": "Hello gateway", "FromCountry": "US", "To": "+15557122661", "ToZip": "94030",
+    "NumSegments": "1", "MessageSid": SM, "AccountSid": AC, "From": "+15558675310", "ApiVersion": "2010-04-01"}
+VECTORS = [
+    ("doc-example", Y, "https://example.com/myapp.php?foo=1&bar=2",
+     "Digits=1234&To=%2B18005551212&From=%2B14158675310&Caller=%2B14158675310&CallSid=CA1234567890ABCDE", "L/OH5YylLD5NRKLltdqwSvS0BnU=", None, "12345"),
+    ("sms-basic", Y, "/sms", {}, S),
+    ("sms-shuffled-arrival", Y, "/sms", {}, S),
+    ("case-sensitive-sort", Y, "/sms", "alpha=2&Zeta=1&Beta=3", "cssBBhvjjQiv4/4y1h24k37qmyU="),
+    ("case-insensitive-sort-wrong", N, "/sms", "alpha=2&Zeta=1&Beta=3", "JzhsalNkYjfwv+VtiMyO1W/cmAU=", "cssBBhvjjQiv4/4y1h24k37qmyU="),
+    ("lexicographic-not-natural", Y, "/sms", "&".join(f"MediaUrl{n}=https://api.twilio.com/m/{n}" for n in range(11)) + "&NumMedia=11",
+     "skXGzgBn2s7FoY1L6aZuR4XUYMw="),
+    ("empty-params-dict", Y, "/sms", "", "afc16phXBY7x6FqNPcVAJEBJiCs="),
+    ("empty-params-none", Y, "/sms", "", "afc16phXBY7x6FqNPcVAJEBJiCs="),
+    ("get-request-all-in-query", Y, "/sms?ApiVersion=2010-04-01&Body=hi%20there&From=%2B15558675310&MessageSid=" + SM, "", "Oae2pwjcmeK2RZ+ywN5mY21Fd/I="),
+    ("get-params-passed-twice-wrong", N, "/sms?Body=hi&From=%2B15558675310", "Body=hi&From=%2B15558675310", "6QYarVGcz+uplz8cC3rTHRWr+io=",
+     "1TkY20L0BBtIry/8O6y+mJOwYuc="),
+    ("multi-value-two", Y, "/sms", {"Tag": ["b", "a"]}, "O8WuS4XKf7Lk8MY0RB8zjOM3mRk="),
+    ("multi-value-order-irrelevant", Y, "/sms", {"Tag": ["a", "b"]}, "O8WuS4XKf7Lk8MY0RB8zjOM3mRk="),
+    ("multi-value-duplicates-collapse", Y, "/sms", {"Tag": ["a", "a", "b"]}, "O8WuS4XKf7Lk8MY0RB8zjOM3mRk="),
+    ("multi-value-first-only-wrong", N, "/sms", {"Tag": "b"}, "O8WuS4XKf7Lk8MY0RB8zjOM3mRk=", "g6LhKGHQvfVeoMPNidRV0By+6ZI="),
+    ("multi-value-joined-wrong", N, "/sms", {"Tag": "a,b"}, "O8WuS4XKf7Lk8MY0RB8zjOM3mRk=", "wpkiLmzEsKBztycu2ELoHNIWcJs="),
+    ("multi-value-with-empty", Y, "/sms", {"Tag": ["", "x"]}, "2B6UI/EooC7OoENWURW7g7dOAT4="),
+    ("unicode-accents", Y, "/sms", {"Body": "Café à la crème, señor – “quoted”"}, "Q1dIJwa0FtCqy0nuZrlzqnijnmo="),
+    ("unicode-emoji", Y, "/sms", {"Body": "👍 👨\u200d👩\u200d👧\u200d👦 🇮🇪 ok"}, "NK/+WUBn+Co07icCrFu2TFe5r1E="),
+    ("unicode-cjk-rtl", Y, "/sms", {"Body": "你好 مرحبا שלום"}, "bZcBcROSMBqMcP5QteWxDKHNHY8="),
+    ("unicode-nfc-vs-nfd-wrong", N, "/sms", {"Body": "Cafe\u0301"}, "sZQsYUW9u8cb2bTUk6Ir49UNBL0=", "evoIr2HvAy+Zu9QlHkBtNH4KWuk="),
+    ("unicode-replaced-wrong", N, "/sms", {"Body": "CafÃ©"}, "sZQsYUW9u8cb2bTUk6Ir49UNBL0=", "XBJWzXtkYiWFYBPXONHUdm7cO4M="),
+    ("unicode-param-name", Y, "/sms", {"Éxtra": "1"}, "9xE1cCAsJP8owl/xMEqQ5G6Rx1k="),
+    ("plus-decoded", Y, "/sms", "From=%2B15558675310&To=%2B15557122661&Body=1%2B1%3D2", "7JTpCPYmPXawU2aefRkMmcIVG7E="),
+    ("plus-as-space-wrong", N, "/sms", "From=+15558675310&To=%2B15557122661&Body=1%2B1%3D2", "7JTpCPYmPXawU2aefRkMmcIVG7E=", "34GmYME+Ssj7FRiLxwm8wSuAV68="),
+    ("plus-left-encoded-wrong", N, "/sms", "From=%252B15558675310&To=%2B15557122661&Body=1%2B1%3D2", "7JTpCPYmPXawU2aefRkMmcIVG7E=",
+     "LEQ1J3j1HJQTXtGgUVfdHI/r/4A="),
+    ("whatsapp-addresses", Y, "/sms", {"To": "whatsapp:+15557122661", "From": "whatsapp:+15558675310", "ProfileName": "Zoë 🌱", "WaId": "15558675310",
+     "ReferralNumMedia": "0", "MessageType": "text"}, "XzUHEEGP0sgxKEpJX4UlTzwv7Uw="),
+    ("empty-body", Y, "/sms", {"Body": ""}, "oZ1hl14zrDwWOQZFrp12uEsUMr8="),
+    ("empty-body-dropped-wrong", N, "/sms", {"Body": None}, "oZ1hl14zrDwWOQZFrp12uEsUMr8=", "BfRfuQl8WUraFppbsj/2kHDWr/k="),
+    ("empty-geo-fields", Y, "/sms", {"FromZip": "", "FromState": "", "FromCity": ""}, "Wc6aLBE/770nhbrS0pId48xUqYA="),
+    ("body-newline-lf", Y, "/sms", {"Body": "line one\nline two"}, "BVwyByKjTx/9+t7AuFIxi2pNTl4="),
+    ("body-newline-crlf", Y, "/sms", {"Body": "line one\r\nline two"}, "6YCACYXUhketIw/VFpfuZB2zAFg="),
+    ("body-newline-normalised-wrong", N, "/sms", {"Body": "line one\nline two"}, "6YCACYXUhketIw/VFpfuZB2zAFg=", "BVwyByKjTx/9+t7AuFIxi2pNTl4="),
+    ("body-leading-trailing-space", Y, "/sms", {"Body": "  hi \t"}, "EyfXAwDbGT9SbsgqFOjrsqQETo4="),
+    ("body-trimmed-wrong", N, "/sms", {"Body": "hi"}, "EyfXAwDbGT9SbsgqFOjrsqQETo4=", "Q7p5wIv/nd96oKBM/BA/k9gxWrU="),
+    ("body-special-characters", Y, "/sms", {"Body": "a&b=c%20#d?e<f>\"g\"'h'"}, "THZvEG7kvkGGldcev9ZcvVPVvUo="),
+    ("body-1600", Y, "/sms", {"Body": "x" * 1600, "NumSegments": "11"}, "p+w4zxpi9wqjjQkqgeK4IJhwCGE="),
+    ("mms-inbound", Y, "/sms", {"SmsMessageSid": MM, "NumMedia": "2", "SmsSid": MM, "Body": "", "MessageSid": MM, "MediaContentType0": "image/jpeg",
+     "MediaUrl0": MEDIA + "e" * 32, "MediaContentType1": "image/png", "MediaUrl1": MEDIA + "f" * 32}, "1IjjEzjcpKv45QAytT8LBuzM0rE="),
+    ("messaging-service-optout", Y, "/sms", {"Body": "STOP", "OptOutType": "STOP", "MessagingServiceSid": "MGdddddddddddddddddddddddddddddddd"},
+     "XD2mZusxcJtyN1xEmZ8Igi3Gcpk="),
+    ("status-callback-delivered", Y, "/sms/status?job=42", STATUS + "&SmsStatus=delivered&MessageStatus=delivered&RawDlrDoneDate=2611220931",
+     "K3HLdJYeR48wt2QbAJTamY9xR7E="),
+    ("status-callback-failed", Y, "/sms/status?job=42", STATUS + "&SmsStatus=undelivered&MessageStatus=undelivered&ErrorCode=30003",
+     "6jsr6HZonLWMgxezVIz5RGfHxmM="),
+    ("unknown-new-parameter", Y, "/sms", {"BrandNewTwilioField": "1"}, "H2jZU6kNHfHl9Qoy466Y3MlWLKM="),
+    ("unknown-parameter-ignored-wrong", N, "/sms", {}, "H2jZU6kNHfHl9Qoy466Y3MlWLKM=", S),
+    ("query-string", Y, "/sms?tenant=acme&lang=en", {}, "AlBu8GZn+rauCIW7HqA1A3dOJGY="),
+    ("query-reordered-wrong", N, "/sms?lang=en&tenant=acme", {}, "AlBu8GZn+rauCIW7HqA1A3dOJGY=", "MSNMy78MRJ5L8iFk8J+5LyDAmLs="),
+    ("query-dropped-wrong", N, "/sms", {}, "AlBu8GZn+rauCIW7HqA1A3dOJGY=", S),
+    ("query-encoded-kept", Y, "/sms?message=hello%20world&type=test%2Bvalue", {}, "wYgjsj/WBpINH6bzbdKsdBoelTc="),
+    ("query-decoded-wrong", N, "/sms?message=hello world&type=test+value", {}, "wYgjsj/WBpINH6bzbdKsdBoelTc=", "9B1J3EoaoOTMES9ygu5aQVVfi/c="),
+    ("query-reencoded-wrong", N, "/sms?message=hello+world&type=test%2Bvalue", {}, "wYgjsj/WBpINH6bzbdKsdBoelTc=", "6pjLM4Wy+XfYXY/I6Zpg3reMnoc="),
+    ("query-hex-case-wrong", N, "/sms?t=a%2bb", {}, "CFFsnAq0auTRW+oZ9XtgY2mvZo8=", "ipZQLgFTt29ZnruQQw288HWe/xY="),
+    ("query-same-name-as-form", Y, "/sms?From=x", {}, "bZOIFG6SPNsbVJTvbp3je4klfOA="),
+    ("port-443-in-url-signed-without", Y, "https://gw.example.com:443/sms", {}, S, "O+0kT7coSS1ojD4AEOfBO9SJRMI="),
+    ("port-absent-signed-with-443", Y, "/sms", {}, "O+0kT7coSS1ojD4AEOfBO9SJRMI=", S),
+    ("port-8443-signed-with", Y, "https://gw.example.com:8443/sms", {}, "UPkIThbtC/cCeUWzBZRb/pDsAtU="),
+    ("port-8443-signed-without", Y, "https://gw.example.com:8443/sms", {}, S, "UPkIThbtC/cCeUWzBZRb/pDsAtU="),
+    ("port-8443-missing-wrong", N, "/sms", {}, "UPkIThbtC/cCeUWzBZRb/pDsAtU=", S),
+    ("port-http-80", Y, "http://gw.example.com/sms", {}, "xAlqylGwrulQVmVH+ZoGYmW2HsU=", "T1ybxo1yMO2xHnH8t8AM7zm9Fro="),
+    ("port-wrong-default", N, "/sms", {}, "M3hIZanHixQ/YmQExAGxQS82mM4=", S),
+    ("port-with-query", Y, "https://gw.example.com:443/sms?tenant=acme", {}, "4fvWnzNOrTNvukv87xJc1xcL1uE=", "8SljwQbhV70Y1JhcbUonj1crBYs="),
+    ("scheme-http-vs-https-wrong", N, "http://gw.example.com/sms", {}, S, "T1ybxo1yMO2xHnH8t8AM7zm9Fro="),
+    ("scheme-http", Y, "http://gw.example.com/sms", {}, "T1ybxo1yMO2xHnH8t8AM7zm9Fro="),
+    ("internal-host-wrong", N, "http://10.0.0.5:8080/sms", {}, S, "61yxmQ6nfUNyIubMf0NVs6gyJs0="),
+    ("host-case-wrong", N, "https://GW.example.com/sms", {}, S, "HLxc4aI+N7gvizAOvNRd0UFNkpE="),
+    ("path-case-wrong", N, "/SMS", {}, S, "7+YZzc288q/C3JMmWYfVoOTfPEU="),
+    ("trailing-slash-added-wrong", N, "/sms/", {}, S, "/SDcUiGETIMvH0WSiVkAc54IPj4="),
+    ("trailing-slash-removed-wrong", N, "/sms", {}, "/SDcUiGETIMvH0WSiVkAc54IPj4=", S),
+    ("trailing-slash-kept", Y, "/sms/", {}, "/SDcUiGETIMvH0WSiVkAc54IPj4="),
+    ("root-path", Y, "/", {}, "C5zMdHeo5gZKWDhxRobt4bAGxpU="),
+    ("root-without-slash-wrong", N, "https://gw.example.com", {}, "C5zMdHeo5gZKWDhxRobt4bAGxpU=", "A2cpHB2oYUAgCtlh3FbmR33AbH0="),
+    ("path-percent-encoding-wrong", N, "/~user/sms", {}, "N659+exmMGepoi8oEecnceNvpZg=", "5W4AEQjmV0sP03EUPLohXbaNTT8="),
+    ("path-prefix-stripped-wrong", N, "/sms", {}, "GXM6SrRQrJvniHopEJ/JRBJypPM=", S),
+    ("fragment-stripped", Y, "/sms", {}, S),
+    ("userinfo-stripped", Y, "/sms", {}, S),
+    ("wrong-token", N, "/sms", {}, "qkVX0mHqZIVx5pqN/zd9UnNkJgg=", S),
+    ("secondary-token-wrong", N, "/sms", {}, S, "qkVX0mHqZIVx5pqN/zd9UnNkJgg=", "fedcba9876543210fedcba9876543210"),
+    ("token-case-wrong", N, "/sms", {}, S, "PsNubpZTgHjMfRIA/Mr1zvXW9H0=", "0123456789ABCDEF0123456789ABCDEF"),
+    ("token-trailing-newline-wrong", N, "/sms", {}, S, "6xCMIVc4sTLf7gb6bMVcWmYKg5o=", "0123456789abcdef0123456789abcdef\n"),
+    ("tampered-body", N, "/sms", {"Body": "send me money"}, S, "g8IT5lB6XDJlXrwcgtg5zxM7Dh8="),
+    ("tampered-from", N, "/sms", {"From": "+15550001111"}, S, "TpxdKBVbDIeR6owGknZkzI54bAM="),
+    ("missing-param", N, "/sms", {"AccountSid": None}, S, "bS+x7ep59LH7veqBP2dwnOz9EEw="),
+    ("extra-param", N, "/sms", {"Admin": "1"}, S, "1NP2TktRS4yqI+zJnpT/Vo5r5gw="),
+    ("renamed-param", N, "/sms", {"body": "Hello gateway", "Body": None}, S, "8yrVhNM+KE9jNCpzx7EkUmePOVQ="),
+    ("boundary-shift", Y, "/sms", "A=BC", "b/enR4arsrrnPqvti8N7mU83G5s="),
+    ("signature-lower-cased", N, "/sms", {}, "vdcdhavofiup4hloioan21bf5z4=", S),
+    ("signature-upper-cased", N, "/sms", {}, "VDCDHAVOFIUP4HLOIOAN21BF5Z4=", S),
+    ("signature-empty", N, "/sms", {}, "", S),
+    ("signature-no-padding", N, "/sms", {}, "vdcdhavOFIUp4hloIOAn21bf5Z4", S),
+    ("signature-trailing-space", N, "/sms", {}, "vdcdhavOFIUp4hloIOAn21bf5Z4= ", S),
+    ("signature-hex", N, "/sms", {}, "bdd71d85abce148529e2196820e027db56dfe59e", S),
+    ("signature-sha256-wrong-algorithm", N, "/sms", {}, "vcebjY5yqqx+1J2+89zsRS2ruS7gt2sXpTUEXNIjCw8=", S),
+    ("signature-with-plus-and-slash", Y, "/sms", {"Body": "find a signature with + and / 4"}, "JdRFr+QyDkSqBjG2U662wjO/p0k="),
+    ("signature-urlsafe", N, "/sms", {"Body": "find a signature with + and / 4"}, "JdRFr-QyDkSqBjG2U662wjO_p0k=", "JdRFr+QyDkSqBjG2U662wjO/p0k="),
+    ("signature-garbage", N, "/sms", {}, "not-a-signature", S),
+    ("json-valid", Y, "/events?bodySHA256=" + SHA, JSON, J),
+    ("json-valid-other-query", Y, "/events?foo=1&bodySHA256=" + SHA, JSON, "M3asoCGQ50ByBw1W7UOxfBXPSQQ="),
+    ("json-unicode", Y, "/events?bodySHA256=3a86edf29b1457373e378e2c8754001820cd158b64f764be77b795af435695d8",
+     '{"Body":"Caf\xe9 \U0001f44d"}'.encode(), "u2jvpEdqlXOmRC1T5RIwXf+v3tQ="),
+    ("json-body-tampered", N, "/events?bodySHA256=" + SHA, b'{"CallSid":"CA1234567890ABCDE","Caller":"+12349013031"}', J),
+    ("json-reserialised-wrong", N, "/events?bodySHA256=" + SHA, b'{"CallSid": "CA1234567890ABCDE", "Caller": "+12349013030"}', J),
+    ("json-hash-tampered", N, "/events?bodySHA256=5041bf1f713df204784353e82f6a4a535931cb64f1f4b4a5aeaffcb720918b22", b'{"x":1}', J,
+     "nGp9e/zViT8O1hIR2dWLHBWxVQo="),
+    ("json-empty-body", Y, "/events?bodySHA256=e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855", b"", "m0qKiKcC1MoJFNMqsboYBjJ/S00="),
+    ("json-port-443", Y, "https://gw.example.com:443/events?bodySHA256=" + SHA, JSON, J, "Cs9icmF0Aoye0HCysLlKLnAAtLs="),
+    ("json-wrong-token", N, "/events?bodySHA256=" + SHA, JSON, "wYSBNpI6H2vwerxXjPoESFZZ4+0=", J),
+    ("sharedkey-sha256", Y, "/sms", {}, "ERKUTp7e1q/wa8WmzpqOKdVW2kMnnMOZ3omGg+H7bUs=", None, "made-up-shared-key-secret", "HMAC_SHA256"),
+    ("sharedkey-sha1-presented", N, "/sms", {}, "6nTPppU+6UufLDcxdG3rLM8/fVs=", "ERKUTp7e1q/wa8WmzpqOKdVW2kMnnMOZ3omGg+H7bUs=",
+     "made-up-shared-key-secret", "HMAC_SHA256"),
+    ("sharedkey-account-token-wrong", N, "/sms", {}, "ERKUTp7e1q/wa8WmzpqOKdVW2kMnnMOZ3omGg+H7bUs=", "vcebjY5yqqx+1J2+89zsRS2ruS7gt2sXpTUEXNIjCw8=",
+     T, "HMAC_SHA256"),
+]
+
+
+def form_of(shape: dict | str) -> list[tuple[str, str]]:
+    if isinstance(shape, str):
+        return parse_qsl(shape, keep_blank_values=True)
+    return [(name, value) for name, values in (BASE | shape).items() if values is not None for value in (values if isinstance(values, list) else [values])]
+
+
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector[0])
+def test_signatures_are_decided_as_twilio_s_own_validator_decides(vector):
+    _, accepted, url, form, presented, expected, token, algorithm = (*vector, None, None, None)[:8]
+    url, token, algorithm = url if "://" in url else "https://gw.example.com" + url, token or T, algorithm or "HMAC_SHA1"
+    pairs, body = ([], form) if isinstance(form, bytes) else (form_of(form), None)
+    assert cockpit.twilio_signature(token, url, pairs, algorithm) == (presented if expected is None else expected)
+    assert cockpit.is_signed(token, url, pairs, presented, body=body, algorithm=algorithm) is accepted
+    assert cockpit.is_signed(token, url, pairs[::-1], presented, body=body, algorithm=algorithm) is accepted, "the order of arrival does not matter"
+
+
+@pytest.mark.parametrize("header", [None, "", "é", "a" * 10_000])
+def test_a_missing_or_senseless_signature_is_no_signature(header):
+    assert not cockpit.is_signed(T, "https://gw.example.com/sms", form_of({}), header)
+
+
+def test_an_empty_twiml_answer_says_nothing():
+    assert cockpit.twiml().startswith('<?xml version="1.0" encoding="UTF-8"?>')
+    root = ElementTree.fromstring(cockpit.twiml().encode())
+    assert root.tag == "Response" and not len(root) and not root.text
+
+
+@pytest.mark.parametrize("text", ["plain", "a < b & c > d \"e\" 'f'", "two\nlines\tand a tab", "👍 ñ", "]]>"])
+def test_twiml_carries_any_text(text):
+    root = ElementTree.fromstring(cockpit.twiml(text).encode())
+    assert root.tag == "Response" and [child.tag for child in root] == ["Message"] and "".join(root.itertext()) == text
+
+
+def test_twiml_leaves_out_what_xml_cannot_carry():
+    assert "".join(ElementTree.fromstring(cockpit.twiml("a\x00b\x1bc\ufffed").encode()).itertext()).startswith("ab")
+
+
+def test_text_for_a_phone_has_no_control_characters_and_is_valid_utf8():
+    text = cockpit.clean_text("\x1b[31mred\x1b[0m\r\nbell\x07 nul\x00 half\ud83d emoji👍\ttab")
+    text.encode("utf-8")
+    assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]", text) and "red" in text and "emoji👍" in text and "[31m" not in text
+
+
+def units(text: str) -> int:
+    return len(text.encode("utf-16-le")) // 2
+
+
+@pytest.mark.parametrize("text", ["short", "x" * 1600, "👍" * 800])
+def test_what_fits_in_one_text_is_sent_as_it_is(text):
+    assert cockpit.split_text(text) == [text]
+
+
+@pytest.mark.parametrize("text, parts", [("x" * 1601, 2), ("👍" * 801, 2), ("word " * 860, 3), ("y" * 4300, 3)])
+def test_longer_text_is_numbered_parts_of_at_most_1600_units(text, parts):
+    split = cockpit.split_text(text)
+    assert len(split) == parts and all(units(part) <= 1600 for part in split)
+    assert [part[:6] for part in split] == [f"({n}/{parts}) " for n in range(1, parts + 1)]
+    assert "".join(part[6:] for part in split).replace(" ", "") == text.replace(" ", "")
+    "".join(split).encode("utf-8")  # no emoji is cut in two
+
+
+def test_parts_end_at_line_ends_else_at_word_ends():
+    lines = [f"line {n:03d} " + "z" * 60 for n in range(60)]
+    told = [line for part in cockpit.split_text("\n".join(lines)) for line in part[6:].strip("\n").split("\n")]
+    assert told == lines
+    words = [f"word{n:04d}" for n in range(500)]
+    assert [word for part in cockpit.split_text(" ".join(words)) for word in part[6:].split()] == words
+
+
+def test_a_flood_is_eight_parts_and_says_what_it_left_out():
+    split = cockpit.split_text("x" * 100_000)
+    left_out = re.search(r"\[(\d+) characters left out\]$", split[-1])
+    assert len(split) == 8 and all(units(part) <= 1600 for part in split)
+    assert sum(part.count("x") for part in split) + int(left_out[1]) == 100_000
+
+
+# --- Provisioning ---
+
+RECORD = {"vm_id", "machine_id", "vm_url", "phone_number", "region", "image", "state", "step", "created_at", "last_error"}
+
+
+async def test_a_sign_up_is_answered_with_the_vm_record(world):
+    await world.start()
+    answer = await world.provision("+1 (555) 123-4567")
+    record = answer.body
+    assert answer.status == 201 and set(record) >= RECORD and answer.headers["Location"].endswith(f"/provision/{record['vm_id']}")
+    assert re.fullmatch(r"cockpit-vm-[a-z2-7]{8}", record["vm_id"]) and record["vm_id"] in world.fly.apps
+    assert (record["state"], record["phone_number"], record["region"], record["image"]) == ("ready", ANN, "iad", "vm-image:7")
+    assert record["machine_id"] == world.fly.machines[0].id and not record["last_error"]
+    for id in (record["vm_id"], record["machine_id"]):
+        found = await world.call("GET", f"/provision/{id}")
+        assert found.status == 200 and {name: found.body[name] for name in RECORD} == {name: record[name] for name in RECORD}
+    assert [vm["vm_id"] for vm in (await world.call("GET", "/provision")).body["vms"]] == [record["vm_id"]]
+
+
+async def test_a_sign_up_may_choose_its_region(world):
+    await world.start()
+    assert (await world.provision(region="ams")).body["region"] == "ams"
+
+
+async def test_a_vm_is_answered_for_only_when_it_is_healthy(world):
+    await world.start()
+    world.vms.fails("health", 503, times=6)
+    before = world.clock.elapsed
+    await world.sign_up()
+    assert world.vms.count("health") == 7 and world.clock.elapsed - before < 30
+
+
+@pytest.mark.parametrize("call, state", [("create_app", None), ("set_secrets", None), ("wait_machine", "provisioning")])
+async def test_the_intent_and_each_id_are_on_disk_before_the_next_call(world, call, state):
+    await world.start()
+    gate, job = await world.begin(world.fly, call)
+    route = world.saved["routes"][ANN]
+    assert route["state"] == "provisioning" and route["vm_id"] == world.fly.calls("create_app")[0].body["name"]
+    assert bool(route.get("machine_id")) == (call == "wait_machine")
+    seen = await world.call("GET", f"/provision/{route['vm_id']}")
+    assert (seen.status, seen.body["state"]) == (200, "provisioning") and seen.body["step"]
+    gate.open()
+    assert (await world.clock.run(job)).status == 201
+
+
+async def test_the_same_phone_gets_one_vm_however_often_it_asks(world):
+    await world.start()
+    answers = await world.clock.run(asyncio.gather(*(world.ask("POST", "/provision", json=sign_up_form()) for _ in range(20))))
+    answers.append(await world.provision())
+    vm_id, = world.fly.apps
+    assert sorted(answer.status for answer in answers) == [201] + [409] * 20
+    assert {answer.body["vm_id"] for answer in answers} == {vm_id}
+    assert {answer.body["code"] for answer in answers if answer.status == 409} == {"phone_taken"}
+    assert len(world.fly.machines) == 1 and world.fly.count("create_app") == 1
+
+
+@pytest.mark.parametrize("checks, code", [("critical", "vm_unhealthy"), ("passing", "vm_unreachable")])
+async def test_a_vm_that_never_answers_is_undone_and_told_apart(world, checks, code):
+    await world.start(PROVISION_TIMEOUT_S=20)
+    world.vms.drops("health", times=10_000)
+    world.fly.checks = checks
+    before = world.clock.elapsed
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (504, code) and 15 <= world.clock.elapsed - before <= 30
+    assert code == "vm_unhealthy" or "VM_NETWORK" in answer.body["detail"] and "FLY_NETWORK" in answer.body["detail"]
+    await world.clock.until(lambda: not world.fly.everything)
+    assert not world.saved["routes"]
+
+
+async def test_a_caller_who_hangs_up_does_not_stop_a_provisioning(world):
+    await world.start()
+    gate, job = await world.begin(world.fly, "create_machine")
+    job.cancel()
+    gate.open()
+    await world.clock.until(lambda: world.saved["routes"][ANN]["state"] == "ready")
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
+async def test_the_caller_s_error_does_not_wait_for_the_undo(world):
+    await world.start()
+    world.fly.fails("create_machine", 400)
+    gate = world.fly.holds("delete_app")
+    assert (await world.provision()).status == 502
+    vm_id, = world.saved["undo"]
+    assert vm_id in world.fly.apps and ANN not in world.saved["routes"]
+    again = await world.provision()
+    assert again.status == 201 and again.body["vm_id"] != vm_id, "the number is free at once"
+    gate.open()
+    await world.clock.until(lambda: set(world.fly.everything) == {again.body["vm_id"]})
+
+
+async def test_a_failed_sign_up_stays_readable_for_an_hour_and_is_not_listed(world):
+    await world.start()
+    world.fly.fails("create_machine", 400, body={"error": "invalid_argument: the moon is wrong"})
+    await world.provision()
+    path = "/provision/" + world.fly.calls("create_app")[0].body["name"]
+    found = await world.call("GET", path)
+    assert found.body["state"] == "failed" and "the moon is wrong" in found.body["last_error"]
+    assert (await world.call("GET", "/provision")).body["vms"] == []
+    await world.clock.advance(3700)
+    assert (await world.call("GET", path)).status == 404
+
+
+async def test_teardown_leaves_nothing(world):
+    await world.start()
+    vm = await world.sign_up()
+    answer = await world.call("DELETE", f"/provision/{vm.app}")
+    assert (answer.status, answer.text) == (204, "")
+    assert not world.fly.everything and not world.saved["routes"] and not world.saved["undo"]
+    assert [seen.query for seen in world.fly.calls("delete_app")] == [{"force": "true"}]
+    for method in ("GET", "DELETE"):
+        gone = await world.call(method, f"/provision/{vm.app}")
+        assert (gone.status, gone.body["code"]) == (404, "unknown_vm")
+    assert "has no cockpit VM yet" in (await world.text("anybody?")).said
+
+
+async def test_204_waits_until_fly_no_longer_knows_the_app(world):
+    world.fly.delete_polls = 4
+    await world.start()
+    vm = await world.sign_up()
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    assert not world.fly.everything
+
+
+async def test_an_unconfirmed_teardown_is_202_and_goes_on_until_fly_confirms(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.fly.fails("delete_app", 503, times=10_000)
+    before = world.clock.elapsed
+    answer = await world.call("DELETE", f"/provision/{vm.app}")
+    assert (answer.status, answer.body["vm_id"], answer.body["state"]) == (202, vm.app, "deleting") and 20 <= world.clock.elapsed - before <= 30
+    assert vm.app in world.saved["undo"] and ANN not in world.saved["routes"]
+    await world.restart()
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "deleting"
+    await world.clock.advance(120)
+    pauses = [later.at - earlier.at for earlier, later in itertools.pairwise(world.fly.calls("delete_app"))]
+    assert max(pauses) <= 75
+    world.fly.heals("delete_app")
+    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"])
+
+
+@pytest.mark.parametrize("call", ["create_app", "set_secrets", "allocate_ip", "create_machine", "wait_machine"])
+async def test_teardown_cancels_a_running_provisioning(world, call):
+    await world.start()
+    gate, job = await world.begin(world.fly, call)
+    vm_id = world.saved["routes"][ANN]["vm_id"]
+    teardown = asyncio.ensure_future(world.ask("DELETE", f"/provision/{vm_id}"))
+    await world.clock.settle()
+    gate.open()
+    answers = await world.clock.run(asyncio.gather(teardown, job))
+    assert [answer.status for answer in answers] == [204, 409] and answers[1].body["code"] == "torn_down"
+    await world.clock.advance(5)
+    assert not world.fly.everything and not world.saved["routes"]
+
+
+async def test_teardown_works_for_a_vm_that_is_away(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("anybody?")
+    await world.hears(RESTARTING)
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] in ("away", "ready")
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    assert not world.fly.everything
+
+
+# --- Relay ---
+
+async def test_a_text_reaches_its_vm_and_the_answer_its_phone(world):
+    await world.start()
+    vm = await world.sign_up()
+    answer = await world.text("hello", MessageSid="SM" + "1" * 32)
+    assert (answer.said, answer.headers["Content-Type"].split(";")[0]) == ("", "text/xml")
+    await world.hears("ran: hello")
+    assert vm.asked == [Command("hello", [], "SM" + "1" * 32, f"Bearer {vm.env['COCKPIT_TOKEN']}")]
+    sent = dict(world.twilio.calls("send")[0].body)
+    assert (sent["From"], sent["To"], sent["SmartEncoded"]) == (NUMBER, ANN, "true")
+
+
+@pytest.mark.parametrize("body", ["two\nlines\r\nand more", "👍🏽 ñ 你好", "a&b=c+d%20e", "  leading and trailing  ", "x" * 1600, '"quoted" \\ back', "0"])
+async def test_a_text_arrives_unchanged(world, body):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text(body)
+    await world.clock.until(lambda: vm.ran)
+    assert vm.ran == [body]
+
+
+async def test_two_users_reach_only_their_own_vms_in_order_and_are_answered_on_their_own_phones(world):
+    await world.start()
+    ann, bob = await world.sign_up(ANN), await world.sign_up(BOB)
+    for n in range(5):
+        await asyncio.gather(world.text(f"ann {n}", ANN), world.text(f"bob {n}", BOB))
+    await world.hears(*(f"ran: ann {n}" for n in range(5)), phone=ANN)
+    await world.hears(*(f"ran: bob {n}" for n in range(5)), phone=BOB)
+    assert (ann.ran, bob.ran) == ([f"ann {n}" for n in range(5)], [f"bob {n}" for n in range(5)])
+
+
+async def test_a_slow_vm_holds_up_nobody_else_and_runs_one_text_at_a_time(world):
+    await world.start()
+    ann, _ = await world.sign_up(ANN), await world.sign_up(BOB)
+    gate = ann.holds()
+    for body in ("one", "two", "three"):
+        await world.text(body)
+    await world.clock.until(gate.arrived.is_set)
+    await world.text("hi", BOB)
+    await world.hears("ran: hi", phone=BOB)
+    assert len(ann.asked) == 1, "the next is posted after the answer of the one before"
+    gate.open()
+    await world.hears("ran: one", "ran: two", "ran: three")
+
+
+async def test_a_twilio_outage_holds_up_no_command_and_loses_no_answer(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.twilio.fails("send", 503, times=10_000, code=20503)
+    for body in ("one", "two", "three"):
+        await world.text(body)
+    await world.clock.until(lambda: vm.ran == ["one", "two", "three"], within=1)
+    await world.clock.advance(300)
+    world.twilio.heals("send")
+    await world.hears("ran: one", "ran: two", "ran: three")
+
+
+async def test_an_answer_longer_than_a_text_arrives_in_numbered_parts(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = lambda text: {"text": "x" * 4300, "images": [], "exitCode": 0, "durationMs": 1}
+    await world.text("show me")
+    await world.hears(*cockpit.split_text("x" * 4300))
+
+
+@pytest.mark.parametrize("answer, heard", [
+    ({"text": "", "images": [], "exitCode": 0, "durationMs": 1}, "Done, no output."),
+    ({"text": " \n", "images": [], "exitCode": 0, "durationMs": 1}, "Done, no output."),
+    ({"text": "", "images": [], "exitCode": 3, "durationMs": 1}, "Exit code 3, no output."),
+    (b"not json", "Your VM's answer could not be read."), (b"", None),
+    (b"[]", "Your VM's answer could not be read."), (b'"text"', "Your VM's answer could not be read."), (b"\xff\xfe\x00", "Your VM's answer could not be read."),
+    (b"[" * 100_000, "Your VM's answer could not be read."), (b'{"text": "' + b"x" * (1 << 20) + b'"}', "Your VM's answer could not be read."),
+    ({}, None), ({"text": None}, None), ({"text": 5}, None), ({"text": ["a"]}, None), ({"text": {}, "images": 7, "exitCode": "x"}, None),
+    ({"text": "fine", "images": {"url": 3}, "exitCode": None}, None), (b'{"text": "half \\ud83d"}', None)],
+    ids=lambda value: str(value)[:40])
+async def test_whatever_a_vm_answers_its_owner_hears_something_and_the_lane_goes_on(world, answer, heard):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"answer": answer})
+    await world.text("odd")
+    await world.text("even")
+    await world.clock.until(lambda: "ran: even" in world.twilio.sent_to(ANN))
+    first, second = world.twilio.sent_to(ANN)
+    assert (first == heard if heard else first) and second == "ran: even"
+
+
+@pytest.mark.parametrize("how", ["refused", "cut", 502, 503, 504])
+async def test_an_absent_vm_is_announced_once_and_what_waited_runs_in_order(world, how):
+    await world.start()
+    vm = await world.sign_up()
+    await world.leaves(vm, how)
+    for body in ("one", "two", "three"):
+        await world.text(body)
+    await world.hears(RESTARTING)
+    await world.clock.advance(40)
+    assert len(vm.asked) <= 1, "nothing is posted until /health answers"
+    assert world.fly.count("get_machine") and not world.fly.count("start_machine"), "the Machines API is asked; what runs is not started"
+    await world.returns(vm)
+    await world.hears(RESTARTING, "ran: one", "ran: two", "ran: three")
+    assert vm.ran == ["one", "two", "three"] and len({command.key for command in vm.asked}) == 3
+
+
+async def test_the_next_outage_is_announced_again(world):
+    await world.start()
+    vm = await world.sign_up()
+    for n in (1, 2):
+        vm.away = 503
+        await world.text(f"text {n}")
+        await world.clock.until(lambda: world.twilio.sent_to(ANN).count(RESTARTING) == n)
+        vm.away = 0
+        await world.clock.until(lambda: world.twilio.sent_to(ANN).count(f"ran: text {n}") == 1)
+    await world.hears(RESTARTING, "ran: text 1", RESTARTING, "ran: text 2")
+
+
+@pytest.mark.parametrize("state", ["stopped", "suspended"])
+async def test_a_machine_that_rests_is_started(world, state):
+    world.fly.boot_s = 4.0
+    await world.start()
+    vm = await world.sign_up()
+    world.fly.rests(vm, state)
+    await world.text("wake up")
+    await world.hears(RESTARTING, "ran: wake up")
+    assert world.fly.count("start_machine") == 1
+
+
+async def test_an_answer_lost_on_the_way_is_fetched_with_the_same_key_and_not_run_again(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"cut": "after"})
+    await world.text("deploy")
+    await world.hears(RESTARTING, "ran: deploy")
+    assert vm.ran == ["deploy"] and len(vm.asked) == 2 and vm.asked[0].key == vm.asked[1].key
+
+
+@pytest.mark.parametrize("reaction", [{"cut": "before"}, {"status": 504}])
+async def test_a_text_that_takes_its_vm_down_twice_is_not_tried_a_third_time(world, reaction):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then(reaction, reaction)
+    await world.text("rm -rf /")
+    await world.text("still there?")
+    await world.hears(RESTARTING, 'Your VM went away twice while running this; not tried again: "rm -rf /"', "ran: still there?")
+    assert [command.text for command in vm.asked] == ["rm -rf /", "rm -rf /", "still there?"]
+
+
+async def test_a_502_from_the_proxy_alone_does_not_count_against_a_text(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"status": 502}, {"status": 502}, {"status": 502})
+    await world.text("patience")
+    await world.hears(RESTARTING, "ran: patience")
+
+
+async def test_a_busy_vm_is_waited_for_without_a_word(world):
+    await world.start(VM_AWAY_LIMIT_S=30)
+    vm = await world.sign_up()
+    vm.then(*[{"status": 409}] * 12)
+    await world.text("when you can")
+    await world.hears("ran: when you can")
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 404, 422, 500])
+async def test_another_status_is_told_to_the_owner_and_not_tried_again(world, status):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"status": status, "headers": {"Location": world.vms.server.url + "/elsewhere"}})
+    await world.text("go")
+    await world.text("next")
+    await world.hears(f'Your VM answered with an error ({status}): "go"', "ran: next")
+    assert not world.vms.count("unknown"), "no redirect of a VM is followed"
+
+
+async def test_no_answer_in_time_is_told_and_the_next_text_waits_for_the_busy_vm(world):
+    await world.start(VM_COMMAND_TIMEOUT_S=0.1)
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("sleep")
+    await world.text("next")
+    await world.clock.until(lambda: world.twilio.sent_to(ANN))
+    assert re.fullmatch(r'No answer after 0\.1 s; it may still be running: "sleep"', world.twilio.sent_to(ANN)[0])
+    gate.open()
+    await world.clock.until(lambda: "ran: next" in world.twilio.sent_to(ANN))
+    assert vm.ran == ["sleep", "next"] and len(world.twilio.sent_to(ANN)) == 2
+
+
+async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_which(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("x" * 100)
+    await world.clock.advance(595)
+    await world.hears(RESTARTING)
+    await world.clock.advance(30)
+    _, notice = world.twilio.sent_to(ANN)
+    assert notice.startswith('Not run, your VM was away too long: "' + "x" * 79) and "x" * 81 not in notice
+    vm.away = 0
+    await world.text("fresh")
+    await world.clock.until(lambda: "ran: fresh" in world.twilio.sent_to(ANN))
+    assert vm.ran == ["fresh"]
+
+
+async def test_texts_that_expire_together_share_one_notice(world):
+    await world.start(VM_AWAY_LIMIT_S=60)
+    vm = await world.sign_up()
+    vm.away = 503
+    for body in ("one", "two", "three"):
+        await world.text(body)
+    await world.clock.advance(75)
+    first, notice = world.twilio.sent_to(ANN)
+    assert first == RESTARTING and notice.startswith("Not run, your VM was away too long: ") and all(f'"{body}"' in notice for body in ("one", "two", "three"))
+
+
+async def test_a_text_that_perhaps_reached_its_vm_is_judged_from_its_cut(world):
+    await world.start(VM_AWAY_LIMIT_S=60)
+    vm = await world.sign_up()
+    vm.away = "cut"
+    await world.text("deploy")
+    await world.text("later")
+    await world.clock.advance(75)
+    first, *notices = world.twilio.sent_to(ANN)
+    assert first == RESTARTING and len(notices) == 2 and notices[0].endswith('; it may still be running: "deploy"')
+    assert notices[1] == 'Not run, your VM was away too long: "later"'
+
+
+async def test_a_text_during_set_up_is_kept_and_run_when_the_vm_is_ready(world):
+    await world.start()
+    gate, job = await world.begin(world.fly, "wait_machine")
+    assert (await world.text("early")).said == ""
+    await world.hears("Your VM is being set up. Your text is kept.")
+    gate.open()
+    assert (await world.clock.run(job)).status == 201
+    await world.hears("Your VM is being set up. Your text is kept.", "ran: early")
+
+
+async def test_a_set_up_that_fails_tells_whose_text_was_not_run(world):
+    await world.start()
+    gate, job = await world.begin(world.fly, "set_secrets")
+    await world.text("early")
+    world.fly.fails("create_machine", 400)
+    gate.open()
+    assert (await world.clock.run(job)).status == 502
+    await world.hears("Your VM is being set up. Your text is kept.", 'Your VM could not be set up. Not run: "early"')
+
+
+async def test_a_full_queue_says_so_and_keeps_nothing_more(world):
+    await world.start(QUEUE_LIMIT=2)
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("running")
+    await world.clock.until(gate.arrived.is_set)
+    await world.text("one")
+    await world.text("two")
+    for _ in range(2):  # the same words again for the same SID
+        assert (await world.text("three", MessageSid="SM" + "3" * 32)).said == 'Your queue is full (2 waiting). This text was not kept: "three"'
+    gate.open()
+    await world.hears("ran: running", "ran: one", "ran: two")
+    await world.text("three", MessageSid="SM" + "3" * 32)
+    await world.clock.advance(5)
+    assert vm.ran == ["running", "one", "two"]
+
+
+async def test_a_stranger_is_told_where_to_sign_up_at_most_hourly(world):
+    await world.start()
+    words = "This number has no cockpit VM yet. Sign up: https://signup.example.com"
+    assert (await world.text("hi", EVE, MessageSid="SM" + "1" * 32)).said == words
+    assert (await world.text("hi", EVE, MessageSid="SM" + "1" * 32)).said == words, "the same SID is answered as before"
+    assert (await world.text("hello?", EVE)).said == ""
+    await world.clock.advance(3601)
+    assert (await world.text("hello??", EVE)).said == words
+    assert not world.twilio.sent
+
+
+async def test_a_stranger_is_told_nothing_when_there_is_nowhere_to_sign_up(world):
+    await world.start(ONBOARDING_URL="")
+    assert (await world.text("hi", EVE)).said == ""
+
+
+async def test_a_text_is_run_once_however_often_twilio_delivers_it(world):
+    await world.start()
+    vm = await world.sign_up()
+    answers = await asyncio.gather(*(world.text("once", MessageSid="SM" + "1" * 32) for _ in range(8)))
+    await world.hears("ran: once")
+    answers.append(await world.text("once", MessageSid="SM" + "1" * 32))
+    await world.clock.advance(5)
+    assert {answer.said for answer in answers} == {""} and vm.ran == ["once"]
+    await world.hears("ran: once")
+
+
+@pytest.mark.parametrize("code, status", [(20429, 429), (20503, 503), (21611, 400)])
+async def test_what_twilio_asks_to_try_later_is_tried_later(world, code, status):
+    await world.start()
+    await world.sign_up()
+    world.twilio.fails("send", status, times=3, code=code)
+    await world.text("hello")
+    await world.hears("ran: hello", within=900)
+
+
+@pytest.mark.parametrize("code", [21211, 21408, 21610, 21614])
+async def test_a_permanent_refusal_of_twilio_is_final_for_that_text_alone(world, code):
+    await world.start()
+    await world.sign_up()
+    world.twilio.fails("send", 400, code=code)
+    await world.text("one")
+    await world.clock.until(lambda: world.twilio.count("send"))
+    await world.clock.advance(300)
+    assert world.twilio.count("send") == 1
+
+
+@pytest.mark.parametrize("arrived", [True, False], ids=["arrived", "did not arrive"])
+@pytest.mark.parametrize("how", ["500", "dropped"])
+async def test_an_answer_that_may_have_been_sent_is_looked_up_before_it_is_sent_again(world, how, arrived):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = lambda text: {"text": "“done” – see…\tall", "images": [], "exitCode": 0, "durationMs": 1}
+    await world.text("one")  # the same words earlier are not the answer looked for
+    await world.clock.until(lambda: world.twilio.sent)
+    await world.clock.advance(30)
+    world.twilio.fails("send", 500, after=arrived, code=20500) if how == "500" else world.twilio.drops("send", after=arrived)
+    await world.text("two")
+    await world.clock.advance(120)
+    assert len(world.twilio.sent) == 2 and world.twilio.count("list")
+    assert world.twilio.count("send") == (2 if arrived else 3)
+
+
+# --- HTTP ---
+
+CALLS = [("POST", "/provision"), ("GET", "/provision"), ("GET", "/provision/cockpit-vm-aaaaaaaa"), ("PATCH", "/provision/cockpit-vm-aaaaaaaa"),
+         ("DELETE", "/provision/cockpit-vm-aaaaaaaa"), ("POST", "/provision/cockpit-vm-aaaaaaaa/restart"), ("POST", "/provision/cockpit-vm-aaaaaaaa/upgrade")]
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"Authorization": f"Bearer {KEY[:-1]}"}, {"Authorization": f"Bearer {KEY}x"}, {"Authorization": "Bearer "}, {"Authorization": KEY}, {"Authorization": "Bearer é"},
+    {"Authorization": f"Basic {KEY}"}, {"X-API-Key": KEY.upper()}, {"X-API-Key": ""}, {"Cookie": f"key={KEY}"}], ids=str)
+async def test_nothing_under_provision_is_answered_without_the_key(world, headers):
+    await world.start()
+    for method, path in CALLS:
+        answer = await world.call(method, f"{path}?api_key={KEY}", key=None, headers=headers, json=sign_up_form())
+        assert (answer.status, answer.headers["WWW-Authenticate"].split()[0], answer.body["code"]) == (401, "Bearer", "unauthorized"), (method, path)
+    assert not world.fly.count("create_app")
+
+
+@pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}, {"Authorization": "bearer the-next-key-while-rotating"}], ids=str)
+async def test_each_key_in_the_list_opens_by_either_header(world, headers):
+    await world.start(COCKPIT_API_KEY=f"{KEY},the-next-key-while-rotating")
+    assert (await world.call("GET", "/provision", key=None, headers=headers)).status == 200
+
+
+def form_with(**changes: Any) -> dict[str, Any]:
+    return {name: value for name, value in (sign_up_form() | changes).items() if value is not ...}
+
+
+@pytest.mark.parametrize("name, value", [
+    *(("phone_number", value) for value in (..., None, "", 15551234567, "555", "+05551234567", NUMBER, "+1 (555) 000-0000")),
+    *(("github_token", value) for value in (..., None, "", 5, "a\nb", "x" * 9000)),
+    *(("api_keys", value) for value in (
+        ..., None, {}, [], "KEY", {"lower": "x"}, {"1KEY": "x"}, {"A-B": "x"}, {"": "x"}, {"PATH": "x"}, {"HOME": "x"}, {"PORT": "x"}, {"HOST": "x"}, {"GITHUB_TOKEN": "x"},
+        {"NODE_OPTIONS": "x"}, {"BASH_ENV": "x"}, {"LD_PRELOAD": "x"}, {"PYTHONPATH": "x"}, {"FLY_APP_NAME": "x"}, {"COCKPIT_TOKEN": "x"}, {"A": 5}, {"A": None},
+        {"A": "x\x00"}, {"A": "x\ny"}, {"A": "x" * 8193}, {"A": "é" * 4097}, {f"K{n}": "x" for n in range(51)})),
+    ("region", "not a region!"), ("region", 5), ("welcome", "yes")], ids=lambda value: str(value)[:30])
+async def test_an_invalid_field_is_422_under_its_name_and_fly_is_not_asked(world, name, value):
+    await world.start()
+    asked = len(world.fly.seen)
+    answer = await world.call("POST", "/provision", json=form_with(**{name: value}))
+    assert (answer.status, answer.body["code"]) == (422, "invalid_request")
+    assert answer.body["errors"] and all(re.match(rf"{name}\b", error["field"]) and error["message"] for error in answer.body["errors"]), answer.body["errors"]
+    assert len(world.fly.seen) == asked and not world.saved.get("routes")
+
+
+async def test_all_invalid_fields_are_named_at_once(world):
+    await world.start()
+    answer = await world.call("POST", "/provision", json={})
+    assert {error["field"] for error in answer.body["errors"]} == {"phone_number", "github_token", "api_keys"}
+
+
+async def test_the_largest_valid_sign_up_is_accepted(world):
+    await world.start()
+    keys = {f"KEY_{n}": "v" * 8192 for n in range(50)}
+    vm = await world.sign_up(api_keys=keys)
+    assert {name: vm.env[name] for name in keys} == keys
+
+
+@pytest.mark.parametrize("method, path, more, status, code", [
+    ("POST", "/provision", {"data": "{"}, 400, "malformed"), ("POST", "/provision", {"data": b"\xff\xfe"}, 400, "malformed"),
+    ("POST", "/provision", {"data": "a=b", "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 415, "unsupported_media_type"),
+    ("POST", "/provision", {"data": b"[" * 300_000}, 400, "malformed"), ("POST", "/provision", {"data": b" " * (512 * 1024 + 1)}, 413, "too_large"),
+    ("POST", "/sms", {"data": b"Body=" + b"x" * (64 * 1024), "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 413, "too_large"),
+    ("GET", "/nothing/here", {}, 404, "not_found"), ("GET", "/provision/cockpit-vm-aaaaaaaa", {}, 404, "unknown_vm"), ("DELETE", "/provision/nobody", {}, 404, "unknown_vm"),
+    ("PUT", "/provision", {}, 405, "method_not_allowed"), ("GET", "/sms", {}, 405, "method_not_allowed"), ("DELETE", "/health", {}, 405, "method_not_allowed")])
+async def test_every_error_is_a_problem_with_a_stable_code(world, method, path, more, status, code):
+    await world.start()
+    headers = {"Content-Type": "application/json"} | more.pop("headers", {}) if "data" in more else {}
+    answer = await world.call(method, path, headers=headers, **more)
+    assert (answer.status, answer.headers["Content-Type"].split(";")[0]) == (status, "application/problem+json"), answer.text
+    assert (answer.body["status"], answer.body["code"]) == (status, code) and {"type", "title", "detail"} <= set(answer.body)
+    assert status != 405 or answer.headers["Allow"]
+
+
+@pytest.mark.parametrize("headers", [{}, {"Host": "cockpit.example.com", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "cockpit.example.com", "Forwarded": "host=a"}])
+async def test_a_webhook_twilio_did_not_sign_is_403_and_reaches_nobody(world, headers):
+    await world.start()
+    vm = await world.sign_up()
+    form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": "hello", "NumMedia": "0"}
+    good, other = sign(PUBLIC + "/sms", form), form | {"AccountSid": "AC" + "f" * 32}
+    for sent, signature in ((form, ""), (form, good[:-1]), (form, good.lower()), (form | {"Body": "tampered"}, good), (form | {"Extra": ""}, good),
+                            (form, sign(PUBLIC + "/sms", form, "another-token")), (form, sign(PUBLIC + "/sms/", form)), (form, sign(world.twilio.gateway + "/sms", form)),
+                            (other, sign(PUBLIC + "/sms", other))):
+        answer = await world.twilio.posts("/sms", sent, signature, headers)
+        assert (answer.status, answer.body["code"]) == (403, "bad_signature")
+    await world.clock.advance(2)
+    assert not vm.asked and not world.twilio.sent
+
+
+@pytest.mark.parametrize("headers", [{}, {"Host": "evil.example.com"}, {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example.com:1"}])
+async def test_a_signed_webhook_is_taken_whatever_the_proxy_says(world, headers):
+    await world.start()
+    vm = await world.sign_up()
+    form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": "hello", "NumMedia": "0", "FromCity": ""}
+    path = "/sms?tenant=a%2Bb&x="
+    assert (await world.twilio.posts(path, form, sign(PUBLIC + path, form), headers)).status == 200
+    await world.clock.until(lambda: vm.ran == ["hello"])
+
+
+async def test_either_token_signs_while_rotating_and_a_prefix_of_the_public_url_is_signed_too(world):
+    await world.start(TWILIO_AUTH_TOKEN=f"the-next-token,{AUTH_TOKEN}", PUBLIC_URL=PUBLIC + "/gw", TWILIO_API_KEY="SK" + "1" * 32, TWILIO_API_SECRET="s")
+    form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": EVE, "To": NUMBER, "Body": "hello"}
+    for token, status in (("the-next-token", 200), (AUTH_TOKEN, 200), ("s", 403)):
+        assert (await world.twilio.posts("/sms", form, sign(PUBLIC + "/gw/sms", form, token))).status == status
+
+
+async def test_health_counts_and_names_nobody(world):
+    await world.start()
+    await world.sign_up()
+    answer = await world.call("GET", "/health", key=None)
+    assert answer.status == 200 and isinstance(answer.body, dict)
+    assert "1555" not in answer.text and ANN[-4:] not in answer.text
+
+
+async def test_the_front_page_is_a_page_and_shows_no_number_without_the_key(world):
+    await world.start()
+    vm = await world.sign_up()
+    answer = await world.call("GET", "/", key=None)
+    assert (answer.status, answer.headers["Content-Type"].split(";")[0]) == (200, "text/html") and "cockpit" in answer.text.lower()
+    assert ANN not in answer.text and vm.app not in answer.text
+
+
+async def test_the_list_of_vms_is_paged(world):
+    await world.start()
+    vm_ids = {(await world.sign_up(phone)).app for phone in PHONES[:5]}
+    found, after, pages = [], "", 0
+    while after is not None:
+        page = (await world.call("GET", f"/provision?limit=2&after={after}")).body
+        found, after, pages = found + page["vms"], page["next"], pages + 1
+    assert {vm["vm_id"] for vm in found} == vm_ids and len(found) == 5 and pages == 3
+    assert (await world.call("GET", "/provision?limit=none")).status == 422
+
+
+async def test_credentials_are_in_no_answer_and_no_file(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.fly.fails("create_machine", 400)
+    said = [(await world.provision(BOB)).text, (await world.provision()).text]
+    said += [(await world.call("GET", path)).text for path in ("/provision", f"/provision/{vm.app}", "/health", "/")]
+    said += [(await world.call("POST", "/provision", json=sign_up_form("bad"))).text, (await world.call("POST", "/provision", json={"github_token": [GITHUB]})).text]
+    said += [file.read_text() for file in world.file.parent.iterdir()]
+    assert not [secret for secret in (*SECRETS, vm.env["COCKPIT_TOKEN"]) if any(secret in text for text in said)]
+
+
+# --- Local mode ---
+
+async def a_laptop(live: World, **environ: str) -> Child:
+    """`python cockpit.py` with nothing set but its port."""
+    return await live.adopt(await Child.start(environ, unused_port(), live.disks))
+
+
+def vm_processes(child: Child) -> list[int]:
+    pid = child.process.pid
+    return [int(vm) for vm in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+async def thread(live: World, phone: str = ANN) -> str:
+    return (await live.ask("GET", f"/_local/texts?phone=%2B{phone[1:]}", key="local")).text
+
+
+async def reads(live: World, *words: str) -> None:
+    """The local phone's thread comes to hold these words."""
+    deadline, shown = time.monotonic() + 12, ""
+    while not all(word in shown for word in words):
+        assert time.monotonic() < deadline, f"{words} not in {shown}"
+        shown = await thread(live)
+        await asyncio.sleep(0.03)
+
+
+async def texts_locally(live: World, body: str) -> None:
+    answer = await live.ask("POST", "/_local/texts", key=None, json={"from": ANN, "body": body})
+    assert answer.status in (200, 201, 202), answer.text
+
+
+async def test_the_whole_world_runs_on_a_laptop(live):
+    routes = live.disks / "routes.json"
+    routes.write_text('{"version": 1, "routes": {}}\n')
+    child = await a_laptop(live, TWILIO_SECRET_OF_SOMEBODY_ELSE="gateway-only")
+    answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    assert answer.status == 201, answer.text
+    vm, = vm_processes(child)
+    environ = dict(line.split("=", 1) for line in Path(f"/proc/{vm}/environ").read_text().split("\0") if line)
+    assert (environ["GITHUB_TOKEN"], environ["ANTHROPIC_API_KEY"]) == (GITHUB, ANTHROPIC) and environ["COCKPIT_TOKEN"].startswith(answer.body["vm_id"] + ".")
+    assert "gateway-only" not in environ.values() and not {"COCKPIT_SECRET", "COCKPIT_API_KEY", "FLY_API_TOKEN"} & set(environ)
+    await texts_locally(live, "hello from a phone")
+    await reads(live, "hello from a phone")
+    os.kill(vm, signal.SIGKILL)
+    await texts_locally(live, "after the kill")
+    await reads(live, RESTARTING)
+    await live.clock.until(lambda: vm_processes(child) not in ([], [vm]))
+    deadline = time.monotonic() + 10
+    while (await thread(live)).count("after the kill") < 2:  # the text and the echo
+        assert time.monotonic() < deadline, await thread(live)
+        await asyncio.sleep(0.03)
+    vm, = vm_processes(child)
+    assert await child.ends(signal.SIGTERM) == 0
+    assert not Path(f"/proc/{vm}").exists() and routes.read_text() == '{"version": 1, "routes": {}}\n'
+    assert child.url in child.log and "local" in child.log, "it says where the page is and which key to use"
+
+
+async def test_the_built_in_agent_draws_and_crashes_and_a_command_of_one_s_own_replaces_it(live):
+    child = await a_laptop(live)
+    vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
+    await texts_locally(live, "crash")
+    await reads(live, RESTARTING)
+    assert (await live.ask("DELETE", f"/provision/{vm_id}", key="local")).status == 204
+    assert not vm_processes(child) and await child.ends(signal.SIGINT) == 0
+    await a_laptop(live, LOCAL_AGENT="tr a-z A-Z")
+    await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    await texts_locally(live, "shout it")
+    await reads(live, "SHOUT IT")
+
+
+async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
+    child = await a_laptop(live)
+    await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    vm, = vm_processes(child)
+    await child.ends(signal.SIGKILL)
+    await a_laptop(live)
+    assert (await live.ask("GET", "/provision", key="local")).body["vms"] == []
+    await live.clock.until(lambda: not Path(f"/proc/{vm}").exists())
+
+
+@pytest.mark.parametrize("headers", [
+    {"Host": "evil.example.com"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"}, {"Forwarded": "for=203.0.113.9"},
+    {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
+async def test_local_doors_stay_shut_for_what_comes_through_a_tunnel(live, headers):
+    port = unused_port()
+    environ = {"PORT": str(port), "ROUTES_FILE": str(live.file)}
+    live.server = await Server(cockpit.make_app(cockpit.Settings.from_env(environ)), port).start()
+    live.twilio.gateway = live.server.url
+    for method, path in (("POST", "/_local/texts"), ("GET", f"/_local/texts?phone=%2B{EVE[1:]}"), ("GET", "/_local/vm/x/health")):
+        if method == "GET" and "Content-Type" in headers:
+            continue
+        answer = await live.ask(method, path, key="local", data=json.dumps({"from": EVE, "body": "hi"}), headers={"Content-Type": "application/json"} | headers)
+        assert answer.status in (403, 404, 415, 421), answer.text
+    assert "hi" not in await thread(live, EVE)
+
+
+async def test_production_knows_nothing_of_local_mode(world):
+    await world.start()
+    for method, path in (("POST", "/_local/texts"), ("GET", "/_local/texts?phone=x"), ("GET", "/_local/vm/x/health"), ("GET", "/_local/v1/apps")):
+        answer = await world.call(method, path, json={"from": ANN, "body": "hi"})
+        assert (answer.status, answer.body["code"]) == (404, "not_found")
+
+
+async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
+    ran = live.disks / "ran"
+    environ = {"COCKPIT_TOKEN": "vm-x.token", "LOCAL_AGENT": f"sh -c 'cat >> {ran}; echo done; test -e {live.disks}/go || head -n1 {live.disks}/fifo'"}
+    os.mkfifo(live.disks / "fifo")
+    (live.disks / "go").touch()
+
+    async def start() -> Child:
+        port = unused_port()
+        return await live.adopt(await Child.start(environ, port, live.disks, "vm", "--port", str(port)))
+
+    async def command(text: str, key: str, token: str = "vm-x.token") -> Answer:
+        return await live.ask("POST", "/command", key=token, json={"text": text, "media": []}, headers={"Idempotency-Key": key})
+
+    child = await start()
+    health = await live.ask("GET", "/health", key=None)
+    assert (health.status, health.body["status"]) == (200, "ok")
+    assert (await command("no", "K0", "wrong")).status == 401 and (await command("no", "K0", "")).status == 401
+    first = await command("one\n", "K1")
+    assert first.status == 200 and first.body["text"].strip() == "done" and {"images", "exitCode", "durationMs"} <= set(first.body)
+    await child.ends(signal.SIGKILL)
+    await start()
+    assert (await command("one\n", "K1")).body == first.body and ran.read_text() == "one\n", "the stored answer survives, the command is not run again"
+    (live.disks / "go").unlink()
+    slow = asyncio.ensure_future(command("two\n", "K2"))
+    await live.clock.until(lambda: "two" in ran.read_text())
+    assert (await command("three\n", "K3")).status == 409 and (await command("two\n", "K2")).status == 409
+    os.write(os.open(live.disks / "fifo", os.O_RDWR | os.O_NONBLOCK), b"go\n")
+    assert (await slow).status == 200 and ran.read_text() == "one\ntwo\n"
+    for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "none.png"):
+        assert (await live.ask("GET", f"/images/{name}", key="vm-x.token")).status in (400, 404)
+
+
+# --- Container and main ---
+
+async def test_production_without_its_settings_exits_2_naming_all_of_them(tmp_path):
+    child = await Child.start({"COCKPIT_ENV": "production"}, 0, tmp_path)
+    assert await child.ends() == 2
+    assert all(name in child.log for name in REQUIRED) and "Traceback" not in child.log
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_the_process_with_0_in_time_and_routes_survive(live, number):
+    child = await live.spawn()
+    await live.sign_up()
+    began = time.monotonic()
+    assert await child.ends(number) == 0 and time.monotonic() - began < 5
+    assert live.saved["routes"][ANN]["state"] == "ready"
+    await live.spawn()
+    await live.text("hello again")
+    await live.hears("ran: hello again")
+
+
+def test_both_files_name_what_they_need_for_uv():
+    for name, needs in (("cockpit.py", ["aiohttp"]), ("test_cockpit.py", ["aiohttp", "pytest", "pytest-aiohttp"])):
+        block = re.match(r"(?:#!.*\n)?# /// script\n((?:#.*\n)+?)# ///\n", (HERE / name).read_text())
+        script = tomllib.loads(re.sub(r"(?m)^# ?", "", block[1]))
+        assert [re.match(r"[a-z-]+", need)[0] for need in script["dependencies"]] == needs and "3.11" in script["requires-python"]
+
+
+def test_the_repository_ships_an_empty_route_file():
+    assert json.loads((HERE / "routes.json").read_text()) == {"version": 1, "routes": {}}
+
+
+def test_the_container_is_slim_unprivileged_and_hears_signals():
+    lines = [line for line in (HERE / "Dockerfile").read_text().splitlines() if line and not line.startswith("#")]
+    text = "\n".join(lines)
+    assert re.search(r"(?m)^FROM python:3\.\d+(\.\d+)?-slim", text) and "COCKPIT_ENV=production" in text and "HEALTHCHECK" in text
+    assert re.search(r"(?m)^USER (?!root|0\b)", text) and re.search(r"(?m)^(CMD|ENTRYPOINT) \[", text), "the exec form: no shell eats the signal"
+
+
+def test_the_fly_configuration_keeps_one_gateway_running():
+    config = tomllib.loads((HERE / ".fly.toml").read_text())
+    service = config.get("http_service") or config["services"][0]
+    assert config["kill_signal"] == "SIGTERM" and str(config["kill_timeout"]).rstrip("s") == "10" and config["mounts"]
+    assert service["auto_stop_machines"] in (False, "off") and service["min_machines_running"] == 1
+
+
+# --- Never lose a text ---
+
+async def test_a_text_answered_200_survives_a_kill_and_runs_before_newer_ones(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("one")
+    await world.text("two")
+    await world.crash()  # at once after the 200
+    vm.away = 0
+    await world.start()
+    await world.text("three")
+    await world.clock.until(lambda: "ran: three" in world.twilio.sent_to(ANN))
+    assert vm.ran == ["one", "two", "three"]
+    assert [body for body in world.twilio.sent_to(ANN) if body != RESTARTING] == ["ran: one", "ran: two", "ran: three"]
+
+
+async def test_a_text_in_the_vm_s_hands_goes_again_with_its_key_and_the_owner_hears_nothing_of_the_restart(world):
+    await world.start()
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("deploy")
+    await world.text("next")
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.clock.advance(10)
+    gate.open()
+    await world.hears("ran: deploy", "ran: next")
+    keys = {command.key for command in vm.asked if command.text == "deploy"}
+    assert vm.ran == ["deploy", "next"] and len(keys) == 1
+
+
+async def test_many_restarts_of_the_gateway_are_no_fault_of_the_text(world):
+    await world.start()
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("long")
+    await world.clock.until(gate.arrived.is_set)
+    for _ in range(4):
+        await world.crash_and_restart()
+        await world.clock.settle()
+    gate.open()
+    await world.hears("ran: long")
+
+
+async def test_an_answer_already_received_is_sent_and_never_run_again(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.twilio.fails("send", 503, times=10_000, code=20503)
+    await world.text("deploy")
+    await world.clock.until(lambda: world.twilio.count("send"))
+    await world.crash()
+    world.twilio.heals("send")
+    vm.away = 503  # nobody asks it again
+    await world.start()
+    await world.hears("ran: deploy")
+    assert len(vm.asked) == 1
+
+
+@pytest.mark.parametrize("arrived", [True, False], ids=["arrived", "did not arrive"])
+async def test_an_answer_whose_sending_was_cut_by_a_kill_is_looked_up_first(world, arrived):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = lambda text: {"text": "“done” – it’s…", "images": [], "exitCode": 0, "durationMs": 1}
+    gate = world.twilio.holds("send", after=arrived)
+    await world.text("deploy")
+    await world.clock.until(gate.arrived.is_set)
+    assert len(world.twilio.sent) == arrived
+    await world.crash_and_restart()
+    await world.clock.advance(60)
+    assert len(world.twilio.sent) == 1 and world.twilio.count("list") and world.twilio.count("send") == (1 if arrived else 2)
+
+
+async def test_only_the_parts_that_did_not_arrive_are_sent_after_a_kill(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = lambda text: {"text": "y" * 4300, "images": [], "exitCode": 0, "durationMs": 1}
+    parts = cockpit.split_text("y" * 4300)
+    gate = world.twilio.holds("send")
+    world.twilio._faults["send"].appendleft(Fault(after=True, gate=(first := Gate())))
+    first.open()
+    await world.text("long")
+    await world.clock.until(gate.arrived.is_set)
+    assert world.twilio.sent_to(ANN) == parts[:1]
+    await world.crash_and_restart()
+    await world.hears(*parts)
+
+
+async def test_a_sid_is_remembered_across_restarts(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text("once", MessageSid="SM" + "1" * 32)
+    await world.hears("ran: once")
+    for restart in (world.restart, world.crash_and_restart):
+        await restart()
+        assert (await world.text("once", MessageSid="SM" + "1" * 32)).said == ""
+        await world.clock.advance(5)
+    assert vm.ran == ["once"]
+
+
+async def test_the_gateway_s_own_downtime_counts_as_waiting(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("too late by then")
+    await world.hears(RESTARTING)
+    await world.crash()
+    await world.clock.advance(601)
+    vm.away = 0
+    await world.start()
+    await world.hears(RESTARTING, 'Not run, your VM was away too long: "too late by then"')
+    assert not vm.ran
+
+
+async def test_an_outage_told_once_is_not_told_again_after_a_restart(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("one")
+    await world.hears(RESTARTING)
+    await world.crash_and_restart()
+    await world.text("two")
+    await world.clock.advance(60)
+    await world.hears(RESTARTING)
+    vm.away = 0
+    await world.hears(RESTARTING, "ran: one", "ran: two")
+
+
+@pytest.mark.parametrize("tail", [b'{"half', b"\x00" * 50, b"\n", b'{"sid": "SM1", "text": "cut \xe2\x82'])
+async def test_a_torn_last_line_costs_nothing_but_itself(world, tail):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("kept")
+    await world.crash()
+    with world.journal.open("ab") as journal:
+        journal.write(tail)
+    vm.away = 0
+    await world.start()
+    await world.clock.until(lambda: vm.ran == ["kept"])
+    vm.away = 503
+    await world.text("after")
+    await world.crash()
+    vm.away = 0
+    await world.start()
+    await world.clock.until(lambda: vm.ran == ["kept", "after"])
+
+
+async def test_the_journal_is_json_lines_and_does_not_grow_for_ever(world):
+    await world.start()
+    vm = await world.sign_up()
+    for n in range(60):
+        await world.text(f"{n} " + "x" * 1500)
+        await world.clock.until(lambda: len(vm.ran) == n + 1)
+    await world.clock.until(lambda: world.journal.stat().st_size < 64 << 10)
+    assert all(json.loads(line) for line in world.journal.read_text().splitlines())
+    await world.text("once more", MessageSid=world.twilio.messages[0]["sid"])
+    await world.clock.advance(5)
+    assert len(vm.ran) == 60, "the SIDs survived the compaction"
+
+
+async def test_nothing_of_a_vm_that_is_gone_reaches_the_number_s_next_vm(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("for the old one")
+    await world.hears(RESTARTING)
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    heir = await world.sign_up()
+    await world.crash_and_restart()
+    await world.text("for the new one")
+    await world.clock.until(lambda: heir.ran)
+    await world.clock.advance(60)
+    assert heir.ran == ["for the new one"] and not vm.ran
+
+
+@pytest.mark.parametrize("how", ["restart", "crash_and_restart"])
+async def test_a_text_during_set_up_is_answered_for_when_the_gateway_dies_too(world, how):
+    await world.start()
+    _, job = await world.begin(world.fly, "wait_machine")
+    await world.text("early")
+    await world.hears("Your VM is being set up. Your text is kept.")
+    await getattr(world, how)()
+    await asyncio.gather(job, return_exceptions=True)
+    await world.hears("Your VM is being set up. Your text is kept.", 'Your VM could not be set up. Not run: "early"')
+    await world.clock.until(lambda: not world.fly.everything)
+
+
+async def test_texts_that_arrived_while_nobody_listened_are_fetched_in_order_and_once(world):
+    world.twilio.page_cap = 2
+    await world.start(BACKFILL_S=60)
+    vm = await world.sign_up()
+    await world.text("heard")
+    await world.hears("ran: heard")
+    await world.stop()
+    for n in range(5):
+        world.twilio.missed(ANN, f"missed {n}")
+        world.clock.elapsed += 1
+    world.twilio.missed(EVE, "a stranger's")
+    await world.start()
+    await world.hears("ran: heard", *(f"ran: missed {n}" for n in range(5)))
+    world.twilio.missed(ANN, "and one more")
+    await world.clock.until(lambda: vm.ran[-1] == "and one more")
+    await world.clock.advance(200)
+    assert len(vm.ran) == 7 and not world.twilio.sent_to(EVE)
+
+
+async def test_texts_older_than_the_route_are_left_alone(world):
+    world.twilio.missed(ANN, "for whoever had this number before")
+    world.clock.elapsed += 5
+    await world.start(BACKFILL_S=60)
+    vm = await world.sign_up()
+    await world.clock.advance(200)
+    assert not vm.ran and world.twilio.count("list")
+
+
+async def test_a_text_fetched_too_late_is_not_run(world):
+    await world.start(BACKFILL_S=60)
+    vm = await world.sign_up()
+    await world.stop()
+    world.twilio.missed(ANN, "long ago")
+    world.clock.elapsed += 700
+    await world.start()
+    await world.hears('Not run, your VM was away too long: "long ago"')
+    assert not vm.ran
+
+
+async def test_a_refused_text_does_not_come_back_by_the_list(world):
+    await world.start(BACKFILL_S=60, QUEUE_LIMIT=1)
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("running")
+    await world.clock.until(gate.arrived.is_set)
+    await world.text("waiting")
+    assert "was not kept" in (await world.text("refused")).said
+    gate.open()
+    await world.clock.advance(200)
+    await world.crash_and_restart()
+    await world.clock.advance(200)
+    assert vm.ran == ["running", "waiting"]
+
+
+async def test_test_credentials_that_cannot_list_are_said_once_and_the_rest_goes_on(world, caplog):
+    world.twilio.fails("list", 403, times=10_000, code=20008)
+    await world.start(BACKFILL_S=60)
+    await world.sign_up()
+    await world.text("hello")
+    await world.hears("ran: hello")
+    await world.clock.advance(300)
+    assert sum("20008" in str(vars(record)) for record in caplog.records) == 1
+
+
+async def test_a_phone_that_texts_too_much_is_told_once_a_minute(world):
+    await world.start(TEXT_LIMIT=2)
+    vm = await world.sign_up()
+    words = "More than 2 texts a minute. This text was not kept; wait a minute."
+    await world.text("one", MessageSid="SM" + "1" * 32)
+    await world.text("one", MessageSid="SM" + "1" * 32)  # a repetition is no text
+    await world.text("two")
+    assert (await world.text("three", MessageSid="SM" + "3" * 32)).said == words
+    assert (await world.text("three", MessageSid="SM" + "3" * 32)).said == words
+    assert (await world.text("four")).said == ""
+    await world.clock.advance(61)
+    assert (await world.text("five")).said == ""
+    await world.clock.until(lambda: vm.ran == ["one", "two", "five"])
+
+
+async def test_a_full_disk_refuses_texts_and_sign_ups_loses_nothing_and_heals(live):
+    """RLIMIT_FSIZE stands for the full disk: every write beyond one byte of a file fails."""
+    child = await live.spawn()
+    vm, other = await live.sign_up(ANN), await live.sign_up(BOB)
+    gate = vm.holds()
+    await live.text("before")
+    await live.clock.until(gate.arrived.is_set)
+    _, hard = resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (1, hard))
+    teardown = asyncio.ensure_future(live.ask("DELETE", f"/provision/{other.app}"))
+    answer = await live.twilio.texts(ANN, "refused")
+    assert (answer.status, answer.body["code"]) == (503, "storage") and answer.headers["Retry-After"]
+    answer = await live.provision(EVE)
+    assert (answer.status, answer.body["code"]) == (503, "storage")
+    gate.open()
+    await live.hears("ran: before")
+    trouble, health = r"disk|storage|cannot be written", await live.call("GET", "/health", key=None)
+    assert health.status == 200 and re.search(trouble, health.text)
+    assert (await teardown).status in (202, 204)
+    await live.clock.until(lambda: set(live.fly.everything) == {vm.app})
+    resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (hard, hard))
+    while (answer := await live.twilio.texts(ANN, "after")).status != 200:
+        await asyncio.sleep(0.02)
+    await live.hears("ran: before", "ran: after")
+    while re.search(trouble, (await live.call("GET", "/health", key=None)).text):
+        await asyncio.sleep(0.02)
+    await child.ends(signal.SIGKILL)
+    await live.spawn()
+    await live.text("and on")
+    await live.hears("ran: before", "ran: after", "ran: and on")
+    assert vm.ran == ["before", "after", "and on"]
+
+
+async def test_shutdown_settles_what_it_can(live):
+    child = await live.spawn(DRAIN_S=3)
+    vm = await live.sign_up()
+    gate = vm.holds()
+    await live.text("quick")
+    await live.clock.until(gate.arrived.is_set)
+    child.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while (await live.ask("GET", "/health", key=None)).status != 503:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    assert (await live.twilio.texts(ANN, "too late")).status == 503
+    gate.open()
+    assert await child.ends() == 0
+    await live.hears("ran: quick")
+
+
+async def test_shutdown_leaves_the_rest_to_the_journal(live):
+    child = await live.spawn(DRAIN_S=0.1)
+    vm = await live.sign_up()
+    gate = vm.holds()
+    await live.text("slow")
+    await live.text("next")
+    await live.clock.until(gate.arrived.is_set)
+    assert await child.ends(signal.SIGTERM, 5) == 0
+    gate.open()
+    await live.spawn()
+    await live.hears("ran: slow", "ran: next")
+    assert vm.ran == ["slow", "next"]
+
+
+async def test_a_second_signal_ends_the_process_at_once(live):
+    child = await live.spawn(DRAIN_S=30)
+    vm = await live.sign_up()
+    gate = vm.holds()
+    await live.text("slow")
+    await live.clock.until(gate.arrived.is_set)
+    child.process.send_signal(signal.SIGTERM)
+    await asyncio.sleep(0.1)
+    began = time.monotonic()
+    await child.ends(signal.SIGTERM)
+    assert time.monotonic() - began < 2
+
+
+async def test_no_acknowledged_text_is_lost_out_of_order_or_answered_twice_by_kills(live):
+    """COCKPIT_STORM="12,500,8" for the long form: kills, texts, phones (each beyond the third costs a second of Fly's limit)."""
+    kills, texts, users = map(int, os.environ.get("COCKPIT_STORM", "4,150,3").split(","))
+    phones, chance, taken = PHONES[:users], random.Random(7), defaultdict(list)
+    child = await live.spawn(QUEUE_LIMIT=1000)
+    vms = dict(zip(phones, await asyncio.gather(*map(live.sign_up, phones))))
+
+    async def keeps_texting(phone: str) -> None:
+        """Whatever is not acknowledged is delivered again, as Twilio's fallback or the list would."""
+        for n in range(texts // len(phones)):
+            body, sid = f"{phone[-1]}:{n}", f"SM{phone[-1]}{n:031d}"
+            while body not in taken[phone]:
+                with contextlib.suppress(aiohttp.ClientError):
+                    taken[phone] += [body] * ((await live.twilio.texts(phone, body, MessageSid=sid)).status == 200)
+                await asyncio.sleep(chance.uniform(0, 0.02))
+
+    storm = asyncio.gather(*map(keeps_texting, phones))
+    for _ in range(kills):
+        await asyncio.sleep(chance.uniform(0.02, 0.1))
+        await child.ends(signal.SIGKILL)
+        child = await live.spawn()
+    await storm
+    for phone, vm in vms.items():
+        await live.clock.until(lambda: {f"ran: {body}" for body in taken[phone]} <= set(live.twilio.sent_to(phone)))
+        ran = [body for body in vm.ran if body in taken[phone]]
+        assert ran == taken[phone], "each acknowledged text is run once, in order"
+        heard = [body for body in live.twilio.sent_to(phone) if body != RESTARTING]
+        assert heard == [f"ran: {body}" for body in vm.ran], "each answer is sent once, in order, to its own phone"
+        assert len({(command.text, command.key) for command in vm.asked}) == len({command.text for command in vm.asked})
+
+
+# --- Never leave half a VM ---
+
+STEPS = ["create_app", "set_secrets", "allocate_ip", "create_machine", "wait_machine"]
+
+
+@pytest.mark.parametrize("fault", ["429", "503", "504 after effect", "dropped before", "dropped after"])
+@pytest.mark.parametrize("call", STEPS)
+async def test_a_passing_fault_at_any_call_is_ridden_out_with_one_app_and_one_machine(world, call, fault):
+    await world.start()
+    match fault.split():
+        case ["dropped", when]:
+            world.fly.drops(call, after=when == "after")
+        case [status, *late]:
+            world.fly.fails(call, int(status), after=bool(late))
+    vm = await world.sign_up()
+    assert list(world.fly.everything) == [vm.app] and len(world.fly.machines) == 1 and len(world.fly.apps[vm.app].ips) == 1
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
+@pytest.mark.parametrize("call", STEPS)
+async def test_a_kill_at_any_call_leaves_no_orphan_and_frees_the_number(world, call):
+    await world.start()
+    _, job = await world.begin(world.fly, call, after=True)
+    await world.crash_and_restart()
+    await asyncio.gather(job, return_exceptions=True)
+    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"])
+    vm = await world.sign_up()
+    await world.clock.advance(100)
+    assert list(world.fly.everything) == [vm.app] and set(world.saved["routes"]) == {ANN} and not world.saved["undo"]
+
+
+async def test_a_real_kill_during_a_sign_up_leaves_no_orphan_and_frees_the_number(live):
+    child = await live.spawn()
+    _, job = await live.begin(live.fly, "create_machine", after=True)
+    await child.ends(signal.SIGKILL)
+    live.fly.forgets_its_callers()
+    await asyncio.gather(job, return_exceptions=True)
+    await live.spawn()
+    await live.clock.until(lambda: not live.fly.everything)
+    vm = await live.sign_up()
+    assert list(live.fly.everything) == [vm.app]
+
+
+async def test_an_undo_that_fails_is_kept_and_retried_also_after_a_kill(world):
+    await world.start()
+    world.fly.fails("create_machine", 400)
+    world.fly.fails("delete_app", 500, times=6)
+    assert (await world.provision()).status == 502
+    vm_id, = world.saved["undo"]
+    await world.crash_and_restart()
+    assert vm_id in world.saved["undo"]
+    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"], within=400)
+    assert world.fly.count("delete_app") >= 7
+
+
+async def test_an_app_already_gone_is_undone(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.fly.everything.clear()
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+
+
+async def test_sign_ups_beyond_the_limit_wait_their_turn_but_a_taken_phone_is_told_first(world):
+    await world.start(PROVISION_LIMIT=1)
+    gate, job = await world.begin(world.fly, "create_machine")
+    answer = await world.provision(BOB)
+    assert (answer.status, answer.body["code"]) == (429, "too_many") and int(answer.headers["Retry-After"]) > 0
+    assert (await world.provision(ANN)).body["code"] == "phone_taken"
+    gate.open()
+    await world.clock.run(job)
+    await world.sign_up(BOB)
+
+
+async def test_vms_beyond_the_limit_are_refused(world):
+    await world.start(VM_LIMIT=1)
+    vm = await world.sign_up()
+    answer = await world.provision(BOB)
+    assert (answer.status, answer.body["code"]) == (403, "vm_limit") and world.fly.count("create_app") == 1
+    assert (await world.provision(ANN)).body["code"] == "phone_taken"
+    await world.call("DELETE", f"/provision/{vm.app}")
+    await world.sign_up(BOB)
