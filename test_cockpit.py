@@ -32,11 +32,12 @@ import tempfile
 import time
 import tomllib
 from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from xml.etree import ElementTree
 
@@ -798,7 +799,7 @@ class FakeTwilio(Fake):
         return None
 
     def _add(self, direction: str, to: str, sender: str, body: str, sid: str | None = None) -> dict:
-        sid, date = sid or f"SM{next(self._numbers):032x}", format_datetime(datetime.fromtimestamp(int(self.clock.now()), timezone.utc))
+        sid, date = sid or f"SM{next(self._numbers):032x}", format_datetime(datetime.fromtimestamp(int(self.clock.now()), UTC))
         self.messages.append({"sid": sid, "account_sid": ACCOUNT, "api_version": "2010-04-01", "direction": direction, "to": to, "from": sender, "body": body,
                               "status": "received" if direction == "inbound" else "queued", "date_created": date, "date_sent": date, "date_updated": date,
                               "num_media": "0", "num_segments": "1", "error_code": None, "error_message": None, "price": None, "messaging_service_sid": None,
@@ -824,7 +825,7 @@ class FakeTwilio(Fake):
             if name in query:
                 if not re.fullmatch(r"\d{4}-\d\d-\d\d(T\d\d:\d\d:\d\dZ)?", query[name]):
                     return self.refuse(f"list: {name}={query[name]}", body={"code": 20001, "message": "bad date", "status": 400})
-                bound = datetime.fromisoformat(query[name].replace("Z", "")).replace(tzinfo=timezone.utc)
+                bound = datetime.fromisoformat(query[name].replace("Z", "")).replace(tzinfo=UTC)
                 found = [message for message in found if (parsedate_to_datetime(message["date_sent"]) - bound).total_seconds() * sign >= 0]
         size, page = min(int(query.get("PageSize", "50")), self.page_cap), int(query.get("Page", "0"))
         more = f"{path}?{urlencode(query | {'Page': page + 1, 'PageToken': f'PA{page + 1}'})}" if (page + 1) * size < len(found) else None
@@ -956,6 +957,18 @@ class World:
         answer = await self.provision(phone, **more)
         assert answer.status == 201, answer.text
         return self.vms[answer.body["vm_id"]]
+
+    async def ready(self, **changes: Any) -> FakeVM:
+        """A gateway with a VM for Ann."""
+        await self.start(**changes)
+        return await self.sign_up()
+
+    async def occupies(self, vm: FakeVM, body: str) -> Gate:
+        """A text that its VM runs until the gate is opened."""
+        gate = vm.holds()
+        await self.text(body)
+        await self.clock.until(gate.arrived.is_set)
+        return gate
 
     async def text(self, body: str, phone: str = ANN, **more: str) -> Answer:
         """A text that is taken in."""
@@ -1230,8 +1243,7 @@ async def test_unknown_fields_survive_a_rewrite(world):
 
 
 async def test_routes_survive_a_restart(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     await world.restart()
     await world.text("still there?")
     await world.hears("ran: still there?")
@@ -1240,8 +1252,7 @@ async def test_routes_survive_a_restart(world):
 
 @pytest.mark.parametrize("damage", ["", '{"version": 1, "rou', "[]", '{"version": 1, "routes": {"+15551234567": 5}}', "\x00" * 300])
 async def test_an_unreadable_file_is_recovered_from_the_last_good_copy(world, damage):
-    await world.start()
-    await world.sign_up()
+    await world.ready()
     await world.stop()
     world.file.write_text(damage)
     await world.start()
@@ -1285,15 +1296,13 @@ async def test_the_file_is_whole_at_every_moment(live):
 # --- Fly client ---
 
 async def test_a_provisioning_asks_fly_in_order_and_once_each(world):
-    await world.start()
-    await world.sign_up()
+    await world.ready()
     asked = [seen.name for seen in world.fly.seen if seen.name in ("create_app", "set_secrets", "allocate_ip", "create_machine", "wait_machine")]
     assert asked == ["create_app", "set_secrets", "allocate_ip", "create_machine", "wait_machine"]
 
 
 async def test_the_machine_is_the_one_the_contract_describes(world):
-    await world.start(VM_CPUS=2, VM_MEMORY_MB=1024)
-    vm = await world.sign_up()
+    vm = await world.ready(VM_CPUS=2, VM_MEMORY_MB=1024)
     app, machine = world.fly.apps[vm.app], world.fly.machines[0]
     config, seen = machine.config, world.fly.calls("create_machine")[0].body
     assert app.network == vm.app and seen["min_secrets_version"] == app.version and seen["region"] == "iad"
@@ -1313,8 +1322,7 @@ async def test_the_machine_is_the_one_the_contract_describes(world):
 
 
 async def test_the_vm_s_secrets_are_set_in_one_call(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     token = base64.urlsafe_b64encode(hmac.new(SECRET.encode(), f"vm:{vm.app}".encode(), hashlib.sha256).digest()).decode().rstrip("=")
     assert world.fly.count("set_secrets") == 1
     assert {name: value.rstrip("=") for name, value in vm.env.items()} == {
@@ -1325,8 +1333,7 @@ async def test_the_vm_s_secrets_are_set_in_one_call(world):
     ({}, [{"type": "private_v6"}]), ({"FLY_NETWORK": "gateway-net"}, [{"type": "private_v6", "network": "gateway-net"}]),
     ({"VM_NETWORK": "public"}, [{"type": "shared_v4"}, {"type": "v6"}])])
 async def test_addresses_are_private_unless_asked_otherwise(world, changes, asked):
-    await world.start(**changes)
-    vm = await world.sign_up()
+    vm = await world.ready(**changes)
     bodies = [{name: value for name, value in seen.body.items() if name != "org_slug" or seen.body["type"] != "private_v6"}
               for seen in world.fly.calls("allocate_ip")]
     assert sorted(bodies, key=str) == sorted(asked, key=str)
@@ -1342,7 +1349,7 @@ async def test_addresses_are_private_unless_asked_otherwise(world, changes, aske
 async def test_a_vm_s_address_follows_the_template(world, changes, url):
     if "VM_URL" not in changes:
         del world.environ["VM_URL"]
-    await world.start(PROVISION_TIMEOUT_S=5, **changes)
+    await world.start(**changes)
     gate, job = await world.begin(world.fly, "wait_machine", after=True)
     route, machine = world.saved["routes"][ANN], world.fly.machines[0]
     assert route["vm_url"].rstrip("/") == url.format(app=machine.app, machine_id=machine.id, region="iad")
@@ -1711,8 +1718,7 @@ async def test_a_failed_sign_up_stays_readable_for_an_hour_and_is_not_listed(wor
 
 
 async def test_teardown_leaves_nothing(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     answer = await world.call("DELETE", f"/provision/{vm.app}")
     assert (answer.status, answer.text) == (204, "")
     assert not world.fly.everything and not world.saved["routes"] and not world.saved["undo"]
@@ -1725,15 +1731,13 @@ async def test_teardown_leaves_nothing(world):
 
 async def test_204_waits_until_fly_no_longer_knows_the_app(world):
     world.fly.delete_polls = 4
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
     assert not world.fly.everything
 
 
 async def test_an_unconfirmed_teardown_is_202_and_goes_on_until_fly_confirms(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     world.fly.fails("delete_app", 503, times=10_000)
     before = world.clock.elapsed
     answer = await world.call("DELETE", f"/provision/{vm.app}")
@@ -1763,8 +1767,7 @@ async def test_teardown_cancels_a_running_provisioning(world, call):
 
 
 async def test_teardown_works_for_a_vm_that_is_away(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.away = 503
     await world.text("anybody?")
     await world.hears(RESTARTING)
@@ -1776,8 +1779,7 @@ async def test_teardown_works_for_a_vm_that_is_away(world):
 # --- Relay ---
 
 async def test_a_text_reaches_its_vm_and_the_answer_its_phone(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     answer = await world.text("hello", MessageSid="SM" + "1" * 32)
     assert (answer.said, answer.headers["Content-Type"].split(";")[0]) == ("", "text/xml")
     await world.hears("ran: hello")
@@ -1788,8 +1790,7 @@ async def test_a_text_reaches_its_vm_and_the_answer_its_phone(world):
 
 @pytest.mark.parametrize("body", ["two\nlines\r\nand more", "👍🏽 ñ 你好", "a&b=c+d%20e", "  leading and trailing  ", "x" * 1600, '"quoted" \\ back', "0"])
 async def test_a_text_arrives_unchanged(world, body):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     await world.text(body)
     await world.clock.until(lambda: vm.ran)
     assert vm.ran == [body]
@@ -1820,8 +1821,7 @@ async def test_a_slow_vm_holds_up_nobody_else_and_runs_one_text_at_a_time(world)
 
 
 async def test_a_twilio_outage_holds_up_no_command_and_loses_no_answer(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     world.twilio.fails("send", 503, times=10_000, code=20503)
     for body in ("one", "two", "three"):
         await world.text(body)
@@ -1832,8 +1832,7 @@ async def test_a_twilio_outage_holds_up_no_command_and_loses_no_answer(world):
 
 
 async def test_an_answer_longer_than_a_text_arrives_in_numbered_parts(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.answer = lambda text: {"text": "x" * 4300, "images": [], "exitCode": 0, "durationMs": 1}
     await world.text("show me")
     await world.hears(*cockpit.split_text("x" * 4300))
@@ -1850,8 +1849,7 @@ async def test_an_answer_longer_than_a_text_arrives_in_numbered_parts(world):
     ({"text": "fine", "images": {"url": 3}, "exitCode": None}, None), (b'{"text": "half \\ud83d"}', None)],
     ids=lambda value: str(value)[:40])
 async def test_whatever_a_vm_answers_its_owner_hears_something_and_the_lane_goes_on(world, answer, heard):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.then({"answer": answer})
     await world.text("odd")
     await world.text("even")
@@ -1862,8 +1860,7 @@ async def test_whatever_a_vm_answers_its_owner_hears_something_and_the_lane_goes
 
 @pytest.mark.parametrize("how", ["refused", "cut", 502, 503, 504])
 async def test_an_absent_vm_is_announced_once_and_what_waited_runs_in_order(world, how):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     await world.leaves(vm, how)
     for body in ("one", "two", "three"):
         await world.text(body)
@@ -1877,8 +1874,7 @@ async def test_an_absent_vm_is_announced_once_and_what_waited_runs_in_order(worl
 
 
 async def test_the_next_outage_is_announced_again(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     for n in (1, 2):
         vm.away = 503
         await world.text(f"text {n}")
@@ -1891,8 +1887,7 @@ async def test_the_next_outage_is_announced_again(world):
 @pytest.mark.parametrize("state", ["stopped", "suspended"])
 async def test_a_machine_that_rests_is_started(world, state):
     world.fly.boot_s = 4.0
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     world.fly.rests(vm, state)
     await world.text("wake up")
     await world.hears(RESTARTING, "ran: wake up")
@@ -1900,8 +1895,7 @@ async def test_a_machine_that_rests_is_started(world, state):
 
 
 async def test_an_answer_lost_on_the_way_is_fetched_with_the_same_key_and_not_run_again(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.then({"cut": "after"})
     await world.text("deploy")
     await world.hears(RESTARTING, "ran: deploy")
@@ -1910,8 +1904,7 @@ async def test_an_answer_lost_on_the_way_is_fetched_with_the_same_key_and_not_ru
 
 @pytest.mark.parametrize("reaction", [{"cut": "before"}, {"status": 504}])
 async def test_a_text_that_takes_its_vm_down_twice_is_not_tried_a_third_time(world, reaction):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.then(reaction, reaction)
     await world.text("rm -rf /")
     await world.text("still there?")
@@ -1920,16 +1913,14 @@ async def test_a_text_that_takes_its_vm_down_twice_is_not_tried_a_third_time(wor
 
 
 async def test_a_502_from_the_proxy_alone_does_not_count_against_a_text(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.then({"status": 502}, {"status": 502}, {"status": 502})
     await world.text("patience")
     await world.hears(RESTARTING, "ran: patience")
 
 
 async def test_a_busy_vm_is_waited_for_without_a_word(world):
-    await world.start(VM_AWAY_LIMIT_S=30)
-    vm = await world.sign_up()
+    vm = await world.ready(VM_AWAY_LIMIT_S=30)
     vm.then(*[{"status": 409}] * 12)
     await world.text("when you can")
     await world.hears("ran: when you can")
@@ -1937,8 +1928,7 @@ async def test_a_busy_vm_is_waited_for_without_a_word(world):
 
 @pytest.mark.parametrize("status", [302, 400, 401, 404, 422, 500])
 async def test_another_status_is_told_to_the_owner_and_not_tried_again(world, status):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.then({"status": status, "headers": {"Location": world.vms.server.url + "/elsewhere"}})
     await world.text("go")
     await world.text("next")
@@ -1947,8 +1937,7 @@ async def test_another_status_is_told_to_the_owner_and_not_tried_again(world, st
 
 
 async def test_no_answer_in_time_is_told_and_the_next_text_waits_for_the_busy_vm(world):
-    await world.start(VM_COMMAND_TIMEOUT_S=0.1)
-    vm = await world.sign_up()
+    vm = await world.ready(VM_COMMAND_TIMEOUT_S=0.1)
     gate = vm.holds()
     await world.text("sleep")
     await world.text("next")
@@ -1960,13 +1949,12 @@ async def test_no_answer_in_time_is_told_and_the_next_text_waits_for_the_busy_vm
 
 
 async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_which(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready(VM_AWAY_LIMIT_S=60)
     vm.away = 503
     await world.text("x" * 100)
-    await world.clock.advance(595)
+    await world.clock.advance(55)
     await world.hears(RESTARTING)
-    await world.clock.advance(30)
+    await world.clock.advance(10)
     _, notice = world.twilio.sent_to(ANN)
     assert notice.startswith('Not run, your VM was away too long: "' + "x" * 79) and "x" * 81 not in notice
     vm.away = 0
@@ -1976,8 +1964,7 @@ async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_w
 
 
 async def test_texts_that_expire_together_share_one_notice(world):
-    await world.start(VM_AWAY_LIMIT_S=60)
-    vm = await world.sign_up()
+    vm = await world.ready(VM_AWAY_LIMIT_S=60)
     vm.away = 503
     for body in ("one", "two", "three"):
         await world.text(body)
@@ -1987,8 +1974,7 @@ async def test_texts_that_expire_together_share_one_notice(world):
 
 
 async def test_a_text_that_perhaps_reached_its_vm_is_judged_from_its_cut(world):
-    await world.start(VM_AWAY_LIMIT_S=60)
-    vm = await world.sign_up()
+    vm = await world.ready(VM_AWAY_LIMIT_S=60)
     vm.away = "cut"
     await world.text("deploy")
     await world.text("later")
@@ -2019,11 +2005,8 @@ async def test_a_set_up_that_fails_tells_whose_text_was_not_run(world):
 
 
 async def test_a_full_queue_says_so_and_keeps_nothing_more(world):
-    await world.start(QUEUE_LIMIT=2)
-    vm = await world.sign_up()
-    gate = vm.holds()
-    await world.text("running")
-    await world.clock.until(gate.arrived.is_set)
+    vm = await world.ready(QUEUE_LIMIT=2)
+    gate = await world.occupies(vm, "running")
     await world.text("one")
     await world.text("two")
     for _ in range(2):  # the same words again for the same SID
@@ -2052,8 +2035,7 @@ async def test_a_stranger_is_told_nothing_when_there_is_nowhere_to_sign_up(world
 
 
 async def test_a_text_is_run_once_however_often_twilio_delivers_it(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     answers = await asyncio.gather(*(world.text("once", MessageSid="SM" + "1" * 32) for _ in range(8)))
     await world.hears("ran: once")
     answers.append(await world.text("once", MessageSid="SM" + "1" * 32))
@@ -2064,8 +2046,7 @@ async def test_a_text_is_run_once_however_often_twilio_delivers_it(world):
 
 @pytest.mark.parametrize("code, status", [(20429, 429), (20503, 503), (21611, 400)])
 async def test_what_twilio_asks_to_try_later_is_tried_later(world, code, status):
-    await world.start()
-    await world.sign_up()
+    await world.ready()
     world.twilio.fails("send", status, times=3, code=code)
     await world.text("hello")
     await world.hears("ran: hello", within=900)
@@ -2073,8 +2054,7 @@ async def test_what_twilio_asks_to_try_later_is_tried_later(world, code, status)
 
 @pytest.mark.parametrize("code", [21211, 21408, 21610, 21614])
 async def test_a_permanent_refusal_of_twilio_is_final_for_that_text_alone(world, code):
-    await world.start()
-    await world.sign_up()
+    await world.ready()
     world.twilio.fails("send", 400, code=code)
     await world.text("one")
     await world.clock.until(lambda: world.twilio.count("send"))
@@ -2085,8 +2065,7 @@ async def test_a_permanent_refusal_of_twilio_is_final_for_that_text_alone(world,
 @pytest.mark.parametrize("arrived", [True, False], ids=["arrived", "did not arrive"])
 @pytest.mark.parametrize("how", ["500", "dropped"])
 async def test_an_answer_that_may_have_been_sent_is_looked_up_before_it_is_sent_again(world, how, arrived):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.answer = lambda text: {"text": "“done” – see…\tall", "images": [], "exitCode": 0, "durationMs": 1}
     await world.text("one")  # the same words earlier are not the answer looked for
     await world.clock.until(lambda: world.twilio.sent)
@@ -2173,8 +2152,7 @@ async def test_every_error_is_a_problem_with_a_stable_code(world, method, path, 
 
 @pytest.mark.parametrize("headers", [{}, {"Host": "cockpit.example.com", "X-Forwarded-Proto": "https", "X-Forwarded-Host": "cockpit.example.com", "Forwarded": "host=a"}])
 async def test_a_webhook_twilio_did_not_sign_is_403_and_reaches_nobody(world, headers):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": "hello", "NumMedia": "0"}
     good, other = sign(PUBLIC + "/sms", form), form | {"AccountSid": "AC" + "f" * 32}
     for sent, signature in ((form, ""), (form, good[:-1]), (form, good.lower()), (form | {"Body": "tampered"}, good), (form | {"Extra": ""}, good),
@@ -2188,8 +2166,7 @@ async def test_a_webhook_twilio_did_not_sign_is_403_and_reaches_nobody(world, he
 
 @pytest.mark.parametrize("headers", [{}, {"Host": "evil.example.com"}, {"X-Forwarded-Proto": "http", "X-Forwarded-Host": "evil.example.com:1"}])
 async def test_a_signed_webhook_is_taken_whatever_the_proxy_says(world, headers):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": "hello", "NumMedia": "0", "FromCity": ""}
     path = "/sms?tenant=a%2Bb&x="
     assert (await world.twilio.posts(path, form, sign(PUBLIC + path, form), headers)).status == 200
@@ -2204,16 +2181,14 @@ async def test_either_token_signs_while_rotating_and_a_prefix_of_the_public_url_
 
 
 async def test_health_counts_and_names_nobody(world):
-    await world.start()
-    await world.sign_up()
+    await world.ready()
     answer = await world.call("GET", "/health", key=None)
     assert answer.status == 200 and isinstance(answer.body, dict)
     assert "1555" not in answer.text and ANN[-4:] not in answer.text
 
 
 async def test_the_front_page_is_a_page_and_shows_no_number_without_the_key(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     answer = await world.call("GET", "/", key=None)
     assert (answer.status, answer.headers["Content-Type"].split(";")[0]) == (200, "text/html") and "cockpit" in answer.text.lower()
     assert ANN not in answer.text and vm.app not in answer.text
@@ -2231,8 +2206,7 @@ async def test_the_list_of_vms_is_paged(world):
 
 
 async def test_credentials_are_in_no_answer_and_no_file(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     world.fly.fails("create_machine", 400)
     said = [(await world.provision(BOB)).text, (await world.provision()).text]
     said += [(await world.call("GET", path)).text for path in ("/provision", f"/provision/{vm.app}", "/health", "/")]
@@ -2423,8 +2397,7 @@ def test_the_fly_configuration_keeps_one_gateway_running():
 # --- Never lose a text ---
 
 async def test_a_text_answered_200_survives_a_kill_and_runs_before_newer_ones(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.away = 503
     await world.text("one")
     await world.text("two")
@@ -2438,8 +2411,7 @@ async def test_a_text_answered_200_survives_a_kill_and_runs_before_newer_ones(wo
 
 
 async def test_a_text_in_the_vm_s_hands_goes_again_with_its_key_and_the_owner_hears_nothing_of_the_restart(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     gate = vm.holds()
     await world.text("deploy")
     await world.text("next")
@@ -2453,11 +2425,8 @@ async def test_a_text_in_the_vm_s_hands_goes_again_with_its_key_and_the_owner_he
 
 
 async def test_many_restarts_of_the_gateway_are_no_fault_of_the_text(world):
-    await world.start()
-    vm = await world.sign_up()
-    gate = vm.holds()
-    await world.text("long")
-    await world.clock.until(gate.arrived.is_set)
+    vm = await world.ready()
+    gate = await world.occupies(vm, "long")
     for _ in range(4):
         await world.crash_and_restart()
         await world.clock.settle()
@@ -2466,8 +2435,7 @@ async def test_many_restarts_of_the_gateway_are_no_fault_of_the_text(world):
 
 
 async def test_an_answer_already_received_is_sent_and_never_run_again(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     world.twilio.fails("send", 503, times=10_000, code=20503)
     await world.text("deploy")
     await world.clock.until(lambda: world.twilio.count("send"))
@@ -2481,8 +2449,7 @@ async def test_an_answer_already_received_is_sent_and_never_run_again(world):
 
 @pytest.mark.parametrize("arrived", [True, False], ids=["arrived", "did not arrive"])
 async def test_an_answer_whose_sending_was_cut_by_a_kill_is_looked_up_first(world, arrived):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.answer = lambda text: {"text": "“done” – it’s…", "images": [], "exitCode": 0, "durationMs": 1}
     gate = world.twilio.holds("send", after=arrived)
     await world.text("deploy")
@@ -2494,8 +2461,7 @@ async def test_an_answer_whose_sending_was_cut_by_a_kill_is_looked_up_first(worl
 
 
 async def test_only_the_parts_that_did_not_arrive_are_sent_after_a_kill(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.answer = lambda text: {"text": "y" * 4300, "images": [], "exitCode": 0, "durationMs": 1}
     parts = cockpit.split_text("y" * 4300)
     gate = world.twilio.holds("send")
@@ -2509,8 +2475,7 @@ async def test_only_the_parts_that_did_not_arrive_are_sent_after_a_kill(world):
 
 
 async def test_a_sid_is_remembered_across_restarts(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     await world.text("once", MessageSid="SM" + "1" * 32)
     await world.hears("ran: once")
     for restart in (world.restart, world.crash_and_restart):
@@ -2521,8 +2486,7 @@ async def test_a_sid_is_remembered_across_restarts(world):
 
 
 async def test_the_gateway_s_own_downtime_counts_as_waiting(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.away = 503
     await world.text("too late by then")
     await world.hears(RESTARTING)
@@ -2535,8 +2499,7 @@ async def test_the_gateway_s_own_downtime_counts_as_waiting(world):
 
 
 async def test_an_outage_told_once_is_not_told_again_after_a_restart(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.away = 503
     await world.text("one")
     await world.hears(RESTARTING)
@@ -2550,8 +2513,7 @@ async def test_an_outage_told_once_is_not_told_again_after_a_restart(world):
 
 @pytest.mark.parametrize("tail", [b'{"half', b"\x00" * 50, b"\n", b'{"sid": "SM1", "text": "cut \xe2\x82'])
 async def test_a_torn_last_line_costs_nothing_but_itself(world, tail):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.away = 503
     await world.text("kept")
     await world.crash()
@@ -2569,12 +2531,11 @@ async def test_a_torn_last_line_costs_nothing_but_itself(world, tail):
 
 
 async def test_the_journal_is_json_lines_and_does_not_grow_for_ever(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     for n in range(60):
         await world.text(f"{n} " + "x" * 1500)
         await world.clock.until(lambda: len(vm.ran) == n + 1)
-    await world.clock.until(lambda: world.journal.stat().st_size < 64 << 10)
+    await world.clock.until(lambda: world.journal.stat().st_size < 128 << 10)
     assert all(json.loads(line) for line in world.journal.read_text().splitlines())
     await world.text("once more", MessageSid=world.twilio.messages[0]["sid"])
     await world.clock.advance(5)
@@ -2582,8 +2543,7 @@ async def test_the_journal_is_json_lines_and_does_not_grow_for_ever(world):
 
 
 async def test_nothing_of_a_vm_that_is_gone_reaches_the_number_s_next_vm(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     vm.away = 503
     await world.text("for the old one")
     await world.hears(RESTARTING)
@@ -2610,8 +2570,7 @@ async def test_a_text_during_set_up_is_answered_for_when_the_gateway_dies_too(wo
 
 async def test_texts_that_arrived_while_nobody_listened_are_fetched_in_order_and_once(world):
     world.twilio.page_cap = 2
-    await world.start(BACKFILL_S=60)
-    vm = await world.sign_up()
+    vm = await world.ready(BACKFILL_S=60)
     await world.text("heard")
     await world.hears("ran: heard")
     await world.stop()
@@ -2630,15 +2589,13 @@ async def test_texts_that_arrived_while_nobody_listened_are_fetched_in_order_and
 async def test_texts_older_than_the_route_are_left_alone(world):
     world.twilio.missed(ANN, "for whoever had this number before")
     world.clock.elapsed += 5
-    await world.start(BACKFILL_S=60)
-    vm = await world.sign_up()
+    vm = await world.ready(BACKFILL_S=60)
     await world.clock.advance(200)
     assert not vm.ran and world.twilio.count("list")
 
 
 async def test_a_text_fetched_too_late_is_not_run(world):
-    await world.start(BACKFILL_S=60)
-    vm = await world.sign_up()
+    vm = await world.ready(BACKFILL_S=60)
     await world.stop()
     world.twilio.missed(ANN, "long ago")
     world.clock.elapsed += 700
@@ -2648,11 +2605,8 @@ async def test_a_text_fetched_too_late_is_not_run(world):
 
 
 async def test_a_refused_text_does_not_come_back_by_the_list(world):
-    await world.start(BACKFILL_S=60, QUEUE_LIMIT=1)
-    vm = await world.sign_up()
-    gate = vm.holds()
-    await world.text("running")
-    await world.clock.until(gate.arrived.is_set)
+    vm = await world.ready(BACKFILL_S=60, QUEUE_LIMIT=1)
+    gate = await world.occupies(vm, "running")
     await world.text("waiting")
     assert "was not kept" in (await world.text("refused")).said
     gate.open()
@@ -2664,8 +2618,7 @@ async def test_a_refused_text_does_not_come_back_by_the_list(world):
 
 async def test_test_credentials_that_cannot_list_are_said_once_and_the_rest_goes_on(world, caplog):
     world.twilio.fails("list", 403, times=10_000, code=20008)
-    await world.start(BACKFILL_S=60)
-    await world.sign_up()
+    await world.ready(BACKFILL_S=60)
     await world.text("hello")
     await world.hears("ran: hello")
     await world.clock.advance(300)
@@ -2673,8 +2626,7 @@ async def test_test_credentials_that_cannot_list_are_said_once_and_the_rest_goes
 
 
 async def test_a_phone_that_texts_too_much_is_told_once_a_minute(world):
-    await world.start(TEXT_LIMIT=2)
-    vm = await world.sign_up()
+    vm = await world.ready(TEXT_LIMIT=2)
     words = "More than 2 texts a minute. This text was not kept; wait a minute."
     await world.text("one", MessageSid="SM" + "1" * 32)
     await world.text("one", MessageSid="SM" + "1" * 32)  # a repetition is no text
@@ -2691,9 +2643,7 @@ async def test_a_full_disk_refuses_texts_and_sign_ups_loses_nothing_and_heals(li
     """RLIMIT_FSIZE stands for the full disk: every write beyond one byte of a file fails."""
     child = await live.spawn()
     vm, other = await live.sign_up(ANN), await live.sign_up(BOB)
-    gate = vm.holds()
-    await live.text("before")
-    await live.clock.until(gate.arrived.is_set)
+    gate = await live.occupies(vm, "before")
     _, hard = resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (1, hard))
     teardown = asyncio.ensure_future(live.ask("DELETE", f"/provision/{other.app}"))
@@ -2723,9 +2673,7 @@ async def test_a_full_disk_refuses_texts_and_sign_ups_loses_nothing_and_heals(li
 async def test_shutdown_settles_what_it_can(live):
     child = await live.spawn(DRAIN_S=3)
     vm = await live.sign_up()
-    gate = vm.holds()
-    await live.text("quick")
-    await live.clock.until(gate.arrived.is_set)
+    gate = await live.occupies(vm, "quick")
     child.process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + 3
     while (await live.ask("GET", "/health", key=None)).status != 503:
@@ -2754,9 +2702,7 @@ async def test_shutdown_leaves_the_rest_to_the_journal(live):
 async def test_a_second_signal_ends_the_process_at_once(live):
     child = await live.spawn(DRAIN_S=30)
     vm = await live.sign_up()
-    gate = vm.holds()
-    await live.text("slow")
-    await live.clock.until(gate.arrived.is_set)
+    await live.occupies(vm, "slow")
     child.process.send_signal(signal.SIGTERM)
     await asyncio.sleep(0.1)
     began = time.monotonic()
@@ -2769,7 +2715,7 @@ async def test_no_acknowledged_text_is_lost_out_of_order_or_answered_twice_by_ki
     kills, texts, users = map(int, os.environ.get("COCKPIT_STORM", "4,150,3").split(","))
     phones, chance, taken = PHONES[:users], random.Random(7), defaultdict(list)
     child = await live.spawn(QUEUE_LIMIT=1000)
-    vms = dict(zip(phones, await asyncio.gather(*map(live.sign_up, phones))))
+    vms = dict(zip(phones, await asyncio.gather(*map(live.sign_up, phones)), strict=True))
 
     async def keeps_texting(phone: str) -> None:
         """Whatever is not acknowledged is delivered again, as Twilio's fallback or the list would."""
@@ -2852,8 +2798,7 @@ async def test_an_undo_that_fails_is_kept_and_retried_also_after_a_kill(world):
 
 
 async def test_an_app_already_gone_is_undone(world):
-    await world.start()
-    vm = await world.sign_up()
+    vm = await world.ready()
     world.fly.everything.clear()
     assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
 
@@ -2870,8 +2815,7 @@ async def test_sign_ups_beyond_the_limit_wait_their_turn_but_a_taken_phone_is_to
 
 
 async def test_vms_beyond_the_limit_are_refused(world):
-    await world.start(VM_LIMIT=1)
-    vm = await world.sign_up()
+    vm = await world.ready(VM_LIMIT=1)
     answer = await world.provision(BOB)
     assert (answer.status, answer.body["code"]) == (403, "vm_limit") and world.fly.count("create_app") == 1
     assert (await world.provision(ANN)).body["code"] == "phone_taken"
