@@ -3313,7 +3313,7 @@ class Relay:
             image = out.images[out.sent - len(out.parts)]
             media, about = self._link(lane.vm_id, image), f"{about}&image={image}"
         if in_words:
-            body, media = IMAGE_IN_WORDS.format(url=media), ""
+            body, media, about = IMAGE_IN_WORDS.format(url=media), "", lane.vm_id
         return Sms(sender=out.ours or out.channel + self._settings.twilio_phone_number, recipient=out.channel + lane.phone, body=body, media=media,
                    callback=self._callback and self._callback + about)
 

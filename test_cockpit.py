@@ -9,7 +9,7 @@ remember what they were asked and fail on command; `FakeClock` is the time cockp
 `World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
 
 Sections: clock and wires · Fly · VMs · Twilio · world · settings · vocabulary · retry · store · Fly client · Twilio · provisioning ·
-relay · HTTP · local mode · container and main · never lose a text · never leave half a VM
+relay · answers · HTTP · local mode · container and main · never lose a text · never leave half a VM
 """
 import asyncio
 import base64
@@ -681,6 +681,7 @@ class FakeVMs(Fake):
         super().__init__(clock)
         self.all: dict[str, FakeVM] = {}
         self.images: dict[str, tuple[str, bytes]] = {}
+        self.open_to_all = False  # a store of pictures, which wants no token
 
     def __getitem__(self, app: str) -> FakeVM:
         return self.all[app]
@@ -702,7 +703,7 @@ class FakeVMs(Fake):
             vm.asked.append(Command(seen.body["text"], seen.body["media"], seen.headers.get("Idempotency-Key", ""), bearer))
             if set(seen.body) != {"text", "media"} or not vm.asked[-1].key or "Cookie" in seen.headers:
                 return self.refuse(f"command: {seen.body} {dict(seen.headers)}")
-        if seen.name != "health" and bearer != f"Bearer {vm.env.get('COCKPIT_TOKEN')}":
+        if seen.name != "health" and not self.open_to_all and bearer != f"Bearer {vm.env.get('COCKPIT_TOKEN')}":
             return self.refuse(f"{seen.name}: not this VM's token", 401)
         if vm.away:
             return cut(request) if vm.away == "cut" else web.Response(status=vm.away, text="<h1>proxy error</h1>")
@@ -712,7 +713,7 @@ class FakeVMs(Fake):
         if name == "health":
             return {"status": "ok"}
         if name == "image":
-            kind, content = self.images[request.match_info["name"]]
+            kind, content = self.images.get(request.match_info["name"], ("text/html", b"no such image"))
             return web.Response(body=content, content_type=kind)
         vm, key = self.all[request.match_info["app"]], request.headers["Idempotency-Key"]
         reaction = vm.script.popleft() if vm.script else {}
@@ -770,11 +771,14 @@ class FakeTwilio(Fake):
     """Twilio's Messages resource, strict, and the Twilio that signs and delivers texts to the gateway."""
 
     ROOT = f"/2010-04-01/Accounts/{ACCOUNT}"
-    routes = (("POST", ROOT + "/Messages.json", "send"), ("GET", ROOT + "/Messages.json", "list"), ("GET", ROOT + "/Messages/{sid}.json", "fetch"))
+    routes = (("POST", ROOT + "/Messages.json", "send"), ("GET", ROOT + "/Messages.json", "list"), ("GET", ROOT + "/Messages/{sid}.json", "fetch"),
+              ("GET", ROOT + "/Messages/{sid}/Media/{media}", "media"))
 
     def __init__(self, clock: FakeClock):
         super().__init__(clock)
         self.messages: list[dict] = []  # oldest first
+        self.media: dict[str, tuple[str, bytes] | str] = {}  # path: type and content, or where it redirects to
+        self.public = PUBLIC
         self.gateway, self.page_cap, self.session = "", 1000, None  # the gateway: where it really listens
         self._numbers = itertools.count(1)
 
@@ -788,6 +792,21 @@ class FakeTwilio(Fake):
     def sent_to(self, phone: str) -> list[str]:
         return [body for to, body in self.sent if to == phone]
 
+    @property
+    def media_sent(self) -> list[str]:
+        return [message["media"] for message in self.messages if message["media"]]
+
+    @property
+    def callbacks(self) -> list[str]:
+        return [message["callback"] for message in self.messages if message["callback"]]
+
+    async def reports(self, status: str, code: int | str = "", message: dict | None = None) -> Answer:
+        """Tells the gateway, at the address it asked for, what became of a message; of the last one if none is given."""
+        message = message or [message for message in self.messages if message["callback"]][-1]
+        form = {"MessageSid": message["sid"], "MessageStatus": status, "SmsSid": message["sid"], "SmsStatus": status, "AccountSid": ACCOUNT, "From": message["from"],
+                "To": message["to"], "ApiVersion": "2010-04-01"} | ({"ErrorCode": str(code)} if code else {})
+        return await self.posts(message["callback"].removeprefix(PUBLIC), form)
+
     async def read(self, request):
         return list((await request.post()).items())
 
@@ -798,10 +817,10 @@ class FakeTwilio(Fake):
             return self.refuse(f"{seen.name}: unknown fields {odd}")
         return None
 
-    def _add(self, direction: str, to: str, sender: str, body: str, sid: str | None = None) -> dict:
+    def _add(self, direction: str, to: str, sender: str, body: str, sid: str | None = None, media: str = "", callback: str = "") -> dict:
         sid, date = sid or f"SM{next(self._numbers):032x}", format_datetime(datetime.fromtimestamp(int(self.clock.now()), UTC))
         self.messages.append({"sid": sid, "account_sid": ACCOUNT, "api_version": "2010-04-01", "direction": direction, "to": to, "from": sender, "body": body,
-                              "status": "received" if direction == "inbound" else "queued", "date_created": date, "date_sent": date, "date_updated": date,
+                              "media": media, "callback": callback, "status": "received" if direction == "inbound" else "queued", "date_created": date, "date_sent": date, "date_updated": date,
                               "num_media": "0", "num_segments": "1", "error_code": None, "error_message": None, "price": None, "messaging_service_sid": None,
                               "subresource_uris": {"media": f"{self.ROOT}/Messages/{sid}/Media.json"}, "uri": f"{self.ROOT}/Messages/{sid}.json"})
         return self.messages[-1]
@@ -811,13 +830,19 @@ class FakeTwilio(Fake):
             return next((message for message in self.messages if message["sid"] == request.match_info["sid"]), (404, {"code": 20404, "status": 404}))
         if name == "list":
             return self._list(request.path, dict(request.query))
+        if name == "media":
+            found = self.media.get(request.path)
+            if found is None:
+                return 404, {"code": 20404, "status": 404}
+            return web.Response(status=307, headers={"Location": found}) if isinstance(found, str) else web.Response(body=found[1], content_type=found[0])
         form = dict(body)
         text = form.get("Body", "")
         if not re.fullmatch(r"(whatsapp:)?\+[1-9]\d{6,14}", form.get("To", "")) or not form.get("From") or not (text or "MediaUrl" in form):
             return self.refuse(f"send: {form}", body={"code": 21604, "message": "To, From or Body is missing", "status": 400})
         if len(text.encode("utf-16-le")) > 3200:
             return self.refuse("send: body over 1600 units", body={"code": 21617, "message": "too long", "status": 400})
-        return 201, self._add("outbound-api", form["To"], form["From"], text.translate(SMART) if form.get("SmartEncoded") == "true" else text)
+        return 201, self._add("outbound-api", form["To"], form["From"], text.translate(SMART) if form.get("SmartEncoded") == "true" else text,
+                              media=form.get("MediaUrl", ""), callback=form.get("StatusCallback", ""))
 
     def _list(self, path: str, query: dict[str, str]) -> Any:
         found = [message for message in reversed(self.messages) if query.get("To", message["to"]) == message["to"] and query.get("From", message["from"]) == message["from"]]
@@ -845,7 +870,7 @@ class FakeTwilio(Fake):
 
     async def posts(self, path: str, form: dict[str, str], signature: str | None = None, headers: dict[str, str] | None = None) -> Answer:
         """A signed webhook; an empty signature is left out."""
-        signed = {"X-Twilio-Signature": sign(PUBLIC + path, form) if signature is None else signature} | (headers or {})
+        signed = {"X-Twilio-Signature": sign(self.public + path, form) if signature is None else signature} | (headers or {})
         async with self.session.post(self.gateway + path, data=form, headers={name: value for name, value in signed.items() if value}) as response:
             return Answer(response.status, await response.text(), response.headers)
 
@@ -2075,6 +2100,536 @@ async def test_an_answer_that_may_have_been_sent_is_looked_up_before_it_is_sent_
     await world.clock.advance(120)
     assert len(world.twilio.sent) == 2 and world.twilio.count("list")
     assert world.twilio.count("send") == (2 if arrived else 3)
+
+
+# --- Answers ---
+
+# Twilio's codes and what is done about each: the whole of its dictionary that a message of ours can meet.
+ACTS = {
+    "wait": "20429 20503 21611", "mend": "20003 30002", "look_up": "20500", "once_more": "14107 30001 30008 30017 30022 63018", "opted_out": "21610",
+    "as_text": "11200 11751 12300 21612 21620 30011 30019",
+    "final": """20404 21211 21212 21266 21408 21602 21603 21604 21606 21608 21609 21614 21617 21623 21624 21635 21701 21702 21703 21704 21705
+        30003 30004 30005 30006 30007 30023 30027 30032 30034 30035 30036 30410 30450 63016"""}
+PNG, JPEG, GIF = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40, b"\xff\xd8\xff\xe0" + b"jpeg" * 999, b"GIF89a" + b"gif" * 99
+
+
+def shows(*images: str, text: str = "look") -> Callable[[str], Any]:
+    """A VM's answer with images."""
+    return lambda _: {"text": text, "images": [{"type": "image/png", "url": image} for image in images], "exitCode": 0, "durationMs": 1}
+
+
+async def fetch(world, url: str, method: str = "GET") -> tuple[int, bytes, Any]:
+    """What a plain client without keys gets at one of our public addresses."""
+    async with world.session.request(method, url.replace(PUBLIC, world.twilio.gateway), allow_redirects=False) as response:
+        return response.status, await response.read(), response.headers
+
+
+async def an_image(world, content: bytes = PNG, kind: str = "image/png") -> tuple[FakeVM, str]:
+    """A VM, and the link to an image that it has just shown."""
+    vm = await world.sign_up()
+    world.vms.images["x.png"] = (kind, content)
+    vm.answer = shows("/images/x.png")
+    await world.text("show me")
+    await world.hears("look", "")
+    return vm, world.twilio.media_sent[-1]
+
+
+def unasked(world, vm: FakeVM, *, token: str = "", **body: Any):
+    return world.call("POST", "/messages", key=token or vm.env["COCKPIT_TOKEN"], json=body)
+
+
+def last_error(world, vm: FakeVM):
+    return world.call("GET", f"/provision/{vm.app}")
+
+
+def test_every_code_of_twilio_s_is_decided_by_the_table_and_told_in_words():
+    decided = {code: ruling.act for code, ruling in cockpit.RULINGS.items()}
+    assert decided == {code: act for act, codes in ACTS.items() for code in codes.split()}
+    assert all(len(cockpit.explain_code(code)) > 25 and code in cockpit.explain_code(code) for code in decided)
+    assert "10DLC" in cockpit.explain_code("30034") and "register" in cockpit.explain_code("30034") and "START" in cockpit.explain_code("21610")
+
+
+@pytest.mark.parametrize("code, status, act", [("", 429, "wait"), ("", 503, "wait"), ("99999", 502, "look_up"), ("99999", 400, "final"), ("", 401, "mend")])
+def test_a_code_nobody_knows_is_decided_by_what_is_known_of_the_call(code, status, act):
+    error = cockpit.kind_of_failure(status)("twilio", "create message", status=status, code=code, maybe_done=status >= 500 and status != 503)
+    assert cockpit.act_on(error) == act
+
+
+@pytest.mark.parametrize("code", ["21408", "30034", "21614", "30007"])
+async def test_what_cannot_be_delivered_is_told_on_the_vm_s_record_with_the_cure(world, code):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text("hello")
+    await world.hears("ran: hello")
+    if code < "30000":
+        world.twilio.fails("send", 400, code=int(code))
+        await world.text("again")
+        await world.clock.until(lambda: world.twilio.count("send") == 2)
+    else:
+        assert (await world.twilio.reports("undelivered", code)).status == 204
+    await world.clock.advance(300)
+    assert cockpit.explain_code(code) in (await last_error(world, vm)).body["last_error"]
+    await world.crash_and_restart()
+    assert code in (await last_error(world, vm)).body["last_error"]
+    assert len(world.twilio.sent) == 1
+    await world.twilio.reports("delivered", message=[message for message in world.twilio.messages if message["callback"]][-1] | {"sid": "SM" + "f" * 32})
+    assert (await last_error(world, vm)).body["last_error"] is None
+
+
+def test_terminal_strings_are_removed_whole_and_never_past_their_line():
+    assert cockpit.clean_text("a\x1bPq#0;2;0\x1b\\b\x1b_app\x1b\\c") == "abc"
+    assert cockpit.clean_text("\x1b]0;no end\nkept") == "\nkept"
+
+
+async def test_a_long_answer_arrives_complete_in_order_and_numbered(world):
+    await world.start()
+    vm = await world.sign_up()
+    words = "".join(f"line {n}: all is well\n" for n in range(200))[:4300].rstrip()
+    vm.answer = lambda text: {"text": words}
+    world.twilio.fails("send", 503, times=2, code=20503)
+    await world.text("long")
+    await world.clock.until(lambda: len(world.twilio.sent) == 3)
+    parts = world.twilio.sent_to(ANN)
+    assert [part[:6] for part in parts] == ["(1/3) ", "(2/3) ", "(3/3) "] and "".join(part[6:] for part in parts) == words
+
+
+async def test_images_arrive_as_links_that_anyone_who_has_them_can_open(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.vms.images |= {"a.png": ("image/png", PNG), "b.jpg": ("text/html", JPEG), "c.gif": ("image/gif", GIF)}
+    vm.answer = shows("/images/a.png", "/images/b.jpg", "/images/c.gif")
+    await world.text("draw")
+    await world.hears("look", "", "", "")
+    links = world.twilio.media_sent
+    assert len(set(links)) == 3 and all(link.startswith(PUBLIC + "/media/") and "5551234567" not in link for link in links)
+    for link, content, kind in zip(links, (PNG, JPEG, GIF), ("image/png", "image/jpeg", "image/gif")):
+        status, got, headers = await fetch(world, link)
+        assert (status, got, headers["Content-Type"]) == (200, content, kind)
+        assert headers["X-Content-Type-Options"] == "nosniff" and "sandbox" in headers["Content-Security-Policy"]
+        status, got, headers = await fetch(world, link, "HEAD")
+        assert (status, got, headers["Content-Length"], headers["Content-Type"]) == (200, b"", str(len(content)), kind)
+
+
+async def test_a_link_survives_a_restart_and_a_new_secret_and_ends_after_a_day(world):
+    await world.start()
+    _, link = await an_image(world)
+    await world.crash_and_restart()
+    assert (await fetch(world, link))[0] == 200
+    await world.restart(COCKPIT_SECRET="a-new-root-of-tokens-0123456789abcdef," + SECRET)
+    assert (await fetch(world, link))[0] == 200
+    world.clock.elapsed += 86_000
+    assert (await fetch(world, link))[0] == 200
+    world.clock.elapsed += 500
+    assert (await fetch(world, link))[0] == 410
+
+
+async def test_a_link_with_one_character_changed_is_refused(world):
+    await world.start()
+    _, link = await an_image(world)
+    start, asked = len(PUBLIC + "/media/"), world.vms.count("image")
+    for at in range(start, len(link)):
+        changed = link[:at] + ("A" if link[at] != "A" else "B") + link[at + 1:]
+        assert (await fetch(world, changed))[0] == 403, at
+    for changed in (link + "A", link[:-1], link[:start] + link[start:].replace(".", ""), PUBLIC + "/media/%C3%A9.%FF"):
+        assert (await fetch(world, changed))[0] == 403
+    assert world.vms.count("image") == asked
+
+
+async def test_a_link_of_a_vm_that_is_gone_is_refused_and_one_of_an_image_that_is_gone_too(world):
+    await world.start()
+    vm, link = await an_image(world)
+    world.vms.fails("image", 404)
+    assert (await fetch(world, link))[0] == 404
+    world.vms.fails("image", 302, headers={"Location": "http://169.254.169.254/"})
+    assert (await fetch(world, link))[0] == 404
+    vm.away = "cut"
+    assert (await fetch(world, link))[0] == 504
+    vm.away = 0
+    await world.call("DELETE", f"/provision/{vm.app}")
+    await world.sign_up()
+    assert (await fetch(world, link))[0] == 404
+
+
+@pytest.mark.parametrize("content", [b"<svg onload=alert(1)>" * 9, b"<!doctype html>", b"", b"\x89PNG", b"RIFF0000WEBPVP8 ", PNG + bytes(5 << 20)])
+async def test_only_png_jpeg_and_gif_of_at_most_5_mb_are_served_whatever_they_are_called(world, content):
+    await world.start()
+    vm = await world.sign_up()
+    world.vms.images["x.png"] = ("image/png", content)
+    vm.answer = shows("/images/x.png")
+    await world.text("show me")
+    await world.hears("look", "")
+    assert (await fetch(world, world.twilio.media_sent[-1]))[0] == 404
+
+
+@pytest.mark.parametrize("path", ["http://evil.example/x.png", "//evil.example/x.png", "/images/../secret", "/images/.hidden", "/images/a/b.png", "/etc/passwd",
+                                  "/images/x.png?y", "/images/" + "x" * 200, "file:///etc/passwd", "", None, 7])
+async def test_an_image_elsewhere_than_in_the_vm_s_own_folder_is_not_shown(world, path):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = shows(path)
+    await world.text("show me")
+    await world.hears("look")
+    assert not world.twilio.media_sent and (await unasked(world, vm, images=[path])).status == 422
+
+
+async def test_images_without_words_need_no_done_and_are_at_most_ten(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = shows(*(f"/images/{n}.png" for n in range(12)), text="")
+    await world.text("draw")
+    await world.hears(*[""] * 10)
+    assert len(world.twilio.media_sent) == 10
+
+
+async def test_images_not_yet_sent_are_sent_after_a_kill_and_those_sent_are_not_sent_again(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = shows("/images/a.png", "/images/b.png")
+    gate = world.twilio.holds("send")
+    await world.text("draw")
+    for _ in range(2):  # the words and the first image arrive
+        await world.clock.until(gate.arrived.is_set)
+        opened, gate = gate, world.twilio.holds("send")
+        opened.open()
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.hears("look", "", "")
+    assert len(world.twilio.media_sent) == 2
+
+
+async def test_equal_answers_before_and_after_a_restart_are_not_taken_for_one_another(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = lambda text: {"text": "the same"}
+    gate = world.twilio.holds("send")
+    await world.text("one")
+    await world.text("two")
+    await world.clock.until(lambda: len(vm.ran) == 2)
+    world.twilio.fails("send", 503, times=1000, code=20503)
+    gate.open()
+    await world.clock.until(lambda: world.twilio.count("send") > 3)
+    await world.restart()
+    world.twilio.heals("send")
+    await world.hears("the same", "the same")
+
+
+@pytest.mark.parametrize("code", [21612, 30011, 30019, 12300, 11200, 11751])
+async def test_a_picture_message_that_is_refused_becomes_words_and_a_link_once(world, code):
+    await world.start()
+    vm = await world.sign_up()
+    world.vms.images["x.png"] = ("image/png", PNG)
+    vm.answer = shows("/images/x.png", text="")
+    if code == 21612:  # told at once; the others by callback, which may come twice
+        world.twilio.fails("send", 400, code=code)
+    await world.text("draw")
+    await world.clock.until(lambda: world.twilio.sent)
+    picture = world.twilio.messages[-1]
+    for _ in range(2 * (code != 21612)):
+        assert (await world.twilio.reports("failed", code, message=picture)).status == 204
+    await world.clock.until(lambda: PUBLIC in world.twilio.sent_to(ANN)[-1])
+    words, link = world.twilio.sent_to(ANN)[-1].rsplit(" ", 1)
+    assert "image" in words and (await fetch(world, link))[1] == PNG
+    await world.crash_and_restart()
+    await world.twilio.reports("failed", code, message=picture)
+    await world.clock.advance(100)
+    assert len(world.twilio.sent) == (1 if code == 21612 else 2)
+
+
+async def test_the_loop_guard_holds_up_that_phone_for_30_s_and_the_part_goes_once_more(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text("one")
+    await world.hears("ran: one")
+    stopped = world.twilio.messages[-1]
+    await world.twilio.reports("undelivered", 14107)
+    await world.twilio.reports("undelivered", 14107)
+    began = world.clock.elapsed
+    await world.text("two")
+    await world.clock.until(lambda: len(vm.ran) == 2)
+    await world.clock.advance(began + 29 - world.clock.elapsed)
+    assert world.twilio.sent_to(ANN) == ["ran: one"] and vm.ran == ["one", "two"]
+    await world.hears("ran: one", "ran: one", "ran: two")
+    again = world.twilio.messages[-2]
+    await world.twilio.reports("undelivered", 14107, message=again)
+    await world.crash_and_restart()
+    for message in (stopped, again):
+        await world.twilio.reports("undelivered", 14107, message=message)
+    await world.clock.advance(100)
+    assert len(world.twilio.sent) == 3
+
+
+async def test_a_part_stopped_by_the_loop_guard_goes_once_more_also_after_a_kill(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text("one")
+    await world.hears("ran: one")
+    await world.twilio.reports("undelivered", 14107)
+    began = world.clock.elapsed
+    await world.crash_and_restart()
+    await world.clock.advance(began + 29 - world.clock.elapsed)
+    assert len(world.twilio.sent) == 1
+    await world.hears("ran: one", "ran: one")
+
+
+async def test_delivery_callbacks_are_counted_in_whatever_order_they_come_and_tell_nothing_twice(world):
+    await world.start()
+    vm = await world.sign_up()
+    answer = await world.twilio.posts("/sms/status", {"MessageSid": "SMx", "MessageStatus": "sent", "AccountSid": ACCOUNT}, signature="forged")
+    assert answer.status == 403
+    await world.text("hello", MessageSid="SM" + "7" * 32)
+    await world.hears("ran: hello")
+    assert world.twilio.callbacks[0].startswith(f"{PUBLIC}/sms/status?") and "5551234567" not in world.twilio.callbacks[0]
+    for status in ("delivered", "sent", "queued", "delivered"):
+        assert (await world.twilio.reports(status)).status == 204
+    await world.twilio.reports("sent", message=world.twilio.messages[-1] | {"sid": "SM" + "9" * 32})  # its create is not answered yet
+    metrics = (await world.call("GET", "/metrics")).text
+    assert 'cockpit_deliveries_total{status="delivered"} 1' in metrics and 'cockpit_deliveries_total{status="sent"} 1' in metrics and 'status="queued"' not in metrics
+    steps = (await world.call("GET", "/messages/SM" + "7" * 32)).body["steps"]
+    assert steps[-1]["step"] == "delivered"
+    assert (await world.twilio.reports("no such status")).status == 204
+
+
+async def test_no_callback_is_asked_for_where_twilio_could_not_call(world):
+    await world.start(PUBLIC_URL="https://127.0.0.1:8443")
+    world.twilio.public = "https://127.0.0.1:8443"
+    await world.sign_up()
+    await world.text("hello")
+    await world.hears("ran: hello")
+    assert not world.twilio.callbacks
+
+
+async def test_an_owner_who_opted_out_at_twilio_is_texted_no_more_until_start(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.twilio.fails("send", 400, code=21610)
+    await world.text("one")
+    await world.clock.until(lambda: world.twilio.count("send"))
+    await world.text("two")
+    await world.clock.advance(60)
+    assert world.twilio.count("send") == 1 and vm.ran == ["one", "two"]
+    assert "START" in (await last_error(world, vm)).body["last_error"]
+    await world.crash_and_restart()
+    await world.text("three")
+    await world.clock.advance(60)
+    assert world.twilio.count("send") == 1
+    await world.text("Start ")
+    await world.text("four")
+    await world.hears("ran: four")
+    assert (await last_error(world, vm)).body["last_error"] is None
+
+
+@pytest.mark.parametrize("word", ["STOP", "stopall", " Unsubscribe ", "CANCEL", "end", "QUIT", "revoke", "OPTOUT"])
+async def test_a_stop_word_is_recorded_not_run_and_nothing_is_sent_until_start(world, word):
+    await world.start(TEXT_LIMIT=3)
+    vm = await world.sign_up()
+    assert (await world.text(word)).said == ""
+    await world.crash_and_restart()
+    for body in ("one", "two", "three", "too many"):
+        assert (await world.text(body)).said == ""
+    await world.clock.until(lambda: vm.ran == ["one", "two", "three"])
+    assert (await unasked(world, vm, text="hello?")).status == 409
+    await world.clock.advance(100)
+    assert not world.twilio.count("send") and ANN not in world.journal.read_text()
+    await world.text("yes")
+    await world.text("yes")
+    await world.hears("ran: yes")
+    assert vm.ran[3:] == ["yes"]
+
+
+@pytest.mark.parametrize("body, more, run", [
+    ("stop please", {}, True), ("yes", {}, True), ("cancel that", {}, True),
+    ("help", {}, False), ("INFO", {}, False), ("START", {}, False), ("unstop", {}, False), ("arret", {"OptOutType": "STOP"}, False), ("aide", {"OptOutType": "HELP"}, False)])
+async def test_only_the_words_that_twilio_answers_itself_are_kept_from_the_vm(world, body, more, run):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text(body, **more)
+    await world.clock.advance(30)
+    assert vm.ran == [body] * run
+    await world.text("next")
+    await world.clock.until(lambda: vm.ran[-1:] == ["next"])
+    await world.clock.advance(30)
+    assert bool(world.twilio.sent) == (more != {"OptOutType": "STOP"})
+
+
+async def test_a_stranger_s_stop_is_not_answered_with_an_invitation(world):
+    await world.start()
+    assert (await world.text("STOP", phone=EVE)).said == ""
+    assert "Sign up" in (await world.text("hello", phone=EVE)).said
+
+
+async def test_whatsapp_shares_the_route_is_answered_there_and_opts_out_by_itself(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text("hi", phone="whatsapp:" + ANN, To="whatsapp:" + NUMBER)
+    await world.hears("ran: hi", phone="whatsapp:" + ANN)
+    assert world.twilio.messages[-1]["from"] == "whatsapp:" + NUMBER
+    await world.text("STOP", phone="whatsapp:" + ANN, To="whatsapp:" + NUMBER)
+    await world.text("by sms")
+    await world.hears("ran: by sms")
+    assert vm.ran == ["hi", "by sms"]
+
+
+async def test_a_vm_texts_its_owner_unasked_in_the_order_of_its_lane(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.vms.images["x.png"] = ("image/png", PNG)
+    gate = world.twilio.holds("send")
+    await world.text("hello")
+    await world.clock.until(gate.arrived.is_set)
+    for n in range(3):
+        assert (await unasked(world, vm, text=f"[{n}/3] \x1b[32mdone\x1b[0m")).status == 202
+    assert (await unasked(world, vm, text="a picture", images=[{"type": "image/png", "url": "/images/x.png"}])).status == 202
+    await world.crash_and_restart()
+    await world.hears("ran: hello", "[0/3] done", "[1/3] done", "[2/3] done", "a picture", "")
+    assert (await fetch(world, world.twilio.media_sent[-1]))[1] == PNG
+
+
+async def test_a_vm_s_own_messages_are_limited_by_the_minute_and_by_the_day(world):
+    await world.start()
+    vm, other = await world.sign_up(), await world.sign_up(BOB)
+    answers = [await unasked(world, vm, text=f"{n}") for n in range(21)]
+    assert [answer.status for answer in answers] == [202] * 20 + [429] and 0 < int(answers[-1].headers["Retry-After"]) <= 61
+    assert (await unasked(world, other, text="mine are my own")).status == 202
+    for _ in range(14):
+        world.clock.elapsed += 61
+        assert {(await unasked(world, vm, text=f"{n}")).status for n in range(20)} == {202}
+    world.clock.elapsed += 61
+    await world.restart()
+    refused = await unasked(world, vm, text="one more")
+    assert refused.status == 429 and refused.body["code"] == "too_many" and int(refused.headers["Retry-After"]) > 3600
+    world.clock.elapsed += 86_400
+    assert (await unasked(world, vm, text="a new day")).status == 202
+
+
+@pytest.mark.parametrize("body", [{}, {"text": ""}, {"text": " \x1b[0m\n"}, {"text": 7}, {"text": "x", "images": "x"}, {"text": "x", "phone": BOB},
+                                  {"images": ["/images/x.png"] * 11}, {"images": [["/images/x.png"]]}])
+async def test_a_vm_s_message_that_says_nothing_or_something_else_is_refused(world, body):
+    await world.start()
+    vm = await world.sign_up()
+    answer = await unasked(world, vm, **body)
+    assert answer.status == 422 and answer.body["errors"] and not world.twilio.sent
+
+
+async def test_only_a_vm_s_own_token_speaks_for_it_and_only_while_it_exists(world):
+    await world.start()
+    vm = await world.sign_up()
+    token = vm.env["COCKPIT_TOKEN"]
+    for wrong in (KEY, token[:-1], token + "x", vm.app + ".", "cockpit-vm-aaaaaaaa." + token.partition(".")[2], "x"):
+        answer = await unasked(world, vm, token=wrong, text="hello")
+        assert answer.status == 401 and answer.headers["WWW-Authenticate"] == "Bearer"
+    await world.call("DELETE", f"/provision/{vm.app}")
+    await world.sign_up()
+    assert (await unasked(world, vm, token=token, text="a ghost")).status == 401
+    await world.clock.advance(60)
+    assert not world.twilio.sent
+
+
+async def test_a_vm_s_own_message_leaves_from_where_its_owner_last_texted_also_after_restarts(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text("hi", phone="whatsapp:" + ANN, To="whatsapp:" + NUMBER)
+    await world.hears("ran: hi", phone="whatsapp:" + ANN)
+    await world.restart()
+    await world.crash_and_restart()
+    await unasked(world, vm, text="here")
+    await world.hears("ran: hi", "here", phone="whatsapp:" + ANN)
+    await world.text("now by sms", To="+15550009999")
+    await world.crash_and_restart()
+    await unasked(world, vm, text="and here")
+    await world.hears("ran: now by sms", "and here")
+    assert [message["from"] for message in world.twilio.messages if message["body"] == "and here"] == ["+15550009999"]
+
+
+async def test_a_message_taken_from_a_vm_is_sent_even_if_the_gateway_is_killed(world):
+    await world.start()
+    vm = await world.sign_up()
+    gate = world.twilio.holds("send")
+    assert (await unasked(world, vm, text="[3/11] done")).status == 202
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.hears("[3/11] done")
+
+
+async def test_a_picture_from_a_phone_is_opened_by_its_vm_through_a_link(world):
+    await world.start()
+    vm = await world.sign_up()
+    path = world.twilio.ROOT + "/Messages/MM1/Media/ME1"
+    world.twilio.media[path] = ("image/jpeg", JPEG)
+    more = {"NumMedia": "2", "MediaUrl0": world.twilio.server.url + path, "MediaContentType0": "image/jpeg", "MediaUrl1": "http://evil.example/x", "MediaContentType1": "image/png"}
+    await world.text("", **more)
+    await world.clock.until(lambda: vm.asked)
+    media, = vm.asked[0].media
+    assert media["content_type"] == "image/jpeg" and media["url"].startswith(PUBLIC + "/media/") and AUTH_TOKEN not in media["url"]
+    status, got, headers = await fetch(world, media["url"])
+    assert (status, got, headers["Content-Type"]) == (200, JPEG, "image/jpeg")
+    world.twilio.media[path] = ("text/html", b"<script>alert(1)</script>")
+    status, got, headers = await fetch(world, media["url"])
+    assert status == 200 and headers["Content-Type"] == "application/octet-stream" and headers["X-Content-Type-Options"] == "nosniff"
+    world.twilio.media[path] = ("image/jpeg", JPEG + bytes(5 << 20))
+    assert (await fetch(world, media["url"]))[0] == 404
+    del world.twilio.media[path]
+    assert (await fetch(world, media["url"]))[0] == 404
+
+
+async def test_our_twilio_credentials_stay_with_twilio_when_it_redirects(world):
+    await world.start()
+    vm = await world.sign_up()
+    path = world.twilio.ROOT + "/Messages/MM1/Media/ME1"
+    world.twilio.media[path] = world.vms.server.url.replace("127.0.0.1", "localhost") + "/store/images/x.png"
+    world.vms.images["x.png"] = ("image/png", PNG)
+    world.vms.boot("store", lambda: True, {})
+    world.vms.open_to_all = True
+    await world.text("see", NumMedia="1", MediaUrl0=world.twilio.server.url + path, MediaContentType0="image/png")
+    await world.clock.until(lambda: vm.asked)
+    assert (await fetch(world, vm.asked[0].media[0]["url"]))[1] == PNG
+    assert "Authorization" in world.twilio.calls("media")[-1].headers and "Authorization" not in world.vms.calls("image")[-1].headers
+
+
+async def test_a_command_that_runs_long_is_told_of_after_a_minute_then_every_five_at_most_six_times(world):
+    await world.start(VM_COMMAND_TIMEOUT_S=9000)
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("long")
+    await world.clock.until(gate.arrived.is_set)
+    began = world.clock.elapsed
+    told = [60 + 300 * n for n in range(6)]
+    for at in told:
+        await world.clock.advance(began + at - 2 - world.clock.elapsed)
+        assert world.twilio.sent_to(ANN) == ["Still working on it."] * told.index(at)
+        await world.clock.advance(4)
+        assert world.twilio.sent_to(ANN) == ["Still working on it."] * (told.index(at) + 1)
+    await world.clock.advance(700)
+    assert len(world.twilio.sent) == 6
+    gate.open()
+    await world.clock.until(lambda: len(world.twilio.sent) == 7)
+    assert world.twilio.sent_to(ANN)[-1] == "ran: long"
+    await world.clock.advance(100)
+    assert len(world.twilio.sent) == 7
+
+
+async def test_nobody_says_that_a_command_still_runs_while_its_vm_tells_of_itself(world):
+    await world.start(VM_COMMAND_TIMEOUT_S=9000)
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("long")
+    await world.clock.until(gate.arrived.is_set)
+    for n in range(3):
+        await world.clock.advance(50)
+        assert (await unasked(world, vm, text=f"step {n}")).status == 202
+    await world.clock.advance(290)
+    assert world.twilio.sent_to(ANN) == ["step 0", "step 1", "step 2"]
+    await world.clock.advance(15)
+    assert world.twilio.sent_to(ANN)[3:] == ["Still working on it."]
+    gate.open()
+
+
+async def test_a_welcome_is_texted_when_asked_for_and_only_then(world):
+    await world.start()
+    await world.sign_up(welcome=True)
+    await world.hears("Your VM is ready. Text me anything.")
+    await world.sign_up(BOB)
+    await world.clock.advance(60)
+    assert not world.twilio.sent_to(BOB)
 
 
 # --- HTTP ---
