@@ -1757,12 +1757,18 @@ def parse_form(raw: bytes) -> list[tuple[str, str]]:
     if len(fields) > 1000:
         raise ValueError("too many fields")
     for part in fields:
-        name, _, value = part.partition("=")
-        if "%" in part or "+" in part:
-            name, value = unquote_plus(name, errors="strict"), unquote_plus(value, errors="strict")
         if part:
-            pairs.append((name, value))
+            pairs.append(decode_field(part) if len(part) < 80 else decode_field.__wrapped__(part))
     return pairs
+
+
+@functools.lru_cache(maxsize=4096)
+def decode_field(part: str) -> tuple[str, str]:
+    """One `name=value` of a form, decoded; most of a webhook's fields are the same in every one, so short ones are cached."""
+    name, _, value = part.partition("=")
+    if "%" in part or "+" in part:
+        return unquote_plus(name, errors="strict"), unquote_plus(value, errors="strict")
+    return name, value
 
 
 def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMessage:
@@ -2069,6 +2075,7 @@ def read_date(message: Json) -> float | None:
 # --- The VM ---
 
 MAX_ANSWER_BYTES = 1024 * 1024
+VM_HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
 MAX_IMAGE_BYTES = 5 * 1024 * 1024
 IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 MAX_IMAGES = 10
@@ -2121,7 +2128,7 @@ class VmClient:
     @functools.lru_cache(maxsize=20_000)  # noqa: B019 - one client per process, for its whole life
     def _prepared(self, vm_id: str, vm_url: str, key_id: str) -> Endpoint:
         token = vm_token(secret_of(key_id, self._settings.secrets), vm_id)
-        headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers = {"Authorization": f"Bearer {token}"}
         return Endpoint(URL(f"{vm_url}/command"), URL(f"{vm_url}/health"), headers)
 
     async def is_healthy(self, route: Route) -> bool:
@@ -4850,7 +4857,7 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows bare addresses.
         aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), timeout=timeouts) as fly_session,
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=50)) as twilio_session,
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0)) as vm_session,
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0), headers=VM_HEADERS) as vm_session,
     ):
         fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics), VmClient(vm_session, settings)
         relay = Relay(settings, clock, store, journal, vms, twilio, owner, metrics, wake=fly.wake)
