@@ -24,6 +24,7 @@ import fcntl
 import functools
 import gc
 import hashlib
+import heapq
 import hmac
 import html
 import ipaddress
@@ -4127,6 +4128,12 @@ def server_sent(event: str, told: Json) -> bytes:
     return f"event: {event}\ndata: {dump(told)}\n\n".encode()
 
 
+def vm_ids_after(store: RouteStore, after: str, limit: int) -> list[str]:
+    """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
+    deleting = [vm_id for vm_id, entry in store.undo.items() if vm_id > after and entry.get("reason") != "failed"]
+    return sorted(store.page(after, limit) + deleting)[:limit]
+
+
 async def get_provisions(request: web.Request) -> web.Response:
     gateway, faults = request.app[GATEWAY], Faults()
     raw, after = request.query.get("limit", "100"), request.query.get("after", "")
@@ -4134,8 +4141,7 @@ async def get_provisions(request: web.Request) -> web.Response:
         faults.add("limit", "must be a whole number from 1 to 1000")
     faults.check()
     limit = int(raw)
-    deleting = [vm_id for vm_id, entry in gateway.store.undo.items() if vm_id > after and entry.get("reason") != "failed"]
-    vm_ids = sorted(gateway.store.page(after, limit + 1) + deleting)
+    vm_ids = vm_ids_after(gateway.store, after, limit + 1)
     vms = [show(gateway, gateway.provisioner.look_up(vm_id)) for vm_id in vm_ids[:limit]]
     return json_response({"vms": vms, "next": vm_ids[limit - 1] if len(vm_ids) > limit else None})
 
@@ -4324,23 +4330,465 @@ async def get_health(request: web.Request) -> web.Response:
     return json_response(body, status=503 if gateway.relay.draining else 200)
 
 
-async def get_page(request: web.Request) -> web.Response:
-    headers = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
-    return web.Response(text=render_page(request.app[SETTINGS]), content_type="text/html", headers=headers)
-
-
 # --- Operator's page ---
 
+ROWS = 200  # of the table, at a time
+TICK_S = 2.0
+SCAN_SHARE = 20.0  # sorting or filtering a large fleet may take one part in this many of the process's time
+SCAN_STEP = 250
+NUMERIC_COLUMNS = ("waiting", "last_text", "away_since")
+COLUMNS = ("vm_id", "state", "region", "image", *NUMERIC_COLUMNS, "last_error")
 
-def render_page(settings: Settings) -> str:
-    """The page at `/`: what runs here and where to ask."""
-    number = html.escape(mask_phone(settings.twilio_phone_number))
-    mode = "local mode, with stand-ins" if settings.fly_is_local else "production" if settings.production else "local mode"
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>cockpit</title>'
-        "<style>body{font:16px/1.5 system-ui;max-width:40rem;margin:3rem auto;padding:0 1rem;color-scheme:light dark}</style>"
-        f"<h1>cockpit</h1><p>An engineer texts one phone number and drives the coding agent on a cloud VM of their own.</p><p>Running in {mode}; the number is {number}.</p>"
-        "<p>How it is: <a href='health'>health</a>. VMs are made with <code>POST /provision</code>, which needs the API key.</p></html>")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """Which rows of the fleet an operator looks at; `after` is the sort value and vm_id of the row before them."""
+
+    sort: str = "vm_id"
+    descending: bool = False
+    needle: str = ""
+    after: tuple[Any, str] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.sort == "vm_id" and not self.descending and not self.needle
+
+    def rank(self, row: Json) -> tuple[Any, str]:
+        return row[self.sort] or (0 if self.sort in NUMERIC_COLUMNS else ""), row["vm_id"]
+
+    def first(self, rows: Iterable[Json]) -> list[Json]:
+        """The rows of this page, and one more if there are more."""
+        behind = [row for row in rows if self.after is None or (self.rank(row) < self.after if self.descending else self.rank(row) > self.after)]
+        return (heapq.nlargest if self.descending else heapq.nsmallest)(ROWS + 1, behind, key=self.rank)
+
+
+def parse_view(query: Mapping[str, str]) -> View:
+    """Raises Refusal naming what is not a view."""
+    faults, after = Faults(), None
+    sort = query.get("sort", "vm_id")
+    if sort not in COLUMNS:
+        faults.add("sort", f"must be one of {', '.join(COLUMNS)}")
+    if raw := query.get("after"):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            value, vm_id = json.loads(raw)
+            if isinstance(vm_id, str) and (type(value) in (int, float) if sort in NUMERIC_COLUMNS else isinstance(value, str)):
+                after = (value, vm_id)
+        if after is None:
+            faults.add("after", "must be the `next` of the page before")
+    faults.check()
+    return View(sort=sort, descending=query.get("desc") == "1", needle=query.get("filter", "").strip().lower()[:100], after=after)
+
+
+def row_of(gateway: Gateway, vm_id: str) -> tuple[Json, str] | None:
+    """One VM as the table shows it, and the words a filter finds it by (its whole number too); None when it is gone."""
+    try:
+        record = show(gateway, gateway.provisioner.look_up(vm_id))
+    except Refusal:
+        return None
+    row = {name: record[name] or "" for name in ("vm_id", "state", "step", "region", "image", "last_error")}
+    row |= {"phone": mask_phone(record["phone_number"]), "waiting": gateway.relay.waiting(vm_id), "last_text": gateway.relay.last_texts.get(vm_id),
+            "away_since": gateway.relay.away_since(vm_id)}
+    return row, " ".join([record["phone_number"], *(str(row[name]) for name in ("phone", "vm_id", "state", "region", "image", "last_error"))]).lower()
+
+
+async def pick_rows(gateway: Gateway, view: View) -> Json:
+    """A page of the table. In plain order it costs its own rows only; otherwise the fleet is gone through a little at a time."""
+    store, best, matching = gateway.store, list[Json](), 0
+    vm_ids = vm_ids_after(store, view.after[1] if view.after else "", ROWS + 1) if view.is_plain else vm_ids_after(store, "", sys.maxsize)
+    for start in range(0, len(vm_ids), SCAN_STEP):
+        rows = [found[0] for vm_id in vm_ids[start:start + SCAN_STEP] if (found := row_of(gateway, vm_id)) and view.needle in found[1]]
+        matching += len(rows)
+        best = view.first(best + rows)
+        await gateway.clock.sleep(0)
+    if view.is_plain:
+        matching = sum(vms_by_state(gateway).values())
+    return {"rows": best[:ROWS], "matching": matching, "next": dump(list(view.rank(best[ROWS - 1]))) if len(best) > ROWS else None}
+
+
+def sum_up(gateway: Gateway) -> Json:
+    """What the page's tiles, chart and notes show."""
+    settings, metrics, relay = gateway.settings, gateway.metrics, gateway.relay
+    return {"at": gateway.clock.now(), "mode": "production" if settings.production else "local", "number": mask_phone(settings.twilio_phone_number),
+            "has_phone": settings.twilio_is_local, "can_kill": settings.fly_is_local, "regions": settings.vm_regions, "vms": vms_by_state(gateway),
+            "texts_a_minute": round(metrics.texts_a_minute(), 1), "median_s": metrics.quantile(0.5), "p99_s": metrics.quantile(0.99), "waiting": relay.waiting(),
+            "oldest_s": relay.oldest_waiting_s(), "hour": metrics.last_hour(), "troubles": troubles_of(gateway)}
+
+
+async def get_events(request: web.Request) -> web.StreamResponse:
+    """The page's live feed: `fleet` every 2 s, `table` when it changed; both once, as JSON, for who does not accept a stream."""
+    require_key(request)
+    gateway, view = request.app[GATEWAY], parse_view(request.query)
+    if "text/event-stream" not in request.headers.get("Accept", "").lower():
+        return json_response({"fleet": sum_up(gateway), "table": await pick_rows(gateway, view)})
+    response, shown, scan_at = event_stream(), b"", float("-inf")
+    with contextlib.suppress(ConnectionError):
+        await response.prepare(request)
+        while not gateway.relay.draining:
+            await response.write(server_sent("fleet", sum_up(gateway)))
+            if (began := gateway.clock.monotonic()) >= scan_at:
+                table = server_sent("table", await pick_rows(gateway, view))
+                scan_at = began + (gateway.clock.monotonic() - began) * SCAN_SHARE
+                if table != shown:
+                    await response.write(shown := table)
+            await gateway.clock.sleep(TICK_S)
+    return response
+
+
+async def get_page(request: web.Request) -> web.Response:
+    hint = "In local mode it is: local" if "local" in request.app[SETTINGS].api_keys else "It is what COCKPIT_API_KEY holds where this gateway runs."
+    return web.Response(text=PAGE.replace("{hint}", hint), content_type="text/html", headers=PAGE_HEADERS)
+
+
+PAGE_STYLE = r"""
+:root{color-scheme:light dark;--bg:#f5f6f8;--card:#fff;--ink:#16191f;--dim:#5f6875;--line:#e3e6eb;--soft:#eef0f4;--go:#2457d6;--go-ink:#fff;--ok:#137a48;--warn:#985b00;--bad:#c02b38;--bubble:#e7eaf0}
+@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161a21;--ink:#e8ebf0;--dim:#98a2b1;--line:#272d37;--soft:#1e232c;--go:#7da2ff;--go-ink:#0b1020;--ok:#4cc78a;--warn:#e5a94a;--bad:#ff7d87;--bubble:#262c37}}
+*{box-sizing:border-box}[hidden]{display:none!important}
+body{margin:0;background:var(--bg);color:var(--ink);font:14px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
+h1,h2,p,dl,dd,ol,ul{margin:0;padding:0}h2{font-size:15px;font-weight:650}ol,ul{list-style:none}
+code,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:12px}
+button,input,select{font:inherit;color:inherit;border:1px solid var(--line);border-radius:8px;background:var(--card);padding:7px 11px;min-width:0}
+input,select{width:100%}input::placeholder{color:var(--dim);opacity:.75}
+button{flex:none;cursor:pointer;font-weight:550;white-space:nowrap}button:hover{background:var(--soft)}button:disabled{opacity:.45;cursor:default}
+button.go{background:var(--go);border-color:var(--go);color:var(--go-ink)}button.go:hover{filter:brightness(1.08)}
+button.bad{color:var(--bad)}button.flat{border-color:transparent;background:none;font-weight:500}button.flat:hover{background:var(--soft)}button.small{padding:3px 8px;font-size:13px}
+:focus-visible{outline:2px solid var(--go);outline-offset:2px}
+.dim{color:var(--dim)}.error{color:var(--bad)}.row{display:flex;gap:8px;align-items:center}.grow{flex:1}
+.card{background:var(--card);border:1px solid var(--line);border-radius:12px}
+header{display:flex;gap:12px;align-items:center;padding:12px 24px;background:var(--card);border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+header h1{font-size:17px;font-weight:700;letter-spacing:-.02em;display:flex;gap:8px;align-items:center}header svg{color:var(--go)}
+.badge{font-size:12px;font-weight:600;color:var(--dim);background:var(--soft);border-radius:99px;padding:2px 9px}
+#status{display:flex;gap:7px;align-items:center;color:var(--dim);font-size:13px}
+#status::before,.state::before{content:"";width:8px;height:8px;border-radius:50%;background:var(--dim);flex:none}#status.live::before{background:var(--ok)}#status.poll::before{background:var(--warn)}#status.lost::before{background:var(--bad)}
+#gate{max-width:380px;margin:14vh auto 0;padding:28px}#gate h2{font-size:20px;margin-bottom:4px}#gate form{display:grid;gap:10px;margin-top:18px}
+#board{max-width:1560px;margin:0 auto;padding:20px 24px 48px;display:grid;gap:16px;grid-template-columns:minmax(0,1fr)}
+#troubles{border-color:var(--warn);padding:10px 16px}#troubles li::before{content:"! ";color:var(--warn);font-weight:700}
+#tiles{display:grid;gap:12px;grid-template-columns:repeat(4,minmax(0,1fr)) minmax(280px,1.9fr)}
+.tile{padding:13px 16px}.tile dt{color:var(--dim);font-size:13px}.tile dd{font-size:26px;font-weight:650;letter-spacing:-.02em;line-height:1.25}.tile small{display:block;font-size:12.5px;font-weight:400;letter-spacing:0;color:var(--dim);min-height:18px}
+#chart{display:block;width:100%;height:56px}#chart .t{fill:var(--go)}#chart .f{fill:var(--bad)}#chart .o{fill:var(--line)}
+#work{display:grid;gap:16px;grid-template-columns:minmax(0,1fr);align-items:start}#work.two{grid-template-columns:minmax(0,1fr) 360px}
+.bar{display:flex;gap:10px;align-items:center;padding:12px 16px;border-bottom:1px solid var(--line)}.bar input{max-width:280px}
+.scroll{overflow-x:auto}table{border-collapse:collapse;width:100%}th{text-align:left;font-weight:500;padding:0}th button{border:0;background:none;color:var(--dim);font-size:12.5px;padding:8px 6px;border-radius:0;width:100%;text-align:left}
+th:first-child button,td:first-child{padding-left:16px}th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}th[aria-sort] button{color:var(--ink)}
+td{padding:9px 6px;border-top:1px solid var(--line);vertical-align:middle}td:last-child{padding-right:12px}td b{font-weight:600;display:block;white-space:nowrap}td .mono{color:var(--dim);white-space:nowrap}
+.cut{max-width:170px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.state{display:inline-flex;gap:7px;align-items:center;white-space:nowrap}tbody tr:hover{background:color-mix(in srgb,var(--soft) 55%,transparent)}
+.state.ready::before{background:var(--ok)}.state.away::before,.state.deleting::before{background:var(--warn)}.state.failed::before{background:var(--bad)}.state.provisioning::before{background:var(--go);animation:pulse 1.2s infinite}
+@keyframes pulse{50%{opacity:.25}}@media(prefers-reduced-motion:reduce){*{animation:none!important}}
+.acts div{display:flex;justify-content:flex-end}.acts button{font-weight:500;padding:3px 7px}.acts button:not(.bad):not(:hover){color:var(--dim)}.none{padding:44px 16px;text-align:center;color:var(--dim)}.none b{display:block;color:var(--ink);font-size:15px;margin-bottom:3px}
+.foot{display:flex;gap:8px;align-items:center;padding:10px 16px;border-top:1px solid var(--line);color:var(--dim)}
+#phone{display:flex;flex-direction:column;height:min(680px,calc(100vh - 100px));position:sticky;top:76px}#thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:3px}
+#thread li{max-width:84%;padding:7px 12px;border-radius:16px;white-space:pre-wrap;overflow-wrap:anywhere;background:var(--bubble);align-self:flex-start}#thread li.in{background:var(--go);color:var(--go-ink);align-self:flex-end}
+#thread li.note{background:none;border:1px dashed var(--line);color:var(--dim)}#thread li.none{background:none;align-self:center;color:var(--dim);padding-top:30px}#thread img{display:block;max-width:100%;border-radius:9px;margin:5px 0 3px}
+#thread time{display:block;font-size:11px;opacity:.7;margin-top:1px}#thread li.in time{text-align:right}#phone form{display:flex;gap:8px;padding:12px;border-top:1px solid var(--line)}
+dialog{border:1px solid var(--line);border-radius:14px;background:var(--card);color:var(--ink);padding:22px;width:min(480px,calc(100vw - 24px));box-shadow:0 20px 60px #0005}dialog::backdrop{background:#0007}
+dialog form,.stack{display:grid;gap:13px}label{display:grid;gap:4px;font-weight:550}fieldset{border:0;padding:0;margin:0;min-width:0}legend{padding:0;font-weight:550;margin-bottom:4px}label input,label select{font-weight:400}label .dim,.help{font-weight:400;font-size:12.5px}label.check{display:flex;gap:8px;align-items:center;font-weight:400}label.check input{width:auto}
+.pair{display:grid;grid-template-columns:1fr 1.2fr;gap:8px}.ends{display:flex;gap:8px;justify-content:flex-end;margin-top:4px}
+#steps{display:grid;gap:1px}#steps li{display:flex;gap:9px;padding:4px 0;color:var(--dim)}#steps li::before{content:"○";width:14px}#steps li.done,#steps li.now{color:var(--ink)}#steps li.done::before{content:"✓";color:var(--ok)}#steps li.now::before{content:"●";color:var(--go);animation:pulse 1.2s infinite}#steps li.bad::before{content:"✕";color:var(--bad)}#steps span{margin-left:auto}
+#toast{position:fixed;left:12px;right:12px;margin:auto;width:fit-content;bottom:22px;max-width:min(620px,calc(100vw - 24px));z-index:9;background:var(--ink);color:var(--bg);padding:11px 16px;border-radius:10px;box-shadow:0 8px 30px #0004}
+@media(max-width:1180px){#tiles{grid-template-columns:repeat(4,minmax(0,1fr))}#hour{grid-column:1/-1}#work.two{grid-template-columns:minmax(0,1fr)}#phone{position:static;height:520px}}
+@media(max-width:720px){header{padding:10px 14px;gap:8px}#number,#mode{display:none}#board{padding:14px 12px 40px;gap:12px}#tiles{grid-template-columns:1fr 1fr;gap:8px}.tile{padding:10px 13px}.tile dd{font-size:22px}
+.bar{flex-wrap:wrap}.bar input{max-width:none;flex:1}table,tbody,tr,td{display:block;border:0}thead tr{display:flex;overflow-x:auto}th[aria-sort] button{font-weight:650}tbody tr{padding:12px 14px;border-top:1px solid var(--line);display:grid;grid-template-columns:1fr 1fr;gap:5px 12px}
+td,td:first-child,td:last-child{padding:0}td:empty{display:none}td[data-name]::before{content:attr(data-name);display:block;color:var(--dim);font-size:11.5px}td.acts{grid-column:1/-1;margin:2px -7px 0}.acts div{justify-content:flex-start}td:first-child::before,td:nth-child(2)::before{display:none!important}.cut{max-width:100%}}
+"""
+
+PAGE_BODY = """
+<header><h1><svg width="22" height="22" viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2" stroke-linecap="round" aria-hidden="true"><path d="M3 15a9 9 0 0 1 18 0"/><path d="M12 15l4-5"/><path d="M7 19h10"/></svg>cockpit</h1>
+<span id="mode" class="badge" hidden></span><span id="number" class="dim" hidden></span><span class="grow"></span><span id="status" role="status" hidden></span>
+<button id="new" class="go" hidden>New VM</button><button id="out" class="flat" hidden>Sign out</button></header>
+<main id="gate" class="card"><h2>Sign in</h2><p class="dim">The page keeps the key in this tab only.</p>
+<form id="enter"><label>API key<input id="key" type="password" autocomplete="off" required aria-describedby="why hint"></label>
+<p id="hint" class="help dim">{hint}</p><p id="why" class="error" role="alert" hidden></p><button class="go">Open</button></form></main>
+<main id="board" hidden><ul id="troubles" class="card" aria-label="Troubles" hidden></ul>
+<dl id="tiles"><div class="tile card"><dt>VMs</dt><dd><span id="t-vms">–</span><small id="t-states"></small></dd></div>
+<div class="tile card"><dt>Texts a minute</dt><dd><span id="t-rate">–</span><small id="t-total"></small></dd></div>
+<div class="tile card"><dt>Text to answer</dt><dd><span id="t-median">–</span><small id="t-p99"></small></dd></div>
+<div class="tile card"><dt>Waiting</dt><dd><span id="t-waiting">–</span><small id="t-oldest"></small></dd></div>
+<div class="tile card" id="hour"><dt id="hour-title">Last hour</dt><dd><svg id="chart" role="img" viewBox="0 0 360 56" preserveAspectRatio="none"></svg></dd></div></dl>
+<div id="work"><section class="card" aria-labelledby="fleet"><div class="bar"><h2 id="fleet">VMs</h2><span id="count" class="dim"></span><span class="grow"></span>
+<input id="filter" type="search" placeholder="Filter: number, VM, state, image" aria-label="Filter the VMs"></div>
+<div class="scroll"><table><thead><tr id="heads"></tr></thead><tbody id="rows"></tbody></table></div><p id="none" class="none" hidden></p>
+<div class="foot" id="foot" hidden><span id="range"></span><span class="grow"></span><button id="back" class="small">Previous</button><button id="next" class="small">Next</button></div></section>
+<section id="phone" class="card" aria-labelledby="phone-title" hidden><div class="bar"><h2 id="phone-title">Phone</h2><input id="from" list="known" inputmode="tel" aria-label="The phone's number" placeholder="+15551234567">
+<datalist id="known"></datalist><button id="kill" class="small bad" title="End the process of this number's VM">Kill VM</button></div>
+<ol id="thread" role="log" aria-label="Texts" tabindex="0"></ol><form id="send"><input id="words" autocomplete="off" maxlength="1600" placeholder="Text your VM" aria-label="Text" required><button class="go">Send</button></form></section></div></main>
+<dialog id="make" aria-labelledby="make-title"><form id="order"><h2 id="make-title">New VM</h2>
+<label>Phone number<input id="o-phone" inputmode="tel" placeholder="+15551234567" required></label><label>GitHub token<input id="o-token" type="password" autocomplete="off" required></label>
+<fieldset class="stack"><legend>API keys</legend><div id="keys" class="stack"></div><div><button type="button" id="more" class="small flat">+ Another key</button></div></fieldset>
+<label>Region<select id="o-region"></select></label><label class="check"><input id="o-welcome" type="checkbox" checked>Text a welcome when it is ready</label>
+<p id="o-error" class="error" role="alert" hidden></p><div class="ends"><button type="button" class="flat" data-close>Cancel</button><button class="go">Set up</button></div></form>
+<div id="progress" class="stack" hidden><h2 id="p-title" role="status"></h2><ol id="steps"></ol><p id="p-words" role="status"></p><div class="ends"><button id="p-again" class="flat" hidden>Change and try again</button><button class="go" data-close>Close</button></div></div></dialog>
+<dialog id="ask" aria-labelledby="ask-title" aria-describedby="ask-words"><form method="dialog"><h2 id="ask-title"></h2><p id="ask-words"></p><div class="ends"><button class="flat" value="">Cancel</button><button id="ask-yes" class="go" value="yes"></button></div></form></dialog>
+<div id="toast" role="status" hidden></div>
+"""
+
+PAGE_SCRIPT = r"""
+'use strict';
+const $ = id => document.getElementById(id), sleep = ms => new Promise(done => setTimeout(done, ms)), plural = (n, word) => `${n.toLocaleString('en')} ${word}${n === 1 ? '' : 's'}`;
+// Words from outside only ever become text: this page has no way to make markup of them.
+const h = (tag, given = {}, ...kids) => { const made = Object.assign(document.createElement(tag), given); made.append(...kids); return made; };
+const say = (node, words) => { if (node.textContent !== words) node.textContent = words; };
+const HEADS = [['vm_id', 'VM'], ['state', 'State'], ['region', 'Region'], ['image', 'Image'], ['waiting', 'Waiting'], ['last_text', 'Last text'], ['away_since', 'Away since'], ['last_error', 'Last error']];
+const STEPS = {app: 'Create the app', secrets: 'Store the credentials', address: 'Allocate an address', volume: 'Create the volume, if it has one', machine: 'Create the machine', start: 'Start it', health: 'Wait for its /health'};
+const REMEDY = {unauthorized: 'Sign in with the key that COCKPIT_API_KEY holds now.', too_many: 'Wait a few seconds, then try again.', vm_limit: 'Tear one down, or raise VM_LIMIT.',
+  storage: 'Check the disk that ROUTES_FILE is on.', fly_rejected: 'Check FLY_API_TOKEN and FLY_ORG; python cockpit.py doctor says more.', fly_unavailable: 'Fly may be having trouble: try again in a minute.',
+  no_capacity: 'Choose another region, or try again later.', vm_unhealthy: 'Check VM_IMAGE: it must answer GET /health on port 3000.', draining: 'The gateway is restarting: try again in a moment.',
+  phone_taken: 'Tear that VM down first if you want a new one.', unknown_vm: 'It was torn down meanwhile.', wrong_state: 'Wait until it is ready.', internal: 'The gateway\u2019s log says what happened.'};
+const FIELDS = {phone_number: 'The phone number', github_token: 'The GitHub token', api_keys: 'The API keys', region: 'The region'};
+let key = sessionStorage.getItem('cockpit-key') || '', feed = 0, stop = null, fleet = null, fleetAt = 0, table = null, toastTimer = 0;
+const view = {sort: 'vm_id', desc: false, filter: '', trail: []}, drawn = new Map();
+
+// Talking to the gateway
+
+async function api(path, {headers, ...rest} = {}) {
+  const answer = await fetch(path, {...rest, cache: 'no-store', headers: {Authorization: 'Bearer ' + key, ...headers}});
+  if (answer.ok) return answer;
+  let told = {}; try { told = await answer.json(); } catch { /* not our own words: the status must do */ }
+  throw Object.assign(new Error(told.detail || `the gateway answered ${answer.status}`), {status: answer.status, problem: told});
+}
+const post = (path, body, headers = {}) => api(path, {method: 'POST', body: JSON.stringify(body), headers: {'Content-Type': 'application/json', ...headers}});
+function explain(error) {
+  if (!error.status) return 'The gateway did not answer. Check that it is running and that you are connected, then try again.';
+  const faults = (error.problem.errors || []).map(fault => `${FIELDS[fault.field] || fault.field.replace('api_keys.', '')} ${fault.message}`).join('; ');
+  const words = faults || error.message, remedy = REMEDY[error.problem.code] || '';
+  return words[0].toUpperCase() + words.slice(1) + '. ' + remedy;
+}
+function toast(words) { say($('toast'), words); $('toast').hidden = false; clearTimeout(toastTimer); toastTimer = setTimeout(() => { $('toast').hidden = true; }, 7000); }
+async function* eventsOf(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader(); let text = '';
+  for (;;) {
+    const {value, done} = await reader.read(); if (done) return;
+    const blocks = (text += value).split('\n\n'); text = blocks.pop();
+    for (const block of blocks) {
+      const lines = block.split('\n'), part = name => lines.filter(line => line.startsWith(name + ': ')).map(line => line.slice(name.length + 2)).join('\n');
+      if (part('data')) yield [part('event'), JSON.parse(part('data'))];
+    }
+  }
+}
+function status(kind, words) { $('status').className = kind; say($('status'), words); }
+function query() { return new URLSearchParams({sort: view.sort, desc: view.desc ? 1 : 0, filter: view.filter, ...(view.trail.length ? {after: view.trail.at(-1)} : {})}); }
+async function follow() {  // a stream; where that does not get through, polling, with a stream tried now and then
+  const mine = ++feed; let failures = 0; if (stop) stop.abort();
+  while (mine === feed && key) {
+    const streaming = failures < 3 || failures % 6 === 0, cut = stop = new AbortController(); let guard = 0, polled = false;
+    const alive = () => { clearTimeout(guard); guard = setTimeout(() => cut.abort(), 15000); };
+    try {
+      alive();
+      const answer = await api('events?' + query(), {signal: cut.signal, headers: {Accept: streaming ? 'text/event-stream' : 'application/json'}});
+      if (streaming) for await (const [name, told] of eventsOf(answer)) { if (mine !== feed) return; alive(); failures = 0; status('live', 'Live'); take(name, told); }
+      else { const told = await answer.json(); if (mine !== feed) return; take('fleet', told.fleet); take('table', told.table); polled = true; status('poll', 'Live, every 5 s'); }
+    } catch (error) {
+      if (mine !== feed) return;
+      if (error.status === 401) return leave('That key is not accepted. ' + REMEDY.unauthorized);
+      if (error.status === 422) { view.trail = []; toast(explain(error)); }
+    } finally { clearTimeout(guard); }
+    failures++;
+    const pause = polled ? 5 : Math.min(30, 2 ** failures) * (0.5 + Math.random() / 2);
+    if (!polled) status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
+    await sleep(pause * 1000);
+  }
+}
+function take(name, told) {
+  if (name === 'fleet') { fleet = told; fleetAt = performance.now(); drawFleet(); } else if (name === 'table') { table = told; drawTable(); }
+}
+
+// Signing in
+
+function enter() {
+  for (const id of ['new', 'out', 'status', 'board', 'mode', 'number']) $(id).hidden = false;
+  $('gate').hidden = true; status('', 'Connecting'); follow();
+}
+function leave(why = '') {
+  feed++; if (stop) stop.abort(); key = ''; sessionStorage.removeItem('cockpit-key');
+  for (const id of ['new', 'out', 'status', 'board', 'mode', 'number', 'phone']) $(id).hidden = true;
+  document.querySelectorAll('dialog[open]').forEach(open => open.close());
+  $('gate').hidden = false; say($('why'), why); $('why').hidden = !why; $('key').value = ''; $('key').focus();
+}
+$('enter').onsubmit = async event => {
+  event.preventDefault(); key = $('key').value.trim();
+  try {
+    if (!/^[\x21-\x7e]+$/.test(key)) throw Object.assign(new Error(), {status: 401});
+    await api('provision?limit=1'); sessionStorage.setItem('cockpit-key', key); enter(); $('new').focus();
+  } catch (error) { leave(error.status === 401 ? 'That key is not accepted. ' + REMEDY.unauthorized : explain(error)); }
+};
+$('out').onclick = () => leave();
+
+// Tiles and chart
+
+const clockNow = () => fleet.at + (performance.now() - fleetAt) / 1000;
+function span(seconds) {
+  if (seconds < 1) return Math.round(seconds * 1000) + ' ms';
+  if (seconds < 10) return seconds.toFixed(1) + ' s';
+  for (const [size, unit] of [[86400, 'd'], [3600, 'h'], [60, 'min']]) if (seconds >= size) return Math.floor(seconds / size) + ' ' + unit;
+  return Math.round(seconds) + ' s';
+}
+const ago = at => !at ? '' : clockNow() - at < 2 ? 'now' : span(clockNow() - at) + ' ago';
+function drawFleet() {
+  const vms = Object.entries(fleet.vms), total = vms.reduce((sum, [, n]) => sum + n, 0), texts = fleet.hour.reduce((sum, [n]) => sum + n, 0), failed = fleet.hour.reduce((sum, [, n]) => sum + n, 0);
+  say($('mode'), fleet.mode); say($('number'), fleet.number); say($('t-vms'), total.toLocaleString('en'));
+  say($('t-states'), vms.filter(([, n]) => n).map(([state, n]) => `${n} ${state}`).join(' · ') || 'none yet');
+  say($('t-rate'), fleet.texts_a_minute.toLocaleString('en')); say($('t-total'), `${texts.toLocaleString('en')} in the last hour`);
+  say($('t-median'), fleet.median_s === null ? '–' : span(fleet.median_s)); say($('t-p99'), fleet.median_s === null ? 'no answers yet' : `median; 99 % within ${span(fleet.p99_s)}`);
+  say($('t-waiting'), fleet.waiting.toLocaleString('en')); say($('t-oldest'), fleet.waiting ? `oldest ${span(fleet.oldest_s)}` : 'nothing waits');
+  say($('hour-title'), `Last hour: ${plural(texts, 'text')}, ${plural(failed, 'failure')}`); $('chart').setAttribute('aria-label', $('hour-title').textContent);
+  const most = Math.max(8, ...fleet.hour.map(([n, bad]) => Math.max(n, bad)));
+  $('chart').replaceChildren(...fleet.hour.flatMap(([n, bad], at) => [[n, 't'], [bad, 'f']].filter(([count, kind]) => count || kind === 't').map(([count, kind]) => {
+    const bar = document.createElementNS('http://www.w3.org/2000/svg', 'rect'), high = count ? Math.max(3, count / most * 56) : 1.5;
+    for (const [name, value] of Object.entries({x: at * 6 + 0.6, y: 56 - high, width: 4.8, height: high, rx: 1, class: count ? kind : 'o'})) bar.setAttribute(name, value);
+    return bar;
+  })));
+  $('troubles').hidden = !fleet.troubles.length; $('troubles').replaceChildren(...fleet.troubles.map(words => h('li', {}, words)));
+  $('work').className = fleet.has_phone ? 'two' : ''; $('kill').hidden = !fleet.can_kill;
+  if (fleet.has_phone && $('phone').hidden) { $('phone').hidden = false; openPhone(); }
+  if (!$('o-region').length) $('o-region').append(h('option', {value: ''}, `As configured (${fleet.regions.join(', ')})`), ...fleet.regions.map(code => h('option', {value: code}, code)));
+}
+
+// Table
+
+for (const [name, title] of HEADS) $('heads').append(h('th', {scope: 'col', id: 'h-' + name}, h('button', {onclick: () => {
+  view.desc = view.sort === name ? !view.desc : ['waiting', 'last_text', 'away_since'].includes(name); view.sort = name; view.trail = []; drawHeads(); follow();
+}}, title)));
+$('heads').append(h('th', {scope: 'col'}));
+function drawHeads() { for (const [name] of HEADS) name === view.sort ? $('h-' + name).setAttribute('aria-sort', view.desc ? 'descending' : 'ascending') : $('h-' + name).removeAttribute('aria-sort'); }
+function newRow(row) {
+  const cells = HEADS.map(([, title], at) => { const cell = h('td'); if (at) cell.dataset.name = title; return cell; });
+  cells[0].append(h('b', {}, row.phone), h('span', {className: 'mono'}, row.vm_id)); cells[1].append(h('span', {className: 'state'}));
+  cells[3].className = 'mono cut'; cells[7].className = 'cut error';
+  const act = (title, how, kind = '') => h('button', {className: 'small flat ' + kind, ariaLabel: `${title} ${row.phone}`, onclick: () => how(row)}, title);
+  return h('tr', {}, ...cells, h('td', {className: 'acts'}, h('div', {}, act('Restart', restart), act('Upgrade', upgrade), act('Tear down', tearDown, 'bad'))));
+}
+function drawTable() {
+  const seen = new Set(table.rows.map(row => row.vm_id));
+  for (const [vmId, line] of drawn) if (!seen.has(vmId)) { line.remove(); drawn.delete(vmId); }
+  table.rows.forEach((row, at) => {
+    if (!drawn.has(row.vm_id)) drawn.set(row.vm_id, newRow(row));
+    const line = drawn.get(row.vm_id), cells = line.cells, state = cells[1].firstChild;
+    if ($('rows').children[at] !== line) $('rows').insertBefore(line, $('rows').children[at] || null);
+    state.className = 'state ' + row.state; say(state, row.step ? `${row.state}: ${row.step}` : row.state);
+    say(cells[2], row.region); say(cells[3], row.image.split('/').pop()); cells[3].title = row.image; say(cells[4], row.waiting ? String(row.waiting) : ''); say(cells[5], ago(row.last_text));
+    say(cells[6], ago(row.away_since)); say(cells[7], row.last_error); cells[7].title = row.last_error;
+    for (const button of cells[8].firstChild.children) button.disabled = button.textContent !== 'Tear down' && !['ready', 'away'].includes(row.state);
+  });
+  const first = view.trail.length * 200, many = first || table.next;
+  say($('count'), view.filter ? `${table.matching.toLocaleString('en')} found` : ''); $('foot').hidden = !many; $('none').hidden = table.rows.length > 0;
+  say($('range'), `${(first + 1).toLocaleString('en')}–${(first + table.rows.length).toLocaleString('en')} of ${table.matching.toLocaleString('en')}`); $('back').disabled = !first; $('next').disabled = !table.next;
+  $('none').replaceChildren(...(view.filter ? ['No VM matches this filter.'] : [h('b', {}, 'No VMs yet'), 'New VM sets one up for a phone number.']));
+}
+$('next').onclick = () => { view.trail.push(table.next); follow(); };
+$('back').onclick = () => { view.trail.pop(); follow(); };
+let typing = 0;
+$('filter').oninput = () => { clearTimeout(typing); typing = setTimeout(() => { view.filter = $('filter').value.trim(); view.trail = []; follow(); }, 250); };
+setInterval(() => { if (key && table && fleet) drawTable(); }, 1000);
+
+// Doing something to a VM: ask, do, say how it went
+
+function ask(title, words, yes, kind) {
+  say($('ask-title'), title); say($('ask-words'), words); say($('ask-yes'), yes); $('ask-yes').className = kind; $('ask').returnValue = ''; $('ask').showModal();
+  return new Promise(done => { $('ask').onclose = () => done($('ask').returnValue === 'yes'); });
+}
+async function change(row, title, words, yes, kind, call, done) {
+  if (!await ask(title, words, yes, kind)) return;
+  toast(`${row.phone}: ${yes.toLowerCase()} is under way`);
+  try { const answer = await call(); toast(`${row.phone}: ${answer.status === 202 && kind ? 'Fly has not confirmed yet; it is tried until it has.' : done}`); follow(); } catch (error) { toast(`${row.phone}: ${explain(error)}`); }
+}
+const restart = row => change(row, `Restart ${row.phone}?`, 'What runs on it now is cut off and handed over again when it is back. Texts wait.', 'Restart', 'go', () => post(`provision/${row.vm_id}/restart`, {}), 'restarted.');
+const upgrade = row => change(row, `Upgrade ${row.phone}?`, 'Moves it to the present VM_IMAGE, and back to the old one if that does not answer. Texts wait.', 'Upgrade', 'go', () => post(`provision/${row.vm_id}/upgrade`, {}), 'runs the present image.');
+const tearDown = row => change(row, `Tear down ${row.phone}?`, `Destroys ${row.vm_id} with its machine and disk, and frees the number. What waits is not run; its owner is told. This cannot be undone.`, 'Tear down', 'bad',
+  () => api(`provision/${row.vm_id}`, {method: 'DELETE'}), 'torn down.');
+
+// Setting one up
+
+function addKey(name = '') {
+  $('keys').append(h('div', {className: 'pair'}, h('input', {value: name, placeholder: 'NAME', ariaLabel: 'Name of the variable', className: 'mono'}), h('input', {type: 'password', autocomplete: 'off', placeholder: 'value', ariaLabel: 'Value of the variable'})));
+}
+addKey('ANTHROPIC_API_KEY'); $('more').onclick = () => { addKey(); $('keys').lastChild.firstChild.focus(); };
+function showOrder() { $('order').hidden = false; $('progress').hidden = true; $('o-error').hidden = true; if (!$('make').open) $('make').showModal(); $('o-phone').focus(); }
+$('new').onclick = showOrder; $('p-again').onclick = showOrder;
+for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => $('make').close();
+$('order').onsubmit = async event => {
+  event.preventDefault();
+  const pairs = [...$('keys').children].map(pair => [pair.firstChild.value.trim(), pair.lastChild.value]).filter(([name, value]) => name || value);
+  const body = {phone_number: $('o-phone').value.trim(), github_token: $('o-token').value, api_keys: Object.fromEntries(pairs), welcome: $('o-welcome').checked, ...($('o-region').value ? {region: $('o-region').value} : {})};
+  let answer; $('order').lastElementChild.lastElementChild.disabled = true;
+  try { answer = await post('provision', body, {Accept: 'text/event-stream'}); } catch (error) { say($('o-error'), explain(error)); $('o-error').hidden = false; return; } finally { $('order').lastElementChild.lastElementChild.disabled = false; }
+  $('order').hidden = true; $('progress').hidden = false; $('p-again').hidden = true; say($('p-title'), `Setting up ${body.phone_number}`); say($('p-words'), '');
+  const lines = new Map(Object.entries(STEPS).map(([step, title]) => [step, h('li', {}, title, h('span', {className: 'dim'}))])); $('steps').replaceChildren(...lines.values());
+  let began = performance.now(), now = lines.get('app'); now.className = 'now';
+  const tick = setInterval(() => now && say(now.lastChild, ((performance.now() - began) / 1000).toFixed(1) + ' s'), 100), all = performance.now();
+  try {
+    for await (const [name, told] of (answer.headers.get('Content-Type') || '').includes('json') ? [['ready', await answer.json()]] : eventsOf(answer)) {
+      if (name === 'step' && lines.has(told.step)) { now = lines.get(told.step); now.className = 'done'; say(now.lastChild, told.seconds.toFixed(told.seconds < 1 ? 3 : 1) + ' s'); now = now.nextElementSibling; began = performance.now(); if (now) now.className = 'now'; }
+      if (name === 'ready') {
+        now = null; for (const line of lines.values()) line.className = 'done';
+        say($('p-title'), `${body.phone_number} is ready`); say($('p-words'), `${told.vm_id} in ${told.region || 'its region'}, after ${span((performance.now() - all) / 1000)}. Its phone can text now.`);
+        $('o-token').value = ''; $('o-phone').value = ''; for (const pair of $('keys').children) pair.lastChild.value = ''; if (!$('phone').hidden) { $('from').value = body.phone_number; openPhone(); } follow();
+      }
+      if (name === 'failed') throw Object.assign(new Error(told.detail), {status: told.status, problem: told});
+    }
+    if (now) throw new Error();
+  } catch (error) {
+    if (now) now.className = 'bad'; say($('p-title'), `${body.phone_number} could not be set up`); $('p-again').hidden = false;
+    say($('p-words'), error.status ? `${explain(error)} What was made is being undone.` : 'The connection broke. The gateway goes on by itself: the table shows how it ends.');
+  } finally { clearInterval(tick); }
+};
+
+// The phone, in local mode
+
+let threadTimer = 0, threadShown = '', vmOf = new Map();
+const number = () => $('from').value.replace(/[ .()-]/g, '');
+async function openPhone() {
+  try { const told = await (await api('provision?limit=200')).json(); vmOf = new Map(told.vms.map(vm => [vm.phone_number, vm.vm_id])); } catch { /* the live feed says what is wrong */ }
+  $('known').replaceChildren(...[...vmOf.keys()].map(value => h('option', {value}))); if (!$('from').value) $('from').value = [...vmOf.keys()][0] || '';
+  clearTimeout(threadTimer); readThread();
+}
+async function readThread() {
+  clearTimeout(threadTimer); const phone = number(), old = threadShown;
+  try {
+    const texts = phone ? (await (await api('_local/texts?phone=' + encodeURIComponent(phone))).json()).texts : [], said = JSON.stringify([phone, texts]);
+    if (said !== threadShown && phone === number()) { threadShown = said; drawThread(phone, texts, !old.startsWith(JSON.stringify([phone]).slice(0, -1))); }
+  } catch { /* tried again */ }
+  if (key && !$('phone').hidden) { clearTimeout(threadTimer); threadTimer = setTimeout(readThread, document.hidden ? 5000 : 800); }
+}
+function drawThread(phone, texts, anew) {
+  const list = $('thread'), atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 60; if (anew) list.replaceChildren();
+  if (!texts.length) { list.replaceChildren(h('li', {className: 'none'}, phone ? 'No texts yet. Say hello.' : 'Type the number of a phone above.')); return; }
+  if (list.firstChild && list.firstChild.className === 'none') list.replaceChildren();
+  for (const text of texts.slice(list.children.length)) {
+    const when = new Date(text.at), pictures = text.media.map(url => { const at = new URL(url, location); return h('img', {src: at.pathname + at.search, alt: 'Picture from the VM', onload: () => { list.scrollTop = list.scrollHeight; }}); });
+    const note = text.direction === 'out' && /^(Your VM |Not run|No answer after|Still working)/.test(text.body);
+    list.append(h('li', {className: text.direction === 'in' ? 'in' : note ? 'note' : ''}, text.body, ...pictures, h('time', {dateTime: when.toISOString()}, when.toLocaleTimeString([], {hour: '2-digit', minute: '2-digit', second: '2-digit'}))));
+  }
+  if (atEnd || anew) list.scrollTop = list.scrollHeight;
+}
+$('from').onchange = openPhone;
+$('send').onsubmit = async event => {
+  event.preventDefault(); const body = $('words').value; if (!number()) { toast('Type the phone\u2019s number first, such as +15551234567.'); $('from').focus(); return; }
+  $('words').value = '';
+  try {
+    const told = await (await post('_local/texts', {from: number(), body})).json();
+    if (told.webhook_status !== 200) toast(`The gateway answered this text with ${told.webhook_status}. ${told.webhook_status === 503 ? REMEDY.storage : 'Its log says why.'}`);
+  } catch (error) { $('words').value = body; toast(explain(error)); }
+  await readThread(); $('words').focus();
+};
+$('kill').onclick = async () => {
+  await openPhone(); const vmId = vmOf.get(number()); if (!vmId) { toast('This number has no VM. New VM sets one up.'); return; }
+  try { await post(`_local/vms/${vmId}/kill`, {}); toast('Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.'); } catch (error) { toast(explain(error)); }
+};
+drawHeads(); if (key) enter(); else $('key').focus();
+"""
+
+PAGE = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>cockpit</title>'
+        '<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns=\'http://www.w3.org/2000/svg\' viewBox=\'0 0 24 24\' fill=\'none\' stroke=\'%233b6fe0\' stroke-width=\'2.5\''
+        ' stroke-linecap=\'round\'%3E%3Cpath d=\'M3 16a9 9 0 0 1 18 0M12 16l4-5\'/%3E%3C/svg%3E">'
+        f"<style>{PAGE_STYLE}</style>{PAGE_BODY}<script>{PAGE_SCRIPT}</script></html>")
+
+
+def csp_hash(inline: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode() + "'"
+
+
+PAGE_HEADERS = {
+    "Content-Security-Policy": f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)}; connect-src 'self'; img-src 'self' data:; "
+                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
+    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-store"}
 
 
 # --- Local mode ---
@@ -4915,7 +5363,7 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
         web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision), web.patch("/provision/{vm_id}", patch_provision),
         *(web.post(f"/provision/{{vm_id}}/{what}", functools.partial(change_vm, what=what)) for what in ("restart", "upgrade")),
         web.post("/sms", post_sms), web.post("/sms/status", post_sms_status), web.post("/messages", post_messages), web.get("/messages/{sid}", get_message),
-        web.get("/media/{signed}", get_media), web.get("/health", get_health), web.get("/metrics", get_metrics), web.get("/", get_page),
+        web.get("/media/{signed}", get_media), web.get("/health", get_health), web.get("/metrics", get_metrics), web.get("/", get_page), web.get("/events", get_events),
     ])
     if local:
         add_local_world(app, settings)
