@@ -4131,7 +4131,8 @@ def server_sent(event: str, told: Json) -> bytes:
 def vm_ids_after(store: RouteStore, after: str, limit: int) -> list[str]:
     """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
     deleting = [vm_id for vm_id, entry in store.undo.items() if vm_id > after and entry.get("reason") != "failed"]
-    return sorted(store.page(after, limit) + deleting)[:limit]
+    vm_ids = store.page(after, limit)
+    return sorted(vm_ids + deleting)[:limit] if deleting else vm_ids
 
 
 async def get_provisions(request: web.Request) -> web.Response:
@@ -4335,7 +4336,7 @@ async def get_health(request: web.Request) -> web.Response:
 ROWS = 200  # of the table, at a time
 TICK_S = 2.0
 SCAN_SHARE = 20.0  # sorting or filtering a large fleet may take one part in this many of the process's time
-SCAN_STEP = 250
+SCAN_STEP = 100
 NUMERIC_COLUMNS = ("waiting", "last_text", "away_since")
 COLUMNS = ("vm_id", "state", "region", "image", *NUMERIC_COLUMNS, "last_error")
 
@@ -4507,11 +4508,11 @@ PAGE_BODY = """
 <input id="filter" type="search" placeholder="Filter: number, VM, state, image" aria-label="Filter the VMs"></div>
 <div class="scroll"><table><thead><tr id="heads"></tr></thead><tbody id="rows"></tbody></table></div><p id="none" class="none" hidden></p>
 <div class="foot" id="foot" hidden><span id="range"></span><span class="grow"></span><button id="back" class="small">Previous</button><button id="next" class="small">Next</button></div></section>
-<section id="phone" class="card" aria-labelledby="phone-title" hidden><div class="bar"><h2 id="phone-title">Phone</h2><input id="from" list="known" inputmode="tel" aria-label="The phone's number" placeholder="+15551234567">
+<section id="phone" class="card" aria-labelledby="phone-title" hidden><div class="bar"><h2 id="phone-title">Phone</h2><input id="from" list="known" inputmode="tel" aria-label="The phone's number" placeholder="+1 555 010 0199">
 <datalist id="known"></datalist><button id="kill" class="small bad" title="End the process of this number's VM">Kill VM</button></div>
 <ol id="thread" role="log" aria-label="Texts" tabindex="0"></ol><form id="send"><input id="words" autocomplete="off" maxlength="1600" placeholder="Text your VM" aria-label="Text" required><button class="go">Send</button></form></section></div></main>
 <dialog id="make" aria-labelledby="make-title"><form id="order"><h2 id="make-title">New VM</h2>
-<label>Phone number<input id="o-phone" inputmode="tel" placeholder="+15551234567" required></label><label>GitHub token<input id="o-token" type="password" autocomplete="off" required></label>
+<label>Phone number<input id="o-phone" inputmode="tel" placeholder="+1 555 010 0199" required></label><label>GitHub token<input id="o-token" type="password" autocomplete="off" required></label>
 <fieldset class="stack"><legend>API keys</legend><div id="keys" class="stack"></div><div><button type="button" id="more" class="small flat">+ Another key</button></div></fieldset>
 <label>Region<select id="o-region"></select></label><label class="check"><input id="o-welcome" type="checkbox" checked>Text a welcome when it is ready</label>
 <p id="o-error" class="error" role="alert" hidden></p><div class="ends"><button type="button" class="flat" data-close>Cancel</button><button class="go">Set up</button></div></form>
@@ -4760,7 +4761,7 @@ function drawThread(phone, texts, anew) {
 }
 $('from').onchange = openPhone;
 $('send').onsubmit = async event => {
-  event.preventDefault(); const body = $('words').value; if (!number()) { toast('Type the phone\u2019s number first, such as +15551234567.'); $('from').focus(); return; }
+  event.preventDefault(); const body = $('words').value; if (!number()) { toast('Type the phone\u2019s number first, such as +1 555 010 0199.'); $('from').focus(); return; }
   $('words').value = '';
   try {
     const told = await (await post('_local/texts', {from: number(), body})).json();

@@ -9,7 +9,7 @@ remember what they were asked and fail on command; `FakeClock` is the time cockp
 `World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
 
 Sections: clock and wires · Fly · VMs · Twilio · world · settings · vocabulary · retry · store · Fly client · Twilio · provisioning ·
-relay · answers · HTTP · local mode · container and main · never lose a text · never leave half a VM
+relay · answers · HTTP · operator's page, metrics, logs · local mode · container and main · never lose a text · never leave half a VM
 """
 import asyncio
 import base64
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import heapq
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -2770,6 +2771,221 @@ async def test_credentials_are_in_no_answer_and_no_file(world):
     assert not [secret for secret in (*SECRETS, vm.env["COCKPIT_TOKEN"]) if any(secret in text for text in said)]
 
 
+# --- Operator's page, metrics, logs ---
+
+def parse_metrics(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """Prometheus text, strictly: each metric's HELP, then TYPE, then all its samples and no other's; histograms cumulative."""
+    found: dict[str, dict] = {}
+    family, kind = "", ""
+    for line in text.removesuffix("\n").split("\n"):
+        if header := re.fullmatch(r"# (HELP|TYPE) ([a-z_]+) (.+)", line):
+            if header[1] == "HELP":
+                assert header[2] not in found and header[2].startswith("cockpit_"), line
+                family, kind = header[2], ""
+                found[family] = {}
+            else:
+                assert (header[2], kind) == (family, "") and header[3] in ("counter", "gauge", "histogram"), line
+                kind = header[3]
+            continue
+        sample = re.fullmatch(r'([a-z_]+)(?:\{((?:[a-z]+="(?:[^"\\\n]|\\[\\"n])*",?)+)\})? ([0-9.e+-]+)', line)
+        assert sample and kind, line
+        suffixes = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
+        assert sample[1] in [family + suffix for suffix in suffixes] and (kind != "counter" or family.endswith("_total")), line
+        labels = tuple(re.findall(r'([a-z]+)="([^"]*)"', sample[2] or ""))
+        assert not any(re.search(r"[0-9]{6}|cockpit-vm|SM[0-9a-f]{8}", value) for _, value in labels), line
+        assert labels not in found.setdefault(sample[1], {}), line
+        found[sample[1]][labels] = float(sample[3])
+    for name, samples in found.items():
+        if name.endswith("_bucket"):
+            for labels, count in found[name.removesuffix("_bucket") + "_count"].items():
+                row = [number for at, number in samples.items() if at[:-1] == labels]
+                assert row == sorted(row) and row[-1] == count and samples[(*labels, ("le", "+Inf"))] == count, name
+    return found
+
+
+async def metrics(world: World, **more: Any) -> dict:
+    return parse_metrics((await world.call("GET", "/metrics", **more)).text)
+
+
+@pytest.fixture
+def told():
+    """The log lines of an event, as they are written: a function from event names to their fields."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(cockpit.LineFormatter(as_json=True))
+    logger = logging.getLogger("cockpit")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield lambda *events: [line for line in map(json.loads, stream.getvalue().splitlines()) if not events or line["event"] in events]
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+async def test_every_metric_has_help_and_type_and_the_numbers_add_up(world):
+    vm = await world.ready()
+    await world.text("one")
+    await world.text("two")
+    await world.hears("ran: one", "ran: two")
+    await world.text("who?", EVE)
+    vm.then({"status": 500})
+    await world.text("three")
+    await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 3)
+    world.twilio.fails("send", 400, code=21610)
+    await world.text("four")
+    await world.clock.until(lambda: world.twilio.count("send") == 4)
+    await world.clock.settle()
+    now = await metrics(world)
+    texts, finished, sent = (now[f"cockpit_{name}_total"] for name in ("texts", "texts_finished", "messages_sent"))
+    assert texts == {(("outcome", "accepted"),): 4, (("outcome", "unknown"),): 1}
+    assert finished == {(("outcome", "answered"),): 3, (("outcome", "failed"),): 1} and now["cockpit_texts_waiting"] == {(): 0}
+    assert sent == {(("outcome", "sent"),): 3, (("outcome", "failed"),): 1} and now["cockpit_twilio_errors_total"] == {(("code", "21610"),): 1}
+    assert now["cockpit_text_handover_seconds_count"] == {(): 4} and now["cockpit_text_answer_seconds_count"] == {(): 2}
+    assert now["cockpit_provision_seconds_count"] == {(("outcome", "ready"),): 1} and now["cockpit_vms"][(("state", "ready"),)] == 1
+    upstream = now["cockpit_upstream_seconds_count"]
+    assert upstream[(("service", "twilio"), ("operation", "create message"), ("status", "2xx"))] == 3
+    assert now["cockpit_journal_bytes"][()] > 0 and now["cockpit_journal_sync_seconds_count"][()] > 0
+
+
+async def test_a_metric_with_too_many_labels_counts_the_rest_as_other():
+    counts = cockpit.Counts("Things.", "code")
+    for code in range(300):
+        counts.add(f"x{code}")
+    assert len(counts.values) == 201 and counts.values[("other",)] == 100
+    counts.add('a"b\\\n')
+    quoted = cockpit.Counts("Things.", "code")
+    quoted.add('a"b\\\n')
+    assert list(quoted.expose("x"))[1] == r'x_total{code="a\"b\\\n"} 1'
+
+
+async def test_metrics_want_their_token_when_one_is_set(world):
+    await world.start(METRICS_TOKEN="scrape-me")
+    assert [(await world.call("GET", "/metrics", key=key)).status for key in (None, KEY, "scrape-me")] == [401, 401, 200]
+
+
+async def test_every_answer_names_its_request_and_log_lines_carry_the_name(world, told):
+    await world.start()
+    answers = [await world.call(method, path) for method, path in (("GET", "/health"), ("GET", "/nowhere"), ("PUT", "/provision"), ("GET", "/"), ("GET", "/metrics"))]
+    answers.append(await world.call("GET", "/provision", key="wrong"))
+    answers.append(await world.twilio.posts("/sms", {"MessageSid": "SM1"}, "unsigned"))
+    names = [answer.headers["X-Request-Id"] for answer in answers]
+    assert len(set(names)) == len(names) and all(re.fullmatch("[0-9a-f]{16}", name) for name in names)
+    assert [line["request_id"] for line in told("request_refused")] == names[-2:]
+    fly = await world.call("GET", "/health", headers={"Fly-Request-Id": "01KB-iad-0123456789"})
+    odd = await world.call("GET", "/health", headers={"Fly-Request-Id": "a b=c"})
+    assert fly.headers["X-Request-Id"] == "01KB-iad-0123456789" and odd.headers["X-Request-Id"] != "a b=c"
+
+
+async def test_a_text_is_followed_from_webhook_to_answer_by_its_sid(world):
+    vm = await world.ready()
+    gate = await world.occupies(vm, "the secret plan")
+    sid, path = vm.asked[0].key, f"/messages/{vm.asked[0].key}"
+    steps = [step["step"] for step in (await world.call("GET", path)).body["steps"]]
+    assert steps == ["received", "journaled", "handed_over"]
+    await world.clock.advance(7)
+    gate.open()
+    await world.clock.until(lambda: world.twilio.sent_to(ANN))
+    await world.clock.settle()
+    answer = await world.call("GET", path)
+    way = answer.body
+    assert (way["message_sid"], way["vm_id"], way["outcome"], way["attempts"], way["errors"]) == (sid, vm.app, "answered", 1, [])
+    assert [step["step"] for step in way["steps"]] == ["received", "journaled", "handed_over", "answered", "sent"]
+    assert 7000 <= way["steps"][-1]["ms"] < 8000 and way["steps"][0]["at"].endswith("Z")
+    assert "secret plan" not in answer.text and ANN[-7:] not in answer.text
+    assert (await world.call("GET", path, key=None)).status == 401 and (await world.call("GET", "/messages/SM404")).status == 404
+
+
+async def test_a_text_s_way_tells_its_troubles_and_a_refused_one_why(world):
+    vm = await world.ready()
+    await world.leaves(vm, 503)
+    await world.text("later", MessageSid="SM" + "1" * 32)
+    await world.clock.advance(5)
+    await world.returns(vm)
+    await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
+    way = (await world.call("GET", "/messages/SM" + "1" * 32)).body
+    assert way["outcome"] == "answered" and way["attempts"] >= 2 and way["errors"][0]["error"] == "answered 503"
+    await world.text("hi", EVE, MessageSid="SM" + "2" * 32)
+    assert (await world.call("GET", "/messages/SM" + "2" * 32)).body["outcome"] == "unknown"
+
+
+async def test_only_the_last_ten_thousand_ways_are_kept(world, monkeypatch):
+    monkeypatch.setattr(cockpit, "TRACES_KEPT", 2)
+    await world.start()
+    for n in range(3):
+        await world.text("hi", EVE, MessageSid=f"SM{n:032d}")
+    assert [(await world.call("GET", f"/messages/SM{n:032d}")).status for n in range(3)] == [404, 200, 200]
+
+
+async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
+    vm = await world.ready()
+    before = len(told())
+    await world.text("hello")
+    await world.clock.until(lambda: told("text_done"))
+    for _ in range(3):
+        await world.call("GET", "/health")
+    line, = told()[before:]
+    assert line["event"] == "text_done"
+    assert line["vm_id"] == vm.app and line["message_sid"] == vm.asked[0].key and line["outcome"] == "answered" and len(line["request_id"]) == 16
+    assert {"ms_to_hand_over", "ms_to_answer", "ms_to_sent"} <= line.keys()
+
+
+async def test_a_log_line_masks_whole_numbers_in_both_formats():
+    record = logging.LogRecord("cockpit", logging.INFO, "", 0, "said", None, None)
+    record.fields = [{"words": f"from {ANN}", "empty": ""}, {"n": 1}]
+    for as_json in (True, False):
+        lines = cockpit.LineFormatter(as_json=as_json).format(record).split("\n")
+        assert len(lines) == 2 and "+1555***4567" in lines[0] and "empty" not in lines[0] and "said" in lines[1]
+
+
+async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
+    await world.start()
+    answer = await world.call("GET", "/", key=None)
+    policy, page = answer.headers["Content-Security-Policy"], answer.text
+    style, script = (re.search(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)[1] for tag in ("style", "script"))
+    for name, inline in (("style-src", style), ("script-src", script)):
+        assert f"{name} 'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}';" in policy
+    assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "require-trusted-types-for 'script'" in policy
+    assert set(re.findall(r"https?://[^'\" )]+", page)) == {"http://www.w3.org/2000/svg"} and page.count("<script") == page.count("<style") == 1
+    assert not re.search(r"\s(?:on[a-z]+|style)=\"", page) and not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|cookie", page)
+
+
+async def test_the_live_feed_needs_the_key_and_shows_masked_numbers(world):
+    vm = await world.ready()
+    assert (await world.call("GET", "/events", key=None)).status == 401
+    once = await world.call("GET", "/events")
+    row, = once.body["table"]["rows"]
+    assert (row["vm_id"], row["phone"], row["state"], row["waiting"]) == (vm.app, "+1555***4567", "ready", 0) and ANN not in once.text and GITHUB not in once.text
+    async with world.session.get(world.twilio.gateway + "/events", headers={"Authorization": f"Bearer {KEY}", "Accept": "text/event-stream"}) as stream:
+        assert stream.content_type == "text/event-stream" and stream.headers["X-Request-Id"]
+        assert b'"vms"' in await world.clock.run(stream.content.readuntil(b"\n\n"))
+        assert b"event: table" in await world.clock.run(stream.content.readuntil(b"\n\n"))
+        await world.leaves(vm, 503)
+        await world.text("are you there?")
+        seen = b""
+        while b'"state": "away"' not in seen:
+            seen = await world.clock.run(stream.content.readuntil(b"\n\n"))
+        assert ANN.encode() not in seen
+
+
+async def test_the_table_is_sorted_filtered_and_paged_by_the_gateway(world):
+    routes = {f"+1666{n:07d}": {"vm_id": f"cockpit-vm-{n * 7 % 450:08d}", "machine_id": f"m{n}", "vm_url": "http://127.0.0.1:9", "region": ("iad", "ewr")[n % 2], "state": "ready"}
+              for n in range(450)}
+    world.file.write_text(json.dumps({"version": 1, "gateway_id": "7h2kq9xw", "routes": routes}))
+    await world.start()
+    for sort, order in (("", lambda row: row["vm_id"]), ("sort=region&desc=1&", lambda row: (row["region"], row["vm_id"]))):
+        found, after, pages = [], None, 0
+        while pages == 0 or after:
+            table = (await world.call("GET", f"/events?{sort}" + (urlencode({"after": after}) if after else ""))).body["table"]
+            found, after, pages = found + table["rows"], table["next"], pages + 1
+        assert pages == 3 and table["matching"] == 450 and len({row["vm_id"] for row in found}) == 450
+        assert found == sorted(found, key=order, reverse="desc" in sort)
+    row, = (await world.call("GET", "/events?filter=16660000077")).body["table"]["rows"]
+    assert row["vm_id"] == routes["+16660000077"]["vm_id"]
+    for bad in ("sort=colour", 'after=[1,"x"]', "after=[", "sort=waiting&after=[\"a\",\"b\"]"):
+        answer = await world.call("GET", f"/events?{bad}")
+        assert (answer.status, answer.body["code"]) == (422, "invalid_request")
+
+
 # --- Local mode ---
 
 async def a_laptop(live: World, **environ: str) -> Child:
@@ -3075,11 +3291,8 @@ async def test_a_torn_last_line_costs_nothing_but_itself(world, tail):
     await world.crash()
     with world.journal.open("ab") as journal:
         journal.write(tail)
-    vm.away = 0
     await world.start()
-    await world.clock.until(lambda: vm.ran == ["kept"])
-    vm.away = 503
-    await world.text("after")
+    await world.text("after")  # the first line behind the torn one
     await world.crash()
     vm.away = 0
     await world.start()
