@@ -982,6 +982,15 @@ class RouteStore:
         place = bisect_right(self._vm_ids, route.vm_id) - 1
         del self._vm_ids[place]
 
+    def adopt(self, gateway_id: str, routes: Mapping[str, Route]) -> None:
+        """Go on as this gateway, with these routes and no others."""
+        self.gateway_id = gateway_id
+        for phone in list(self.routes):
+            self.drop(phone)
+        for phone, route in routes.items():
+            if route.vm_id not in self.undo:
+                self.put(phone, route)
+
     def begin_undo(self, phone: str, reason: str) -> None:
         """Move a route to the undo section, which frees its number in the same write."""
         route = self.routes[phone]
@@ -1273,6 +1282,8 @@ class Journal:
 # --- Fly Machines ---
 
 MAX_UPSTREAM_BYTES = 8 * 1024 * 1024
+# Calls whose 401 or 403 means that Fly refuses our token; elsewhere it may be an app not visible yet, or somebody else's.
+TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
 FRESH_APPS = 200  # apps whose affinity cookies are kept
 FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
 CAPACITY_WORDS = ("insufficient resources", "insufficient memory", "no capacity", "over the allowed quota")
@@ -1338,7 +1349,8 @@ class FlyClient:
         self._headers = {"Authorization": fly_authorization(settings.fly_token)}
         self._ready_at: dict[tuple[str, str], float] = {}
         self.retry = Retry(attempts=5, base_s=0.5, cap_s=8, budget_s=settings.provision_timeout_s)
-        self.refused_since: float | None = None
+        self.trouble = ""
+        self._refusal_logged_at = float("-inf")
         self._fresh: deque[str] = deque()
 
     async def _pace(self, action: str, identifier: str) -> None:
@@ -1379,15 +1391,25 @@ class FlyClient:
         if response.status >= 300:
             words, code = explain_fly(raw or b"")
             kind = kind_of_failure(response.status)
+            self._notice_refusal(action, response.status, words)
             raise fault(kind, words, status=response.status, request_id=request_id, code=code, maybe_done=response.status != 429,
                         retry_after_s=read_retry_after(response.headers, self._clock))
-        self.refused_since = None
+        self.trouble = ""
         if not raw:
             return None
         try:
             return json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise fault(UpstreamUnreadable, "an answer that is not JSON", status=response.status, request_id=request_id, maybe_done=True) from error
+
+    def _notice_refusal(self, action: str, status: int, words: str) -> None:
+        """A token that Fly refuses is told on /health, and in one log line a minute."""
+        if action not in TOKEN_CALLS or status not in (401, 403) or any(full in words.lower() for full in CAPACITY_WORDS):
+            return
+        self.trouble = f"Fly refuses our token ({status} to {action}): set FLY_API_TOKEN to an organisation token of {self._settings.fly_org}"
+        if (now := self._clock.monotonic()) - self._refusal_logged_at >= 60:
+            self._refusal_logged_at = now
+            log_event("fly_refuses_us", level=logging.ERROR, error=self.trouble)
 
     def _nonsense(self, action: str, words: str) -> UpstreamUnreadable:
         return UpstreamUnreadable("fly", action, words=words, maybe_done=True)
@@ -1447,6 +1469,16 @@ class FlyClient:
         organization = found.get("organization")
         slug = organization.get("slug") if isinstance(organization, dict) else None
         return slug in (None, self._settings.fly_org) and found.get("network", app) == app
+
+    async def list_apps(self) -> set[str]:
+        """The names of the organisation's apps."""
+        async def list_all() -> set[str]:
+            listed = await self._request("GET", "/apps", "list apps", query={"org_slug": self._settings.fly_org})
+            apps = listed.get("apps") if isinstance(listed, dict) else None
+            if not isinstance(apps, list) or not all(isinstance(app, dict) and isinstance(app.get("name"), str) for app in apps):
+                raise self._nonsense("list apps", "an answer without apps")
+            return {app["name"] for app in apps}
+        return await self._repeatably(list_all)
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
@@ -1572,6 +1604,29 @@ class FlyClient:
             return [self._machine("list machines", entry) for entry in listed]
         return await self._repeatably(list_all)
 
+    async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
+        """The organisation's machines (without host status), and the regions that Fly could not ask."""
+        machines: list[Machine] = []
+        unasked: set[str] = set()
+        cursors = [""]
+
+        async def list_page() -> Json:
+            query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
+            page = await self._request("GET", f"/orgs/{quote(self._settings.fly_org)}/machines", "list org machines", query=query, timeout_s=60)
+            if not isinstance(page, dict) or not isinstance(page.get("machines"), list):
+                raise self._nonsense("list org machines", "an answer without machines")
+            return page
+        while True:
+            page = await self._repeatably(list_page)
+            machines += [self._machine("list org machines", entry) for entry in page["machines"]]
+            unasked.update(str(region) for region in page.get("error_regions") or ())
+            following = str(page.get("next_cursor") or "")  # pages may be short, or even empty, while more follow
+            if not following:
+                return machines, sorted(unasked)
+            if following in cursors:
+                raise self._nonsense("list org machines", "a list that goes round in circles")
+            cursors.append(following)
+
     async def get_machine(self, app: str, machine_id: str) -> Machine:
         async def get() -> Machine:
             return self._machine("get machine", await self._request("GET", f"/apps/{quote(app)}/machines/{quote(machine_id)}", "get machine", machine_id))
@@ -1602,6 +1657,15 @@ class FlyClient:
         updated = await self._once(update, find)
         assert updated is not None
         return updated
+
+    async def read_token(self) -> list[Json]:
+        """What Fly says of the token in use."""
+        told = await self._request("GET", "/tokens/current", "read token")
+        return [entry for entry in (told.get("tokens") if isinstance(told, dict) else None) or [] if isinstance(entry, dict)]
+
+    async def list_regions(self) -> set[str]:
+        told = await self._request("GET", "/platform/regions", "list regions")
+        return {str(row.get("code")) for row in (told.get("regions") if isinstance(told, dict) else None) or [] if isinstance(row, dict)}
 
     async def wake(self, app: str, machine_id: str) -> None:
         """Start the machine if it is stopped or suspended; raises UpstreamError."""
@@ -2060,6 +2124,18 @@ class TwilioClient:
             pages -= 1
 
 
+    async def read_account(self) -> Json:
+        """The account as Twilio knows it."""
+        told = await self._request("GET", URL(str(self._messages).replace("/Messages.json", ".json")), "read account")
+        return told if isinstance(told, dict) else {}
+
+    async def find_number(self, phone: str) -> Json | None:
+        """The account's phone number of this name, with where its texts go."""
+        told = await self._request("GET", self._messages.with_name("IncomingPhoneNumbers.json").with_query({"PhoneNumber": phone}), "find number")
+        numbers = told.get("incoming_phone_numbers") if isinstance(told, dict) else None
+        return next((number for number in numbers or [] if isinstance(number, dict) and number.get("phone_number") == phone), None)
+
+
 def comparable(body: str) -> str:
     """Words as they compare after SmartEncoded."""
     return " ".join(body.translate(SMART_ENCODING).split())
@@ -2190,6 +2266,7 @@ def read_answer(raw: bytes | None) -> Answer:
 # --- Provisioning ---
 
 UNDO_CAP_S = 60.0
+REFUSED_CAP_S = 300.0
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # so a fresh app that Fly does not know (yet) is asked for again
@@ -2263,6 +2340,16 @@ def guest(settings: Settings) -> Json:
     return {"cpu_kind": settings.vm_cpu_kind, "cpus": settings.vm_cpus, "memory_mb": settings.vm_memory_mb}
 
 
+def gateway_host(settings: Settings) -> str:
+    """What tells this gateway from others in the organisation, together with its gateway_id."""
+    return urlsplit(settings.public_url).netloc
+
+
+def place(settings: Settings, vm_id: str, machine: Machine) -> str:
+    """The URL a VM is reached at."""
+    return settings.vm_url.format(app=vm_id, machine_id=machine.id, region=machine.region)
+
+
 class Provisioner:
     """Makes and destroys VMs. What is begun stands in routes.json before Fly is asked; what fails is undone until Fly confirms."""
 
@@ -2273,7 +2360,9 @@ class Provisioner:
         self.jobs: dict[str, Job] = {}
         self._undoing: dict[str, asyncio.Task[None]] = {}
         self.failed: OrderedDict[str, tuple[float, Json]] = OrderedDict()  # vm_id: when (monotonic), its last record
+        self.gone: OrderedDict[str, float] = OrderedDict()  # vm_id: when Fly confirmed (monotonic)
         self.draining = False
+        self.closed = ""  # why no VM can be made now
         self.steps: tuple[tuple[str, Callable[[Job], Awaitable[None]]], ...] = (
             ("app", self._create_app), ("secrets", self._set_secrets), ("address", self._allocate_addresses),
             ("volume", self._create_volume), ("machine", self._create_machine), ("start", self._wait_started), ("health", self._wait_healthy))
@@ -2285,6 +2374,8 @@ class Provisioner:
         self._check_number_free(order.phone)
         if self.draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        if self.closed:
+            raise Refusal("fly_unavailable", self.closed, retry_after_s=10)
         if len(self.jobs) >= self._settings.provision_limit:
             raise Refusal("too_many", f"{len(self.jobs)} VMs are being set up already (PROVISION_LIMIT)", retry_after_s=10)
         if self._settings.vm_limit and len(self._store.routes) >= self._settings.vm_limit:
@@ -2397,13 +2488,10 @@ class Provisioner:
     def _regions(self, order: Order) -> tuple[str, ...]:
         return (order.region,) if order.region else self._settings.vm_regions
 
-    @property
-    def gateway_host(self) -> str:
-        return urlsplit(self._settings.public_url).netloc
-
     def stamp(self, vm_id: str, phone: str) -> dict[str, str]:
         """The metadata that says whose a machine is."""
-        return {"cockpit_gateway": f"{self.gateway_host}/{self._store.gateway_id}", "cockpit_phone": phone, "cockpit_owner": owner_mark(self._settings.secrets[0], vm_id, phone)}
+        return {"cockpit_gateway": f"{gateway_host(self._settings)}/{self._store.gateway_id}", "cockpit_phone": phone,
+                "cockpit_owner": owner_mark(self._settings.secrets[0], vm_id, phone)}
 
     async def _create_machine(self, job: Job) -> None:
         while job.machine is None:
@@ -2418,12 +2506,8 @@ class Provisioner:
                 if route.volume_id:
                     await self._fly.delete_volume(job.vm_id, route.volume_id)
                     await self._create_volume(job)
-        self._update(job, machine_id=job.machine.id, region=job.machine.region or job.regions[0], vm_url=self.place(job.vm_id, job.machine))
+        self._update(job, machine_id=job.machine.id, region=job.machine.region or job.regions[0], vm_url=place(self._settings, job.vm_id, job.machine))
         await self._store.commit()
-
-    def place(self, vm_id: str, machine: Machine) -> str:
-        """The URL a VM is reached at."""
-        return self._settings.vm_url.format(app=vm_id, machine_id=machine.id, region=machine.region)
 
     async def _wait_started(self, job: Job) -> None:
         assert job.machine is not None
@@ -2519,9 +2603,13 @@ class Provisioner:
                 except UpstreamError as error:
                     failures += 1
                     self._store.undo[vm_id]["last_error"] = str(error)
-                    log_event("undo_retry", level=logging.WARNING, vm_id=vm_id, error=str(error), attempt=failures + 1)
-                    await self._clock.sleep(self._clock.uniform(0, min(UNDO_CAP_S, 0.5 * 2 ** min(failures, 8))))
+                    refused = bool(self._fly.trouble)  # which has a log line of its own
+                    log_event("undo_retry", level=logging.DEBUG if refused else logging.WARNING, vm_id=vm_id, error=str(error), attempt=failures + 1)
+                    await self._clock.sleep(self._clock.uniform(0, min(REFUSED_CAP_S if refused else UNDO_CAP_S, 0.5 * 2 ** min(failures, 10))))
             del self._store.undo[vm_id]
+            self.gone[vm_id] = self._clock.monotonic()
+            while len(self.gone) > 10_000:
+                self.gone.popitem(last=False)
             log_event("undo_confirmed", vm_id=vm_id)
             with contextlib.suppress(StoreError):
                 await self._store.commit()
@@ -2543,6 +2631,13 @@ class Provisioner:
                 return was_there
             await self._clock.sleep(self._clock.uniform(0.1, 1.0))
         raise UpstreamUnavailable("fly", "delete app", words="the app is still there")
+
+    async def discard(self, vm_id: str) -> None:
+        """Destroy an app of ours that nobody has a route to."""
+        self._store.undo[vm_id] = {"vm_id": vm_id, "reason": "orphan"}
+        with contextlib.suppress(StoreError):
+            await self._store.commit()
+        self._start_undo(vm_id)
 
     async def tear_down(self, vm_id: str) -> bool:
         """Destroy a VM in whatever state it is and forget its route; False when Fly has not confirmed in 25 s. Raises Refusal when unknown."""
@@ -2739,6 +2834,7 @@ class Lane:
     runner: asyncio.Task[None] | None = None
     sender: asyncio.Task[None] | None = None
     handing_over: bool = False
+    handed_at: float = 0.0  # monotonic
     alive_at: float = 0.0  # wall clock: the VM's last sign of life on /command
     probes: int = 0
     asked_fly_at: float = float("-inf")  # monotonic
@@ -2843,6 +2939,9 @@ class Relay:
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()
         self._told_fast: dict[str, float] = {}
+        self._failing: set[str] = set()  # VMs whose last call failed
+        self._perhaps_running: dict[str, float] = {}  # vm_id: when its last command was handed over whose answer is missing (monotonic)
+        self.closed = ""  # why nobody can be called unknown now
         self._held: set[str] = set()  # VMs that are handed nothing: they are being changed
         self.last_errors = self.memory.errors
         self._ranks: OrderedDict[str, int] = OrderedDict()  # of the last status told of a message; a restart may count one twice
@@ -2898,6 +2997,8 @@ class Relay:
         if word := self._keyword(message, who):
             return await self._take_keyword(message, who, word)
         refusal = self._refuse(message, phone, route)
+        if route is None and self.closed:
+            raise Refusal("fly_unavailable", self.closed)  # not taken, so that it is fetched from Twilio's list later
         if refusal is not None or route is None:
             say = "" if who in self.memory.muted else refusal or ""
             await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)} | ({"say": say} if say else {}))
@@ -3008,7 +3109,7 @@ class Relay:
 
     def _quote(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
         """A notice about texts that were not run; those that end together share it."""
-        words = NOTICES[notice].format(texts=", ".join(f'"{quoted(text.body)}"' for text in texts))
+        words = NOTICES[notice].format(texts=", ".join(f'"{quoted(text.body)}"' for text in texts)) if texts else NOTICES[notice].partition(" Not run")[0]
         if notice == "N12" and self._settings.onboarding_url:
             words += f" Sign up: {self._settings.onboarding_url}"
         return words
@@ -3064,6 +3165,7 @@ class Relay:
         if not await self._is_open(lane, route, text):
             return
         self._start_watching(lane)
+        lane.handed_at = self._clock.monotonic()
         text.attempts += 1
         self._note_hand_over(text.trace)
         try:
@@ -3073,6 +3175,7 @@ class Relay:
         except VmBusy:
             await self._wait_while_busy(lane, text)
         except VmSilent:
+            self._failing.add(lane.vm_id)
             await self._finish(lane, [text], [NOTICES["N8"].format(s=f"{self._settings.vm_command_timeout_s:g}", text=quoted(text.body))], "silent")
         except VmFailed as error:
             if error.status < 500:
@@ -3133,6 +3236,9 @@ class Relay:
     def _sign_of_life(self, lane: Lane) -> None:
         """An answer below 500 to /command ends an outage."""
         lane.alive_at, lane.probes = self._clock.now(), 0
+        if self._failing:
+            self._failing.discard(lane.vm_id)
+            self._perhaps_running.pop(lane.vm_id, None)
         if self.memory.away.pop(lane.vm_id, None) is not None:
             self._journal.note({"k": "back", "vm": lane.vm_id})
             log_event("vm_back", vm_id=lane.vm_id)
@@ -3141,7 +3247,9 @@ class Relay:
         log_event("vm_away", level=logging.WARNING, vm_id=lane.vm_id, message_sid=text.sid, error=str(error), attempt=text.attempts)
         self._note_error(text.trace, str(error))
         now = self._clock.now()
+        self._failing.add(lane.vm_id)
         if error.reached:
+            self._perhaps_running[lane.vm_id] = lane.handed_at
             if error.cut or not text.reached:  # a proxy's 502, again and again, does not prolong the wait
                 text.cut_at = now
             text.reached = True
@@ -3443,10 +3551,14 @@ class Relay:
                 self._start_running(lane)
 
     async def vm_gone(self, vm_id: str, reason: str) -> None:
-        """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, or `torn_down`."""
+        """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, `torn_down`, or `vanished`."""
         notice = "N13" if reason == "failed" else "N12"
+        if reason == "vanished" and not self.waiting(vm_id) and (found := self._store.find(vm_id)):
+            await self._tell(self._lane(vm_id, found[0]), self._quote(notice, []))
         self.memory.forget(vm_id)
         self.last_texts.pop(vm_id, None)
+        self._failing.discard(vm_id)
+        self._perhaps_running.pop(vm_id, None)
         lane = self.lanes.get(vm_id)
         if lane is None:
             return
@@ -3509,10 +3621,12 @@ class Relay:
                 text.trace = self._trace(text.sid, vm_id, text.arrived)
             self._metrics.texts.add("resumed", by=len(texts))
             lane.waiting.extend(texts)
+            if any(text.reached for text in texts):
+                self._perhaps_running[vm_id] = self._clock.monotonic()
             lane.outbox.extend(outs)
             lane.hold_until = min(self._clock.now() + LOOP_GUARD_S, max((out.hold_until for out in outs), default=0.0))
-            if not found:
-                await self.vm_gone(vm_id, str(undo.get("reason")))
+            if not found or (found[1].state == "failed" and texts):
+                await self.vm_gone(vm_id, "vanished" if found else str(undo.get("reason")))
         for sid in replay.claimed:
             self._twilio.claim(sid)
 
@@ -3546,6 +3660,14 @@ class Relay:
 
     def away_count(self) -> int:
         return len(self.memory.away)
+
+    def last_call_failed(self, vm_id: str) -> bool:
+        return vm_id in self._failing or vm_id in self.memory.away
+
+    def may_be_running(self, vm_id: str) -> bool:
+        """Whether a command that was handed over may still be running there, so that a restart would cut it."""
+        lane = self.lanes.get(vm_id)
+        return bool(lane and lane.handing_over) or self._clock.monotonic() - self._perhaps_running.get(vm_id, float("-inf")) < self._settings.vm_command_timeout_s
 
     def away_since(self, vm_id: str) -> float | None:
         """Wall-clock second since which the VM is away, or None."""
@@ -3727,6 +3849,86 @@ def words_of(answer: Answer) -> list[str]:
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
 
 
+SICK_SWEEPS = 3
+RESTART_AGAIN_S = 600.0
+DELETIONS_AN_HOUR = 5
+AT_ONCE = 20
+HEAL_AT_START_S = 15.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What a machine says of whose it is; a VM can write its own metadata, so only `key_id`, the secret its owner mark verifies with, is proof."""
+
+    machine: Machine
+    gateway_id: str
+    phone: str
+    key_id: str
+
+    def route(self, settings: Settings) -> Route:
+        machine = self.machine
+        return Route(vm_id=machine.app, machine_id=machine.id, vm_url=place(settings, machine.app, machine), region=machine.region, image=machine.image,
+                     state="ready", created_at=timestamp(machine.created_at or 0), key_id=self.key_id)
+
+
+def read_claim(machine: Machine, settings: Settings) -> Claim | None:
+    """The claim of a machine that carries our host's stamp."""
+    host, _, gateway_id = machine.metadata.get("cockpit_gateway", "").rpartition("/")
+    if host != gateway_host(settings) or not gateway_id:
+        return None
+    phone, mark = machine.metadata.get("cockpit_phone", ""), machine.metadata.get("cockpit_owner", "").encode()
+    proof = [root for root in settings.secrets if PHONE.fullmatch(phone) and hmac.compare_digest(owner_mark(root, machine.app, phone).encode(), mark)]
+    return Claim(machine=machine, gateway_id=gateway_id, phone=phone, key_id=fingerprint(proof[0]) if proof else "")
+
+
+@dataclass(slots=True, kw_only=True)
+class Census:
+    """What Fly holds for our host: proven claims by gateway and phone, and in words what is left out."""
+
+    claims: dict[str, dict[str, Claim]] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
+    unasked: list[str] = field(default_factory=list)
+
+    def choose(self, wanted: str, own: str) -> str:
+        """The gateway_id to go on as: the one asked for, else the file's own, else the only one; raises StoreError when that is not clear."""
+        if wanted or own in self.claims:
+            if (wanted or own) not in self.claims:
+                raise StoreError(f"Fly holds no VM of the gateway {wanted}; it holds: {self._named() or 'none'}")
+            return wanted or own
+        if len(self.claims) > 1:
+            raise StoreError(f"Fly holds VMs of several gateways of this host: {self._named()}; say which is this one: python cockpit.py restore --gateway ID")
+        return next(iter(self.claims), "")
+
+    def _named(self) -> str:
+        return ", ".join(f"{gateway_id} ({len(claims)} VMs)" for gateway_id, claims in sorted(self.claims.items()))
+
+
+async def take_census(fly: FlyClient, settings: Settings, clock: Clock) -> Census:
+    """Ask Fly for all that carries our host's stamp; an app counts only when Fly, asked for it, knows it. Raises UpstreamError."""
+    apps = await fly.list_apps()
+    machines, unasked = await fly.list_org_machines()
+    census, several = Census(unasked=unasked), Counter[tuple[str, str]]()
+    claims = [claim for machine in machines if machine.app in apps and (claim := read_claim(machine, settings))]
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def is_there(claim: Claim) -> bool:
+        async with limit:
+            with contextlib.suppress(UpstreamNotFound):
+                return bool(await retry(lambda: fly.get_app(claim.machine.app), fly.retry, clock))
+        return False
+    there = await asyncio.gather(*map(is_there, claims))
+    claims = [claim for claim, known in zip(claims, there, strict=True) if known]
+    several.update((claim.gateway_id, claim.phone) for claim in claims if claim.key_id)
+    for claim in claims:
+        if not claim.key_id:
+            census.skipped.append(f"{claim.machine.app}: its owner mark does not verify with COCKPIT_SECRET")
+        elif several[claim.gateway_id, claim.phone] > 1:
+            census.skipped.append(f"{claim.machine.app}: not the only VM that claims {mask_phone(claim.phone)}")
+        else:
+            census.claims.setdefault(claim.gateway_id, {})[claim.phone] = claim
+    return census
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Change:
     """A restart, rotation or upgrade on its way."""
@@ -3745,12 +3947,17 @@ class Change:
 
 
 class Fleet:
-    """Keeps VMs in order: changes each by one hand at a time while its texts wait."""
+    """Keeps VMs in order: changes each by one hand at a time while its texts wait, and holds the routes against what Fly has."""
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, provisioner: Provisioner, relay: Relay, owner: Owner) -> None:
         self._settings, self._clock, self._store, self._fly, self._vms = settings, clock, store, fly, vms
         self._provisioner, self._relay, self._owner = provisioner, relay, owner
         self.changes: dict[str, Change] = {}
+        self.troubles: list[str] = []
+        self._seen: set[tuple[str, str]] = set()  # what the last sweep saw and did not act on: (what, vm_id)
+        self._sick: dict[str, int] = {}  # sweeps in a row
+        self._restarted: dict[str, float] = {}  # monotonic, as are the next
+        self._deleted: deque[float] = deque(maxlen=DELETIONS_AN_HOUR)
 
     # Changing one VM
 
@@ -3832,7 +4039,7 @@ class Fleet:
         return updated
 
     async def _settle(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        async with asyncio.timeout(self._settings.provision_timeout_s):
+        async with time_limit(self._clock, self._settings.provision_timeout_s):
             await self._provisioner.wait_started(vm_id, machine, after_event)
             await self._provisioner.wait_healthy(self._route(vm_id))
 
@@ -3848,6 +4055,202 @@ class Fleet:
             await self._settle(vm_id, await self._replace_config(phone, vm_id, {}, old))
             raise Refusal("vm_unhealthy", f"{vm_id} did not become healthy on {image}; it is back on {old}", vm_id=vm_id) from error
         await self._note(vm_id, image=image)
+
+    # Holding the routes against Fly
+
+    async def run(self) -> None:
+        """Sweep every RECONCILE_S; while Fly refuses us, up to 5 minutes apart."""
+        refusals = 0
+        while True:
+            every = self._settings.reconcile_s
+            await self._clock.sleep(max(every, min(REFUSED_CAP_S, every * 2 ** refusals)))
+            try:
+                await self.sweep()
+            except CockpitError as error:
+                refusals = min(refusals + 1, 10) if self._fly.trouble else 0
+                self.troubles = [] if self._fly.trouble else [f"Fly could not be compared with the routes: {error}"]
+                log_event("sweep_failed", level=logging.DEBUG if self._fly.trouble else logging.WARNING, error=str(error))
+            except Exception:
+                log.exception("sweep_failed")
+            else:
+                refusals = 0
+
+    async def sweep(self) -> None:
+        """One comparison. What Fly shows once may be its lists lagging: nothing is given up or deleted that was not seen on two sweeps."""
+        apps = await self._fly.list_apps()
+        machines, unasked = await self._fly.list_org_machines()
+        by_app: dict[str, list[Machine]] = {}
+        for machine in machines:
+            by_app.setdefault(machine.app, []).append(machine)
+        seen: set[tuple[str, str]] = set()
+        troubles = [f"Fly could not ask its regions {', '.join(unasked)}: nothing is concluded from what is missing"] if unasked else []
+        await self._tend(by_app)
+        if not unasked:
+            await self._find_vanished(apps, by_app, seen)
+        await self._sort_strangers(apps, by_app, seen, troubles)
+        self._seen, self.troubles = seen, troubles
+
+    async def _each(self, work: Iterable[Coroutine[Any, Any, None]]) -> None:
+        """A few at a time; the failure of one is logged and left to the next sweep."""
+        limit = asyncio.Semaphore(AT_ONCE)
+
+        async def one(item: Coroutine[Any, Any, None]) -> None:
+            async with limit:
+                try:
+                    await item
+                except CockpitError as error:
+                    log_event("sweep_step_failed", level=logging.WARNING, error=str(error))
+        await asyncio.gather(*map(one, work))
+
+    async def _tend(self, by_app: Mapping[str, list[Machine]]) -> None:
+        """Start what stopped; look after what does not answer."""
+        work, suspects = [], set()
+        for route in self._store.routes.values():
+            machine = next((machine for machine in by_app.get(route.vm_id, ()) if machine.id == route.machine_id), None)
+            if route.state != "ready" or machine is None or route.vm_id in self.changes:
+                continue
+            if machine.state in ("stopped", "suspended"):
+                work.append(self._fly.wake(route.vm_id, route.machine_id))
+            elif machine.state == "started" and self._relay.last_call_failed(route.vm_id):
+                suspects.add(route.vm_id)
+                work.append(self._look_after(route))
+        self._sick = {vm_id: sweeps for vm_id, sweeps in self._sick.items() if vm_id in suspects}
+        await self._each(work)
+
+    async def _look_after(self, route: Route) -> None:
+        """Restart a VM that hangs: three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
+        if await self._vms.is_healthy(route):
+            self._sick.pop(route.vm_id, None)
+            return
+        self._sick[route.vm_id] = self._sick.get(route.vm_id, 0) + 1
+        now = self._clock.monotonic()
+        if self._sick[route.vm_id] < SICK_SWEEPS or now - self._restarted.get(route.vm_id, float("-inf")) < RESTART_AGAIN_S or self._relay.may_be_running(route.vm_id):
+            return
+        self._restarted = {vm_id: at for vm_id, at in self._restarted.items() if now - at < RESTART_AGAIN_S} | {route.vm_id: now}
+        log_event("hung_vm_restarted", level=logging.WARNING, vm_id=route.vm_id)
+        self.begin(route.vm_id, "restart")
+
+    async def _find_vanished(self, apps: set[str], by_app: Mapping[str, list[Machine]], seen: set[tuple[str, str]]) -> None:
+        missing = [(phone, route) for phone, route in self._store.routes.items() if route.state == "ready" and route.vm_id not in self.changes
+                   and not (route.vm_id in apps and any(machine.id == route.machine_id for machine in by_app.get(route.vm_id, ())))]
+        seen.update(("vanished", route.vm_id) for _, route in missing)
+        await self._each(self._give_up(phone, route) for phone, route in missing if ("vanished", route.vm_id) in self._seen)
+
+    async def _give_up(self, phone: str, route: Route) -> None:
+        """A VM that Fly, asked for it, does not know either is gone: its owner is told once, its number is free for another."""
+        try:
+            machine = await self._fly.get_machine(route.vm_id, route.machine_id)
+        except UpstreamNotFound:
+            machine = None
+        if (machine and (machine.state != "destroyed" or not machine.host_ok)) or self._store.routes.get(phone) is not route:
+            return
+        log_event("vm_vanished", level=logging.ERROR, vm_id=route.vm_id, phone=mask_phone(phone))
+        self._store.put(phone, replace(route, state="failed", last_error="its machine is gone from Fly"))
+        await self._store.commit()
+        await self.vm_gone(route.vm_id, "vanished")
+
+    def _is_known(self, app: str) -> bool:
+        return bool(self._store.find(app)) or app in self._store.undo or app in self._store.pool or app in self._provisioner.jobs
+
+    async def _sort_strangers(self, apps: set[str], by_app: Mapping[str, list[Machine]], seen: set[tuple[str, str]], troubles: list[str]) -> None:
+        """Apps in no section of the file: ours are adopted when they prove whose they are, else deleted; others are only reported."""
+        ours, foreign = [], []
+        for app, machines in by_app.items():
+            if self._is_known(app):
+                continue
+            claims = [read_claim(machine, self._settings) for machine in machines]
+            if all(claim and claim.gateway_id == self._store.gateway_id for claim in claims) and claims[0]:
+                ours.append(claims[0])
+            elif app.startswith(self._settings.vm_app_prefix + "-") or any(claims):
+                foreign.append(app)
+        claimed = Counter(claim.phone for claim in ours if self._is_owed(claim))
+        for claim in ours:
+            if self._is_owed(claim) and claimed[claim.phone] > 1:
+                troubles.append(f"{claimed[claim.phone]} VMs claim {mask_phone(claim.phone)}, which has no route: delete the wrong one at Fly")
+                continue
+            what = "adopt" if self._is_owed(claim) else "orphan"
+            seen.add((what, claim.machine.app))
+            if (what, claim.machine.app) in self._seen:
+                await self._each([self._adopt(claim) if what == "adopt" else self._delete_orphan(claim, troubles)])
+        bare = sorted(app for app in apps - set(by_app) if app.startswith(self._settings.vm_app_prefix + "-") and not self._is_known(app))
+        seen.update(("bare", app) for app in bare)
+        for which, words in ((sorted(foreign), "with another stamp or none"), ([app for app in bare if ("bare", app) in self._seen], "without a machine")):
+            if which:
+                troubles.append(f"{len(which)} apps {words} are not touched: {', '.join(which[:5])}{', ...' if len(which) > 5 else ''}")
+
+    def _is_owed(self, claim: Claim) -> bool:
+        """Whether a machine proves to belong to a phone that has no route."""
+        return bool(claim.key_id) and claim.phone not in self._store.routes
+
+    async def _fresh(self, claim: Claim) -> Claim | None:
+        """The claim as Fly tells it now, asked for this very machine; None when it is gone, out of reach or known meanwhile."""
+        app = claim.machine.app
+        try:
+            await self._fly.get_app(app)
+            machine = replace(await self._fly.get_machine(app, claim.machine.id), app=app)
+        except UpstreamNotFound:
+            return None
+        now = read_claim(machine, self._settings)
+        return now if now and machine.host_ok and now.gateway_id == self._store.gateway_id and not self._is_known(app) else None
+
+    async def _adopt(self, claim: Claim) -> None:
+        vm_id = claim.machine.app
+        if self._clock.monotonic() - self._provisioner.gone.get(vm_id, float("-inf")) < 3600 or not (now := await self._fresh(claim)) or not self._is_owed(now):
+            return
+        self._store.put(now.phone, now.route(self._settings))
+        log_event("vm_adopted", level=logging.WARNING, vm_id=vm_id, phone=mask_phone(now.phone))
+        await self._store.commit()
+
+    async def _delete_orphan(self, claim: Claim, troubles: list[str]) -> None:
+        created, now = claim.machine.created_at, self._clock.monotonic()
+        if created is None or self._clock.now() - created <= 2 * self._settings.provision_timeout_s:
+            return
+        if len(self._deleted) == DELETIONS_AN_HOUR and now - self._deleted[0] < 3600:
+            words = f"VMs of ours without a route are left alone for now, since {DELETIONS_AN_HOUR} were deleted within the hour: look why there are so many"
+            troubles.extend([words] if words not in troubles else [])
+            return
+        if not (fresh := await self._fresh(claim)) or self._is_owed(fresh):
+            return
+        self._deleted.append(now)
+        log_event("orphan_deleted", level=logging.WARNING, vm_id=claim.machine.app)
+        await self._provisioner.discard(claim.machine.app)
+
+    # A lost disk
+
+    async def heal(self) -> None:
+        """Adopt what Fly holds for our host, for an empty file may be a lost disk; while Fly is out of reach make no VM, and try on."""
+        try:
+            async with time_limit(self._clock, HEAL_AT_START_S):
+                await self._adopt_all()
+        except (UpstreamError, TimeoutError) as error:
+            self._close(f"routes.json is empty and Fly cannot be asked yet what it holds for this gateway ({error or 'no answer in time'})")
+            self._owner.start(self._heal_later(), "adopt VMs")
+
+    def _close(self, words: str) -> None:
+        self._provisioner.closed = self._relay.closed = words
+
+    async def _heal_later(self) -> None:
+        pause = 2.0
+        while self._provisioner.closed:
+            await self._clock.sleep(pause)
+            pause = min(REFUSED_CAP_S, pause * 2)
+            try:
+                await self._adopt_all()
+                self._close("")
+            except CockpitError as error:
+                self._close(f"the VMs that Fly holds for this gateway are not adopted yet: {error}")
+
+    async def _adopt_all(self) -> None:
+        census = await take_census(self._fly, self._settings, self._clock)
+        if census.unasked:
+            raise UpstreamUnavailable("fly", "list org machines", words=f"the regions {', '.join(census.unasked)} were not asked")
+        for words in census.skipped:
+            log_event("vm_not_adopted", level=logging.WARNING, why=words)
+        if chosen := census.choose("", self._store.gateway_id):
+            self._store.adopt(chosen, {phone: claim.route(self._settings) for phone, claim in census.claims[chosen].items()})
+            log_event("vms_adopted", level=logging.WARNING, vms=len(census.claims[chosen]), gateway_id=chosen)
+            with contextlib.suppress(StoreError):
+                await self._store.commit()
 
     async def vm_gone(self, vm_id: str, reason: str) -> None:
         """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
@@ -4294,7 +4697,7 @@ def vms_by_state(gateway: Gateway) -> dict[str, int]:
 
 def troubles_of(gateway: Gateway) -> list[str]:
     """What is not well, in words, without numbers of phones."""
-    troubles = [words for words in (gateway.store.trouble, gateway.journal.trouble, gateway.twilio.trouble) if words]
+    troubles = [words for words in (gateway.store.trouble, gateway.journal.trouble, gateway.twilio.trouble, gateway.fly.trouble, gateway.provisioner.closed) if words] + gateway.fleet.troubles
     if gateway.store.undo:
         troubles.append(f"{len(gateway.store.undo)} VMs are being deleted; Fly has not confirmed yet")
     return troubles
@@ -4854,9 +5257,10 @@ class LocalFly:
         self._authorization = fly_authorization(settings.fly_token)
 
     def routes(self) -> list[web.RouteDef]:
-        app, machine = "/_local/fly/v1/apps/{app}", "/_local/fly/v1/apps/{app}/machines/{machine}"
+        root = "/_local/fly/v1"
+        app, machine = root + "/apps/{app}", root + "/apps/{app}/machines/{machine}"
         table: list[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]] = [
-            ("POST", "/_local/fly/v1/apps", self._create_app), ("GET", "/_local/fly/v1/apps", self._list_apps),
+            ("POST", root + "/apps", self._create_app), ("GET", root + "/apps", self._list_apps), ("GET", root + "/orgs/{org}/machines", self._list_org_machines),
             ("GET", app, self._get_app), ("DELETE", app, self._delete_app), ("POST", app + "/secrets", self._set_secrets),
             ("GET", app + "/ip_assignments", self._list_addresses), ("POST", app + "/ip_assignments", self._allocate_address),
             ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume), ("DELETE", app + "/volumes/{volume}", self._delete_volume),
@@ -4898,6 +5302,10 @@ class LocalFly:
 
     async def _list_apps(self, request: web.Request) -> web.Response:
         return web.json_response({"total_apps": len(self.apps), "apps": [self._app_json(app) for app in self.apps.values()]})
+
+    async def _list_org_machines(self, request: web.Request) -> web.Response:
+        machines = [machine.to_json() | {"app_name": app.name} for app in self.apps.values() for machine in app.machines.values()]
+        return web.json_response({"machines": machines, "next_cursor": "", "error_regions": []})
 
     async def _get_app(self, request: web.Request) -> web.Response:
         return web.json_response(self._app_json(self._app(request)))
@@ -5319,8 +5727,12 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, vms=vms, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner,
                                metrics=metrics)
         try:
+            if settings.production and not (store.routes or store.undo or store.pool):
+                await fleet.heal()
             await relay.resume(records)
             await provisioner.recover()
+            if settings.reconcile_s:
+                owner.start(fleet.run(), "reconcile")
             if settings.backfill_s:
                 backfill = Backfill(settings, clock, store, twilio, relay)
                 await backfill.at_start()
@@ -5474,6 +5886,187 @@ def end_with_children() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+LEAST_FREE_BYTES = 100 * 1024 * 1024
+
+
+class Doctor:
+    """Looks at everything the gateway depends on and says of each `ok` or what to do; takes no lock and changes nothing."""
+
+    def __init__(self, settings: Settings, session: aiohttp.ClientSession, clock: Clock) -> None:
+        self._settings, self._session, self.is_well = settings, session, True
+        self._fly, self._twilio = FlyClient(session, settings, clock, Metrics(clock)), TwilioClient(session, settings, clock, Metrics(clock))
+
+    def _say(self, verdict: str, subject: str, words: str = "") -> None:
+        self.is_well &= verdict != "wrong"
+        print(f"{verdict:5} {subject}" + (f": {words}" if words else ""), flush=True)
+
+    def _judge(self, subject: str, fault: str) -> None:
+        self._say("wrong" if fault else "ok", subject, fault)
+
+    async def examine(self) -> None:
+        """Look at one thing after the other."""
+        self._say("ok", "settings")
+        await asyncio.to_thread(self._look_at_state)
+        if self._settings.fly_is_local:
+            self._say("note", "Fly", "the stand-in is used; set FLY_API_TOKEN for the real one")
+        if self._settings.twilio_is_local:
+            self._say("note", "Twilio", "the stand-in is used; set TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER for the real one")
+        fly = () if self._settings.fly_is_local else (("Fly token", self._look_at_token), ("regions", self._look_at_regions), ("image", self._look_at_image))
+        twilio = () if self._settings.twilio_is_local else (("Twilio account", self._look_at_account), ("Twilio number", self._look_at_number))
+        for subject, look in (*fly, *twilio):
+            try:
+                await look(subject)
+            except UpstreamError as error:
+                self._say("wrong", subject, str(error))
+        await self._look_at_public_address()
+
+    def _look_at_state(self) -> None:
+        path = Path(os.path.realpath(self._settings.routes_file))
+        try:
+            with tempfile.TemporaryFile(dir=path.parent) as probe:
+                probe.write(b"cockpit")
+            free = shutil.disk_usage(path.parent).free
+        except OSError as error:
+            self._say("wrong", "state folder", f"{path.parent} is not writable ({error.strerror}); mount a volume there, or set ROUTES_FILE")
+            return
+        self._judge("state folder", f"{path.parent} has only {free // 2**20} MiB free; make room or extend the volume" if free < LEAST_FREE_BYTES else "")
+        try:
+            state, note = read_state(path)
+            self._say("note" if note else "ok", "routes", note or f"{len(state.routes)} in {path}")
+        except StoreError as error:
+            self._say("wrong", "routes", f"{error}; or rebuild them: python cockpit.py restore")
+
+    async def _look_at_token(self, subject: str) -> None:
+        remedy, org = "make one with: fly tokens create org", self._settings.fly_org
+        try:
+            tokens = await self._fly.read_token()
+            limited = any(token.get("apps") for token in tokens)
+            orgs = {str(token.get("org_slug")) for token in tokens if token.get("org_slug")}
+            await self._fly.list_apps()
+        except UpstreamRejected as error:
+            self._say("wrong", subject, f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status}); {remedy}")
+            return
+        other = bool(orgs) and org not in orgs and org != "personal"
+        self._judge(subject, f"it is limited to single apps; {remedy}" if limited else f"it is for {', '.join(sorted(orgs))}; set FLY_ORG to that, or {remedy}" if other else "")
+
+    async def _look_at_regions(self, subject: str) -> None:
+        unknown = sorted(set(self._settings.vm_regions) - await self._fly.list_regions())
+        self._judge(subject, f"Fly has no region {', '.join(unknown)}; mend VM_REGION, see: fly platform regions" if unknown else "")
+
+    async def _look_at_image(self, subject: str) -> None:
+        registry, _, name = self._settings.vm_image.partition("/")
+        if not name or not re.search("[.:]", registry):
+            self._say("note", subject, "VM_IMAGE names no registry, so it is not looked up")
+            return
+        name, _, digest = name.partition("@")
+        name, _, tag = name.partition(":")
+        scheme = "http" if is_loopback(urlsplit(f"//{registry}").hostname or "") else "https"
+        headers = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
+                             "application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"}
+        if registry == "registry.fly.io":  # the token is Fly's and goes nowhere else
+            headers["Authorization"] = "Basic " + base64.b64encode(f"x:{self._settings.fly_token}".encode()).decode()
+        status = await self._status(f"{scheme}://{registry}/v2/{name}/manifests/{digest or tag or 'latest'}", headers)
+        if status == 404:
+            self._say("wrong", subject, f"{self._settings.vm_image} does not exist; push it, or mend VM_IMAGE")
+        else:
+            self._say("ok" if status == 200 else "note", subject, "" if status == 200 else f"not checked: its registry answered {status or 'nothing'}")
+
+    async def _status(self, url: str, headers: Mapping[str, str] | None = None) -> int:
+        """The status of a GET, 0 when there is no answer."""
+        try:
+            async with self._session.get(URL(url, encoded=True), headers=headers, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=15)) as response:
+                return response.status
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            return 0
+
+    async def _look_at_account(self, subject: str) -> None:
+        try:
+            state = str((await self._twilio.read_account()).get("status"))
+        except UpstreamRejected as error:
+            if self._settings.twilio_api_key:  # a standard API key may not read the account itself
+                self._say("note", subject, f"not checked: TWILIO_API_KEY may not read it ({error.status})")
+                return
+            raise
+        self._judge(subject, "" if state == "active" else f"it is {state}; see Twilio's console")
+
+    async def _look_at_number(self, subject: str) -> None:
+        number, wanted = await self._twilio.find_number(self._settings.twilio_phone_number), f"{self._settings.public_url}/sms"
+        if number is None:
+            self._say("wrong", subject, "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one")
+            return
+        elsewhere = number.get("sms_application_sid") or number.get("sms_url") != wanted or number.get("sms_method", "POST") != "POST"
+        self._judge(subject, f"its texts go elsewhere; set its messaging webhook to {wanted} with POST, and no TwiML application" if elsewhere else "")
+
+    async def _look_at_public_address(self) -> None:
+        status = await self._status(f"{self._settings.public_url}/health")
+        # Only a note: it may well be looked at before the first deploy, or from where it cannot be seen.
+        self._say("ok" if status in (200, 503) else "note", "public address", "" if status in (200, 503) else f"{self._settings.public_url}/health answers {status or 'nothing'} from here")
+
+
+def open_clients() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), timeout=aiohttp.ClientTimeout(total=60))
+
+
+async def examine(settings: Settings) -> int:
+    """The command `doctor`; returns the exit code."""
+    async with open_clients() as session:
+        doctor = Doctor(settings, session, Clock())
+        await doctor.examine()
+    return 0 if doctor.is_well else 1
+
+
+async def restore(settings: Settings, gateway_id: str, *, force: bool) -> int:
+    """The command `restore`: rebuild routes.json from Fly's own records, saying each step; returns the exit code."""
+    if settings.fly_is_local:
+        print("cockpit restore: the stand-in keeps no machines; set FLY_API_TOKEN", file=sys.stderr)
+        return 1
+    lock = None
+    try:
+        path = Path(os.path.realpath(settings.routes_file))  # noqa: ASYNC240 - nothing else runs here
+        lock = StateLock(path)
+        await restore_routes(settings, path, gateway_id, force=force)
+    except (StoreError, UpstreamError) as error:
+        print(f"cockpit restore: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if lock is not None:
+            lock.close()
+    return 0
+
+
+async def restore_routes(settings: Settings, path: Path, gateway_id: str, *, force: bool) -> None:
+    """Raises StoreError or UpstreamError when that cannot be done; nothing is overwritten then."""
+    disk, clock = Owner(), Clock()
+    try:
+        store = RouteStore(path, clock, disk)
+    except StoreError:
+        if not force:
+            raise
+        for damaged in (path, path.with_name(path.name + ".bak")):
+            if damaged.exists():
+                os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
+                print(f"set aside as {damaged.name}.damaged: {damaged}")
+        store = RouteStore(path, clock, disk)
+    if store.routes and not force:
+        raise StoreError(f"{path} holds {len(store.routes)} routes; --force replaces them by what Fly knows")
+    async with open_clients() as session:
+        census = await take_census(FlyClient(session, settings, clock, Metrics(clock)), settings, clock)
+    if census.unasked:
+        raise StoreError(f"Fly could not ask its regions {', '.join(census.unasked)}; try again later")
+    for words in census.skipped:
+        print(f"skipped {words}")
+    chosen = census.choose(gateway_id, "" if store.is_new else store.gateway_id)
+    if not chosen:
+        raise StoreError(f"Fly holds no VM of {gateway_host(settings)} whose mark verifies; check PUBLIC_URL, COCKPIT_SECRET and FLY_ORG (nothing was written)")
+    routes = {phone: claim.route(settings) for phone, claim in census.claims[chosen].items()}
+    store.adopt(chosen, routes)
+    await store.commit()
+    await store.close()
+    for phone, route in sorted(routes.items(), key=lambda entry: entry[1].vm_id):
+        print(f"restored {route.vm_id} of {mask_phone(phone)} in {route.region}" if phone in store.routes else f"skipped {route.vm_id}: it is being deleted")
+    print(f"{len(store.routes)} routes of the gateway {chosen} are in {path}")
+
+
 class UpgradeClient:
     """Moves all VMs to the present image through a running gateway's HTTP interface, a few at a time, until one fails."""
 
@@ -5551,6 +6144,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     vm.add_argument("--port", type=int, default=int(os.environ.get("PORT") or 3000))
     vm.add_argument("--agent", default=os.environ.get("LOCAL_AGENT", ""), help="a command: the text on its standard input, the answer on its standard output")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    commands.add_parser("doctor", help="check settings, state folder, Fly and Twilio; each line says ok or what to do")
+    rebuild = commands.add_parser("restore", help="rebuild routes.json from Fly's own records")
+    rebuild.add_argument("--gateway", default="", metavar="ID", help="which gateway_id, when Fly knows several of this host")
+    rebuild.add_argument("--force", action="store_true", help="replace the routes that the file holds, or a file that cannot be read")
     move = commands.add_parser("upgrade", help="move all VMs to the present VM_IMAGE through the running gateway; stops at the first failure")
     move.add_argument("--at-once", type=int, default=3, choices=range(1, 51), metavar="N", help="so many at a time (1 to 50; default 3)")
     return parser.parse_args(argv)
@@ -5566,10 +6163,15 @@ def main(argv: Sequence[str]) -> int:
             return asyncio.run(upgrade(arguments.at_once))
         settings = Settings.from_env(os.environ)
     except SettingsError as error:
+        if arguments.command == "doctor":
+            print(*(f"wrong {problem}" for problem in error.problems), sep="\n")
+            return 1
         print("cockpit cannot start; mend these settings:", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
         return 2
     set_up_logging(settings)
-    return asyncio.run(serve(settings))
+    if arguments.command == "doctor":
+        return asyncio.run(examine(settings))
+    return asyncio.run(restore(settings, arguments.gateway, force=arguments.force) if arguments.command == "restore" else serve(settings))
 
 
 if __name__ == "__main__":

@@ -413,6 +413,8 @@ class Machine:
     instance_id: str
     rest: str = "created"  # its state, when it is not on its way to `started`
     started_at: float = 0.0
+    host: str = "ok"
+    created_at: str = "2026-11-22T20:00:00Z"
 
 
 class FakeFly(Fake):
@@ -427,13 +429,13 @@ class FakeFly(Fake):
         ("POST", M, "update_machine"), ("DELETE", M, "delete_machine"), ("GET", M + "/wait", "wait_machine"), ("POST", M + "/start", "start_machine"),
         ("POST", M + "/stop", "stop_machine"), ("POST", M + "/restart", "restart_machine"), ("GET", M + "/metadata", "get_metadata"),
         ("POST", M + "/metadata/{key}", "set_metadata"), ("DELETE", M + "/metadata/{key}", "delete_metadata"),
-        ("GET", "/v1/orgs/{org}/machines", "org_machines"), ("GET", "/v1/tokens/current", "current_tokens"))
+        ("GET", "/v1/orgs/{org}/machines", "org_machines"), ("GET", "/v1/tokens/current", "current_tokens"), ("GET", "/v1/platform/regions", "regions"))
 
     def __init__(self, clock: FakeClock, vms: "FakeVMs"):
         super().__init__(clock)
         self.vms, self.everything = vms, {}
         self.rate_limited, self.hide_s, self.boot_s, self.delete_polls = True, 2.0, 0.0, 1
-        self.networks, self.full = {"default", "gateway-net"}, set()
+        self.networks, self.full, self.error_regions = {"default", "gateway-net"}, set(), []
         self.checks = ""  # what Fly's own health check says; empty: as the VM is
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
         self._numbers = itertools.count(1)
@@ -445,6 +447,14 @@ class FakeFly(Fake):
     @property
     def machines(self) -> list[Machine]:
         return [machine for app in self.apps.values() for machine in app.machines.values()]
+
+    def plants(self, name: str, machines: int = 1, **metadata: str) -> App:
+        """An app that this gateway did not make, with machines that carry this metadata."""
+        app = self.everything[name] = App(name, name, 0.0)
+        for _ in range(machines):
+            id = f"{next(self._numbers):014x}"
+            app.machines[id] = Machine(id, name, f"name-{id}", "iad", {"image": "vm-image:7", "metadata": metadata}, f"01H{id.upper()}")
+        return app
 
     def rests(self, vm: "FakeVM", state: str) -> None:
         """Stops or suspends a VM's machine, as somebody at the console would."""
@@ -495,8 +505,8 @@ class FakeFly(Fake):
     def _machine(self, machine: Machine) -> dict:
         status = self.checks or ("passing" if self.vms[machine.app].is_up() else "critical") if machine.app in self.vms.all else ""
         return {"id": machine.id, "name": machine.name, "state": self.state(machine), "region": machine.region, "instance_id": machine.instance_id,
-                "private_ip": "fdaa::99", "created_at": "2026-11-22T20:00:00Z", "updated_at": "2026-11-22T20:00:00Z", "config": machine.config,
-                "host_status": "ok", "cordoned": False, "events": [], "image_ref": {"repository": machine.config["image"], "digest": "sha256:0"},
+                "private_ip": "fdaa::99", "created_at": machine.created_at, "updated_at": "2026-11-22T20:00:00Z", "config": machine.config,
+                "host_status": machine.host, "cordoned": False, "events": [], "image_ref": {"repository": machine.config["image"], "digest": "sha256:0"},
                 "checks": [{"name": name, "status": status, "output": "", "updated_at": ""} for name in machine.config.get("checks", {}) if status]}
 
     async def act(self, name, request, body):
@@ -545,7 +555,9 @@ class FakeFly(Fake):
             case "org_machines":
                 first, size = int(request.query.get("cursor", "0")), min(int(request.query.get("limit", "1000")), 1000)
                 found = [self._machine(machine) | {"app_name": machine.app} for machine in self.machines]
-                return {"machines": found[first:first + size], "next_cursor": str(first + size) if first + size < len(found) else "", "error_regions": []}
+                return {"machines": found[first:first + size], "next_cursor": str(first + size) if first + size < len(found) else "", "error_regions": self.error_regions}
+            case "regions":
+                return {"nearest": "iad", "regions": [{"code": "iad", "name": "Ashburn"}, {"code": "ewr", "name": "Secaucus"}]}
             case "current_tokens":
                 return {"tokens": [{"token_id": "t", "org_slug": ORG, "organization": ORG, "apps": [], "user": ""}]}
 
@@ -773,7 +785,8 @@ class FakeTwilio(Fake):
 
     ROOT = f"/2010-04-01/Accounts/{ACCOUNT}"
     routes = (("POST", ROOT + "/Messages.json", "send"), ("GET", ROOT + "/Messages.json", "list"), ("GET", ROOT + "/Messages/{sid}.json", "fetch"),
-              ("GET", ROOT + "/Messages/{sid}/Media/{media}", "media"))
+              ("GET", ROOT + "/Messages/{sid}/Media/{media}", "media"),
+              ("GET", ROOT + ".json", "account"), ("GET", ROOT + "/IncomingPhoneNumbers.json", "numbers"))
 
     def __init__(self, clock: FakeClock):
         super().__init__(clock)
@@ -782,6 +795,7 @@ class FakeTwilio(Fake):
         self.public = PUBLIC
         self.gateway, self.page_cap, self.session = "", 1000, None  # the gateway: where it really listens
         self._numbers = itertools.count(1)
+        self.number = {"phone_number": NUMBER, "sms_url": PUBLIC + "/sms", "sms_method": "POST", "sms_application_sid": ""}
 
     def fails(self, name, status, times=1, body=None, headers=None, after=False, code: int | None = None):
         super().fails(name, status, times, body or {"code": code or status * 100, "message": "by script", "status": status}, headers, after)
@@ -814,7 +828,7 @@ class FakeTwilio(Fake):
     async def admit(self, request, seen):
         if seen.headers.get("Authorization") != aiohttp.encode_basic_auth(ACCOUNT, AUTH_TOKEN):
             return self.refuse("authenticate", 401, {"code": 20003, "message": "Authenticate", "status": 401})
-        if odd := {name for name, _ in seen.body} - SEND_FIELDS | set(seen.query) - (LIST_FIELDS if seen.name == "list" else set()):
+        if odd := {name for name, _ in seen.body} - SEND_FIELDS | set(seen.query) - {"list": LIST_FIELDS, "numbers": {"PhoneNumber"}}.get(seen.name, set()):
             return self.refuse(f"{seen.name}: unknown fields {odd}")
         return None
 
@@ -829,6 +843,10 @@ class FakeTwilio(Fake):
     async def act(self, name, request, body):
         if name == "fetch":
             return next((message for message in self.messages if message["sid"] == request.match_info["sid"]), (404, {"code": 20404, "status": 404}))
+        if name == "account":
+            return {"sid": ACCOUNT, "status": "active"}
+        if name == "numbers":
+            return {"incoming_phone_numbers": [self.number] if request.query["PhoneNumber"] == NUMBER else []}
         if name == "list":
             return self._list(request.path, dict(request.query))
         if name == "media":
@@ -2631,6 +2649,572 @@ async def test_a_welcome_is_texted_when_asked_for_and_only_then(world):
     await world.sign_up(BOB)
     await world.clock.advance(60)
     assert not world.twilio.sent_to(BOB)
+
+
+# --- Fleet ---
+
+EVERY, STAMP = 9, "cockpit.example.com/"  # a short pause between sweeps is quickly passed in virtual time
+
+
+async def stream(world, *, cut_after: str = "", **more) -> list[tuple[str, Any]]:
+    """The events of a provisioning that is streamed; comments count as events named ':'. It may hang up after an event."""
+    told, headers = [], {"Authorization": f"Bearer {KEY}", "Accept": "text/event-stream"}
+    async with world.session.post(world.twilio.gateway + "/provision", json=sign_up_form(**more), headers=headers) as response:
+        assert response.status == 200 and response.content_type == "text/event-stream", await response.text()
+        event = ""
+        async for line in response.content:
+            world.clock.touch()
+            words = line.decode().rstrip("\n")
+            if words.startswith((":", "data: ")):
+                told.append((":", words) if words.startswith(":") else (event, json.loads(words[6:])))
+                if event == cut_after:
+                    break
+            event = words.removeprefix("event: ") if words.startswith("event: ") else event
+    return told
+
+
+async def test_a_streamed_sign_up_tells_each_step_with_its_seconds_and_then_the_record(world):
+    world.fly.boot_s = 40
+    await world.start()
+    told = await world.clock.run(stream(world))
+    assert [data["step"] for event, data in told if event == "step"] == ["app", "secrets", "address", "volume", "machine", "start", "health"]
+    assert told[-1][0] == "ready" and told[-1][1]["state"] == "ready"
+    assert [event for event, _ in told].count(":") == 2  # a comment line every 15 s of silence
+    steps = (await world.call("GET", f"/provision/{told[-1][1]['vm_id']}")).body["steps"]
+    assert steps == {data["step"]: data["seconds"] for event, data in told if event == "step"} and 40 <= steps["start"] < 45
+
+
+async def test_a_streamed_sign_up_that_fails_ends_with_the_problem(world):
+    world.fly.fails("create_machine", 422, body={"error": "the moon is wrong"})
+    await world.start()
+    event, told = (await world.clock.run(stream(world)))[-1]
+    assert (event, told["code"], told["status"]) == ("failed", "fly_rejected", 502) and "the moon is wrong" in told["detail"]
+
+
+async def test_a_dropped_stream_does_not_stop_the_work(world):
+    await world.start()
+    await world.clock.run(stream(world, cut_after="step"))
+    await world.clock.until(lambda: world.saved["routes"].get(ANN, {}).get("state") == "ready")
+
+
+async def test_a_sign_up_need_not_be_waited_for(world):
+    gate = world.fly.holds("create_machine")
+    await world.start()
+    answer = await world.call("POST", "/provision", json=sign_up_form(), headers={"Prefer": "respond-async"})
+    assert answer.status == 202 and answer.headers["Location"] == f"/provision/{answer.body['vm_id']}" and answer.body["state"] == "provisioning"
+    assert world.saved["routes"][ANN]["vm_id"] == answer.body["vm_id"]
+    await world.clock.until(gate.arrived.is_set)
+    assert (await world.call("GET", answer.headers["Location"])).body["step"] == "machine"
+    gate.open()
+    await world.clock.until(lambda: world.saved["routes"][ANN]["state"] == "ready")
+
+
+@pytest.mark.parametrize("gigabytes", [0, 3])
+async def test_a_full_region_is_passed_over_for_the_next(world, gigabytes):
+    world.fly.full = {"iad"}
+    await world.start(VM_REGION="iad,ewr", VM_VOLUME_GB=gigabytes)
+    answer = await world.provision()
+    assert answer.status == 201 and answer.body["region"] == "ewr"
+    assert len(world.fly.apps) == 1 and [volume["region"] for volume in world.fly.apps[answer.body["vm_id"]].volumes.values()] == ["ewr"] * bool(gigabytes)
+
+
+@pytest.mark.parametrize("status, error", [(400, "no capacity"), (403, "which is over the allowed quota. please consider other regions"),
+                                           (412, "insufficient resources to create new machine with existing volume"), (409, "aborted: insufficient memory")])
+async def test_a_volume_beside_which_no_machine_fits_moves_on_with_it(world, status, error):
+    world.fly.fails("create_machine", status, body={"error": error})
+    await world.start(VM_REGION="iad,ewr", VM_VOLUME_GB=3)
+    vm = await world.sign_up()
+    assert [volume["region"] for volume in world.fly.apps[vm.app].volumes.values()] == ["ewr"] and world.fly.machines[0].region == "ewr"
+
+
+@pytest.mark.parametrize("gigabytes", [0, 3])
+async def test_when_all_regions_are_full_that_is_told_with_a_time_and_nothing_stays(world, gigabytes):
+    world.fly.full = {"iad", "ewr"}
+    await world.start(VM_REGION="iad,ewr", VM_VOLUME_GB=gigabytes)
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (503, "no_capacity") and int(answer.headers["Retry-After"]) > 0
+    await world.clock.until(lambda: not world.fly.apps)
+
+
+async def test_a_region_asked_for_is_the_only_one_tried(world):
+    world.fly.full = {"iad"}
+    await world.start(VM_REGION="iad,ewr")
+    assert (await world.provision(region="iad")).body["code"] == "no_capacity"
+    assert {call.body["region"] for call in world.fly.calls("create_machine")} == {"iad"}
+
+
+async def test_rotating_changes_only_what_is_given_and_texts_wait_meanwhile(world):
+    await world.start()
+    vm = await world.sign_up()
+    before, machine = dict(vm.env), world.fly.machines[0]
+    gate = world.fly.holds("update_machine")
+    patch = asyncio.ensure_future(world.ask("PATCH", f"/provision/{vm.app}", json={"github_token": "ghp_new"}))
+    await world.clock.until(gate.arrived.is_set)
+    await world.text("hello")
+    await world.clock.advance(30)
+    assert not vm.ran and (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "away"
+    gate.open()
+    answer = await world.clock.run(patch)
+    assert answer.status == 200 and answer.body["state"] == "ready", answer.text
+    assert vm.env == before | {"GITHUB_TOKEN": "ghp_new"}
+    config = world.fly.calls("update_machine")[-1].body["config"]
+    assert config == machine.config and config["services"] and config["metadata"]["cockpit_phone"] == ANN
+    await world.hears("ran: hello")
+
+
+async def test_rotating_lets_a_running_text_end_first(world):
+    await world.start()
+    vm = await world.sign_up()
+    gate = vm.holds()
+    await world.text("long")
+    await gate.arrived.wait()
+    patch = asyncio.ensure_future(world.ask("PATCH", f"/provision/{vm.app}", json={"api_keys": {"NEW_KEY": "value"}}))
+    await world.clock.advance(5)
+    assert not world.fly.count("update_machine")
+    gate.open()
+    assert (await world.clock.run(patch)).status == 200 and vm.env["NEW_KEY"] == "value"
+    await world.hears("ran: long")
+
+
+async def test_rotating_renews_the_vm_s_token_with_the_secret_that_signs_now(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.clock.advance(5)
+    newer = "a-newer-root-of-tokens-0123456789abcdef"
+    await world.restart(COCKPIT_SECRET=f"{newer},{SECRET}")
+    await world.text("old token")
+    await world.hears("ran: old token")
+    assert (await world.call("PATCH", f"/provision/{vm.app}", json={"github_token": "ghp_new"})).status == 200
+    await world.restart(COCKPIT_SECRET=newer)
+    await world.text("new token")
+    await world.hears("ran: old token", "ran: new token")
+
+
+@pytest.mark.parametrize("body, field", [({}, "api_keys"), ({"phone_number": BOB}, "phone_number"), ({"github_token": ""}, "github_token"), ({"api_keys": {"PATH": "x"}}, "api_keys.PATH")])
+async def test_a_rotation_of_nothing_or_of_anything_else_is_refused(world, body, field):
+    await world.start()
+    vm = await world.sign_up()
+    answer = await world.call("PATCH", f"/provision/{vm.app}", json=body)
+    assert answer.status == 422 and field in [error["field"] for error in answer.body["errors"]] and not world.fly.count("update_machine")
+
+
+async def test_a_restart_returns_when_the_vm_is_well_again(world):
+    world.fly.boot_s = 5
+    await world.start()
+    vm = await world.sign_up()
+    began = world.clock.elapsed
+    answer = await world.call("POST", f"/provision/{world.fly.machines[0].id}/restart")
+    assert answer.status == 200 and answer.body["vm_id"] == vm.app and answer.body["last_error"] is None
+    assert world.fly.count("restart_machine") == 1 and world.clock.elapsed - began >= 5
+
+
+@pytest.mark.parametrize("what", ["restart", "upgrade"])
+async def test_what_is_not_ready_is_not_changed(world, what):
+    await world.start()
+    gate, job = await world.begin(world.fly, "create_machine")
+    vm_id = world.saved["routes"][ANN]["vm_id"]
+    answer = await world.call("POST", f"/provision/{vm_id}/{what}")
+    assert (answer.status, answer.body["code"]) == (409, "wrong_state")
+    gate.open()
+    await world.clock.run(job)
+    gate = world.fly.holds("get_machine")
+    first = asyncio.ensure_future(world.ask("POST", f"/provision/{vm_id}/restart"))
+    await world.clock.until(gate.arrived.is_set)
+    assert (await world.call("POST", f"/provision/{vm_id}/{what}")).body["code"] == "wrong_state"
+    gate.open()
+    assert (await world.clock.run(first)).status == 200
+    assert (await world.call("POST", f"/provision/cockpit-vm-unknown/{what}")).body["code"] == "unknown_vm"
+
+
+async def test_an_upgrade_moves_a_vm_to_the_present_image(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.clock.advance(5)
+    await world.restart(VM_IMAGE="vm-image:8")
+    answer = await world.call("POST", f"/provision/{vm.app}/upgrade")
+    assert answer.status == 200 and answer.body["image"] == "vm-image:8" == world.fly.machines[0].config["image"]
+    assert vm.env["GITHUB_TOKEN"] == GITHUB and world.saved["routes"][ANN]["image"] == "vm-image:8"
+
+
+async def test_an_image_that_is_not_healthy_is_taken_back(world):
+    await world.start()
+    vm = await world.sign_up()
+    await world.clock.advance(5)
+    await world.restart(VM_IMAGE="vm-image:8", PROVISION_TIMEOUT_S=20)
+    vm.started = lambda: False
+    is_up = lambda: world.fly.machines[0].config["image"] == "vm-image:7"
+    boot = world.vms.boot
+    world.vms.boot = lambda app, started, env: boot(app, is_up, env)
+    answer = await world.call("POST", f"/provision/{vm.app}/upgrade")
+    assert (answer.status, answer.body["code"]) == (504, "vm_unhealthy") and "vm-image:7" in answer.body["detail"]
+    record = (await world.call("GET", f"/provision/{vm.app}")).body
+    assert record["image"] == "vm-image:7" and record["state"] == "ready" and "vm-image:8" in record["last_error"]
+    await world.text("still here")
+    await world.hears("ran: still here")
+
+
+async def test_a_teardown_ends_a_change(world):
+    await world.start(PROVISION_TIMEOUT_S=3000)
+    vm = await world.sign_up()
+    vm.away = 503
+    change = asyncio.ensure_future(world.ask("POST", f"/provision/{vm.app}/restart"))
+    await world.clock.advance(5)
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    assert (await world.clock.run(change)).body["code"] == "torn_down" and not world.saved["routes"]
+
+
+async def test_all_vms_are_upgraded_a_few_at_a_time_and_the_first_failure_stops_it(live):
+    await live.spawn(PROVISION_TIMEOUT_S=2)
+    for phone in (ANN, BOB, EVE):
+        assert (await live.ask("POST", "/provision", json=sign_up_form(phone))).status == 201
+    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, unused_port(), live.disks, "upgrade", "--at-once", "2")
+    assert await child.ends() == 0 and "3 upgraded, 0 failed" in child.log
+    live.fly.fails("update_machine", 422, times=9)
+    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, unused_port(), live.disks, "upgrade", "--at-once", "1")
+    assert await child.ends() == 1 and "0 upgraded, 1 failed, 2 not tried" in child.log
+
+
+# Reconciling
+
+async def sweeps(world, times: int = 1) -> None:
+    """So many sweeps, and whatever they set going."""
+    before, every = world.fly.count("org_machines"), int(world.environ["RECONCILE_S"])
+    await world.clock.advance(every * times + 1)
+    assert world.fly.count("org_machines") >= before + times
+
+
+async def troubles(world) -> str:
+    return " | ".join((await world.call("GET", "/health")).body["troubles"])
+
+
+def ours(world) -> str:
+    return STAMP + world.saved["gateway_id"]
+
+
+async def test_a_foreign_machine_with_our_prefix_survives_every_sweep(world):
+    await world.start(RECONCILE_S=EVERY)
+    mine = await world.sign_up()
+    for name, stamp in (("cockpit-vm-aaaaaaaa", STAMP + "another0"), ("cockpit-vm-bbbbbbbb", "staging.example.com/" + world.saved["gateway_id"])):
+        world.fly.plants(name, cockpit_gateway=stamp, cockpit_phone=BOB, cockpit_owner=cockpit.owner_mark(SECRET, name, BOB))
+    world.fly.plants("cockpit-vm-cccccccc")
+    world.fly.plants("cockpit-vm-dddddddd", machines=0)
+    await sweeps(world, 30)
+    assert set(world.fly.apps) == {mine.app, *(f"cockpit-vm-{letter * 8}" for letter in "abcd")} and set(world.saved["routes"]) == {ANN}
+    told = await troubles(world)
+    assert all(f"cockpit-vm-{letter * 8}" in told for letter in "abcd")
+
+
+async def test_an_orphan_of_ours_goes_after_two_sweeps_and_never_young(world):
+    await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=100)
+    await world.sign_up()
+    world.fly.plants("cockpit-vm-orphaned", cockpit_gateway=ours(world), cockpit_phone=BOB, cockpit_owner="forged")
+    await sweeps(world, 10)
+    assert "cockpit-vm-orphaned" in world.fly.apps  # younger than twice PROVISION_TIMEOUT_S
+    await world.clock.advance(200)
+    assert "cockpit-vm-orphaned" not in world.fly.apps and len(world.fly.apps) == 1
+
+
+async def test_no_more_than_five_orphans_go_within_an_hour_and_health_says_so(world):
+    await world.start(RECONCILE_S=700, PROVISION_TIMEOUT_S=10)
+    await world.sign_up()
+    for number in range(8):
+        world.fly.plants(f"cockpit-vm-orphan{number}0", cockpit_gateway=ours(world))
+    await sweeps(world, 3)
+    assert len(world.fly.apps) == 4 and "5 were deleted within the hour" in await troubles(world)
+    await sweeps(world, 5)
+    assert len(world.fly.apps) == 1
+
+
+async def test_one_of_ours_that_proves_its_owner_is_adopted_after_two_sweeps_and_texts_flow(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    kept = world.saved
+    await world.stop()
+    world.file.write_text(json.dumps(kept | {"routes": {BOB: kept["routes"][ANN] | {"vm_id": "cockpit-vm-elsewhere", "machine_id": "m"}}}))
+    world.file.with_name("routes.json.bak").unlink()
+    await world.start()
+    await sweeps(world, 1)
+    assert ANN not in world.saved["routes"]
+    await sweeps(world, 1)
+    assert world.saved["routes"][ANN] == without(kept["routes"][ANN], "steps")
+    await world.text("hello again")
+    await world.hears("ran: hello again")
+    assert vm.ran == ["hello again"]
+
+
+async def test_what_was_torn_down_within_the_hour_is_not_adopted(world):
+    await world.start(RECONCILE_S=600)
+    vm = await world.sign_up()
+    ghost, metadata = vm.app, world.fly.machines[0].config["metadata"]
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    world.fly.plants(ghost, **metadata)
+    await sweeps(world, 4)
+    assert not world.saved["routes"] and ghost in world.fly.apps
+
+
+async def test_two_that_claim_one_number_are_left_alone_and_named_masked(world):
+    await world.start(RECONCILE_S=EVERY)
+    await world.sign_up()
+    for name in ("cockpit-vm-claim001", "cockpit-vm-claim002"):
+        world.fly.plants(name, cockpit_gateway=ours(world), cockpit_phone=BOB, cockpit_owner=cockpit.owner_mark(SECRET, name, BOB))
+    await sweeps(world, 10)
+    assert len(world.fly.apps) == 3 and set(world.saved["routes"]) == {ANN}
+    told = await troubles(world)
+    assert cockpit.mask_phone(BOB) in told and BOB not in told
+
+
+NONSENSE = [("list_apps", {"foo": 1}), ("list_apps", []), ("list_apps", {"apps": [1]}), ("org_machines", {"foo": 1}), ("org_machines", []),
+            ("org_machines", {"machines": [{"id": 7}]}), ("org_machines", {"machines": [], "error_regions": ["iad"]})]
+
+
+@pytest.mark.parametrize("call, answer", NONSENSE)
+async def test_an_answer_from_fly_that_makes_no_sense_deletes_nothing(world, call, answer):
+    await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=10)
+    vm = await world.sign_up()
+    world.fly.plants("cockpit-vm-orphaned", cockpit_gateway=ours(world))
+    await world.clock.advance(2)
+    world.fly.fails(call, 200, times=1000, body=answer)
+    await world.clock.advance(200)
+    assert set(world.fly.apps) == {vm.app, "cockpit-vm-orphaned"} and world.saved["routes"][ANN]["state"] == "ready"
+    assert not world.fly.count("delete_app") and await troubles(world)
+    world.fly.heals(call)
+    await sweeps(world, 3)
+    assert set(world.fly.apps) == {vm.app} and not await troubles(world)
+
+
+@pytest.mark.parametrize("call, status", [("list_apps", 500), ("org_machines", 503), ("get_machine", 500), ("get_app", 500)])
+async def test_fly_out_of_reach_changes_nothing(world, call, status):
+    await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=10)
+    vm = await world.sign_up()
+    world.fly.plants("cockpit-vm-orphaned", cockpit_gateway=ours(world))
+    world.fly.fails(call, status, times=10000)
+    await world.clock.advance(100)
+    assert set(world.fly.apps) == {vm.app, "cockpit-vm-orphaned"} and world.saved["routes"][ANN]["state"] == "ready"
+
+
+async def test_a_machine_whose_host_is_not_well_is_left_alone(world):
+    await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=10)
+    vm = await world.sign_up()
+    world.fly.rests(vm, "stopped")
+    orphan = world.fly.plants("cockpit-vm-orphaned", cockpit_gateway=ours(world))
+    for machine in world.fly.machines:
+        machine.host = "unreachable"
+    await sweeps(world, 5)
+    assert orphan.name in world.fly.apps and not world.fly.count("start_machine")
+    assert (await world.call("POST", f"/provision/{vm.app}/restart")).body["code"] == "fly_unavailable" and not world.fly.count("restart_machine")
+
+
+async def test_a_vm_that_vanished_fails_its_owner_is_told_once_and_the_number_is_free(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    world.fly.everything.pop(vm.app)
+    world.vms.gone(vm.app)
+    await sweeps(world, 5)
+    assert world.saved["routes"][ANN]["state"] == "failed"
+    await world.hears("Your VM is gone. Sign up: https://signup.example.com")
+    await world.restart()
+    await sweeps(world, 2)
+    await world.hears("Your VM is gone. Sign up: https://signup.example.com")
+    assert (await world.provision()).status == 201
+
+
+async def test_a_list_that_lags_makes_no_vm_vanish(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    world.fly.fails("org_machines", 200, times=1000, body={"machines": [], "next_cursor": "", "error_regions": []})
+    world.fly.fails("list_apps", 200, times=1000, body={"apps": []})
+    await sweeps(world, 5)
+    assert world.saved["routes"][ANN]["state"] == "ready" and vm.app in world.fly.apps
+
+
+@pytest.mark.parametrize("state", ["stopped", "suspended"])
+async def test_a_machine_that_stopped_is_started_unasked(world, state):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    world.fly.rests(vm, state)
+    await sweeps(world)
+    assert world.fly.count("start_machine") == 1 and vm.is_up()
+
+
+async def test_a_vm_that_hangs_is_restarted_after_three_sweeps_and_not_again_within_ten_minutes(world):
+    await world.start(RECONCILE_S=100, VM_COMMAND_TIMEOUT_S=30, PROVISION_TIMEOUT_S=20, VM_AWAY_LIMIT_S=6000)
+    vm = await world.sign_up()
+    vm.away = 503
+    await sweeps(world, 4)
+    assert not world.fly.count("restart_machine")  # nobody called it: nothing is known to be wrong
+    await world.text("hello")
+    await sweeps(world, 2)
+    assert not world.fly.count("restart_machine") and (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "away"
+    await sweeps(world, 1)
+    assert world.fly.count("restart_machine") == 1
+    await sweeps(world, 4)
+    assert world.fly.count("restart_machine") == 1
+    await sweeps(world, 3)
+    assert world.fly.count("restart_machine") == 2
+
+
+async def test_a_vm_is_not_restarted_while_a_command_may_be_running_there(world):
+    await world.start(RECONCILE_S=100, VM_COMMAND_TIMEOUT_S=600, VM_AWAY_LIMIT_S=6000)
+    vm = await world.sign_up()
+    vm.then({"cut": "after"})
+    await world.text("hello")
+    await world.clock.until(lambda: vm.asked)
+    vm.away = 503
+    await sweeps(world, 5)
+    assert not world.fly.count("restart_machine")
+    await sweeps(world, 2)
+    assert world.fly.count("restart_machine") == 1
+
+
+async def test_a_busy_vm_is_not_restarted(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    vm.busy = True
+    await world.text("hello")
+    await sweeps(world, 20)
+    assert not world.fly.count("restart_machine")
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_fly_refusing_us_is_named_on_health_logged_once_a_minute_and_asked_less_often(world, caplog, status):
+    await world.start(RECONCILE_S=60)
+    vm = await world.sign_up()
+    world.fly.fails("list_apps", status, times=10000, body={"error": "unauthorized"})
+    world.fly.fails("delete_app", status, times=10000, body={"error": "unauthorized"})
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 202
+    health = await world.call("GET", "/health")
+    assert health.status == 200 and "Fly refuses our token" in health.text
+    asked, logged = world.fly.count("list_apps"), len(caplog.records)
+    await world.clock.advance(1800)
+    assert world.fly.count("list_apps") - asked <= 9
+    refusals = [record for record in caplog.records[logged:] if record.levelno >= logging.WARNING]
+    assert 5 <= len(refusals) <= 31
+    world.fly.opens_all()
+    await world.clock.advance(400)
+    assert "refuses" not in await troubles(world) and not world.fly.apps
+
+
+# A lost disk
+
+async def test_a_start_with_a_lost_disk_adopts_what_fly_holds(world):
+    await world.start()
+    for phone in (ANN, BOB):
+        await world.sign_up(phone)
+    await world.clock.advance(5)
+    before = world.saved
+    await world.stop()
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    world.fly.plants("cockpit-vm-forged00", cockpit_gateway=STAMP + before["gateway_id"], cockpit_phone=EVE, cockpit_owner="forged")
+    await world.start()
+    assert world.saved["gateway_id"] == before["gateway_id"]
+    assert world.saved["routes"] == {phone: without(route, "steps") for phone, route in before["routes"].items()}
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
+async def test_with_a_lost_disk_and_fly_out_of_reach_no_vm_is_made_and_no_text_refused_for_good(world):
+    await world.start()
+    await world.sign_up()
+    await world.clock.advance(5)
+    await world.stop()
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    world.fly.fails("list_apps", 503, times=10000)
+    await world.start()
+    answer = await world.provision(BOB)
+    assert answer.status == 503 and answer.headers["Retry-After"] and answer.body["code"] == "fly_unavailable"
+    assert (await world.call("GET", "/health")).status == 200 and "Fly cannot be asked yet" in await troubles(world)
+    assert (await world.twilio.texts(ANN, "hello")).status == 503
+    world.fly.heals("list_apps")
+    await world.clock.until(lambda: ANN in world.saved["routes"], 600)
+    assert (await world.provision(BOB)).status == 201 and not await troubles(world)
+
+
+def without(route: dict, *names: str) -> dict:
+    return {name: value for name, value in route.items() if name not in names}
+
+
+async def several(live) -> tuple[str, str]:
+    await live.spawn()
+    assert (await live.ask("POST", "/provision", json=sign_up_form())).status == 201
+    own = live.saved["gateway_id"]
+    await live.children[-1].ends(signal.SIGTERM)
+    live.fly.plants("cockpit-vm-other000", cockpit_gateway=STAMP + "another0", cockpit_phone=BOB, cockpit_owner=cockpit.owner_mark(SECRET, "cockpit-vm-other000", BOB))
+    return own, "another0"
+
+
+async def restore(live, *arguments: str) -> Child:
+    child = await Child.start(live.environ | {"ROUTES_FILE": str(live.file)}, unused_port(), live.disks, "restore", *arguments)
+    await child.ends()
+    return child
+
+
+async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(live):
+    own, other = await several(live)
+    before = live.saved
+    for file in live.file.parent.iterdir():
+        file.unlink()
+    child = await live.spawn(wait=False)
+    assert await child.ends() == 1 and own in child.log and other in child.log and "restore --gateway ID" in child.log
+    assert not live.file.exists()
+    child = await restore(live)
+    assert child.process.returncode == 1 and own in child.log and not live.file.exists()
+    child = await restore(live, "--gateway", own)
+    assert child.process.returncode == 0 and cockpit.mask_phone(ANN) in child.log and ANN not in child.log
+    assert live.saved["gateway_id"] == own
+    own_time = ("steps", "created_at")
+    assert without(live.saved["routes"][ANN], *own_time) == without(before["routes"][ANN], *own_time)
+
+
+async def test_restore_overwrites_no_routes_unforced_and_waits_for_no_running_gateway(live):
+    await live.spawn()
+    assert (await live.ask("POST", "/provision", json=sign_up_form())).status == 201
+    assert (await restore(live)).process.returncode == 1  # the lock is held
+    await live.children[-1].ends(signal.SIGTERM)
+    before = live.file.read_bytes()
+    child = await restore(live)
+    assert child.process.returncode == 1 and "--force" in child.log and live.file.read_bytes() == before
+    live.fly.plants("cockpit-vm-forged00", cockpit_gateway=STAMP + live.saved["gateway_id"], cockpit_phone=BOB, cockpit_owner="forged")
+    child = await restore(live, "--force")
+    assert child.process.returncode == 0 and "skipped cockpit-vm-forged00" in child.log and set(live.saved["routes"]) == {ANN}
+
+
+async def test_restore_writes_nothing_when_fly_knows_nothing_or_not_all(live):
+    live.fly.error_regions = ["ams"]
+    child = await restore(live)
+    assert child.process.returncode == 1 and "ams" in child.log and not live.file.exists()
+    live.fly.error_regions = []
+    child = await restore(live)
+    assert child.process.returncode == 1 and "no VM" in child.log and not live.file.exists()
+
+
+# Doctor
+
+async def doctor(live, **changes: str) -> Child:
+    child = await Child.start(live.environ | {"ROUTES_FILE": str(live.file)} | changes, unused_port(), live.disks, "doctor")
+    await child.ends()
+    assert_nothing_secret(child.log)
+    return child
+
+
+async def test_the_doctor_finds_all_well_beside_a_running_gateway(live):
+    await live.spawn()
+    child = await doctor(live)
+    assert child.process.returncode == 0 and "wrong" not in child.log, child.log
+    assert [line.split()[0] for line in child.log.splitlines()].count("ok") >= 6
+
+
+@pytest.mark.parametrize("changes, spoil, named", [
+    ({"COCKPIT_SECRET": ""}, None, "COCKPIT_SECRET"), ({"ROUTES_FILE": "/nowhere/routes.json"}, None, "ROUTES_FILE"), ({"FLY_API_TOKEN": "FlyV1 fm2_wrong"}, None, "FLY_API_TOKEN"),
+    ({"FLY_ORG": "other"}, None, "FLY_ORG"), ({"VM_REGION": "iad,xyz"}, None, "xyz"), ({"TWILIO_AUTH_TOKEN": "wrong"}, None, "Twilio account"),
+    ({"TWILIO_PHONE_NUMBER": BOB}, None, "TWILIO_PHONE_NUMBER"), ({}, {"sms_url": "https://elsewhere.example.com/sms"}, "webhook")])
+async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, changes, spoil, named):
+    live.twilio.number |= spoil or {}
+    child = await doctor(live, **changes)
+    assert child.process.returncode == 1 and any(line.startswith("wrong") and named in line for line in child.log.splitlines()), child.log
+    live.fly.objections.clear()
+    live.twilio.objections.clear()
 
 
 # --- HTTP ---
