@@ -60,6 +60,7 @@ from xml.sax.saxutils import escape
 
 import aiohttp
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -515,9 +516,9 @@ def mask_phone(phone: str) -> str:
 
 def scrub(text: str, hide: Iterable[str] = ()) -> str:
     """Words from outside, made fit for a log line or an error: no whole phone number, none of `hide`, one line, 500 characters."""
-    for secret in hide:
-        if len(secret) >= 4:
-            text = text.replace(secret, "[hidden]")
+    for secret in sorted(hide, key=len, reverse=True):  # one may hold another
+        for form in (secret, json.dumps(secret)[1:-1]) if len(secret) >= 4 else ():
+            text = text.replace(form, "[hidden]")
     text = re.sub(r"(?:\+|%2B)[1-9][0-9]{6,14}", lambda m: mask_phone(m.group().replace("%2B", "+")), text)
     return re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip()[:500]
 
@@ -1347,6 +1348,7 @@ class FlyClient:
         self._session, self._settings, self._clock, self._metrics = session, settings, clock, metrics
         self._base = settings.fly_url + "/v1"
         self._headers = {"Authorization": fly_authorization(settings.fly_token)}
+        self._tokens = re.split("[ ,]", self._headers["Authorization"])[1:]
         self._ready_at: dict[tuple[str, str], float] = {}
         self.retry = Retry(attempts=5, base_s=0.5, cap_s=8, budget_s=settings.provision_timeout_s)
         self.trouble = ""
@@ -1373,7 +1375,7 @@ class FlyClient:
             url = url.with_query(query)
 
         def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
-            return kind("fly", action, words=scrub(words, (self._settings.fly_token, *hide)), **facts)
+            return kind("fly", action, words=scrub(words, (*self._tokens, *hide)), **facts)
 
         status, began = 0, self._clock.monotonic()
         try:
@@ -1717,7 +1719,7 @@ def explain_fly(raw: bytes) -> tuple[str, str]:
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        return raw[:500].decode("utf-8", "replace"), ""
+        return raw.decode("utf-8", "replace"), ""  # whole: of a secret cut in two neither half would be found
     code = body.get("status")
     return str(body.get("error") or body.get("message") or body), code if isinstance(code, str) else ""
 
@@ -2560,6 +2562,7 @@ class Provisioner:
 
     async def _abandon(self, job: Job, refusal: Refusal, *, made_nothing: bool = False) -> None:
         """Free the number, tell whoever waits, and start the undo; the caller's error does not wait for it."""
+        self.jobs.pop(job.vm_id, None)  # from here on a teardown has nothing to cancel
         self._metrics.provision.observe(self._clock.monotonic() - job.began, refusal.code)
         log_event("provision_failed", level=logging.WARNING, vm_id=job.vm_id, step=job.step, code=refusal.code, error=refusal.detail)
         state = "deleting" if job.torn_down else "failed"
@@ -2673,7 +2676,7 @@ class Provisioner:
         job.task.cancel()
         with contextlib.suppress(Refusal, asyncio.CancelledError):
             await asyncio.shield(job.task)
-        if self.jobs.pop(job.vm_id, None):  # cancelled before its first step
+        if self._store.find(job.vm_id):  # cancelled before its first step, or while its failure was looked into
             await self._abandon(job, Refusal("torn_down", f"{job.vm_id} was deleted before it was set up"))
 
     # Start and stop
@@ -2712,7 +2715,8 @@ class Provisioner:
         if (failed := self.failed.get(vm_id)) and failed[0] > self._clock.monotonic() - FAILED_KEPT_S:
             return failed[1]
         if entry := self._store.undo.get(vm_id):
-            record = self.describe(str(entry.get("phone_number") or ""), Route.from_json({name: value for name, value in entry.items() if isinstance(value, str)}))
+            known = {name: value for name, value in entry.items() if isinstance(value, str)}
+            record = self.describe(str(entry.get("phone_number") or ""), Route.from_json(known | {"vm_id": vm_id}))
             return record | {"state": "failed" if entry.get("reason") == "failed" else "deleting"}
         raise Refusal("unknown_vm", f"there is no VM {vm_id}")
 
@@ -4331,7 +4335,7 @@ async def answer_errors(request: web.Request, handler: Callable[[web.Request], A
     resource = request.match_info.route.resource
     call, response = resource.canonical if resource is not None else "unknown", None
     try:
-        if call.startswith("/provision"):
+        if request.path.startswith("/provision"):  # also what has no such path or method
             require_key(request)
         response = await handler(request)
     except (CockpitError, web.HTTPException) as error:
@@ -4378,7 +4382,10 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
     if (request.content_length or 0) <= limit:
         with contextlib.suppress(web.HTTPRequestEntityTooLarge):
-            raw = await request.read()
+            try:
+                raw = await request.read()
+            except web.RequestPayloadError:
+                raise Refusal("malformed", "the body does not arrive as its headers say") from None
             if len(raw) <= limit:
                 return raw
     raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
@@ -5206,7 +5213,7 @@ PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 async def fence(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
     """Keep /_local to this machine: a tunnel or a page elsewhere must not hand anybody a shell."""
     if request.path.startswith("/_local"):
-        host = urlsplit("//" + request.headers.get("Host", "")).hostname or ""
+        host = re.sub(r":[0-9]*$", "", request.headers.get("Host", "")).lower()
         forwarded = any(name.lower() == "forwarded" or name.lower().startswith("x-forwarded") for name in request.headers)
         if not is_loopback(host) or forwarded or not is_loopback(request.remote or ""):
             raise Refusal("forbidden", "/_local answers this machine only")
@@ -5414,6 +5421,7 @@ class LocalFly:
         """The restart policy `always`."""
         while machine.process is not None:
             code = await machine.process.wait()
+            kill_group(machine.process)  # what it ran does not outlive it
             machine.process, machine.state = None, "starting"
             log_event("local_vm_exited", vm_id=app.name, exit_code=code, restarts_in_s=LOCAL_RESTART_S)
             await asyncio.sleep(LOCAL_RESTART_S)
@@ -5426,15 +5434,14 @@ class LocalFly:
             machine.keeper = None
         machine.state = state
         if machine.process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(machine.process.pid, signal.SIGKILL)
+            kill_group(machine.process)
             await machine.process.wait()
             machine.process = None
 
     async def _kill(self, request: web.Request) -> web.Response:
         for machine in self._app(request).machines.values():
             if machine.process is not None:
-                os.killpg(machine.process.pid, signal.SIGKILL)
+                kill_group(machine.process)
         return web.Response(status=204)
 
     async def _proxy(self, request: web.Request) -> web.StreamResponse:
@@ -5460,6 +5467,12 @@ class LocalFly:
             for machine in app.machines.values():
                 await self._stop(machine, "destroyed")
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def kill_group(leader: asyncio.subprocess.Process) -> None:
+    """End a process and whatever it started, also when it has ended itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -5548,37 +5561,45 @@ class LocalTwilio:
 
 
 class KeptAsFound:
-    """Local VMs end with the gateway, so routes.json is put back as it was found, also by the next start after a crash."""
+    """Local VMs end with the gateway, so the state files are put back as they were found, also by the next start after a crash."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._copy = self._sibling(".found")
-
-    def _sibling(self, suffix: str) -> Path:
-        return self._path.with_name(self._path.name + suffix)
+        self._files = [path.with_name(path.name + suffix) for suffix in ("", ".journal", ".bak")]
+        self._kept, self._unfinished = path.with_name(path.name + ".found"), path.with_name(path.name + ".found.tmp")
 
     def keep(self) -> None:
-        """Set the file aside (blocking), or first put back what an earlier run set aside; call it with the lock held."""
-        if self._copy.exists():
-            self.put_back()
-        try:
-            found = self._path.read_bytes() if self._path.exists() else b""
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be read: {error.strerror}") from error
-        write_atomically(self._copy, [found])
-        if found:
-            self._copy.chmod(self._path.stat().st_mode & 0o777)
+        """Set the files aside (blocking), or first put back what an earlier run set aside; call it with the lock held."""
+        self.put_back()
+        with self._told():
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+            self._unfinished.mkdir(mode=0o700)
+            for file in self._files:
+                if file.exists():
+                    shutil.copy2(file, self._unfinished)
+            self._unfinished.rename(self._kept)
 
     def put_back(self) -> None:
-        """Restore the file and remove what grew beside it (blocking)."""
-        found = self._copy.read_bytes()
-        if found:
-            write_atomically(self._path, [found])
-            self._path.chmod(self._copy.stat().st_mode & 0o777)
-        else:
-            self._path.unlink(missing_ok=True)
-        for suffix in (".journal", ".bak", ".found"):
-            self._sibling(suffix).unlink(missing_ok=True)
+        """Restore what was set aside and remove what grew beside it (blocking)."""
+        if not self._kept.is_dir():
+            return
+        with self._told():
+            for file in self._files:
+                found = self._kept / file.name
+                if found.exists():
+                    write_atomically(file, [found.read_bytes()])
+                    file.chmod(found.stat().st_mode & 0o777)
+                else:
+                    file.unlink(missing_ok=True)
+            self._kept.rename(self._unfinished)  # in one step: half of it would tell less than was found
+            shutil.rmtree(self._unfinished)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(f"{self._path} cannot be set aside or put back: {error.strerror}") from error
 
 
 class VmServer:
@@ -5804,6 +5825,16 @@ def set_up_logging(settings: Settings) -> None:
     handler.setFormatter(LineFormatter(as_json=settings.log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
+    logging.getLogger("aiohttp.server").addFilter(leave_out_the_request)
+
+
+def leave_out_the_request(record: logging.LogRecord) -> bool:
+    """aiohttp logs a request it cannot parse word for word, and a key may be among its words: only what kind of error it was is told."""
+    if record.exc_info and isinstance(error := record.exc_info[1], HttpProcessingError | web.RequestPayloadError):
+        record.msg, record.args, record.exc_info = "request_unreadable", (), None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.fields = [{"error": type(error).__name__}]
+    return True
 
 
 def raise_file_limit() -> None:
@@ -6141,7 +6172,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command")
     vm = commands.add_parser("vm", help="serve what a VM speaks, with a built-in agent or the one given")
     vm.add_argument("--host", default=os.environ.get("HOST") or "0.0.0.0")
-    vm.add_argument("--port", type=int, default=int(os.environ.get("PORT") or 3000))
+    vm.add_argument("--port", type=int, default=os.environ.get("PORT") or "3000")
     vm.add_argument("--agent", default=os.environ.get("LOCAL_AGENT", ""), help="a command: the text on its standard input, the answer on its standard output")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     commands.add_parser("doctor", help="check settings, state folder, Fly and Twilio; each line says ok or what to do")

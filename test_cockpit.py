@@ -1438,6 +1438,16 @@ async def test_what_is_no_json_from_fly_is_told_without_harm(world):
     assert (await world.provision()).body["code"] == "fly_rejected"
 
 
+@pytest.mark.parametrize("answer", [lambda echo: {"error": f"no good: {echo}"}, lambda echo: [f"{'x' * 480}{echo}"]], ids=["in words", "cut in two"])
+async def test_a_secret_that_fly_echoes_is_told_to_nobody(world, answer):
+    await world.start()
+    secret, longer = 'sk-"quoted"-' + "é" * 20, "sk-one-that-another-starts-with"
+    world.fly.fails("set_secrets", 400, body=answer(f"{longer}-and-more {secret} {FLY_TOKEN.split(',')[1]}"))
+    told = await world.provision(github_token=longer, api_keys={"A": longer + "-and-more", "B": secret})
+    for part in ("quoted", "one-that", "and-more", "fm2_discharge"):
+        assert part not in told.text and part not in (await world.call("GET", f"/provision/{told.body['vm_id']}")).text
+
+
 async def test_a_lasting_outage_of_fly_is_told_as_such(world):
     await world.start(PROVISION_TIMEOUT_S=60)
     world.fly.fails("create_machine", 503, times=10_000)
@@ -1807,6 +1817,17 @@ async def test_teardown_cancels_a_running_provisioning(world, call):
     answers = await world.clock.run(asyncio.gather(teardown, job))
     assert [answer.status for answer in answers] == [204, 409] and answers[1].body["code"] == "torn_down"
     await world.clock.advance(5)
+    assert not world.fly.everything and not world.saved["routes"]
+
+
+async def test_teardown_works_while_a_failure_is_looked_into(world):
+    await world.start(PROVISION_TIMEOUT_S=20)
+    world.vms.drops("health", times=10_000)
+    gate, job = await world.begin(world.fly, "get_machine")
+    vm_id = world.saved["routes"][ANN]["vm_id"]
+    assert (await world.call("DELETE", f"/provision/{vm_id}")).status == 204
+    gate.open()
+    assert (await world.clock.run(job)).body["code"] == "torn_down"
     assert not world.fly.everything and not world.saved["routes"]
 
 
@@ -3234,6 +3255,12 @@ async def test_nothing_under_provision_is_answered_without_the_key(world, header
     assert not world.fly.count("create_app")
 
 
+async def test_a_wrong_path_or_method_under_provision_tells_nothing_without_the_key(world):
+    await world.start()
+    for method, path in (("PUT", "/provision"), ("OPTIONS", "/provision"), ("POST", "/provision/x"), ("GET", "/provision/x/restart"), ("GET", "/provision/"), ("GET", "/provision/x/y")):
+        assert (await world.call(method, path, key=None)).status == 401, (method, path)
+
+
 @pytest.mark.parametrize("headers", [{"Authorization": f"Bearer {KEY}"}, {"X-API-Key": KEY}, {"Authorization": "bearer the-next-key-while-rotating"}], ids=str)
 async def test_each_key_in_the_list_opens_by_either_header(world, headers):
     await world.start(COCKPIT_API_KEY=f"{KEY},the-next-key-while-rotating")
@@ -3277,6 +3304,7 @@ async def test_the_largest_valid_sign_up_is_accepted(world):
 @pytest.mark.parametrize("method, path, more, status, code", [
     ("POST", "/provision", {"data": "{"}, 400, "malformed"), ("POST", "/provision", {"data": b"\xff\xfe"}, 400, "malformed"),
     ("POST", "/provision", {"data": "a=b", "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 415, "unsupported_media_type"),
+    ("POST", "/provision", {"data": b"no gzip", "headers": {"Content-Encoding": "gzip"}}, 400, "malformed"),
     ("POST", "/provision", {"data": b"[" * 300_000}, 400, "malformed"), ("POST", "/provision", {"data": b" " * (512 * 1024 + 1)}, 413, "too_large"),
     ("POST", "/sms", {"data": b"Body=" + b"x" * (64 * 1024), "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 413, "too_large"),
     ("GET", "/nothing/here", {}, 404, "not_found"), ("GET", "/provision/cockpit-vm-aaaaaaaa", {}, 404, "unknown_vm"), ("DELETE", "/provision/nobody", {}, 404, "unknown_vm"),
@@ -3639,6 +3667,37 @@ async def test_the_built_in_agent_draws_and_crashes_and_a_command_of_one_s_own_r
     await reads(live, "SHOUT IT")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_local_mode_leaves_the_state_files_as_it_found_them(live, number):
+    for suffix, found in (("", "damaged"), (".bak", '{"version": 1, "routes": {}}'), (".journal", '{"k": "unknown"}\n')):
+        (live.disks / f"routes.json{suffix}").write_text(found)
+    before = {file.name: file.read_text() for file in live.disks.glob("routes.json*")}
+    child = await a_laptop(live)
+    await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    await child.ends(number)
+    if number == signal.SIGKILL:
+        assert ANN in live.disks.joinpath("routes.json").read_text()
+        await (await a_laptop(live)).ends(signal.SIGTERM)
+    assert {file.name: file.read_text() for file in live.disks.glob("routes.json*") if file.suffix != ".lock"} == before
+
+
+async def test_an_empty_route_file_refuses_a_local_start_and_stays(live):
+    (live.disks / "routes.json").touch()
+    child = await live.adopt(await Child.start({}, unused_port(), live.disks), wait=False)
+    assert await child.ends() == 1 and "routes.json" in child.log and (live.disks / "routes.json").exists()
+
+
+async def test_what_an_agent_started_ends_with_its_vm(live):
+    child = await a_laptop(live, LOCAL_AGENT=f"sh -c 'echo $$ >> {live.disks}/agents; sleep 600'")
+    await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    await texts_locally(live, "work")
+    agents = live.disks / "agents"
+    await live.clock.until(lambda: agents.exists() and agents.read_text().endswith("\n"))
+    os.kill(vm_processes(child)[0], signal.SIGKILL)
+    agent = agents.read_text().split()[0]
+    await live.clock.until(lambda: not Path(f"/proc/{agent}/cmdline").exists() or not Path(f"/proc/{agent}/cmdline").read_text())
+
+
 async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
     child = await a_laptop(live)
     await live.ask("POST", "/provision", key="local", json=sign_up_form())
@@ -3651,7 +3710,7 @@ async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
 
 
 @pytest.mark.parametrize("headers", [
-    {"Host": "evil.example.com"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"}, {"Forwarded": "for=203.0.113.9"},
+    {"Host": "evil.example.com"}, {"Host": "[::1"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"}, {"Forwarded": "for=203.0.113.9"},
     {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
 async def test_local_doors_stay_shut_for_what_comes_through_a_tunnel(live, headers):
     port = unused_port()
@@ -3711,6 +3770,23 @@ async def test_production_without_its_settings_exits_2_naming_all_of_them(tmp_pa
     child = await Child.start({"COCKPIT_ENV": "production"}, 0, tmp_path)
     assert await child.ends() == 2
     assert all(name in child.log for name in REQUIRED) and "Traceback" not in child.log
+
+
+async def test_a_port_that_is_no_number_is_reported_like_any_setting(tmp_path):
+    child = await Child.start({"PORT": "abc"}, 0, tmp_path)
+    assert await child.ends() == 2 and "PORT: must be" in child.log and "Traceback" not in child.log
+
+
+async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live):
+    child = await live.spawn()
+    for line in (f"Authorization: Bearer {KEY}\0", f"{GITHUB} {ANN}"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", child.port)
+        writer.write(f"GET /provision HTTP/1.1\r\nHost: a\r\n{line}\r\n\r\n".encode())
+        assert b" 400 " in await reader.readline()
+        writer.close()
+    await child.ends(signal.SIGTERM)
+    assert child.log.count("request_unreadable") == 2
+    assert_nothing_secret(child.log)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -3870,17 +3946,18 @@ async def test_an_outage_told_once_is_not_told_again_after_a_restart(world):
 @pytest.mark.parametrize("tail", [b'{"half', b"\x00" * 50, b"\n", b'{"sid": "SM1", "text": "cut \xe2\x82'])
 async def test_a_torn_last_line_costs_nothing_but_itself(world, tail):
     vm = await world.ready()
-    vm.away = 503
-    await world.text("kept")
+    await world.text("before")
+    await world.hears("ran: before")
     await world.crash()
     with world.journal.open("ab") as journal:
         journal.write(tail)
     await world.start()
+    vm.away = 503
     await world.text("after")  # the first line behind the torn one
     await world.crash()
     vm.away = 0
     await world.start()
-    await world.clock.until(lambda: vm.ran == ["kept", "after"])
+    await world.clock.until(lambda: vm.ran == ["before", "after"])
 
 
 async def test_the_journal_is_json_lines_and_does_not_grow_for_ever(world):
