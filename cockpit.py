@@ -2790,6 +2790,14 @@ class Trace:
         return rfc3339(self.received + passed)
 
 
+VERB = re.compile(r"\s*cockpit (status|restart|queue|cancel|help)\s*", re.IGNORECASE)
+VERBS_HELP = """cockpit status: how your VM is
+cockpit restart: restart it
+cockpit queue: what runs and waits
+cockpit cancel: drop what waits
+Anything else goes to your VM."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Text:
     """An accepted text on its way to its VM. Wall-clock seconds: they must survive a restart."""
@@ -2934,9 +2942,9 @@ class Relay:
     """
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner,
-                 metrics: Metrics, *, wake: Callable[[str, str], Awaitable[None]]) -> None:
+                 metrics: Metrics, *, wake: Callable[[str, str], Awaitable[None]], restart: Callable[[str], object]) -> None:
         self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
-        self._vms, self._twilio, self._owner, self._metrics, self._wake = vms, twilio, owner, metrics, wake
+        self._vms, self._twilio, self._owner, self._metrics, self._wake, self._restart = vms, twilio, owner, metrics, wake, restart
         self.memory = Memory()
         self.lanes: dict[str, Lane] = {}
         self._accepting: dict[str, asyncio.Future[str]] = {}
@@ -3000,7 +3008,8 @@ class Relay:
         who = channel + route.vm_id if route else ""
         if word := self._keyword(message, who):
             return await self._take_keyword(message, who, word)
-        refusal = self._refuse(message, phone, route)
+        verb = VERB.fullmatch(message.body) if route else None
+        refusal = (None if message.fetched else self._limit(message, phone)) if verb else self._refuse(message, phone, route)
         if route is None and self.closed:
             raise Refusal("fly_unavailable", self.closed)  # not taken, so that it is fetched from Twilio's list later
         if refusal is not None or route is None:
@@ -3008,6 +3017,8 @@ class Relay:
             await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)} | ({"say": say} if say else {}))
             self.memory.remember(message.sid, message.arrived, say)
             return say
+        if verb:
+            return await self._take_verb(message, channel, phone, verb[1].lower())
         lane = self._lane(route.vm_id, phone)
         trace = self._trace(message.sid, route.vm_id, message.arrived)
         text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media, trace=trace)
@@ -3052,6 +3063,50 @@ class Relay:
             log_event("opted_out" if word == "STOP" else "opted_in", vm_id=who, message_sid=message.sid)
         self._metrics.texts.add("keyword")
         return ""
+
+    async def _take_verb(self, message: InboundMessage, channel: str, phone: str, verb: str) -> str:
+        """The gateway's own verbs: answered at once and past the run lane, so that they work with the VM dead."""
+        await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)})
+        self.memory.remember(message.sid, message.arrived)
+        self._metrics.texts.add("verb")
+        if (route := self._store.routes.get(phone)) is None:  # torn down meanwhile
+            return ""
+        lane = self._lane(route.vm_id, phone)
+        self.memory.use_pair(lane.vm_id, self._addresses(channel, message.recipient))
+        running = lane.waiting[0] if lane.waiting and lane.handing_over else None
+        waiting = [text for text in lane.waiting if text is not running]
+        log_event("verb", vm_id=lane.vm_id, message_sid=message.sid, verb=verb)
+        if verb == "cancel" and waiting:
+            # At once, so that none of them is handed over while the journal writes; what runs, runs on.
+            lane.waiting = deque([running] if running else [])
+            await self._finish(lane, waiting, [f"Not run: {len(waiting)} texts dropped." if len(waiting) > 1 else "Not run: 1 text dropped."], "cancelled")
+            return ""
+        now = f'Running: "{quoted(running.body)}"' if running else "Nothing is running."
+        if verb == "queue":
+            words = "\n".join([now, *(f'{place}. "{quoted(text.body)}"' for place, text in enumerate(waiting, 1))])
+        elif verb == "restart":
+            words = self._restart_by_verb(route)
+        else:
+            words = {"help": VERBS_HELP, "cancel": f"Nothing is waiting. {now}", "status": f"{self._condition(route)} {now} {len(waiting)} waiting."}[verb]
+        await self._tell(lane, words)
+        return ""
+
+    def _restart_by_verb(self, route: Route) -> str:
+        try:
+            self._restart(route.vm_id)
+        except Refusal as refusal:
+            return f"Not restarted: {refusal.detail}"
+        return "Your VM is being restarted. What waits will run when it is back."
+
+    def _condition(self, route: Route) -> str:
+        """How a VM is, in words for its owner."""
+        if route.state != "ready":
+            return {"provisioning": f"Your VM is being set up ({route.step or 'begun'}).", "failed": "Your VM is gone."}.get(route.state, f"Your VM is {route.state}.")
+        if route.vm_id in self._held:
+            return "Your VM is being restarted."
+        if (since := self.memory.away.get(route.vm_id)) is not None:
+            return f"Your VM has been away for {max(0, int(self._clock.now() - since))} s."
+        return "Your VM is ready."
 
     async def _enqueue(self, lane: Lane, text: Text, route: Route) -> None:
         if lane.gone:
@@ -3198,8 +3253,8 @@ class Relay:
         if not text.run_noted:
             text.run_noted = True
             await self._on_disk({"k": "run", "sid": text.sid})
-        # A VM that was changed while this waited is looked at again.
-        return lane.vm_id not in self._held and self._store.routes.get(lane.phone) is route
+        # A VM that was changed while this waited is looked at again; the text may have been cancelled.
+        return lane.vm_id not in self._held and self._store.routes.get(lane.phone) is route and bool(lane.waiting) and lane.waiting[0] is text
 
     def _note_hand_over(self, trace: Trace) -> None:
         trace.attempts += 1
@@ -3271,7 +3326,7 @@ class Relay:
 
     async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
         """Wait until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
-        while lane.vm_id not in self._held:
+        while lane.vm_id not in self._held and lane.waiting and lane.waiting[0] is text:
             left = self._deadline(lane, text) - self._clock.now()
             if left <= 0:
                 await self._expire(lane)
@@ -5738,7 +5793,10 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0), headers=VM_HEADERS) as vm_session,
     ):
         fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics), VmClient(vm_session, settings)
-        relay = Relay(settings, clock, store, journal, vms, twilio, owner, metrics, wake=fly.wake)
+
+        def restart(vm_id: str) -> None:
+            fleet.begin(vm_id, "restart")
+        relay = Relay(settings, clock, store, journal, vms, twilio, owner, metrics, wake=fly.wake, restart=restart)
 
         async def vm_gone(vm_id: str, reason: str) -> None:
             await fleet.vm_gone(vm_id, reason)
@@ -6131,7 +6189,10 @@ class UpgradeClient:
         while status in (200, 202) and record.get("step"):
             await self._clock.sleep(1)
             status, record = await self._ask("GET", f"/provision/{vm_id}")
-        return str(record.get("last_error") or "") if status in (200, 202) else str(record.get("detail") or status)
+        if status not in (200, 202):
+            return str(record.get("detail") or status)
+        error = str(record.get("last_error") or "")
+        return error if error.startswith("upgrade: ") else ""  # the relay tells its errors there too
 
     async def run(self, at_once: int) -> int:
         """Returns the exit code; says each VM's outcome as a line."""

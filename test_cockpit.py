@@ -3238,6 +3238,99 @@ async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, changes, spoi
     live.twilio.objections.clear()
 
 
+# Verbs that work with the VM dead
+
+async def test_the_gateway_answers_its_verbs_at_once_with_the_vm_dead(world):
+    await world.start(VM_AWAY_LIMIT_S=6000)
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("first")
+    await world.hears(RESTARTING)
+    await world.text("second")
+    began = world.clock.elapsed
+    await world.text(" Cockpit STATUS ")
+    await world.text("cockpit queue")
+    await world.text("cockpit help")
+    await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 4)
+    assert world.clock.elapsed - began < 5
+    _, status, queue, usage = world.twilio.sent_to(ANN)
+    assert "away" in status and "2 waiting" in status
+    assert queue == 'Nothing is running.\n1. "first"\n2. "second"'
+    assert all(f"cockpit {verb}" in usage for verb in ("status", "restart", "queue", "cancel"))
+    vm.away = 0
+    await world.clock.until(lambda: len(vm.ran) == 2)
+    assert vm.ran == ["first", "second"]
+
+
+@pytest.mark.parametrize("body", ["cockpit status please", "cockpit", "status", "cockpit  status", "run cockpit status", "cockpit upgrade"])
+async def test_anything_but_exactly_a_verb_goes_to_the_vm(world, body):
+    await world.start()
+    vm = await world.sign_up()
+    await world.text(body)
+    await world.hears(f"ran: {body}")
+    assert vm.ran == [body]
+
+
+async def test_cancel_drops_what_waits_and_not_what_runs(world):
+    await world.start()
+    vm = await world.sign_up()
+    gate = vm.holds()
+    for body in ("long", "second", "third"):
+        await world.text(body)
+    await gate.arrived.wait()
+    await world.text("cockpit cancel")
+    await world.hears("Not run: 2 texts dropped.")
+    await world.text("cockpit cancel")
+    await world.hears("Not run: 2 texts dropped.", 'Nothing is waiting. Running: "long"')
+    vm.gate = None
+    gate.open()
+    await world.text("fourth")
+    await world.hears("Not run: 2 texts dropped.", 'Nothing is waiting. Running: "long"', "ran: long", "ran: fourth")
+    await world.crash_and_restart()
+    await world.clock.advance(30)
+    assert vm.ran == ["long", "fourth"]
+
+
+async def test_cancel_drops_what_waits_for_a_vm_that_is_away(world):
+    await world.start(VM_AWAY_LIMIT_S=6000)
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("first")
+    await world.hears(RESTARTING)
+    await world.text("cockpit cancel")
+    await world.hears(RESTARTING, "Not run: 1 text dropped.")
+    vm.away = 0
+    await world.text("second")
+    await world.hears(RESTARTING, "Not run: 1 text dropped.", "ran: second")
+    assert vm.ran == ["second"]
+
+
+async def test_an_owner_restarts_a_vm_by_a_text_and_what_waited_runs_then(world):
+    await world.start(VM_AWAY_LIMIT_S=6000)
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("first")
+    await world.hears(RESTARTING)
+    sid = world.twilio.missed(ANN, "cockpit restart")
+    for _ in range(2):  # delivered twice, done once
+        assert (await world.twilio.texts(ANN, "cockpit restart", MessageSid=sid)).status == 200
+    await world.clock.until(lambda: world.fly.count("restart_machine"))
+    vm.away = 0
+    await world.hears(RESTARTING, "Your VM is being restarted. What waits will run when it is back.", "ran: first")
+    assert world.fly.count("restart_machine") == 1
+
+
+async def test_verbs_are_answered_during_set_up_too(world):
+    await world.start()
+    gate, job = await world.begin(world.fly, "create_machine")
+    await world.text("cockpit status")
+    await world.text("cockpit restart")
+    await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
+    assert "being set up" in world.twilio.sent_to(ANN)[0] and world.twilio.sent_to(ANN)[1].startswith("Not restarted")
+    gate.open()
+    assert (await world.clock.run(job)).status == 201
+
+
 # --- HTTP ---
 
 CALLS = [("POST", "/provision"), ("GET", "/provision"), ("GET", "/provision/cockpit-vm-aaaaaaaa"), ("PATCH", "/provision/cockpit-vm-aaaaaaaa"),
