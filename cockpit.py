@@ -2092,6 +2092,13 @@ class TwilioClient:
         answer = await self._request("GET", self._messages.parent / "Messages" / f"{sid}.json", "fetch message")
         return str(answer.get("body") or "") if isinstance(answer, dict) else ""
 
+    async def media_of(self, sid: str) -> tuple[tuple[str, str], ...]:
+        """The addresses and types of the pictures of a message that Twilio has; raises UpstreamError."""
+        answer = await self._request("GET", self._messages.parent / "Messages" / sid / "Media.json", "list media")
+        listed = answer.get("media_list") if isinstance(answer, dict) else None
+        return tuple((self._settings.twilio_url + str(media["uri"]).removesuffix(".json"), str(media.get("content_type") or ""))
+                     for media in listed or () if isinstance(media, dict) and str(media.get("uri", "")).startswith("/"))
+
     @contextlib.asynccontextmanager
     async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
         """A picture that a phone sent, not yet read. Our credentials go to Twilio's own address, never to where it redirects."""
@@ -3778,8 +3785,9 @@ class Backfill:
                 continue
             route = self._store.routes.get(sender.removeprefix("whatsapp:"))
             if route is not None and timestamp(sent) >= route.created_at:
+                media = await self._twilio.media_of(sid) if str(told.get("num_media") or "0") != "0" else ()
                 messages.append(InboundMessage(sid=sid, account_sid=self._settings.twilio_account_sid, sender=sender, recipient=ours,
-                                               body=str(told.get("body") or ""), arrived=min(sent, self._clock.now()), fetched=True))
+                                               body=str(told.get("body") or ""), arrived=min(sent, self._clock.now()), media=media, fetched=True))
         return messages[::-1]
 
 

@@ -685,6 +685,11 @@ class FakeVM:
         return self.gate
 
 
+async def in_chunks(content: list[bytes]):
+    for chunk in content:
+        yield chunk
+
+
 class FakeVMs(Fake):
     """All VMs behind one server, as Fly's proxy would reach them: `/{app}/...`; a VM whose machine does not run answers 503."""
 
@@ -693,7 +698,7 @@ class FakeVMs(Fake):
     def __init__(self, clock: FakeClock):
         super().__init__(clock)
         self.all: dict[str, FakeVM] = {}
-        self.images: dict[str, tuple[str, bytes]] = {}
+        self.images: dict[str, tuple[str, bytes | list[bytes]]] = {}  # type and content, in chunks of untold length if it is a list
         self.open_to_all = False  # a store of pictures, which wants no token
 
     def __getitem__(self, app: str) -> FakeVM:
@@ -727,6 +732,8 @@ class FakeVMs(Fake):
             return {"status": "ok"}
         if name == "image":
             kind, content = self.images.get(request.match_info["name"], ("text/html", b"no such image"))
+            if isinstance(content, list):
+                return web.Response(body=in_chunks(content), content_type=kind)
             return web.Response(body=content, content_type=kind)
         vm, key = self.all[request.match_info["app"]], request.headers["Idempotency-Key"]
         reaction = vm.script.popleft() if vm.script else {}
@@ -785,13 +792,13 @@ class FakeTwilio(Fake):
 
     ROOT = f"/2010-04-01/Accounts/{ACCOUNT}"
     routes = (("POST", ROOT + "/Messages.json", "send"), ("GET", ROOT + "/Messages.json", "list"), ("GET", ROOT + "/Messages/{sid}.json", "fetch"),
-              ("GET", ROOT + "/Messages/{sid}/Media/{media}", "media"),
+              ("GET", ROOT + "/Messages/{sid}/Media{media:.*}", "media"),
               ("GET", ROOT + ".json", "account"), ("GET", ROOT + "/IncomingPhoneNumbers.json", "numbers"))
 
     def __init__(self, clock: FakeClock):
         super().__init__(clock)
         self.messages: list[dict] = []  # oldest first
-        self.media: dict[str, tuple[str, bytes] | str] = {}  # path: type and content, or where it redirects to
+        self.media: dict[str, tuple[str, bytes] | str | dict] = {}  # path: type and content, where it redirects to, or a list
         self.public = PUBLIC
         self.gateway, self.page_cap, self.session = "", 1000, None  # the gateway: where it really listens
         self._numbers = itertools.count(1)
@@ -853,6 +860,8 @@ class FakeTwilio(Fake):
             found = self.media.get(request.path)
             if found is None:
                 return 404, {"code": 20404, "status": 404}
+            if isinstance(found, dict):
+                return found
             return web.Response(status=307, headers={"Location": found}) if isinstance(found, str) else web.Response(body=found[1], content_type=found[0])
         form = dict(body)
         text = form.get("Body", "")
@@ -2623,6 +2632,28 @@ async def test_our_twilio_credentials_stay_with_twilio_when_it_redirects(world):
     await world.clock.until(lambda: vm.asked)
     assert (await fetch(world, vm.asked[0].media[0]["url"]))[1] == PNG
     assert "Authorization" in world.twilio.calls("media")[-1].headers and "Authorization" not in world.vms.calls("image")[-1].headers
+
+
+async def test_an_image_of_untold_length_is_passed_on_whole_or_visibly_cut_at_5_mb(world):
+    await world.start()
+    _, link = await an_image(world)
+    world.vms.images["x.png"] = ("image/png", [PNG[:3], PNG[3:]])
+    assert (await fetch(world, link))[1] == PNG
+    world.vms.images["x.png"] = ("image/png", [PNG] + [bytes(1 << 20)] * 6)
+    with pytest.raises(aiohttp.ClientError):
+        await fetch(world, link)
+
+
+async def test_a_picture_that_arrived_while_nobody_listened_is_fetched_too(world):
+    await world.start(BACKFILL_S=60)
+    vm = await world.sign_up()
+    sid = world.twilio.missed(ANN, "see")
+    world.twilio.messages[-1]["num_media"] = "1"
+    path = f"{world.twilio.ROOT}/Messages/{sid}/Media"
+    world.twilio.media[path + ".json"] = {"media_list": [{"sid": "ME1", "content_type": "image/gif", "uri": path + "/ME1.json"}]}
+    world.twilio.media[path + "/ME1"] = ("image/gif", GIF)
+    await world.clock.until(lambda: vm.asked)
+    assert vm.asked[0].media[0]["content_type"] == "image/gif" and (await fetch(world, vm.asked[0].media[0]["url"]))[1] == GIF
 
 
 async def test_a_command_that_runs_long_is_told_of_after_a_minute_then_every_five_at_most_six_times(world):
