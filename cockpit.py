@@ -2835,6 +2835,7 @@ class Outbound:
     channel: str = ""
     ours: str = ""
     sent: int = 0  # of the parts, then of the images
+    in_words: list[int] = field(default_factory=list)  # which of them go as words and a link: they were refused as pictures
     once_more: bool = False  # Twilio stopped it before: there is no third time
     hold_until: float = 0.0  # wall clock: its lane sends nothing before
     resumed: bool = False  # an earlier process may have sent it
@@ -2944,8 +2945,9 @@ class Relay:
 
     Journal records (key `k`), none with a phone number: `in` a text accepted (`run`: and handed over), `run` handed over, `held` surely
     not handed over, `cut` its connection broke, `busy` the VM said 409, `out` something to tell, completing the texts `re` (`away`: it
-    opens an outage), `sent` parts Twilio took, `done` given up, `seen` a text refused, `mute` an owner opted out or in, `error` what is
-    wrong with reaching one, `claimed` SIDs of what was sent, `back` an outage over, `state` all that is remembered.
+    opens an outage), `sent` parts Twilio took, `words` an image that was refused as a picture, `done` given up, `seen` a text refused,
+    `mute` an owner opted out or in, `error` what is wrong with reaching one, `claimed` SIDs of what was sent, `back` an outage over,
+    `state` all that is remembered.
     """
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner,
@@ -3275,10 +3277,10 @@ class Relay:
     def _media(self, vm_id: str, text: Text) -> list[Json]:
         """Links by which the VM can open a text's pictures; only what lies at Twilio's own address gets one."""
         origin = self._settings.twilio_url
-        return [{"url": self._link(vm_id, url.removeprefix(origin)), "content_type": kind} for url, kind in text.media if url.startswith(origin + "/")]
+        return [{"url": self._link(vm_id, url.removeprefix(origin), self._clock.now()), "content_type": kind} for url, kind in text.media if url.startswith(origin + "/")]
 
-    def _link(self, vm_id: str, what: str) -> str:
-        return f"{self._settings.public_url}/media/{sign_link(self._settings.secrets[0], vm_id, what, self._clock.now() + LINK_S)}"
+    def _link(self, vm_id: str, what: str, since: float) -> str:
+        return f"{self._settings.public_url}/media/{sign_link(self._settings.secrets[0], vm_id, what, since + LINK_S)}"
 
     def _start_watching(self, lane: Lane) -> None:
         lane.handing_over, lane.still_at, lane.still_told = True, self._clock.monotonic() + STILL_AFTER_S, 0
@@ -3439,24 +3441,25 @@ class Relay:
             self._retire(lane)
 
     async def _deliver(self, lane: Lane, out: Outbound) -> None:
-        in_words = False  # an image that was refused as a picture
         while out.sent < len(out.parts) + len(out.images):
             while (pause := lane.hold_until - self._clock.now()) > 0:
                 await self._clock.sleep(min(pause, LOOP_GUARD_S))
             if out.channel + lane.vm_id in self.memory.muted:
                 self._give_up(lane, out, explain_code("21610"))
                 return
-            sms = self._sms(lane, out, in_words)
+            sms = self._sms(lane, out)
             try:
                 sid = await self._twilio.deliver(sms, out.at if out.resumed else None)
             except UpstreamError as error:
-                if not (in_words := bool(sms.media) and act_on(error) == "as_text"):
+                if not sms.media or act_on(error) != "as_text":
                     if act_on(error) == "opted_out":
                         self._mute(out.channel + lane.vm_id)
                     self._give_up(lane, out, f"{explain_code(error.code)} ({error})" if error.code in RULINGS else str(error))
                     return
+                out.in_words.append(out.sent)
+                await self._on_disk({"k": "words", "id": out.id, "n": out.sent})  # before they go: a look-up after a kill must look for them
                 continue
-            out.sent, in_words = out.sent + 1, False
+            out.sent += 1
             self._metrics.messages_sent.add("sent")
             if self._callback and out.traces:
                 self._sent_as[sid] = out.traces
@@ -3486,15 +3489,15 @@ class Relay:
             {"vm_id": trace.vm_id, "message_sid": trace.sid, "request_id": trace.request_id, "outcome": trace.outcome, "attempts": trace.attempts, "parts": trace.parts,
              "ms_to_hand_over": in_ms(trace.handed_over), "ms_to_answer": in_ms(trace.answered), "ms_to_sent": in_ms(trace.sent)} for trace in done])
 
-    def _sms(self, lane: Lane, out: Outbound, in_words: bool) -> Sms:
+    def _sms(self, lane: Lane, out: Outbound) -> Sms:
         """The next message of what is to be told; its callback says whose it is and, if it is a picture, which."""
         body, media, about = "", "", lane.vm_id + ("&again=1" if out.once_more else "")
         if out.sent < len(out.parts):
             body = out.parts[out.sent]
         else:
             image = out.images[out.sent - len(out.parts)]
-            media, about = self._link(lane.vm_id, image), f"{about}&image={image}"
-        if in_words:
+            media, about = self._link(lane.vm_id, image, out.at), f"{about}&image={image}"
+        if out.sent in out.in_words:
             body, media, about = IMAGE_IN_WORDS.format(url=media), "", lane.vm_id
         return Sms(sender=out.ours or out.channel + self._settings.twilio_phone_number, recipient=out.channel + lane.phone, body=body, media=media,
                    callback=self._callback and self._callback + about)
@@ -3555,7 +3558,7 @@ class Relay:
         elif act == "mend":
             self._twilio.trouble = f"texts do not arrive: {explain_code(code)}"
         elif IMAGE_PATH.fullmatch(image) and act == "as_text":
-            words, image = IMAGE_IN_WORDS.format(url=self._link(lane.vm_id, image)), ""
+            words, image = IMAGE_IN_WORDS.format(url=self._link(lane.vm_id, image, self._clock.now())), ""
         elif act == "once_more" and not image and not about.get("again"):
             with contextlib.suppress(UpstreamError):
                 words = await retry(lambda: self._twilio.body_of(sid), Retry(), self._clock)
@@ -3647,7 +3650,7 @@ class Relay:
 
     def _out_record(self, vm_id: str, out: Outbound) -> Json:
         record = {"k": "out", "id": out.id, "vm": vm_id, "at": out.at, "parts": out.parts}
-        for name, value in (("images", out.images), ("sent", out.sent), ("once_more", out.once_more), ("hold_until", out.hold_until)):
+        for name, value in (("images", out.images), ("sent", out.sent), ("in_words", out.in_words), ("once_more", out.once_more), ("hold_until", out.hold_until)):
             if value:
                 record[name] = value
         return record | self._addresses(out.channel, out.ours)
@@ -3858,7 +3861,7 @@ class Replay:
         self.alive[record["vm"]] = record["at"]
 
     def _on_out(self, record: Json) -> None:
-        fields = {name: record[name] for name in ("channel", "ours", "sent", "once_more", "hold_until") if name in record}
+        fields = {name: record[name] for name in ("channel", "ours", "sent", "in_words", "once_more", "hold_until") if name in record}
         out = Outbound(id=record["id"], parts=record["parts"], at=record["at"], images=tuple(record.get("images", ())), resumed=True, **fields)
         self.outs[out.id] = (record["vm"], out)
         for sid in record.get("re", ()):
@@ -3878,6 +3881,10 @@ class Replay:
             entry[1].sent = max(entry[1].sent, record["n"])
             if entry[1].sent >= len(entry[1].parts) + len(entry[1].images):
                 del self.outs[record["id"]]
+
+    def _on_words(self, record: Json) -> None:
+        if entry := self.outs.get(record["id"]):
+            entry[1].in_words.append(record["n"])
 
     def _on_done(self, record: Json) -> None:
         self.outs.pop(record["id"], None)

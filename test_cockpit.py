@@ -2219,6 +2219,7 @@ async def test_what_cannot_be_delivered_is_told_on_the_vm_s_record_with_the_cure
     await world.clock.advance(300)
     assert cockpit.explain_code(code) in (await last_error(world, vm)).body["last_error"]
     await world.crash_and_restart()
+    await world.restart()
     assert code in (await last_error(world, vm)).body["last_error"]
     assert len(world.twilio.sent) == 1
     await world.twilio.reports("delivered", message=[message for message in world.twilio.messages if message["callback"]][-1] | {"sid": "SM" + "f" * 32})
@@ -2382,6 +2383,19 @@ async def test_a_picture_message_that_is_refused_becomes_words_and_a_link_once(w
     await world.twilio.reports("failed", code, message=picture)
     await world.clock.advance(100)
     assert len(world.twilio.sent) == (1 if code == 21612 else 2)
+
+
+async def test_words_in_a_picture_s_place_that_may_have_been_sent_before_a_kill_are_looked_up(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.answer = shows("/images/x.png", text="")
+    world.twilio.fails("send", 400, code=21612)
+    gate = world.twilio.holds("send", after=True)
+    await world.text("draw")
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.clock.advance(100)
+    assert len(world.twilio.sent) == 1 and world.twilio.count("list")
 
 
 async def test_the_loop_guard_holds_up_that_phone_for_30_s_and_the_part_goes_once_more(world):
