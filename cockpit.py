@@ -3548,6 +3548,7 @@ class Relay:
         self.memory.remember(sid, self._clock.now())
         code, image, channel = fields.get("ErrorCode", ""), about.get("image", ""), "whatsapp:" if fields.get("To", "").startswith("whatsapp:") else ""
         act, words = RULINGS[code].act if code in RULINGS else "final", ""
+        again = act == "once_more" and not about.get("again")
         log_event("undelivered", level=logging.WARNING, vm_id=lane.vm_id, message_sid=sid, error=explain_code(code))
         self._remember_error(lane.vm_id, explain_code(code))
         self._metrics.twilio_errors.add(code if code in RULINGS else "other")
@@ -3559,10 +3560,9 @@ class Relay:
             self._twilio.trouble = f"texts do not arrive: {explain_code(code)}"
         elif IMAGE_PATH.fullmatch(image) and act == "as_text":
             words, image = IMAGE_IN_WORDS.format(url=self._link(lane.vm_id, image, self._clock.now())), ""
-        elif act == "once_more" and not image and not about.get("again"):
+        elif again and not image:
             with contextlib.suppress(UpstreamError):
                 words = await retry(lambda: self._twilio.body_of(sid), Retry(), self._clock)
-        again = act == "once_more" and not about.get("again")
         if words or (again and IMAGE_PATH.fullmatch(image)):
             now = self._clock.now()
             out = Outbound(id=f"a-{sid}", parts=[words] if words else [], images=() if words else (image,), at=now, channel=channel, ours=fields.get("From", ""),
