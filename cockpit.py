@@ -701,6 +701,7 @@ class Metrics:
         self.text_handover = Durations("From a text's webhook to its first hand-over to the VM.")
         self.text_answer = Durations("From a text's webhook to its answer's last part being taken by Twilio.")
         self.provision = Durations("Provisionings, by what came of them.", "outcome")
+        self.pool_claims = Counts("Sign-ups that wanted a machine of the pool: claimed, missed, or claimed and then refused by Fly.", "outcome")
         self.provision_step = Durations("Steps of provisionings that succeeded.", "step")
         self.journal_sync = Durations("One fsync of the journal.")
         self.journal_lines = Counts("Lines queued for the journal.")
@@ -1638,6 +1639,13 @@ class FlyClient:
         """One attempt: the state is read again before another."""
         await self._request("POST", f"/apps/{quote(app)}/machines/{quote(machine_id)}/start", "start machine", machine_id)
 
+    async def delete_machine(self, app: str, machine_id: str) -> None:
+        """Destroy one machine of an app; none being there is success."""
+        async def delete() -> None:
+            with contextlib.suppress(UpstreamNotFound, UpstreamUnreadable):
+                await self._request("DELETE", f"/apps/{quote(app)}/machines/{quote(machine_id)}", "delete machine", machine_id, query={"force": "true"})
+        await self._repeatably(delete)
+
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in ("stopped", "suspended"):
@@ -2277,6 +2285,7 @@ def read_answer(raw: bytes | None) -> Answer:
 UNDO_CAP_S = 60.0
 REFUSED_CAP_S = 300.0
 TEARDOWN_WAIT_S = 25.0
+LAUNCH_WAIT_S = 10.0
 FAILED_KEPT_S = 3600.0
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # so a fresh app that Fly does not know (yet) is asked for again
 
@@ -2305,6 +2314,7 @@ class Job:
     secrets_version: int = 0
     machine: Machine | None = None
     torn_down: bool = False
+    pooled: bool = False  # its machine waited in the pool
     seconds: dict[str, float] = field(default_factory=dict)
     moved: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # ends with the present step
 
@@ -2359,6 +2369,15 @@ def place(settings: Settings, vm_id: str, machine: Machine) -> str:
     return settings.vm_url.format(app=vm_id, machine_id=machine.id, region=machine.region)
 
 
+def pool_shape(settings: Settings) -> str:
+    """What a machine of the pool was made for; one of another shape is not claimed."""
+    sizes = (settings.vm_cpu_kind, settings.vm_cpus, settings.vm_memory_mb, settings.vm_volume_gb)
+    return " ".join([settings.vm_image, *map(str, sizes), "public" if settings.vm_is_public else f"private {settings.fly_network}".strip()])
+
+
+Steps = tuple[tuple[str, Callable[[Job], Awaitable[None]]], ...]
+
+
 class Provisioner:
     """Makes and destroys VMs. What is begun stands in routes.json before Fly is asked; what fails is undone until Fly confirms."""
 
@@ -2372,9 +2391,13 @@ class Provisioner:
         self.gone: OrderedDict[str, float] = OrderedDict()  # vm_id: when Fly confirmed (monotonic)
         self.draining = False
         self.closed = ""  # why no VM can be made now
-        self.steps: tuple[tuple[str, Callable[[Job], Awaitable[None]]], ...] = (
-            ("app", self._create_app), ("secrets", self._set_secrets), ("address", self._allocate_addresses),
-            ("volume", self._create_volume), ("machine", self._create_machine), ("start", self._wait_started), ("health", self._wait_healthy))
+        self.pool_changed = asyncio.Event()
+        app, secrets_set = ("app", self._create_app), ("secrets", self._set_secrets)
+        make = (("address", self._allocate_addresses), ("volume", self._create_volume), ("machine", self._create_machine))
+        until_ready = (("start", self._wait_started), ("health", self._wait_healthy))
+        self.long_way: Steps = (app, secrets_set, *make, *until_ready)
+        self.from_pool: Steps = (secrets_set, ("launch", self._launch), *until_ready)
+        self.into_pool: Steps = (app, *make, ("image", self._wait_prepared))
 
     # Asking for a VM
 
@@ -2389,15 +2412,38 @@ class Provisioner:
             raise Refusal("too_many", f"{len(self.jobs)} VMs are being set up already (PROVISION_LIMIT)", retry_after_s=10)
         if self._settings.vm_limit and len(self._store.routes) >= self._settings.vm_limit:
             raise Refusal("vm_limit", f"there are {len(self._store.routes)} VMs, as many as VM_LIMIT allows")
-        job = Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", regions=list(self._regions(order)), launch=self._clock.random_id() + self._clock.random_id())
-        job.began = self._clock.monotonic()
-        signing = self._settings.secrets[0]
-        self._store.put(order.phone, Route(vm_id=job.vm_id, state="provisioning", image=self._settings.vm_image, region=order.region,
-                                           created_at=timestamp(self._clock.now()), key_id=fingerprint(signing)))
+        job = self.new_job(order)
+        waiting = self._claim(job)
+        self._store.put(order.phone, self.blank(job) if waiting is None else replace(
+            waiting, state="provisioning", step="", created_at=timestamp(self._clock.now()), key_id=fingerprint(self._settings.secrets[0]), extra={"from_pool": True}))
         self.jobs[job.vm_id] = job
         job.task = self._owner.start(self._provision(job), f"provision {job.vm_id}")
         log_event("provision_begun", vm_id=job.vm_id, phone=mask_phone(order.phone))
         return job
+
+    def new_job(self, order: Order) -> Job:
+        return Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", regions=list(self._regions(order)),
+                   launch=self._clock.random_id() + self._clock.random_id(), began=self._clock.monotonic())
+
+    def blank(self, job: Job) -> Route:
+        """The record of a machine that is yet to be made."""
+        return Route(vm_id=job.vm_id, state="provisioning", image=self._settings.vm_image, region=job.order.region,
+                     created_at=timestamp(self._clock.now()), key_id=fingerprint(self._settings.secrets[0]))
+
+    def _claim(self, job: Job) -> Route | None:
+        """A machine of the pool in the best region, for this job; there is no await before it leaves the pool, so no two jobs get one."""
+        if not self._settings.pool_size:
+            return None
+        for region in job.regions:
+            for vm_id, entry in self._store.pool.items():
+                if entry.get("state") == "ready" and entry.get("region") == region and entry.get("shape") == pool_shape(self._settings):
+                    job.vm_id, job.pooled = vm_id, True
+                    self._metrics.pool_claims.add("claimed")
+                    self.pool_changed.set()
+                    return Route.from_json(self._store.pool.pop(vm_id))
+        self._metrics.pool_claims.add("missed")
+        log_event("pool_missed", level=logging.WARNING, regions=",".join(job.regions), pool=len(self._store.pool))
+        return None
 
     def _check_number_free(self, phone: str) -> None:
         route = self._store.routes.get(phone)
@@ -2413,13 +2459,8 @@ class Provisioner:
         try:
             async with time_limit(self._clock, self._settings.provision_timeout_s):
                 await self._store.commit()
-                for name, step in self.steps:
-                    began, job.step = self._clock.monotonic(), name
-                    self._update(job, step=name)
-                    await step(job)
-                    job.end_step(seconds := self._clock.monotonic() - began)
-                    self._metrics.provision_step.observe(seconds, name)
-                route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds})
+                await self.take(job, self.from_pool if job.pooled else self.long_way)
+                route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds, "from_pool": job.pooled})
                 await self._store.commit()
         except asyncio.CancelledError:
             if not job.torn_down:  # shutting down: the next start undoes it
@@ -2432,16 +2473,32 @@ class Provisioner:
             raise refusal from error
         finally:
             self.jobs.pop(job.vm_id, None)
-        self._metrics.provision.observe(self._clock.monotonic() - job.began, "ready")
+        self._metrics.provision.observe(self._clock.monotonic() - job.began, "ready_from_pool" if job.pooled else "ready")
         log_event("provision_ready", vm_id=job.vm_id, phone=mask_phone(job.order.phone), seconds=job.seconds)
         await self._on_ready(job.vm_id, welcome=job.order.welcome)
         return route
 
     def _update(self, job: Job, **changes: Any) -> Route:
-        """Change the job's route in memory; a commit follows where the change must be on disk."""
-        route = replace(self._store.routes[job.order.phone], **changes)
-        self._store.put(job.order.phone, route)
-        return route
+        """Change the job's record in memory; a commit follows where the change must be on disk."""
+        record = replace(self._record(job), **changes)
+        if job.order.phone:
+            self._store.put(job.order.phone, record)
+        else:
+            self._store.pool[job.vm_id] = record.to_json()
+        return record
+
+    def _record(self, job: Job) -> Route:
+        """A job's route; one without a phone is on its way into the pool."""
+        return self._store.routes[job.order.phone] if job.order.phone else Route.from_json(self._store.pool[job.vm_id])
+
+    async def take(self, job: Job, steps: Steps) -> None:
+        """Take the steps one after the other, each noted and timed."""
+        for name, step in steps:
+            began, job.step = self._clock.monotonic(), name
+            self._update(job, step=name)
+            await step(job)
+            job.end_step(seconds := self._clock.monotonic() - began)
+            self._metrics.provision_step.observe(seconds, name)
 
     # The steps, in order
 
@@ -2498,16 +2555,20 @@ class Provisioner:
         return (order.region,) if order.region else self._settings.vm_regions
 
     def stamp(self, vm_id: str, phone: str) -> dict[str, str]:
-        """The metadata that says whose a machine is."""
-        return {"cockpit_gateway": f"{gateway_host(self._settings)}/{self._store.gateway_id}", "cockpit_phone": phone,
-                "cockpit_owner": owner_mark(self._settings.secrets[0], vm_id, phone)}
+        """The metadata that says whose a machine is; without a phone it is the pool's."""
+        ours = {"cockpit_gateway": f"{gateway_host(self._settings)}/{self._store.gateway_id}"}
+        if not phone:
+            return ours | {"cockpit_pool": "1"}
+        return ours | {"cockpit_phone": phone, "cockpit_owner": owner_mark(self._settings.secrets[0], vm_id, phone)}
 
     async def _create_machine(self, job: Job) -> None:
         while job.machine is None:
-            route = self._store.routes[job.order.phone]
+            route = self._record(job)
+            # One on its way into the pool is not booted; one that Fly would not boot out of it leaves its name behind.
+            how: Json = {"min_secrets_version": job.secrets_version} if job.order.phone else {"skip_launch": True}
             # Fly reads a list of regions itself; a volume pins the machine to its own.
-            request = {"name": job.vm_id, "region": route.region if route.volume_id else ",".join(job.regions), "min_secrets_version": job.secrets_version,
-                       "config": machine_config(self._settings, self.stamp(job.vm_id, job.order.phone) | {"cockpit_launch": job.launch}, route.volume_id)}
+            request = {"name": f"{job.vm_id}-2" if job.pooled else job.vm_id, "region": route.region if route.volume_id else ",".join(job.regions),
+                       "config": self._config(job, route.volume_id)} | how
             try:
                 job.machine = await self._when_visible(functools.partial(self._fly.create_machine, job.vm_id, request, job.launch))
             except UpstreamError as error:
@@ -2517,6 +2578,33 @@ class Provisioner:
                     await self._create_volume(job)
         self._update(job, machine_id=job.machine.id, region=job.machine.region or job.regions[0], vm_url=place(self._settings, job.vm_id, job.machine))
         await self._store.commit()
+
+    def _config(self, job: Job, volume_id: str) -> Json:
+        return machine_config(self._settings, self.stamp(job.vm_id, job.order.phone) | {"cockpit_launch": job.launch}, volume_id)
+
+    async def _wait_prepared(self, job: Job) -> None:
+        """Until a machine that is not booted rests: then Fly has its image on its host."""
+        assert job.machine is not None
+        while (machine := await self._when_visible(functools.partial(self._fly.get_machine, job.vm_id, job.machine.id))).state not in ("created", "stopped"):
+            if machine.state in ("failed", "launch_failed", "destroying", "destroyed", "started"):
+                raise Refusal("vm_unhealthy", f"a machine for the pool is {machine.state}")
+            await self._clock.sleep(self._clock.uniform(0.2, 1.0))
+
+    async def _launch(self, job: Job) -> None:
+        """Make a machine of the pool the user's and boot it, in one update; one that Fly will not boot is replaced by one made the long way."""
+        route = self._store.routes[job.order.phone]
+        try:
+            waiting = await self._fly.get_machine(job.vm_id, route.machine_id)
+            job.machine = await self._fly.update_machine(job.vm_id, waiting, self._config(job, route.volume_id), job.secrets_version)
+            started = await self._fly.is_started(job.vm_id, job.machine.id, LAUNCH_WAIT_S, instance_id=job.machine.instance_id)
+            if not started and (await self._fly.get_machine(job.vm_id, job.machine.id)).state in ("created", "stopped"):
+                await self._fly.start_machine(job.vm_id, job.machine.id)
+        except UpstreamRejected as error:
+            self._metrics.pool_claims.add("refused")
+            log_event("pool_launch_refused", level=logging.WARNING, vm_id=job.vm_id, error=str(error))
+            await self._fly.delete_machine(job.vm_id, route.machine_id)
+            job.machine, job.launch = None, self._clock.random_id() + self._clock.random_id()
+            await self._create_machine(job)
 
     async def _wait_started(self, job: Job) -> None:
         assert job.machine is not None
@@ -2649,6 +2737,15 @@ class Provisioner:
             await self._store.commit()
         self._start_undo(vm_id)
 
+    async def discard_pooled(self, vm_id: str, why: str) -> None:
+        """Destroy an entry of the pool, unless somebody has claimed it meanwhile."""
+        if (entry := self._store.pool.pop(vm_id, None)) is not None:
+            log_event("pool_discarded", vm_id=vm_id, why=why)
+            self._store.undo[vm_id] = entry | {"reason": "orphan"}
+            with contextlib.suppress(StoreError):
+                await self._store.commit()
+            self._start_undo(vm_id)
+
     async def tear_down(self, vm_id: str) -> bool:
         """Destroy a VM in whatever state it is and forget its route; False when Fly has not confirmed in 25 s. Raises Refusal when unknown."""
         found = self._store.find(vm_id)
@@ -2711,7 +2808,7 @@ class Provisioner:
 
     def describe(self, phone: str, route: Route) -> Json:
         """The VM record."""
-        steps = {"steps": route.extra["steps"]} if "steps" in route.extra else {}  # known once it is ready
+        steps = {name: route.extra[name] for name in ("steps", "from_pool") if name in route.extra}  # the steps are known once it is ready
         return {"vm_id": route.vm_id, "machine_id": route.machine_id or None, "vm_url": route.vm_url or None, "phone_number": phone, "region": route.region or None,
                 "image": route.image or None, "state": route.state, "step": route.step or None, "created_at": route.created_at or None, "last_error": route.last_error or None} | steps
 
@@ -2726,6 +2823,74 @@ class Provisioner:
             record = self.describe(str(entry.get("phone_number") or ""), Route.from_json(known | {"vm_id": vm_id}))
             return record | {"state": "failed" if entry.get("reason") == "failed" else "deleting"}
         raise Refusal("unknown_vm", f"there is no VM {vm_id}")
+
+
+class Pool:
+    """Keeps POOL_SIZE machines ready that never ran: image on the host, not booted, so that a user's first boot takes seconds and is the machine's own first."""
+
+    AT_ONCE = 3
+    LOOK_S = 60.0
+
+    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, provisioner: Provisioner) -> None:
+        self._settings, self._clock, self._store, self._fly, self._provisioner = settings, clock, store, fly, provisioner
+
+    async def run(self) -> None:
+        """Fill, and look through it every minute and at every claim; when Fly is full or away, wait up to 5 minutes."""
+        for vm_id, entry in list(self._store.pool.items()):
+            if entry.get("state") != "ready":
+                await self._provisioner.discard_pooled(vm_id, "an earlier process was making it")
+        failures, changed = 0, self._provisioner.pool_changed
+        while True:
+            changed.clear()
+            await self._sort()
+            missing = min(self._settings.pool_size - len(self._store.pool), self.AT_ONCE)
+            made = await asyncio.gather(*(self._fill() for _ in range(missing))) if not self._provisioner.closed else []
+            failures = 0 if all(made) else failures + 1
+            if failures:
+                await self._clock.sleep(self._clock.uniform(1, min(300.0, 5 * 2.0 ** min(failures, 10))))
+            elif not made:
+                with contextlib.suppress(TimeoutError):
+                    async with time_limit(self._clock, self.LOOK_S):
+                        await changed.wait()
+
+    async def _sort(self) -> None:
+        """Destroy what does not fit any more or is not at rest, forget what vanished."""
+        kept = 0
+        for vm_id, entry in list(self._store.pool.items()):
+            if entry.get("state") != "ready":
+                continue
+            if kept >= self._settings.pool_size or entry.get("shape") != pool_shape(self._settings):
+                await self._provisioner.discard_pooled(vm_id, "not wanted any more")
+                continue
+            kept += 1
+            try:
+                machine = await self._fly.get_machine(vm_id, str(entry.get("machine_id")))
+            except UpstreamNotFound:
+                await self._provisioner.discard_pooled(vm_id, "Fly does not know it")
+            except UpstreamError as error:
+                log_event("pool_not_seen", level=logging.WARNING, vm_id=vm_id, error=str(error))
+            else:
+                if machine.state not in ("created", "stopped") or not machine.host_ok:
+                    await self._provisioner.discard_pooled(vm_id, f"it is {machine.state}" if machine.host_ok else "its host is not well")
+
+    async def _fill(self) -> bool:
+        """Make one machine, recorded before each call like any other; whether it is ready now."""
+        job = self._provisioner.new_job(Order(phone="", credentials={}))
+        self._store.pool[job.vm_id] = replace(self._provisioner.blank(job), state="filling", extra={"shape": pool_shape(self._settings)}).to_json()
+        try:
+            async with time_limit(self._clock, self._settings.provision_timeout_s):
+                await self._store.commit()
+                await self._provisioner.take(job, self._provisioner.into_pool)
+            self._store.pool[job.vm_id] |= {"state": "ready", "step": ""}
+            await self._store.commit()
+        except (CockpitError, TimeoutError) as error:
+            log_event("pool_not_filled", level=logging.WARNING, vm_id=job.vm_id, step=job.step, error=str(error) or "timed out")
+            if not job.step or isinstance(error, NameTaken):
+                self._store.pool.pop(job.vm_id, None)
+            await self._provisioner.discard_pooled(job.vm_id, "was not finished")
+            return False
+        log_event("pool_filled", vm_id=job.vm_id, region=self._store.pool.get(job.vm_id, {}).get("region"))
+        return True
 
 
 # --- Relay ---
@@ -4789,6 +4954,7 @@ async def get_metrics(request: web.Request) -> web.Response:
         ("vms", "VMs by state.", "state", vms_by_state(gateway)),
         ("texts_waiting", "Texts accepted and not yet finished.", "", {"": relay.waiting()}),
         ("oldest_waiting_seconds", "Age of the text that waits longest.", "", {"": relay.oldest_waiting_s()}),
+        ("pool", "Machines of the pool by state.", "state", Counter(str(entry.get("state")) for entry in gateway.store.pool.values())),
         ("journal_bytes", "Size of the journal.", "", {"": gateway.journal.size}),
         ("troubles", "Troubles that /health names.", "", {"": len(troubles_of(gateway))}),
         ("draining", "1 while shutting down.", "", {"": relay.draining}),
@@ -5342,7 +5508,8 @@ class LocalFly:
             ("GET", app + "/ip_assignments", self._list_addresses), ("POST", app + "/ip_assignments", self._allocate_address),
             ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume), ("DELETE", app + "/volumes/{volume}", self._delete_volume),
             ("GET", app + "/machines", self._list_machines), ("POST", app + "/machines", self._create_machine),
-            ("GET", machine, self._get_machine), ("POST", machine, self._update_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
+            ("GET", machine, self._get_machine), ("DELETE", machine, self._delete_machine),
+            ("POST", machine, self._update_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
         ]
         routes = [web.route(method, path, self._authorized(handler)) for method, path, handler in table]
         return [*routes, web.route("*", "/_local/vm/{app}{path:/.*}", self._proxy), web.post("/_local/vms/{app}/kill", self._kill)]
@@ -5434,8 +5601,17 @@ class LocalFly:
         machine = LocalMachine(id=secrets.token_hex(7), region=str(body.get("region") or "iad").split(",")[0], config=body["config"],
                                folder=Path(tempfile.mkdtemp(dir=self._folder)), port=free_port())
         app.machines[machine.id] = machine
-        await self._start(app, machine)
+        if body.get("skip_launch"):
+            machine.instance_id = secrets.token_hex(13)
+        else:
+            await self._start(app, machine)
         return web.json_response(machine.to_json())
+
+    async def _delete_machine(self, request: web.Request) -> web.Response:
+        machine = self._machine(request)
+        del self._app(request).machines[machine.id]
+        await self._stop(machine, "destroyed")
+        return web.json_response({"ok": True})
 
     async def _get_machine(self, request: web.Request) -> web.Response:
         return web.json_response(self._machine(request).to_json())
@@ -5827,6 +6003,8 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
             await provisioner.recover()
             if settings.reconcile_s:
                 owner.start(fleet.run(), "reconcile")
+            if settings.pool_size or store.pool:
+                owner.start(Pool(settings, clock, store, fly, provisioner).run(), "pool")
             if settings.backfill_s:
                 backfill = Backfill(settings, clock, store, twilio, relay)
                 await backfill.at_start()

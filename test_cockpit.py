@@ -415,6 +415,7 @@ class Machine:
     started_at: float = 0.0
     host: str = "ok"
     created_at: str = "2026-11-22T20:00:00Z"
+    pulled: bool = False  # its image is on its host
 
 
 class FakeFly(Fake):
@@ -434,7 +435,7 @@ class FakeFly(Fake):
     def __init__(self, clock: FakeClock, vms: "FakeVMs"):
         super().__init__(clock)
         self.vms, self.everything = vms, {}
-        self.rate_limited, self.hide_s, self.boot_s, self.delete_polls = True, 2.0, 0.0, 1
+        self.rate_limited, self.hide_s, self.boot_s, self.pull_s, self.delete_polls = True, 2.0, 0.0, 0.0, 1
         self.networks, self.full, self.error_regions = {"default", "gateway-net"}, set(), []
         self.checks = ""  # what Fly's own health check says; empty: as the VM is
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
@@ -490,7 +491,8 @@ class FakeFly(Fake):
         return machine.rest or ("started" if self.clock.monotonic() >= machine.started_at else "starting")
 
     def _launch(self, machine: Machine, body: dict | None = None) -> None:
-        machine.rest, machine.started_at = "", self.clock.monotonic() + self.boot_s
+        machine.rest, machine.started_at = "", self.clock.monotonic() + self.boot_s + (0 if machine.pulled else self.pull_s)
+        machine.pulled = True
         if body is not None:  # secrets younger than the version asked for are missing
             app = self.everything[machine.app]
             self.vms.boot(machine.app, lambda: self.state(machine) == "started", dict(app.secrets) if body.get("min_secrets_version", 0) >= app.version else {})
@@ -551,7 +553,7 @@ class FakeFly(Fake):
             case "list_machines":
                 return [self._machine(machine) for machine in app.machines.values()]
             case "create_machine":
-                return self._create_machine(app, body, body["config"])
+                return await self._create_machine(app, body, body["config"])
             case "org_machines":
                 first, size = int(request.query.get("cursor", "0")), min(int(request.query.get("limit", "1000")), 1000)
                 found = [self._machine(machine) | {"app_name": machine.app} for machine in self.machines]
@@ -581,7 +583,7 @@ class FakeFly(Fake):
                         "shared": kind == "shared_v4", "network": {"name": body.get("network", ""), "org_slug": ORG} if private else None})
         return app.ips[-1]
 
-    def _create_machine(self, app: App, body: dict, config: dict) -> Any:
+    async def _create_machine(self, app: App, body: dict, config: dict) -> Any:
         if not config.get("image") or any(machine.name == body.get("name") for machine in app.machines.values()) or app.polls_left is not None:
             return self.refuse(f"create_machine: {body}", 422)
         region, id = self._capacity(body.get("region", "iad")), f"{next(self._numbers):014x}"
@@ -593,7 +595,10 @@ class FakeFly(Fake):
                 return self.refuse("create_machine: the volume is not there", 412)
             volume["attached_machine_id"] = id
         app.machines[id] = Machine(id, app.name, body.get("name") or f"name-{id}", region, config, f"01H{id.upper()}")
-        if not body.get("skip_launch"):
+        if body.get("skip_launch"):
+            await self.clock.sleep(self.pull_s)
+            app.machines[id].pulled = True
+        else:
             self._launch(app.machines[id], body)
         return self._machine(app.machines[id])
 
@@ -1848,6 +1853,143 @@ async def test_teardown_works_for_a_vm_that_is_away(world):
     assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] in ("away", "ready")
     assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
     assert not world.fly.everything
+
+
+# --- The pool ---
+
+def in_pool(world: World) -> list[str]:
+    """The machines that are ready to be claimed."""
+    return [vm_id for vm_id, entry in world.saved["pool"].items() if entry["state"] == "ready"]
+
+
+async def pooled(world: World, size: int = 2, **changes: Any) -> list[str]:
+    """A gateway whose pool is full."""
+    await world.start(POOL_SIZE=size, **changes)
+    await world.clock.until(lambda: len(in_pool(world)) == size)
+    return in_pool(world)
+
+
+async def test_a_machine_of_the_pool_never_ran_and_is_nobody_s(world):
+    entries = await pooled(world)
+    assert sorted(entries) == sorted(world.fly.apps) and not world.saved["routes"]
+    for machine in world.fly.machines:
+        assert world.fly.state(machine) == "created" and not world.fly.apps[machine.app].secrets
+        assert machine.config["metadata"]["cockpit_pool"] and not {"cockpit_phone", "cockpit_owner"} & set(machine.config["metadata"])
+
+
+async def test_a_claim_is_ready_without_waiting_for_the_image_and_the_pool_fills_again(world):
+    world.fly.pull_s, world.fly.boot_s = 6, 0.5
+    entries = await pooled(world)
+    began = world.clock.monotonic()
+    answer = await world.provision()
+    assert answer.status == 201 and world.clock.monotonic() - began < 2
+    record = answer.body
+    assert record["vm_id"] in entries and record["from_pool"] is True and list(record["steps"]) == ["secrets", "launch", "start", "health"]
+    vm = world.vms[record["vm_id"]]
+    machine, = world.fly.apps[vm.app].machines.values()
+    assert vm.env["GITHUB_TOKEN"] == GITHUB and machine.config["metadata"]["cockpit_phone"] == ANN and "cockpit_pool" not in machine.config["metadata"]
+    await world.text("hello")
+    await world.hears("ran: hello")
+    await world.clock.until(lambda: len(in_pool(world)) == 2)
+    assert vm.app not in world.saved["pool"]
+    assert 'cockpit_pool_claims_total{outcome="claimed"} 1' in (await world.call("GET", "/metrics", key=None)).text
+
+
+async def test_four_sign_ups_at_once_on_a_pool_of_two_give_four_vms(world):
+    entries = await pooled(world)
+    phones = [f"+1555600000{number}" for number in range(4)]
+    answers = await world.clock.run(asyncio.gather(*(world.ask("POST", "/provision", json=sign_up_form(phone)) for phone in phones)))
+    assert [answer.status for answer in answers] == [201] * 4
+    made = {answer.body["vm_id"] for answer in answers}
+    assert len(made) == 4 and set(entries) < made and sum(answer.body["from_pool"] for answer in answers) == 2
+    await world.clock.until(lambda: len(in_pool(world)) == 2)
+    assert len(world.fly.apps) == 6 and len(world.fly.machines) == 6
+
+
+async def test_a_torn_down_machine_never_returns_to_the_pool(world):
+    await pooled(world)
+    vm = await world.sign_up()
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    await world.clock.until(lambda: len(in_pool(world)) == 2)
+    assert vm.app not in world.fly.everything and vm.app not in world.saved["pool"] and len(world.fly.apps) == 2
+
+
+async def test_a_machine_that_fly_will_not_boot_is_replaced_the_long_way_in_the_same_app(world):
+    entry, = await pooled(world, 1)
+    world.fly.fails("update_machine", 412, body={"error": "failed_precondition: machine was never launched"})
+    vm = await world.sign_up()
+    assert vm.app == entry and len(world.fly.apps[vm.app].machines) == 1
+    await world.text("hello")
+    await world.hears("ran: hello")
+    assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
+
+
+async def test_a_region_the_pool_does_not_have_is_set_up_the_long_way(world):
+    entries = await pooled(world, 1)
+    answer = await world.provision(region="fra")
+    assert answer.status == 201 and answer.body["vm_id"] not in entries and answer.body["region"] == "fra" and not answer.body["from_pool"]
+    assert in_pool(world) == entries
+
+
+async def test_a_claim_that_fails_is_undone_and_does_not_go_back(world):
+    entry, = await pooled(world, 1)
+    world.fly.fails("set_secrets", 400)
+    assert (await world.provision()).status == 502
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and entry not in world.fly.everything)
+    assert not world.saved["routes"]
+
+
+@pytest.mark.parametrize("call", ["create_app", "allocate_ip", "create_machine"])
+async def test_a_kill_while_the_pool_fills_loses_no_machine_and_doubles_none(world, call):
+    gate = world.fly.holds(call, after=True)
+    await world.start(POOL_SIZE=1)
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"])
+    assert list(world.fly.everything) == in_pool(world)
+
+
+@pytest.mark.parametrize("call", ["set_secrets", "update_machine", "wait_machine"])
+async def test_a_kill_during_a_claim_leaves_no_orphan_and_a_full_pool(world, call):
+    await pooled(world, 1)
+    _, job = await world.begin(world.fly, call, after=True)
+    await world.crash_and_restart()
+    await asyncio.gather(job, return_exceptions=True)
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"])
+    assert list(world.fly.everything) == in_pool(world) and not world.saved["routes"]
+
+
+async def test_another_image_replaces_the_pool_and_size_0_removes_it(world):
+    before = await pooled(world)
+    await world.restart(VM_IMAGE="vm-image:8")
+    await world.clock.until(lambda: len(in_pool(world)) == 2 and not set(before) & set(world.fly.everything))
+    assert {machine.config["image"] for machine in world.fly.machines} == {"vm-image:8"}
+    await world.restart(POOL_SIZE=0)
+    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"])
+    assert not world.saved["pool"]
+
+
+async def test_a_machine_that_vanished_from_the_pool_is_replaced(world):
+    lost, kept = await pooled(world)
+    del world.fly.everything[lost]
+    await world.clock.until(lambda: len(in_pool(world)) == 2 and lost not in in_pool(world), within=300)
+    assert kept in in_pool(world)
+
+
+async def test_sweeps_and_restore_leave_the_pool_alone(world):
+    entries = await pooled(world, RECONCILE_S=60)
+    await world.clock.advance(1500)
+    assert in_pool(world) == entries == list(world.fly.apps)
+
+
+async def test_a_full_fly_is_asked_for_the_pool_less_and_less_often(world):
+    world.fly.full.add("iad")
+    await world.start(POOL_SIZE=1)
+    await world.clock.advance(600)
+    assert 2 < world.fly.count("create_machine") < 15 and not in_pool(world)
+    world.fly.full.clear()
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"], within=700)
+    assert list(world.fly.everything) == in_pool(world)
 
 
 # --- Relay ---
