@@ -2460,7 +2460,7 @@ class Provisioner:
             async with time_limit(self._clock, self._settings.provision_timeout_s):
                 await self._store.commit()
                 await self.take(job, self.from_pool if job.pooled else self.long_way)
-                route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds, "from_pool": job.pooled})
+                route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds} | ({"from_pool": True} if job.pooled else {}))
                 await self._store.commit()
         except asyncio.CancelledError:
             if not job.torn_down:  # shutting down: the next start undoes it
@@ -2808,7 +2808,7 @@ class Provisioner:
 
     def describe(self, phone: str, route: Route) -> Json:
         """The VM record."""
-        steps = {name: route.extra[name] for name in ("steps", "from_pool") if name in route.extra}  # the steps are known once it is ready
+        steps = {"steps": route.extra["steps"], "from_pool": bool(route.extra.get("from_pool"))} if "steps" in route.extra else {}  # known once it is ready
         return {"vm_id": route.vm_id, "machine_id": route.machine_id or None, "vm_url": route.vm_url or None, "phone_number": phone, "region": route.region or None,
                 "image": route.image or None, "state": route.state, "step": route.step or None, "created_at": route.created_at or None, "last_error": route.last_error or None} | steps
 
