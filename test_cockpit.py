@@ -3822,12 +3822,14 @@ async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
     assert {"ms_to_hand_over", "ms_to_answer", "ms_to_sent"} <= line.keys()
 
 
-async def test_a_log_line_masks_whole_numbers_in_both_formats():
-    record = logging.LogRecord("cockpit", logging.INFO, "", 0, "said", None, None)
-    record.fields = [{"words": f"from {ANN}", "empty": ""}, {"n": 1}]
+async def test_log_lines_mask_whole_numbers_and_stay_one_line_in_both_formats():
+    record = logging.LogRecord("cockpit", logging.INFO, "", 0, "100%s said", None, None)
+    record.names, record.rows = ("words", "n"), [(f"from {ANN}\n\"x\"", 1), ("%d", None)]
     for as_json in (True, False):
-        lines = cockpit.LineFormatter(as_json=as_json).format(record).split("\n")
-        assert len(lines) == 2 and "+1555***4567" in lines[0] and "empty" not in lines[0] and "said" in lines[1]
+        text = cockpit.LineFormatter(as_json=as_json).format(record)
+        assert "+1555***4567" in text and "100%s said" in text and ANN not in text
+    lines = [json.loads(line) for line in cockpit.LineFormatter(as_json=True).format(record).splitlines()]
+    assert [(line["words"], line["n"]) for line in lines] == [('from +1555***4567\n"x"', 1), ("%d", None)]
 
 
 async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
