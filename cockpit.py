@@ -1141,7 +1141,7 @@ class Journal:
                 bad += 1
         if bad:
             log_event("journal_lines_unreadable", level=logging.ERROR, lines=bad)
-        self.size = self.base_size = len(whole)
+        self.size = len(whole)  # how much of it is past is not known: `base_size` stays 0
         return records
 
     def open(self) -> None:
@@ -1157,6 +1157,7 @@ class Journal:
             self._handle = -1
         try:
             self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            self.size = os.fstat(self._handle).st_size
         except OSError as error:
             raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
 
@@ -1232,8 +1233,10 @@ class Journal:
 
     def _replace(self, chunks: list[bytes]) -> StoreError | None:
         try:
-            self.size = self.base_size = write_atomically(self.path, chunks)
-            self._open_file()
+            try:
+                self.base_size = write_atomically(self.path, chunks)
+            finally:
+                self._open_file()  # even what failed may have replaced the file: lines go to the one that has the name now
         except StoreError as error:
             return error
         self._damage = None
@@ -1286,7 +1289,7 @@ class Journal:
         if self._thread is None:
             return
         with contextlib.suppress(StoreError):
-            if self.size > self.base_size:
+            if self.size > self.base_size or self.trouble:
                 await self._rewrite()
         self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -1864,8 +1867,7 @@ def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMe
     sid = fields.get("MessageSid", "")
     if not re.fullmatch(r"[A-Za-z0-9]{2,64}", sid):
         raise Refusal("malformed", "MessageSid is missing or not a SID")
-    count = fields.get("NumMedia", "0")
-    numbers = range(min(int(count), 10)) if count.isascii() and count.isdigit() else range(0)
+    numbers = range(10) if fields.get("NumMedia", "0") != "0" else ()
     media = tuple((fields[f"MediaUrl{n}"], fields.get(f"MediaContentType{n}", "")) for n in numbers if f"MediaUrl{n}" in fields)
     return InboundMessage(sid=sid, account_sid=fields.get("AccountSid", ""), sender=fields.get("From", ""), recipient=fields.get("To", ""),
                           body=fields.get("Body", ""), arrived=arrived, media=media, opt_out=fields.get("OptOutType", ""))
@@ -1898,7 +1900,7 @@ def cut_within(text: str, start: int, units: int) -> int:
 
 def split_text(text: str) -> list[str]:
     """Parts of at most 1,600 UTF-16 units, numbered `(1/3) ` when there are several; of more than 8 the last says how much is left out."""
-    if len(text) <= PART_UNITS // 2 or utf16_units(text) <= PART_UNITS:
+    if len(text) <= PART_UNITS // 2 or (len(text) <= PART_UNITS and utf16_units(text) <= PART_UNITS):
         return [text]
     parts: list[str] = []
     start = 0
@@ -2065,8 +2067,8 @@ class TwilioClient:
         self.claim(sid)
         return sid
 
-    async def deliver(self, sms: Sms, attempted_at: float | None = None) -> str:
-        """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError when that is hopeless.
+    async def deliver(self, sms: Sms, attempted_at: float | None = None, *, is_wanted: Callable[[], bool] = lambda: True) -> str:
+        """Hand one message to Twilio exactly once, trying for at most an hour and while it is wanted; raises UpstreamError when that is hopeless.
 
         `attempted_at` (wall clock) is when an earlier process may have sent it: then Twilio's list is read first.
         """
@@ -2091,6 +2093,8 @@ class TwilioClient:
                     attempted_at = started
                 log_event("send_retry", level=logging.WARNING, error=str(error), attempt=failures + 1, pause_s=round(pause, 2))
                 await self._clock.sleep(pause)
+                if not is_wanted():
+                    raise
 
     async def _find(self, sms: Sms, attempted_at: float) -> str:
         """The SID of a message with these words that Twilio took at or after `attempted_at`, or nothing."""
@@ -2104,6 +2108,8 @@ class TwilioClient:
                     self.claim(sid)
                     return sid
         except UpstreamRejected as error:
+            if act_on(error) == "mend":
+                raise
             self.give_up_listing(error)
         return ""
 
@@ -2289,7 +2295,7 @@ def read_answer(raw: bytes | None) -> Answer:
                    and IMAGE_PATH.fullmatch(image["url"]))[:MAX_IMAGES] if isinstance(given, list) else ()
     code = told.get("exitCode")
     text = clean_text(text).rstrip("\n")
-    return Answer(text=text, images=images, exit_code=code if type(code) is int else 0, unreadable=bool(given) and not images and not text.strip())
+    return Answer(text=text, images=images, exit_code=code if type(code) is int and abs(code) < 2**32 else 0, unreadable=bool(given) and not images and not text.strip())
 
 
 # --- Provisioning ---
@@ -2912,6 +2918,7 @@ BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 UNKNOWN_NOTICE_S = 3600.0
 LINK_S = 86_400.0
+LIST_OVERLAP_S = 900.0
 LOOP_GUARD_S = 30.0  # 14107: Twilio counts texts that follow each other within this time
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 UNASKED_LIMITS = ((60.0, 20), (86_400.0, 300))  # a VM's own messages: seconds, how many
@@ -3035,6 +3042,7 @@ class Lane:
     alive_at: float = 0.0  # wall clock: the VM's last sign of life on /command
     probes: int = 0
     asked_fly_at: float = float("-inf")  # monotonic
+    waker: asyncio.Task[None] | None = None
     busy_noted_at: float = 0.0
     told_setup: bool = False
     hold_until: float = 0.0  # wall clock: Twilio's loop guard wants a pause
@@ -3053,7 +3061,7 @@ class Memory:
         self.seen: OrderedDict[str, float] = OrderedDict()
         self.said: dict[str, str] = {}
         self.away: dict[str, float] = {}  # vm_id: since when
-        self.mark = 0.0  # up to when Twilio's texts are known
+        self.mark = 0.0  # up to when Twilio's list was read
         self.muted: dict[str, bool] = {}  # channel and vm_id of those who opted out
         self.pairs: dict[str, Json] = {}  # vm_id: channel and our address of its owner's last text, where they are not the usual ones
         self.unasked: dict[str, deque[float]] = {}  # vm_id: when it last texted its owner by itself
@@ -3062,15 +3070,14 @@ class Memory:
     def remember(self, sid: str, at: float, say: str = "") -> None:
         """SIDs are kept for 24 h, at least 20,000 and at most 1,000,000 of them."""
         self.seen[sid] = at
-        self.mark = max(self.mark, at)
         if say:
             self.said[sid] = say
         while len(self.seen) > SEEN_LEAST:
             oldest = next(iter(self.seen))
             if len(self.seen) <= SEEN_MOST and self.seen[oldest] > at - SEEN_S:
                 break
-            del self.seen[oldest]
             self.said.pop(oldest, None)
+            self.mark = max(self.mark, self.seen.pop(oldest) + LIST_OVERLAP_S)  # what is forgotten is not to be fetched again
 
     def record(self) -> Json:
         return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away, "muted": self.muted,
@@ -3116,22 +3123,28 @@ class Memory:
         for kept in (self.away, self.pairs, self.unasked, self.errors):
             kept.pop(vm_id, None)
 
+    def forget_gone(self, is_known: Callable[[str], object]) -> None:
+        """After a replay: the journal's older lines tell of VMs that are gone since."""
+        for vm_id in {*self.away, *self.pairs, *self.unasked, *self.errors}:
+            if not is_known(vm_id):
+                self.forget(vm_id)
+
 
 class Relay:
     """Carries texts to VMs and answers back: journaled before they are acknowledged, in order per phone, phones in parallel.
 
-    Journal records (key `k`), none with a phone number: `in` a text accepted (`run`: and handed over), `run` handed over, `held` surely
-    not handed over, `cut` its connection broke, `busy` the VM said 409, `out` something to tell, completing the texts `re` (`away`: it
-    opens an outage), `sent` parts Twilio took, `words` an image that was refused as a picture, `done` given up, `seen` a text refused,
-    `mute` an owner opted out or in, `error` what is wrong with reaching one, `claimed` SIDs of what was sent, `back` an outage over,
-    `state` all that is remembered.
+    Journal records (key `k`), none with a phone number: `in` a text accepted (`run`: and handed over), `run` handed over, `held` surely not
+    handed over, `cut` its connection broke, `busy` the VM said 409, `out` something to tell, completing the texts `re` (`unheard`: without
+    a word of the VM; `away`: it opens an outage), `sent` parts Twilio took, `words` an image that was refused as a picture, `done` given
+    up, `seen` a text refused, `mute` an owner opted out or in, `error` what is wrong with reaching one, `claimed` SIDs of what was sent,
+    `mark` Twilio's list was read, `back` an outage over, `state` all that is remembered.
     """
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner,
                  metrics: Metrics, *, wake: Callable[[str, str], Awaitable[None]], restart: Callable[[str], object]) -> None:
         self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
         self._vms, self._twilio, self._owner, self._metrics, self._wake, self._restart = vms, twilio, owner, metrics, wake, restart
-        self.memory = Memory()
+        self.memory, self._began = Memory(), clock.now()
         self.lanes: dict[str, Lane] = {}
         self._accepting: dict[str, asyncio.Future[str]] = {}
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
@@ -3404,6 +3417,9 @@ class Relay:
 
     async def _hand_over(self, lane: Lane, route: Route, text: Text) -> None:
         """One attempt to run the first text, or one wait for the VM's return."""
+        if text.cuts >= 2:
+            await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))], "crashed")
+            return
         if not text.attempts and self._is_expired(lane, text):
             await self._expire(lane)
             return
@@ -3423,8 +3439,7 @@ class Relay:
             self._failing.add(lane.vm_id)
             await self._finish(lane, [text], [NOTICES["N8"].format(s=f"{self._settings.vm_command_timeout_s:g}", text=quoted(text.body))], "silent")
         except VmFailed as error:
-            if error.status < 500:
-                self._sign_of_life(lane)
+            self._sign_of_life(lane, ends_outage=error.status < 500)
             await self._finish(lane, [text], [NOTICES["N9"].format(status=error.status, text=quoted(text.body))], "failed")
         else:
             self._sign_of_life(lane)
@@ -3478,9 +3493,11 @@ class Relay:
         finally:
             self._watcher = None
 
-    def _sign_of_life(self, lane: Lane) -> None:
-        """An answer below 500 to /command ends an outage."""
+    def _sign_of_life(self, lane: Lane, *, ends_outage: bool = True) -> None:
+        """The VM answered on /command: from now on what is behind it waits; below 500 that ends an outage."""
         lane.alive_at, lane.probes = self._clock.now(), 0
+        if not ends_outage:
+            return
         if self._failing:
             self._failing.discard(lane.vm_id)
             self._perhaps_running.pop(lane.vm_id, None)
@@ -3507,8 +3524,6 @@ class Relay:
             self.memory.away[lane.vm_id] = now
             self._metrics.outages.add()
             await self._tell(lane, NOTICES["N5"], text, away=True)
-        if text.cuts >= 2:
-            await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))], "crashed")
 
     async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
         """Wait until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
@@ -3517,7 +3532,7 @@ class Relay:
             if left <= 0:
                 await self._expire(lane)
                 return False
-            await self._ask_fly(lane, route)
+            self._ask_fly(lane, route)
             lane.probes += 1
             pause = self._clock.uniform(0, min(4.0, 0.25 * 2 ** min(lane.probes, 10)))
             await self._clock.sleep(min(pause, left) + 0.001)
@@ -3525,16 +3540,18 @@ class Relay:
                 return True
         return False
 
-    async def _ask_fly(self, lane: Lane, route: Route) -> None:
-        """A machine that is stopped or suspended does not come back by itself."""
+    def _ask_fly(self, lane: Lane, route: Route) -> None:
+        """A machine that is stopped or suspended does not come back by itself. Fly may take minutes to say: nobody waits for it."""
         now = self._clock.monotonic()
-        if now - lane.asked_fly_at < ASK_FLY_EVERY_S:
+        if now - lane.asked_fly_at < ASK_FLY_EVERY_S or (lane.waker is not None and not lane.waker.done()):
             return
-        lane.asked_fly_at = now
-        try:
-            await self._wake(route.vm_id, route.machine_id)
-        except UpstreamError as error:
-            log_event("wake_failed", level=logging.WARNING, vm_id=lane.vm_id, error=str(error))
+
+        async def wake() -> None:
+            try:
+                await self._wake(route.vm_id, route.machine_id)
+            except UpstreamError as error:
+                log_event("wake_failed", level=logging.WARNING, vm_id=lane.vm_id, error=str(error))
+        lane.asked_fly_at, lane.waker = now, self._owner.start(wake())
 
     async def _wait_while_busy(self, lane: Lane, text: Text) -> None:
         """409: wait without a notice, which does not count as the VM being away."""
@@ -3551,7 +3568,8 @@ class Relay:
         await self._clock.sleep(self._clock.uniform(0.05, min(10.0, 0.25 * 2 ** min(text.attempts, 10))))
 
     def _deadline(self, lane: Lane, text: Text) -> float:
-        return max(text.cut_at if text.reached else text.arrived, lane.alive_at) + self._settings.vm_away_limit_s
+        # A gateway's restart is not a cut: what was handed over before it waits for its VM from then on.
+        return max((text.cut_at or self._began) if text.reached else text.arrived, lane.alive_at) + self._settings.vm_away_limit_s
 
     def _is_expired(self, lane: Lane, text: Text) -> bool:
         return self._deadline(lane, text) <= self._clock.now()
@@ -3580,7 +3598,8 @@ class Relay:
             trace.outcome, trace.parts, trace.answered = outcome, len(parts) + len(images), self._clock.monotonic() - trace.began
             if outcome != "answered":
                 self._metrics.note_text(failed=True)
-        await self._on_disk(self._out_record(lane.vm_id, out) | {"re": [text.sid for text in texts]})
+        record = self._out_record(lane.vm_id, out) | {"re": [text.sid for text in texts]}
+        await self._on_disk(record if outcome in ("answered", "failed") else record | {"unheard": True})
         for text in texts:
             if text in lane.waiting:
                 lane.waiting.remove(text)
@@ -3607,11 +3626,7 @@ class Relay:
         REQUEST_ID.set("")
         try:
             while lane.outbox:
-                owner = self._store.routes.get(lane.phone)
-                if owner is not None and owner.vm_id != lane.vm_id:
-                    self._journal.note({"k": "done", "id": lane.outbox[0].id})  # the number has another VM, perhaps another owner
-                else:
-                    await self._deliver(lane, lane.outbox[0])
+                await self._deliver(lane, lane.outbox[0])
                 lane.outbox.popleft()
         finally:
             lane.sender = None
@@ -3621,12 +3636,12 @@ class Relay:
         while out.sent < len(out.parts) + len(out.images):
             while (pause := lane.hold_until - self._clock.now()) > 0:
                 await self._clock.sleep(min(pause, LOOP_GUARD_S))
-            if out.channel + lane.vm_id in self.memory.muted:
-                self._give_up(lane, out, explain_code("21610"))
+            if obstacle := self._obstacle(lane, out):
+                self._give_up(lane, out, obstacle)
                 return
             sms = self._sms(lane, out)
             try:
-                sid = await self._twilio.deliver(sms, out.at if out.resumed else None)
+                sid = await self._twilio.deliver(sms, out.at if out.resumed else None, is_wanted=lambda: not self._obstacle(lane, out))
             except UpstreamError as error:
                 if not sms.media or act_on(error) != "as_text":
                     if act_on(error) == "opted_out":
@@ -3645,6 +3660,13 @@ class Relay:
             self._journal.note({"k": "sent", "id": out.id, "n": out.sent, "sid": sid})
         for trace in out.traces:
             self._note_sent(trace)
+
+    def _obstacle(self, lane: Lane, out: Outbound) -> str:
+        """Why something may not be told any more, or nothing."""
+        owner = self._store.routes.get(lane.phone)
+        if owner is not None and owner.vm_id != lane.vm_id:
+            return "the number has another VM, perhaps another owner"
+        return explain_code("21610") if out.channel + lane.vm_id in self.memory.muted else ""
 
     def _note_sent(self, trace: Trace) -> None:
         """The one log line of a text with which all is well."""
@@ -3692,6 +3714,11 @@ class Relay:
         """Twilio says that they opted out."""
         self.memory.mute(who, True)
         self._journal.note({"k": "mute", "who": who, "muted": True})
+
+    def note_listed(self, until: float) -> None:
+        """Twilio's list was read; a text that came by itself says nothing of those that may have been missed before it."""
+        self.memory.mark = max(self.memory.mark, until)
+        self._journal.note({"k": "mark", "at": until})
 
     def _remember_error(self, vm_id: str, words: str) -> None:
         if self.memory.errors.get(vm_id, "") != words:
@@ -3847,7 +3874,7 @@ class Relay:
                 yield self._out_record(lane.vm_id, out)
             for text in lane.waiting:
                 yield self._in_record(lane, text)
-                if text.cuts:
+                if text.cut_at:
                     yield {"k": "cut", "sid": text.sid, "n": text.cuts, "at": text.cut_at}
 
     async def resume(self, records: Iterable[Json]) -> None:
@@ -3855,9 +3882,12 @@ class Relay:
         replay = Replay(self.memory, self._clock.now())
         for record in records:
             replay.apply(record)
+        for sid in replay.claimed:
+            self._twilio.claim(sid)
+        self.memory.forget_gone(self._store.find)
         for vm_id, (texts, outs) in replay.by_vm().items():
-            found, undo = self._store.find(vm_id), self._store.undo.get(vm_id, {})
-            phone = found[0] if found else str(undo.get("phone_number") or "")
+            found = self._store.find(vm_id)
+            phone = found[0] if found else str(self._store.undo.get(vm_id, {}).get("phone_number") or "")
             if not phone:
                 log_event("journal_of_gone_vm", level=logging.WARNING, vm_id=vm_id, texts=len(texts), answers=len(outs))
                 continue
@@ -3871,10 +3901,11 @@ class Relay:
                 self._perhaps_running[vm_id] = self._clock.monotonic()
             lane.outbox.extend(outs)
             lane.hold_until = min(self._clock.now() + LOOP_GUARD_S, max((out.hold_until for out in outs), default=0.0))
-            if not found or (found[1].state == "failed" and texts):
-                await self.vm_gone(vm_id, "vanished" if found else str(undo.get("reason")))
-        for sid in replay.claimed:
-            self._twilio.claim(sid)
+        # Only now that all lanes are there: what this journals may lead to a rewrite of the journal from them.
+        for lane in list(self.lanes.values()):
+            found = self._store.find(lane.vm_id)
+            if not found or (found[1].state == "failed" and lane.waiting):
+                await self.vm_gone(lane.vm_id, "vanished" if found else str(self._store.undo[lane.vm_id].get("reason")))
 
     def start(self) -> None:
         """Set going what the journal held."""
@@ -3923,7 +3954,6 @@ class Relay:
 class Backfill:
     """Fetches the texts that arrived while nobody listened from Twilio's list, and hands them in at the same door."""
 
-    OVERLAP_S = 900.0
     AT_START_S = 5.0
 
     def __init__(self, settings: Settings, clock: Clock, store: RouteStore, twilio: TwilioClient, relay: Relay) -> None:
@@ -3943,8 +3973,9 @@ class Backfill:
 
     async def once(self) -> None:
         """One look at the lists of our number and of its WhatsApp sender."""
-        began, mark = self._clock.now(), self._relay.memory.mark
-        since = mark - self.OVERLAP_S if mark else began - self._settings.vm_away_limit_s
+        began, memory = self._clock.now(), self._relay.memory
+        memory.mark = memory.mark or began - self._settings.vm_away_limit_s + LIST_OVERLAP_S
+        since = memory.mark - LIST_OVERLAP_S
         try:
             found = [message for channel in ("", "whatsapp:") for message in await self._list(channel + self._settings.twilio_phone_number, since)]
             for message in sorted(found, key=lambda message: message.arrived):
@@ -3954,7 +3985,7 @@ class Backfill:
         except (UpstreamError, Refusal, StoreError) as error:
             log_event("backfill_failed", level=logging.WARNING, error=str(error))
         else:
-            self._relay.memory.mark = max(self._relay.memory.mark, began)
+            self._relay.note_listed(began)
 
     async def _list(self, ours: str, since: float) -> list[InboundMessage]:
         """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date, so ours is applied besides."""
@@ -4001,6 +4032,9 @@ class Replay:
     def _on_mute(self, record: Json) -> None:
         self.memory.mute(record["who"], record["muted"])
 
+    def _on_mark(self, record: Json) -> None:
+        self.memory.mark = max(self.memory.mark, record["at"])
+
     def _on_error(self, record: Json) -> None:
         self.memory.note_error(record["vm"], record["words"])
 
@@ -4008,17 +4042,15 @@ class Replay:
         self.claimed.extend(record["sids"])
 
     def _on_in(self, record: Json) -> None:
-        text = Text(sid=record["sid"], body=record["body"], arrived=record["at"], channel=record.get("channel", ""), ours=record.get("ours", ""),
+        text = Text(sid=record["sid"], body=record["body"], arrived=min(record["at"], self.now), channel=record.get("channel", ""), ours=record.get("ours", ""),
                     media=tuple((url, kind) for url, kind in record.get("media", ())))
         self._handed(text, bool(record.get("run")))
         self.texts[text.sid] = (record["vm"], text)
         self.memory.use_pair(record["vm"], {name: record[name] for name in ("channel", "ours") if name in record})
-        self.memory.remember(text.sid, min(text.arrived, self.now))
+        self.memory.remember(text.sid, text.arrived)
 
     def _handed(self, text: Text, handed: bool) -> None:
-        # A gateway's restart is not a cut: the text waits for its VM from now on.
         text.run_noted = text.reached = handed
-        text.cut_at = self.now if handed else 0.0
 
     def _on_run(self, record: Json) -> None:
         if record["sid"] in self.texts:
@@ -4032,10 +4064,10 @@ class Replay:
         if record["sid"] in self.texts:
             text = self.texts[record["sid"]][1]
             text.run_noted = text.reached = True
-            text.cuts, text.cut_at = record["n"], record["at"]
+            text.cuts, text.cut_at = record["n"], min(record["at"], self.now)
 
     def _on_busy(self, record: Json) -> None:
-        self.alive[record["vm"]] = record["at"]
+        self.alive[record["vm"]] = min(record["at"], self.now)
 
     def _on_out(self, record: Json) -> None:
         fields = {name: record[name] for name in ("channel", "ours", "sent", "in_words", "once_more", "hold_until") if name in record}
@@ -4043,7 +4075,8 @@ class Replay:
         self.outs[out.id] = (record["vm"], out)
         for sid in record.get("re", ()):
             self.texts.pop(sid, None)
-            self.alive[record["vm"]] = record["at"]
+            if not record.get("unheard"):
+                self.alive[record["vm"]] = min(record["at"], self.now)
         if record.get("away"):
             self.memory.away[record["vm"]] = record["at"]
         if record.get("unasked"):
@@ -5994,7 +6027,7 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows bare addresses.
         aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), timeout=timeouts) as fly_session,
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=50)) as twilio_session,
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0), headers=VM_HEADERS) as vm_session,
+        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0), headers=VM_HEADERS, auto_decompress=False) as vm_session,
     ):
         fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics), VmClient(vm_session, settings)
 

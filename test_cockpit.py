@@ -14,6 +14,7 @@ relay · answers · HTTP · operator's page, metrics, logs · local mode · cont
 import asyncio
 import base64
 import contextlib
+import errno
 import hashlib
 import heapq
 import hmac
@@ -2860,6 +2861,54 @@ async def test_a_welcome_is_texted_when_asked_for_and_only_then(world):
     assert not world.twilio.sent_to(BOB)
 
 
+async def test_an_error_of_the_vm_ends_a_text_as_an_answer_does(world):
+    await world.start(VM_AWAY_LIMIT_S=30)
+    vm = await world.sign_up()
+    gate = world.vms.holds("command")
+    vm.then({"status": 500})
+    await world.text("first")
+    await world.text("second")
+    await world.clock.until(gate.arrived.is_set)
+    await world.clock.advance(31)
+    gate.open()
+    await world.hears('Your VM answered with an error (500): "first"', "ran: second")
+
+
+async def test_a_vm_s_return_is_seen_while_fly_does_not_answer(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.fly.fails("get_machine", 429, times=10_000)
+    vm.away = 503
+    await world.text("hello")
+    await world.clock.advance(20)
+    vm.away = 0
+    await world.hears(RESTARTING, "ran: hello", within=10)
+
+
+async def test_a_body_that_is_not_what_its_header_says_is_no_cut(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"status": 200, "body": b"not gzip", "headers": {"Content-Encoding": "gzip"}})
+    await world.text("go")
+    await world.hears("Your VM's answer could not be read.")
+    assert len(vm.asked) == 1
+
+
+async def test_an_exit_code_without_end_is_not_texted(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"answer": b'{"text": "", "exitCode": 1' + b"0" * 4000 + b"}"})
+    await world.text("go")
+    await world.hears("Done, no output.")
+
+
+async def test_a_text_that_names_too_many_pictures_is_a_text(world):
+    await world.start()
+    await world.sign_up()
+    await world.text("hello", NumMedia="9" * 5000)
+    await world.hears("ran: hello")
+
+
 # --- Fleet ---
 
 EVERY, STAMP = 9, "cockpit.example.com/"  # a short pause between sweeps is quickly passed in virtual time
@@ -4452,6 +4501,156 @@ async def test_no_acknowledged_text_is_lost_out_of_order_or_answered_twice_by_ki
         heard = [body for body in live.twilio.sent_to(phone) if body != RESTARTING]
         assert heard == [f"ran: {body}" for body in vm.ran], "each answer is sent once, in order, to its own phone"
         assert len({(command.text, command.key) for command in vm.asked}) == len({command.text for command in vm.asked})
+
+
+async def test_an_answer_still_being_sent_does_not_reach_the_number_s_next_owner(world):
+    await world.start()
+    vm = await world.sign_up()
+    world.twilio.fails("send", 503, times=10_000, code=20503)
+    await world.text("my secrets")
+    await world.clock.until(lambda: world.twilio.count("send"))
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    await world.sign_up()
+    world.twilio.heals("send")
+    await world.clock.advance(120)
+    await world.hears()
+
+
+async def test_a_text_cut_off_twice_is_not_tried_a_third_time_after_a_kill(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.then({"cut": "before"}, {"cut": "before"})
+    await world.text("rm -rf /")
+    words = 'Your VM went away twice while running this; not tried again: "rm -rf /"'
+    await world.hears(RESTARTING, words)
+    await world.crash()
+    lines = world.journal.read_bytes().splitlines(keepends=True)
+    last = max(n for n, line in enumerate(lines) if json.loads(line)["k"] == "cut")
+    world.journal.write_bytes(b"".join(lines[:last + 1]))  # the instant before its end was journaled
+    world.twilio.messages.clear()
+    await world.start()
+    await world.clock.until(lambda: words in world.twilio.sent_to(ANN))
+    assert len(vm.asked) == 2
+
+
+async def test_a_text_s_waiting_is_not_prolonged_by_the_end_of_another_that_was_not_run(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("one")
+    await world.clock.advance(300)
+    await world.text("two")
+    await world.clock.advance(310)
+    late = 'Not run, your VM was away too long: "{}"'.format
+    await world.hears(RESTARTING, late("one"))
+    await world.crash_and_restart()
+    await world.clock.advance(300)
+    await world.hears(RESTARTING, late("one"), late("two"))
+
+
+async def test_a_text_that_a_proxy_s_502_met_waits_from_that_moment_also_across_a_restart(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 502
+    await world.text("deploy")
+    await world.hears(RESTARTING)
+    await world.clock.advance(400)
+    await world.restart()
+    await world.clock.advance(210)
+    await world.hears(RESTARTING, 'No answer after 600 s; it may still be running: "deploy"')
+
+
+async def test_a_clock_set_back_does_not_prolong_the_wait(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("one")
+    await world.hears(RESTARTING)
+    await world.crash()
+    world.clock.elapsed -= 3600
+    await world.start()
+    await world.clock.advance(610)
+    await world.hears(RESTARTING, 'Not run, your VM was away too long: "one"')
+
+
+async def test_what_was_known_of_a_vm_that_is_gone_does_not_come_back_with_a_restart(world):
+    await world.start()
+    vm = await world.sign_up()
+    vm.away = 503
+    await world.text("hello")
+    await world.hears(RESTARTING)
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    await world.clock.advance(60)
+    await world.crash_and_restart()
+    assert "away" not in (await world.call("GET", "/health", key=None)).body["vms"]
+
+
+async def test_a_text_missed_is_fetched_though_the_list_failed_at_first_and_newer_texts_came(world):
+    await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
+    vm = await world.sign_up()
+    await world.text("before")
+    await world.hears("ran: before")
+    await world.stop()
+    world.twilio.missed(ANN, "missed")
+    world.clock.elapsed += 3600
+    world.twilio.fails("list", 503, times=10_000, code=20503)
+    await world.start()
+    await world.text("heard")
+    await world.clock.advance(100)
+    await world.crash_and_restart()
+    world.twilio.heals("list")
+    await world.hears("ran: before", "ran: heard", "ran: missed")
+
+
+async def test_an_answer_is_looked_up_once_twilio_lets_us_in_again(world):
+    await world.start()
+    await world.sign_up()
+    gate = world.twilio.holds("send", after=True)
+    await world.text("deploy")
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash()
+    world.twilio.fails("list", 401, times=3, code=20003)
+    world.twilio.fails("send", 401, times=3, code=20003)
+    await world.start()
+    await world.clock.advance(600)
+    await world.hears("ran: deploy")
+
+
+async def test_the_journal_does_not_grow_from_kill_to_kill(world):
+    await world.start()
+    vm = await world.sign_up()
+    for n in range(8):
+        for m in range(8):
+            await world.text(f"{n} {m} " + "x" * 1500)
+            await world.clock.until(lambda: len(vm.ran) == 8 * n + m + 1)
+        await world.clock.advance(1)
+        await world.crash_and_restart()
+    assert world.journal.stat().st_size < 2 * (64 << 10)
+
+
+async def test_a_text_taken_in_after_a_compaction_that_failed_half_way_survives_a_kill(world, monkeypatch):
+    await world.start()
+    vm = await world.sign_up()
+    open_file, failed = os.open, []
+
+    def out_of_files(path, flags, *more, **named):
+        """The folder cannot be opened to be synced, after the new journal has taken the old one's name."""
+        if flags & os.O_DIRECTORY:
+            failed.append(path)
+            raise OSError(errno.EMFILE, "Too many open files")
+        return open_file(path, flags, *more, **named)
+
+    monkeypatch.setattr(os, "open", out_of_files)
+    while not failed:
+        await world.text(f"{len(vm.asked)} " + "x" * 1500)
+        await world.clock.settle()
+    vm.away = 503
+    await world.text("kept")
+    monkeypatch.undo()
+    await world.crash()
+    vm.away = 0
+    await world.start()
+    await world.clock.until(lambda: vm.ran[-1] == "kept")
 
 
 # --- Never leave half a VM ---
