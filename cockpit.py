@@ -96,6 +96,15 @@ def is_loopback(host: str) -> bool:
     return False
 
 
+def is_url(text: str, schemes: Sequence[str] = ("http", "https")) -> bool:
+    """Whether it is a URL of a server, without user, query or fragment."""
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment or parts.username or re.search(r"[\s\\]", text))
+    except ValueError:
+        return False
+
+
 class SettingsReader:
     """Reads environment variables and collects everything that is wrong with them, so that all is told at once."""
 
@@ -148,12 +157,8 @@ class SettingsReader:
 
     def url(self, name: str, default: str, *, schemes: tuple[str, ...] = ("http", "https"), required: bool = False) -> str:
         value = self.text(name, default, required=required).rstrip("/")
-        if not value:
-            return ""
-        with contextlib.suppress(ValueError):
-            parts = urlsplit(value)
-            if parts.scheme in schemes and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment or parts.username):
-                return value
+        if not value or is_url(value, schemes):
+            return value
         self.wrong(name, f"must be a URL starting with {' or '.join(s + '://' for s in schemes)}, without user, query or fragment")
         return default
 
@@ -269,10 +274,10 @@ def read_fly_settings(read: SettingsReader, gateway: Json) -> Json:
 def read_vm_url(read: SettingsReader, default: str) -> str:
     template = read.text("VM_URL", default).rstrip("/")
     try:
-        filled = urlsplit(template.format(app="a", machine_id="b", region="c"))
-        if filled.scheme not in ("http", "https") or not filled.hostname or filled.query or filled.fragment:
-            raise ValueError(template)
+        is_valid = is_url(template.format(app="a", machine_id="b", region="c"))
     except (KeyError, IndexError, ValueError, AttributeError):
+        is_valid = False
+    if not is_valid:
         read.wrong("VM_URL", "must be an http or https URL in which only {app}, {machine_id} and {region} are filled in")
     return template
 
@@ -2767,17 +2772,15 @@ class Provisioner:
     async def tear_down(self, vm_id: str) -> bool:
         """Destroy a VM in whatever state it is and forget its route; False when Fly has not confirmed in 25 s. Raises Refusal when unknown."""
         found = self._store.find(vm_id)
-        vm_id = found[1].vm_id if found else vm_id
         log_event("teardown", vm_id=vm_id)
         if job := self.jobs.get(vm_id):
             await self._cancel(job)
         elif found:
-            phone, route = found
-            self._store.begin_undo(phone, "torn_down")
+            self._store.begin_undo(found[0], "torn_down")
             await self._on_gone(vm_id, "torn_down")
             with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive; the write is tried on
                 await self._store.commit()
-            self._start_undo(route.vm_id)
+            self._start_undo(vm_id)
         elif vm_id not in self._store.undo:
             if self.failed.pop(vm_id, None) is None:
                 raise Refusal("unknown_vm", f"there is no VM {vm_id}")
@@ -2834,6 +2837,7 @@ class Provisioner:
         """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
         if found := self._store.find(vm_id):
             return self.describe(*found)
+        vm_id = next((known for known, entry in self._store.undo.items() if entry.get("machine_id") == vm_id), vm_id)
         if (failed := self.failed.get(vm_id)) and failed[0] > self._clock.monotonic() - FAILED_KEPT_S:
             return failed[1]
         if entry := self._store.undo.get(vm_id):
@@ -4843,12 +4847,12 @@ async def get_provision(request: web.Request) -> web.Response:
 
 
 async def delete_provision(request: web.Request) -> web.Response:
-    gateway, vm_id = request.app[GATEWAY], request.match_info["vm_id"]
-    record = gateway.provisioner.look_up(vm_id)
+    gateway = request.app[GATEWAY]
+    vm_id = gateway.provisioner.look_up(request.match_info["vm_id"])["vm_id"]
     # A caller who hangs up must not leave the teardown half-way.
     if await asyncio.shield(gateway.owner.start(gateway.provisioner.tear_down(vm_id), "tear down")):
         return web.Response(status=204)
-    return json_response(show(gateway, gateway.provisioner.look_up(record["vm_id"])), status=202)
+    return json_response(show(gateway, gateway.provisioner.look_up(vm_id)), status=202)
 
 
 async def change_vm(request: web.Request, what: str, credentials: Mapping[str, str] | None = None) -> web.Response:
@@ -5904,7 +5908,7 @@ class VmServer:
         self._answers_file = folder / ".cockpit-vm-answers.json"
         self._running = ""
         self._answers: OrderedDict[str, Json] = OrderedDict()
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, TypeError):
             self._answers.update(json.loads(self._answers_file.read_bytes()))
 
     def app(self) -> web.Application:
@@ -5957,7 +5961,11 @@ class VmServer:
                                                            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
         except (OSError, ValueError) as error:
             return f"LOCAL_AGENT could not be started: {error}", [], 127
-        output, _ = await process.communicate(text.encode())
+        try:
+            output, _ = await process.communicate(text.encode())
+        finally:
+            if process.returncode is None:  # this server is ending
+                process.kill()
         return output.decode("utf-8", "replace"), [], process.returncode or 0
 
     async def _answer(self, text: str) -> tuple[str, list[Json], int]:
@@ -5965,7 +5973,7 @@ class VmServer:
         words = text.strip().lower().split()
         if words == ["crash"]:
             os.kill(os.getpid(), signal.SIGKILL)
-        if words[:1] == ["sleep"] and len(words) == 2 and words[1].replace(".", "", 1).isdigit():
+        if words[:1] == ["sleep"] and len(words) == 2 and words[1].replace(".", "", 1).isdecimal():
             await asyncio.sleep(min(3600.0, float(words[1])))
             return f"Slept {words[1]} s.", [], 0
         if words == ["image"]:

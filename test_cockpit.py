@@ -1175,7 +1175,7 @@ def test_a_complete_production_environment_is_accepted():
     ("PUBLIC_URL", "http://cockpit.example.com"), ("PUBLIC_URL", "cockpit.example.com"), ("PORT", "http"), ("PORT", "70000"),
     ("TWILIO_PHONE_NUMBER", "555-0000"), ("VM_CPUS", "0"), ("VM_MEMORY_MB", "lots"), ("VM_NETWORK", "secret"), ("VM_COMMAND_TIMEOUT_S", "nan"),
     ("PROVISION_TIMEOUT_S", "-1"), ("PROVISION_LIMIT", "1e999"), ("QUEUE_LIMIT", "-5"), ("LOG_FORMAT", "xml"), ("FLY_API_HOSTNAME", "api.machines.dev"),
-    ("VM_URL", "http://{nobody}:3000"), ("TWILIO_API_URL", "ftp://api.twilio.com"), ("VM_APP_PREFIX", "Not A Name")])
+    ("VM_URL", "http://{nobody}:3000"), ("VM_URL", "http://{app}:port"), ("ONBOARDING_URL", "https://sign up.example.com"), ("TWILIO_API_URL", "ftp://api.twilio.com"), ("VM_APP_PREFIX", "Not A Name")])
 def test_a_bad_value_is_reported_under_its_name(name, value):
     found = problems(settings(**{name: value}))
     assert len(found) == 1 and name in found[0], found
@@ -1813,7 +1813,8 @@ async def test_an_unconfirmed_teardown_is_202_and_goes_on_until_fly_confirms(wor
     assert (answer.status, answer.body["vm_id"], answer.body["state"]) == (202, vm.app, "deleting") and 20 <= world.clock.elapsed - before <= 30
     assert vm.app in world.saved["undo"] and ANN not in world.saved["routes"]
     await world.restart()
-    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "deleting"
+    for name in (vm.app, answer.body["machine_id"]):
+        assert (await world.call("GET", f"/provision/{name}")).body["state"] == "deleting"
     await world.clock.advance(120)
     pauses = [later.at - earlier.at for earlier, later in itertools.pairwise(world.fly.calls("delete_app"))]
     assert max(pauses) <= 75
@@ -4094,6 +4095,18 @@ async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
     assert (await slow).status == 200 and ran.read_text() == "one\ntwo\n"
     for name in ("..%2f..%2fetc%2fpasswd", "%2e%2e", "none.png"):
         assert (await live.ask("GET", f"/images/{name}", key="vm-x.token")).status in (400, 404)
+
+
+@pytest.mark.parametrize("answers", ["{", "5", '[["x"]]'])
+async def test_the_vm_command_starts_whatever_its_stored_answers_look_like_and_takes_its_agent_along(live, answers):
+    (live.disks / ".cockpit-vm-answers.json").write_text(answers)
+    port, agent = unused_port(), live.disks / "agent"
+    child = await live.adopt(await Child.start({"LOCAL_AGENT": f"sh -c 'echo $$ > {agent}; exec sleep 600'"}, port, live.disks, "vm", "--port", str(port)))
+    command = asyncio.ensure_future(live.ask("POST", "/command", json={"text": "work", "media": []}))
+    await live.clock.until(lambda: agent.exists() and agent.read_text().endswith("\n"))
+    await child.ends(signal.SIGTERM)
+    await asyncio.gather(command, return_exceptions=True)
+    await live.clock.until(lambda: not Path(f"/proc/{agent.read_text().strip()}").exists())
 
 
 # --- Container and main ---
