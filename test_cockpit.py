@@ -3044,9 +3044,11 @@ async def test_rotating_renews_the_vm_s_token_with_the_secret_that_signs_now(wor
     await world.text("old token")
     await world.hears("ran: old token")
     assert (await world.call("PATCH", f"/provision/{vm.app}", json={"github_token": "ghp_new"})).status == 200
-    await world.restart(COCKPIT_SECRET=newer)
     await world.text("new token")
     await world.hears("ran: old token", "ran: new token")
+    await world.restart(COCKPIT_SECRET=newer)
+    await world.text("the only secret")
+    await world.hears("ran: old token", "ran: new token", "ran: the only secret")
 
 
 @pytest.mark.parametrize("body, field", [({}, "api_keys"), ({"phone_number": BOB}, "phone_number"), ({"github_token": ""}, "github_token"), ({"api_keys": {"PATH": "x"}}, "api_keys.PATH")])
@@ -3338,6 +3340,10 @@ async def test_a_busy_vm_is_not_restarted(world):
 async def test_fly_refusing_us_is_named_on_health_logged_once_a_minute_and_asked_less_often(world, caplog, status):
     await world.start(RECONCILE_S=60)
     vm = await world.sign_up()
+    world.fly.fails("create_app", status, times=10000, body={"error": "unauthorized"})
+    for _ in range(5):
+        assert (await world.provision(BOB)).status == 502
+    assert [record.getMessage() for record in caplog.records].count("fly_refuses_us") == 1
     world.fly.fails("list_apps", status, times=10000, body={"error": "unauthorized"})
     world.fly.fails("delete_app", status, times=10000, body={"error": "unauthorized"})
     assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 202
@@ -3403,13 +3409,12 @@ async def several(live) -> tuple[str, str]:
     return own, "another0"
 
 
-async def restore(live, *arguments: str) -> Child:
-    child = await Child.start(live.environ | {"ROUTES_FILE": str(live.file)}, unused_port(), live.disks, "restore", *arguments)
-    await child.ends()
-    return child
+async def restore(live, capsys, gateway_id: str = "", *, force: bool = False) -> tuple[int, str]:
+    code = await cockpit.restore(cockpit.Settings.from_env(live.environ | {"ROUTES_FILE": str(live.file)}), gateway_id, force=force)
+    return code, "".join(capsys.readouterr())
 
 
-async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(live):
+async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(live, capsys):
     own, other = await several(live)
     before = live.saved
     for file in live.file.parent.iterdir():
@@ -3417,61 +3422,65 @@ async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(li
     child = await live.spawn(wait=False)
     assert await child.ends() == 1 and own in child.log and other in child.log and "restore --gateway ID" in child.log
     assert not live.file.exists()
-    child = await restore(live)
-    assert child.process.returncode == 1 and own in child.log and not live.file.exists()
-    child = await restore(live, "--gateway", own)
-    assert child.process.returncode == 0 and cockpit.mask_phone(ANN) in child.log and ANN not in child.log
+    code, said = await restore(live, capsys)
+    assert code == 1 and own in said and not live.file.exists()
+    code, said = await restore(live, capsys, own)
+    assert code == 0 and cockpit.mask_phone(ANN) in said and ANN not in said
     assert live.saved["gateway_id"] == own
     own_time = ("steps", "created_at")
     assert without(live.saved["routes"][ANN], *own_time) == without(before["routes"][ANN], *own_time)
 
 
-async def test_restore_overwrites_no_routes_unforced_and_waits_for_no_running_gateway(live):
+async def test_restore_overwrites_no_routes_unforced_and_waits_for_no_running_gateway(live, capsys):
     await live.spawn()
     assert (await live.ask("POST", "/provision", json=sign_up_form())).status == 201
-    assert (await restore(live)).process.returncode == 1  # the lock is held
+    assert (await restore(live, capsys))[0] == 1  # the lock is held
     await live.children[-1].ends(signal.SIGTERM)
     before = live.file.read_bytes()
-    child = await restore(live)
-    assert child.process.returncode == 1 and "--force" in child.log and live.file.read_bytes() == before
+    code, said = await restore(live, capsys)
+    assert code == 1 and "--force" in said and live.file.read_bytes() == before
     live.fly.plants("cockpit-vm-forged00", cockpit_gateway=STAMP + live.saved["gateway_id"], cockpit_phone=BOB, cockpit_owner="forged")
-    child = await restore(live, "--force")
-    assert child.process.returncode == 0 and "skipped cockpit-vm-forged00" in child.log and set(live.saved["routes"]) == {ANN}
+    code, said = await restore(live, capsys, force=True)
+    assert code == 0 and "skipped cockpit-vm-forged00" in said and set(live.saved["routes"]) == {ANN}
 
 
-async def test_restore_writes_nothing_when_fly_knows_nothing_or_not_all(live):
+async def test_restore_writes_nothing_when_fly_knows_nothing_or_not_all(live, capsys):
     live.fly.error_regions = ["ams"]
-    child = await restore(live)
-    assert child.process.returncode == 1 and "ams" in child.log and not live.file.exists()
+    code, said = await restore(live, capsys)
+    assert code == 1 and "ams" in said and not live.file.exists()
     live.fly.error_regions = []
-    child = await restore(live)
-    assert child.process.returncode == 1 and "no VM" in child.log and not live.file.exists()
+    code, said = await restore(live, capsys)
+    assert code == 1 and "no VM" in said and not live.file.exists()
 
 
 # Doctor
 
-async def doctor(live, **changes: str) -> Child:
-    child = await Child.start(live.environ | {"ROUTES_FILE": str(live.file)} | changes, unused_port(), live.disks, "doctor")
-    await child.ends()
-    assert_nothing_secret(child.log)
-    return child
+async def doctor(live, capsys, **changes: str) -> tuple[int, str]:
+    code = await cockpit.examine(cockpit.Settings.from_env(live.environ | {"ROUTES_FILE": str(live.file), "PUBLIC_URL": PUBLIC} | changes))
+    said = "".join(capsys.readouterr())
+    assert_nothing_secret(said)
+    return code, said
 
 
-async def test_the_doctor_finds_all_well_beside_a_running_gateway(live):
+async def test_the_doctor_finds_all_well_beside_a_running_gateway(live, capsys):
     await live.spawn()
-    child = await doctor(live)
-    assert child.process.returncode == 0 and "wrong" not in child.log, child.log
-    assert [line.split()[0] for line in child.log.splitlines()].count("ok") >= 6
+    code, said = await doctor(live, capsys)
+    assert code == 0 and "wrong" not in said and sum(line.startswith("ok") for line in said.splitlines()) >= 6, said
+
+
+async def test_the_doctor_names_settings_that_are_wrong(live):
+    child = await Child.start(live.environ | {"COCKPIT_SECRET": "short", "VM_CPUS": "3"}, unused_port(), live.disks, "doctor")
+    assert await child.ends() == 1 and "wrong COCKPIT_SECRET" in child.log and "wrong VM_CPUS" in child.log
 
 
 @pytest.mark.parametrize("changes, spoil, named", [
-    ({"COCKPIT_SECRET": ""}, None, "COCKPIT_SECRET"), ({"ROUTES_FILE": "/nowhere/routes.json"}, None, "ROUTES_FILE"), ({"FLY_API_TOKEN": "FlyV1 fm2_wrong"}, None, "FLY_API_TOKEN"),
-    ({"FLY_ORG": "other"}, None, "FLY_ORG"), ({"VM_REGION": "iad,xyz"}, None, "xyz"), ({"TWILIO_AUTH_TOKEN": "wrong"}, None, "Twilio account"),
-    ({"TWILIO_PHONE_NUMBER": BOB}, None, "TWILIO_PHONE_NUMBER"), ({}, {"sms_url": "https://elsewhere.example.com/sms"}, "webhook")])
-async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, changes, spoil, named):
-    live.twilio.number |= spoil or {}
-    child = await doctor(live, **changes)
-    assert child.process.returncode == 1 and any(line.startswith("wrong") and named in line for line in child.log.splitlines()), child.log
+    ({"ROUTES_FILE": "/nowhere/routes.json"}, {}, "ROUTES_FILE"), ({"FLY_API_TOKEN": "FlyV1 fm2_wrong"}, {}, "FLY_API_TOKEN"), ({"FLY_ORG": "other"}, {}, "FLY_ORG"),
+    ({"VM_REGION": "iad,xyz"}, {}, "xyz"), ({"TWILIO_AUTH_TOKEN": "wrong"}, {}, "Twilio account"), ({"TWILIO_PHONE_NUMBER": BOB}, {}, "TWILIO_PHONE_NUMBER"),
+    ({}, {"sms_url": "https://elsewhere.example.com/sms"}, "webhook"), ({}, {"sms_application_sid": "AP1"}, "webhook")])
+async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, capsys, changes, spoil, named):
+    live.twilio.number |= spoil
+    code, said = await doctor(live, capsys, **changes)
+    assert code == 1 and any(line.startswith("wrong") and named in line for line in said.splitlines()), said
     live.fly.objections.clear()
     live.twilio.objections.clear()
 
