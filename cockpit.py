@@ -4196,7 +4196,7 @@ async def take_census(fly: FlyClient, settings: Settings, clock: Clock) -> Censu
     apps = await fly.list_apps()
     machines, unasked = await fly.list_org_machines()
     census, several = Census(unasked=unasked), Counter[tuple[str, str]]()
-    claims = [claim for machine in machines if machine.app in apps and (claim := read_claim(machine, settings))]
+    claims = [claim for machine in machines if machine.app in apps and not machine.state.startswith("destroy") and (claim := read_claim(machine, settings))]
     limit = asyncio.Semaphore(AT_ONCE)
 
     async def is_there(claim: Claim) -> bool:
@@ -4264,7 +4264,7 @@ class Fleet:
         return change
 
     async def _change(self, change: Change, phone: str, credentials: Mapping[str, str]) -> None:
-        vm_id, alive_at, trouble = change.vm_id, 0.0, ""
+        vm_id, alive_at, trouble = change.vm_id, 0.0, f"{change.what}: cut off, ask for it again"
         try:
             await self._relay.hold(vm_id, min(PATIENCE_S[change.what], self._settings.vm_command_timeout_s))
             if change.what == "restart":
@@ -4273,7 +4273,7 @@ class Fleet:
                 await self._settle(vm_id, await self._replace_config(phone, vm_id, credentials))
             else:
                 await self._upgrade(phone, vm_id)
-            alive_at = self._clock.now()
+            alive_at, trouble = self._clock.now(), ""
         except (CockpitError, TimeoutError) as error:
             refusal = self._explain(change, error)
             trouble = f"{change.what}: {refusal.detail}"
@@ -6434,7 +6434,7 @@ class UpgradeClient:
         if status == HTTPStatus.NOT_FOUND:  # torn down meanwhile
             return ""
         while status in (200, 202) and record.get("step"):
-            await self._clock.sleep(1)
+            await self._clock.sleep(0.5)
             status, record = await self._ask("GET", f"/provision/{vm_id}")
         if status not in (200, 202):
             return str(record.get("detail") or status)
