@@ -1269,10 +1269,12 @@ class Journal:
     def _forget(self, lines: int) -> None:
         for _ in range(lines):
             self._unresolved.popleft()
-        if not self._rewriting and not self._repairing and not self.trouble:
-            self._compact_if_grown()
+        self.tidy()
 
-    def _compact_if_grown(self) -> None:
+    def tidy(self) -> None:
+        """Rewrite the file if it has grown enough: called after each write and when nothing is in flight any more."""
+        if self._rewriting or self._repairing or self.trouble:
+            return
         grown = self.size - self.base_size
         # Half the base besides: a large remembered state is not written again for every 64 KiB.
         if (grown >= max(self.GROWTH, self.base_size // 2) and self.is_idle()) or (self.size > self.CEILING and grown > self.CEILING // 2):
@@ -3387,6 +3389,8 @@ class Relay:
     def _retire(self, lane: Lane) -> None:
         if lane.is_idle() and self.lanes.get(lane.vm_id) is lane:
             del self.lanes[lane.vm_id]
+            if not self.lanes:
+                self._journal.tidy()
 
     def _start_running(self, lane: Lane) -> None:
         if lane.runner is None and not self.draining and not lane.gone:
@@ -3570,6 +3574,7 @@ class Relay:
             lane.busy_noted_at = lane.alive_at
             self._journal.note({"k": "busy", "vm": lane.vm_id, "at": lane.alive_at})
         await self._clock.sleep(self._clock.uniform(0.05, min(10.0, 0.25 * 2 ** min(text.attempts, 10))))
+        lane.alive_at = self._clock.now()  # nor does this pause, should the VM be away behind it
 
     def _deadline(self, lane: Lane, text: Text) -> float:
         # A gateway's restart is not a cut: what was handed over before it waits for its VM from then on.
