@@ -4679,7 +4679,7 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
         with contextlib.suppress(web.HTTPRequestEntityTooLarge):
             try:
                 raw = await request.read()
-            except web.RequestPayloadError:
+            except (web.RequestPayloadError, ConnectionError):
                 raise Refusal("malformed", "the body does not arrive as its headers say") from None
             if len(raw) <= limit:
                 return raw

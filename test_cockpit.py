@@ -4143,6 +4143,18 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
     assert_nothing_secret(child.log)
 
 
+async def test_a_caller_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_ours(live):
+    child = await live.spawn()
+    for length in ("Content-Length: 100\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
+        _, writer = await asyncio.open_connection("127.0.0.1", child.port)
+        writer.write(f"POST /provision HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\nContent-Type: application/json\r\n{length}".encode())
+        await asyncio.sleep(0.1)
+        writer.close()
+    assert (await live.ask("GET", "/health")).status == 200
+    await child.ends(signal.SIGTERM)
+    assert "Traceback" not in child.log
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_the_process_with_0_in_time_and_routes_survive(live, number):
     child = await live.spawn()
