@@ -6171,16 +6171,21 @@ async def serve(settings: Settings) -> int:
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.3)
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
+    async def start() -> None:
+        await runner.setup()
+        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+    starting = asyncio.ensure_future(start())
+
     def on_signal() -> None:
         if stop.is_set():
             os._exit(1)  # the journal holds whatever was not finished
         stop.set()
+        starting.cancel()  # a start that waits for a cloud does not hold up the end
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        await runner.setup()
-        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        await starting
         # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
         gc.collect()
         gc.freeze()
@@ -6188,6 +6193,8 @@ async def serve(settings: Settings) -> int:
         greet(settings)
         await stop.wait()
         await drain(app[GATEWAY])
+    except asyncio.CancelledError:
+        log_event("stopped_while_starting")
     except StoreError as error:
         print(f"cockpit: {error}", file=sys.stderr)
         return 1

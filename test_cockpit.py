@@ -4167,6 +4167,15 @@ async def test_a_signal_ends_the_process_with_0_in_time_and_routes_survive(live,
     await live.hears("ran: hello again")
 
 
+@pytest.mark.parametrize("cloud, call", [("twilio", "list"), ("fly", "org_machines")])
+async def test_a_signal_also_ends_a_start_that_waits_for_a_cloud(live, cloud, call):
+    gate = getattr(live, cloud).holds(call)
+    child = await live.spawn(wait=False, BACKFILL_S=60)
+    await live.clock.until(gate.arrived.is_set)
+    began = time.monotonic()
+    assert await child.ends(signal.SIGTERM) == 0 and time.monotonic() - began < 3 and "Traceback" not in child.log
+
+
 def test_both_files_name_what_they_need_for_uv():
     for name, needs in (("cockpit.py", ["aiohttp"]), ("test_cockpit.py", ["aiohttp", "pytest", "pytest-aiohttp"])):
         block = re.match(r"(?:#!.*\n)?# /// script\n((?:#.*\n)+?)# ///\n", (HERE / name).read_text())
