@@ -1173,6 +1173,11 @@ class Journal:
         except OSError as error:
             raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
 
+    @property
+    def is_writing(self) -> bool:
+        """Whether anything queued is not yet known to be on disk."""
+        return bool(self._unresolved) or self._rewriting
+
     def append(self, record: Json) -> asyncio.Future[None]:
         """Queue one record; the future ends when it is on disk, or with StoreError."""
         if self.trouble and not self._rewriting:

@@ -35,6 +35,7 @@ import time
 import tomllib
 from collections import defaultdict, deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
@@ -76,6 +77,7 @@ class FakeClock:
         self._sleepers: list = []
         self._order = itertools.count()
         self.pick: Callable[[float, float], float] = lambda low, high: high
+        self.is_writing: Callable[[], bool] = lambda: False
 
     @property
     def clock(self) -> cockpit.Clock:
@@ -104,19 +106,17 @@ class FakeClock:
         """Something happened: virtual time stands still for another moment."""
         self.moves += 1
 
-    async def settle(self, rounds: int = 4) -> None:
-        """Returns when nothing has touched clock or wires for some rounds of the loop, a millisecond each."""
+    async def settle(self) -> None:
+        """Returns when nothing moves: no thread of the gateway writes, and nothing has touched clock or wires for some turns of the loop."""
         quiet = 0
-        while quiet < rounds:
-            before = self.moves
-            await asyncio.sleep(0.001)
-            quiet = quiet + 1 if self.moves == before else 0
+        while quiet < 30:
+            before, writing = self.moves, self.is_writing()
+            await asyncio.sleep(0.001 if writing else 0)
+            quiet = quiet + 1 if self.moves == before and not writing else 0
 
     async def _wake_next(self, end: float, unless: Callable[[], Any] = bool) -> bool:
-        """Wakes the next sleeper if it is due by then. A long jump is likely a timeout, so it waits longer for a thread that is still writing."""
+        """Wakes the next sleeper if it is due by then."""
         await self.settle()
-        if (due := self._next()) > self.elapsed + 10 and due <= end and not unless():
-            await self.settle(60)
         if self._next() > end or unless():
             return False
         at, _, awake = heapq.heappop(self._sleepers)
@@ -142,7 +142,7 @@ class FakeClock:
         while not (found := condition()):
             assert time.monotonic() < deadline, f"never came true in {self.elapsed - end + within:.0f} virtual seconds"
             before = self.moves
-            await asyncio.sleep(0.005 if self.live else 0.001)
+            await asyncio.sleep(0.005 if self.live else 0)
             if self.moves == before and not condition() and not self.live:
                 await self._wake_next(end, condition)
         return found
@@ -923,6 +923,21 @@ def sign_up_form(phone: str = ANN, **more: Any) -> dict[str, Any]:
     return {"phone_number": phone, "github_token": GITHUB, "api_keys": {"ANTHROPIC_API_KEY": ANTHROPIC}} | more
 
 
+class Threads(ThreadPoolExecutor):
+    """The loop's threads, which tell whether any is at work."""
+
+    at_work = 0
+
+    def submit(self, *work: Any, **more: Any) -> Any:
+        self.at_work += 1
+        future = super().submit(*work, **more)
+        future.add_done_callback(self._ended)
+        return future
+
+    def _ended(self, _: Any) -> None:
+        self.at_work -= 1
+
+
 class World:
     """One gateway between a Fly, a Twilio and VMs of its own, with its files in a folder of its own."""
 
@@ -937,6 +952,8 @@ class World:
         self.file.parent.mkdir()
 
     async def open(self) -> None:
+        self.threads = Threads()
+        asyncio.get_running_loop().set_default_executor(self.threads)
         for fake in self.fakes:
             await fake.server.start()
         self.session = self.twilio.session = aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar())
@@ -959,6 +976,7 @@ class World:
         self.environ |= {name: str(value) for name, value in changes.items()}
         app = cockpit.make_app(cockpit.Settings.from_env(self.environ | {"ROUTES_FILE": str(self.file)}), self.clock.clock)
         self.server = Server(app)
+        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and app[cockpit.GATEWAY].journal.is_writing
         await self.clock.run(self.server.start())
         self.twilio.gateway = self.server.url
 
