@@ -1761,9 +1761,10 @@ def explain_fly(raw: bytes) -> tuple[str, str]:
     except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
-        return raw.decode("utf-8", "replace"), ""  # whole: of a secret cut in two neither half would be found
-    code = body.get("status")
-    return str(body.get("error") or body.get("message") or body), code if isinstance(code, str) else ""
+        # Whole: of a secret cut in two neither half would be found.
+        return body if isinstance(body, str) else raw.decode("utf-8", "replace"), ""
+    words, code = body.get("error") or body.get("message") or body, body.get("status")
+    return words if isinstance(words, str) else json.dumps(words), code if isinstance(code, str) else ""
 
 
 def told_of_fly(error: UpstreamError, **facts: Any) -> Refusal:

@@ -1471,7 +1471,8 @@ async def test_what_is_no_json_from_fly_is_told_without_harm(world):
     assert (await world.provision()).body["code"] == "fly_rejected"
 
 
-@pytest.mark.parametrize("answer", [lambda echo: {"error": f"no good: {echo}"}, lambda echo: [f"{'x' * 480}{echo}"]], ids=["in words", "cut in two"])
+@pytest.mark.parametrize("answer", [lambda echo: {"error": f"no good: {echo}"}, lambda echo: [f"{'x' * 480}{echo}"], json.dumps, lambda echo: {"error": {"echo": echo}}],
+                         ids=["in words", "cut in two", "quoted", "nested"])
 async def test_a_secret_that_fly_echoes_is_told_to_nobody(world, answer):
     await world.start()
     secret, longer = 'sk-"quoted"-' + "é" * 20, "sk-one-that-another-starts-with"
