@@ -1264,19 +1264,17 @@ class Journal:
         if rewrote:
             self._rewriting = False
         settle(waiters, error)
+        # Behind those who were just let go: until they have acted on it, only the line itself tells a rewrite of it.
+        self._loop.call_soon(self._forget, lines)
         if error is not None:
-            self._forget(lines)
             if not self.trouble:
                 log_event("journal_not_written", level=logging.ERROR, error=str(error))
             self.trouble = str(error)
             if not self._repairing:
                 self._repairing = True
                 self._owner.start(self._repair(), "repair journal")
-        else:
-            if rewrote:
-                self.trouble = ""
-            # Behind those who were just let go: until they have acted on it, only the line itself tells a rewrite of it.
-            self._loop.call_soon(self._forget, lines)
+        elif rewrote:
+            self.trouble = ""
 
     def _forget(self, lines: int) -> None:
         for _ in range(lines):
@@ -2791,9 +2789,9 @@ class Provisioner:
             await self._cancel(job)
         elif found:
             self._store.begin_undo(found[0], "torn_down")
-            await self._on_gone(vm_id, "torn_down")
             with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive; the write is tried on
                 await self._store.commit()
+            await self._on_gone(vm_id, "torn_down")  # not before it is on disk: after a kill the VM would live on, its texts dropped
             self._start_undo(vm_id)
         elif vm_id not in self._store.undo:
             if self.failed.pop(vm_id, None) is None:
@@ -3860,6 +3858,7 @@ class Relay:
         if lane.runner is not None:
             lane.runner.cancel()
             await asyncio.wait({lane.runner})
+            lane.runner = None  # one that had not begun yet did not say so itself
         if texts := list(lane.waiting):
             await self._finish(lane, texts, split_text(self._quote(notice, texts)), "gone")
 
@@ -4006,7 +4005,8 @@ class Backfill:
         except (UpstreamError, Refusal, StoreError) as error:
             log_event("backfill_failed", level=logging.WARNING, error=str(error))
         else:
-            self._relay.note_listed(began)
+            if not self._relay.closed:  # else routes are missing by which texts are known
+                self._relay.note_listed(began)
 
     async def _list(self, ours: str, since: float) -> list[InboundMessage]:
         """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date, so ours is applied besides."""

@@ -31,6 +31,7 @@ import signal
 import stat
 import sys
 import tempfile
+import threading
 import time
 import tomllib
 from collections import defaultdict, deque
@@ -4713,6 +4714,83 @@ async def test_a_text_taken_in_after_a_compaction_that_failed_half_way_survives_
     vm.away = 0
     await world.start()
     await world.clock.until(lambda: vm.ran[-1] == "kept")
+
+
+async def test_a_vm_is_called_gone_only_once_that_is_on_disk(world, monkeypatch):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("kept")
+    await world.hears(RESTARTING)
+    replace_file, written = os.replace, threading.Event()
+
+    def slow(source, target):
+        if Path(target) == world.file:
+            written.wait(5)
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", slow)
+    teardown = asyncio.ensure_future(world.ask("DELETE", f"/provision/{vm.app}"))
+    await asyncio.sleep(0.05)
+    asyncio.get_running_loop().call_later(0.05, written.set)
+    await world.crash()
+    await asyncio.gather(teardown, return_exceptions=True)
+    vm.away = 0
+    await world.start()
+    await world.hears(RESTARTING, "ran: kept")
+
+
+async def test_a_vm_that_goes_in_the_moment_its_text_would_run_leaves_nothing_behind(world):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("hello")
+    await world.hears(RESTARTING)
+    relay = world.server.runner.app[cockpit.GATEWAY].relay
+    await world.clock.run(relay.hold(vm.app, 0))
+    await world.clock.advance(30)
+    relay.release(vm.app)
+    await relay.vm_gone(vm.app, "torn_down")
+    await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
+    await world.clock.until(lambda: not relay.lanes, real=2)
+
+
+async def test_a_text_to_a_number_not_yet_known_again_is_fetched_however_late_fly_tells_whose_it_is(world):
+    await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
+    vm = await world.sign_up()
+    await world.stop()
+    for path in world.file.parent.iterdir():
+        path.unlink()
+    world.fly.deaf = True
+    await world.start()
+    assert (await world.twilio.texts(ANN, "kept")).status == 503
+    await world.clock.advance(1800)
+    world.fly.deaf = False
+    await world.hears("ran: kept", within=300)
+    assert vm.ran == ["kept"]
+
+
+async def test_a_line_that_failed_takes_none_that_is_on_disk_out_of_a_rewrite(tmp_path, monkeypatch):
+    owner, clock, loop = cockpit.Owner(), cockpit.Clock(), asyncio.get_running_loop()
+    journal = cockpit.Journal(tmp_path / "journal", clock, owner, cockpit.Metrics(clock))
+    journal.open()
+    kept = journal.append({"k": "kept"})
+    time.sleep(0.05)  # noqa: ASYNC251 - so that both are told in one round of the loop
+
+    def full(handle, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    failed = journal.append({"k": "failed"})
+    time.sleep(0.05)  # noqa: ASYNC251
+    monkeypatch.undo()
+    loop.call_soon(journal.append, {"k": "next"})
+    await kept
+    with pytest.raises(cockpit.StoreError):
+        await failed
+    while (tmp_path / "journal").read_text().count("next") < 1:
+        await asyncio.sleep(0.005)
+    assert "kept" in (tmp_path / "journal").read_text()
+    await owner.close()
+    await journal.close()
 
 
 # --- Never leave half a VM ---
