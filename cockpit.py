@@ -1783,7 +1783,7 @@ def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
     except ValueError:
         try:
             pause = parsedate_to_datetime(value).timestamp() - clock.now()
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
     return min(60.0, max(0.0, pause)) if pause == pause else None
 
@@ -2502,7 +2502,7 @@ class Provisioner:
                 raise Refusal("draining", f"the gateway shut down while {job.vm_id} was being set up; it will be undone") from None
             await self._abandon(job, refusal := Refusal("torn_down", f"{job.vm_id} was deleted while it was being set up", vm_id=job.vm_id))
             raise refusal from None
-        except (CockpitError, TimeoutError) as error:
+        except Exception as error:  # also one that nobody foresaw must not keep the number
             refusal = await self._explain(job, error)
             await self._abandon(job, refusal, made_nothing=isinstance(error, NameTaken))
             raise refusal from error
@@ -2675,6 +2675,9 @@ class Provisioner:
             return Refusal("storage", f"{error}; nothing was kept", vm_id=job.vm_id)
         if isinstance(error, UpstreamError):
             return told_of_fly(error, vm_id=job.vm_id, step=job.step, regions=self._regions(job.order))
+        if not isinstance(error, TimeoutError):
+            log.error("provision_broken", exc_info=error, extra={"fields": [{"vm_id": job.vm_id, "step": job.step}]})
+            return Refusal("internal", "something went wrong here; the log says what", vm_id=job.vm_id, step=job.step)
         limit = f"within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
         if job.step not in ("start", "health"):
             return Refusal("fly_unavailable", f"Fly did not finish the step {job.step} {limit}", retry_after_s=10, vm_id=job.vm_id, step=job.step)

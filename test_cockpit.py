@@ -1483,6 +1483,13 @@ async def test_a_secret_that_fly_echoes_is_told_to_nobody(world, answer):
         assert part not in told.text and part not in (await world.call("GET", f"/provision/{told.body['vm_id']}")).text
 
 
+@pytest.mark.parametrize("told", ["1e999", "-5", "soon", "Mon, 01 Jan 2024 00:00:00 +99999999999999999", "Mon, 01 Jan 99999 00:00:00 GMT"])
+async def test_a_senseless_retry_after_does_no_harm(world, told):
+    await world.start()
+    world.fly.fails("create_app", 429, headers={"Retry-After": told})
+    await world.sign_up()
+
+
 async def test_a_lasting_outage_of_fly_is_told_as_such(world):
     await world.start(PROVISION_TIMEOUT_S=60)
     world.fly.fails("create_machine", 503, times=10_000)
@@ -1854,6 +1861,13 @@ async def test_teardown_cancels_a_running_provisioning(world, call):
     assert [answer.status for answer in answers] == [204, 409] and answers[1].body["code"] == "torn_down"
     await world.clock.advance(5)
     assert not world.fly.everything and not world.saved["routes"]
+
+
+async def test_a_failure_that_nobody_foresaw_frees_the_number_too(world):
+    await world.start(VM_URL="http://{region}")
+    world.fly.fails("create_machine", 200, body={"id": f"{2:014x}", "state": "started", "region": "[::1"}, after=True)  # no host of a URL
+    assert (await world.provision()).body["code"] == "internal"
+    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"] and not world.saved["routes"])
 
 
 async def test_teardown_works_while_a_failure_is_looked_into(world):
