@@ -2262,8 +2262,8 @@ class VmClient:
 
     async def is_healthy(self, route: Route) -> bool:
         """Whether `/health` answers 2xx, one attempt of at most 5 s."""
-        endpoint = self.endpoint(route)
         try:
+            endpoint = self.endpoint(route)
             async with self._session.get(endpoint.health, headers=endpoint.headers, allow_redirects=False, timeout=self._health_timeout) as response:
                 await read_at_most(response, MAX_ANSWER_BYTES)
                 return response.status < 300
@@ -2277,10 +2277,10 @@ class VmClient:
 
     async def command(self, route: Route, sid: str, text: str, media: Sequence[Json]) -> Answer:
         """Run one text; raises VmAway, VmBusy, VmSilent or VmFailed. The Idempotency-Key is the text's MessageSid."""
-        endpoint = self.endpoint(route)
         body = dump_tight({"text": text, "media": list(media)}).encode()
-        headers = {**endpoint.headers, "Idempotency-Key": sid}
         try:
+            endpoint = self.endpoint(route)  # its URL may be none: routes.json can be written by hand
+            headers = {**endpoint.headers, "Idempotency-Key": sid}
             async with self._session.post(endpoint.command, data=aiohttp.BytesPayload(body), headers=headers, allow_redirects=False, timeout=self._command_timeout) as response:
                 raw = await read_at_most(response, MAX_ANSWER_BYTES)
                 status = response.status

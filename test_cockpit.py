@@ -2896,6 +2896,19 @@ async def test_a_welcome_is_texted_when_asked_for_and_only_then(world):
     assert not world.twilio.sent_to(BOB)
 
 
+@pytest.mark.parametrize("url", ["", "nonsense", "http://[bad", "http://vm:99999"])
+async def test_the_owner_hears_of_a_vm_whose_address_is_none(world, url):
+    await world.ready()
+    await world.stop()
+    saved = world.saved
+    saved["routes"][ANN]["vm_url"] = url
+    world.file.write_text(json.dumps(saved))
+    await world.start()
+    await world.text("hello")
+    await world.clock.advance(610)
+    await world.hears(RESTARTING, 'No answer after 600 s; it may still be running: "hello"')
+
+
 async def test_an_error_of_the_vm_ends_a_text_as_an_answer_does(world):
     await world.start(VM_AWAY_LIMIT_S=30)
     vm = await world.sign_up()
