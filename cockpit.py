@@ -5298,7 +5298,7 @@ async function follow() {  // a stream; where that does not get through, polling
       if (error.status === 422) { view.trail = []; toast(explain(error)); }
     } finally { clearTimeout(guard); }
     failures++;
-    const pause = polled ? 5 : Math.min(30, 2 ** failures) * (0.5 + Math.random() / 2);
+    const pause = polled ? 5 : Math.min(30, 2 ** (failures - 1)) * (0.5 + Math.random() / 2);
     if (!polled) status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
     await sleep(pause * 1000);
   }
