@@ -913,18 +913,19 @@ class StoredState:
     undo: dict[str, Json] = field(default_factory=dict)
     pool: dict[str, Json] = field(default_factory=dict)
     extra: Json = field(default_factory=dict)
+    lines: dict[str, bytes] = field(default_factory=dict)  # the routes' own, when they stand as this program writes them
 
     @classmethod
     def parse(cls, text: bytes) -> StoredState:
         """Raises ValueError saying what is wrong with the file."""
-        stored = json.loads(text)
+        stored, lines = read_by_line(text) or (json.loads(text), {})
         if not isinstance(stored, dict):
             raise ValueError("it does not hold a JSON object")
         if stored.pop("version", None) != 1:
             raise ValueError('its "version" is not 1: another cockpit wrote it')
         sections = {name: stored.pop(name, {}) for name in ("routes", "undo", "pool")}
         for name, section in sections.items():
-            if not isinstance(section, dict) or not all(isinstance(entry, dict) for entry in section.values()):
+            if not isinstance(section, dict) or not all(isinstance(entry, dict | Route) for entry in section.values()):
                 raise ValueError(f'its "{name}" is not an object of objects')
         gateway_id = stored.pop("gateway_id", "")
         if not isinstance(gateway_id, str):
@@ -934,12 +935,39 @@ class StoredState:
             if not PHONE.fullmatch(phone):
                 raise ValueError(f"a route's key is not a phone number: {mask_phone(phone)}")
             try:
-                routes[phone] = Route.from_json(entry)
+                routes[phone] = entry if isinstance(entry, Route) else Route.from_json(entry)
             except ValueError as error:
                 raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
         if len({route.vm_id for route in routes.values()}) != len(routes):
             raise ValueError("one vm_id stands under two numbers")
-        return cls(gateway_id=gateway_id, routes=routes, undo=sections["undo"], pool=sections["pool"], extra=stored)
+        return cls(gateway_id=gateway_id, routes=routes, undo=sections["undo"], pool=sections["pool"], extra=stored, lines=lines)
+
+
+ROUTES_BEGIN, ROUTES_END = b'"routes": {\n', b"\n}"
+
+
+def read_by_line(text: bytes) -> tuple[Any, dict[str, bytes]] | None:
+    """A file as this program writes it, its routes parsed line by line and their lines kept; None for any other.
+
+    100,000 routes take two thirds of the time and memory that one json.loads and writing the lines anew would.
+    """
+    begin = text.find(ROUTES_BEGIN) + len(ROUTES_BEGIN)
+    end = text.find(ROUTES_END, begin)
+    if begin < len(ROUTES_BEGIN) or end < 0:
+        return None
+    routes: dict[str, Any] = {}
+    lines: dict[str, bytes] = {}
+    try:
+        stored = json.loads(text[:begin] + text[end:])
+        for line in text[begin:end].split(b",\n"):
+            (phone, entry), = json.loads(b"{%b}" % line).items()
+            routes[phone], lines[phone] = Route.from_json(entry), line
+        if stored["routes"]:  # the section found was another's
+            return None
+        stored["routes"] = routes
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    return stored, lines
 
 
 def read_state(path: Path) -> tuple[StoredState, str]:
@@ -974,7 +1002,7 @@ class RouteStore:
         self.gateway_id = state.gateway_id or clock.random_id()
         self.routes, self.undo, self.pool, self._extra = state.routes, state.undo, state.pool, state.extra
         self.states = Counter(route.state for route in self.routes.values())
-        self._lines = {phone: self._line(phone, route) for phone, route in self.routes.items()}
+        self._lines = state.lines or {phone: self._line(phone, route) for phone, route in self.routes.items()}
         self._phone_of = {route.vm_id: phone for phone, route in self.routes.items()}
         self._phone_of_machine = {route.machine_id: phone for phone, route in self.routes.items() if route.machine_id}
         self._vm_ids = sorted(self._phone_of)

@@ -1320,6 +1320,20 @@ async def test_unknown_fields_survive_a_rewrite(world):
     assert world.saved["gateway_id"] == saved["gateway_id"]
 
 
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}])
+async def test_a_file_in_another_layout_is_read_all_the_same(world, layout):
+    vm = await world.ready()
+    await world.sign_up(BOB)
+    await world.stop()
+    saved = {"note": {"routes": {"kept": 1}}} | world.saved
+    world.file.write_text(json.dumps(saved, **layout))
+    await world.start()
+    await world.text("still there?")
+    await world.hears("ran: still there?")
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    assert world.saved["note"] == saved["note"] and world.saved["routes"] == {BOB: saved["routes"][BOB]}
+
+
 async def test_routes_survive_a_restart(world):
     vm = await world.ready()
     await world.restart()
