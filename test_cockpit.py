@@ -1878,8 +1878,8 @@ async def test_teardown_cancels_a_running_provisioning(world, call):
 
 
 async def test_a_failure_that_nobody_foresaw_frees_the_number_too(world):
-    await world.start(VM_URL="http://{region}")
-    world.fly.fails("create_machine", 200, body={"id": f"{2:014x}", "state": "started", "region": "[::1"}, after=True)  # no host of a URL
+    await world.start()
+    world.fly.fails("create_machine", 200, body={"id": "\ud83d", "state": "started", "region": "iad"}, after=True)  # half a character fits into no URL
     assert (await world.provision()).body["code"] == "internal"
     await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"] and not world.saved["routes"])
 
