@@ -863,6 +863,13 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def give_to_owner(handle: int, folder: Path) -> None:
+    """A file that root makes, as `restore` over ssh does, belongs to the folder's owner: the gateway must be able to read it."""
+    if os.geteuid() == 0:
+        owner = folder.stat()
+        os.fchown(handle, owner.st_uid, owner.st_gid)
+
+
 def write_atomically(path: Path, chunks: Iterable[bytes]) -> int:
     """Replace `path` with `chunks`, all or nothing, mode 0600, and return its size; raises StoreError.
 
@@ -872,6 +879,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> int:
     try:
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            give_to_owner(file.fileno(), path.parent)
             file.writelines(chunks)
             size = file.tell()
             file.flush()
@@ -892,6 +900,7 @@ class StateLock:
         self.path = path.with_name(path.name + ".lock")
         try:
             self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
+            give_to_owner(self._handle, path.parent)
         except OSError as error:
             raise StoreError(f"{self.path} cannot be opened: {error.strerror}; check that the folder exists and is writable") from error
         try:
@@ -4257,7 +4266,9 @@ async def take_census(fly: FlyClient, settings: Settings, clock: Clock) -> Censu
     several.update((claim.gateway_id, claim.phone) for claim in claims if claim.key_id)
     for claim in claims:
         if not claim.key_id:
-            census.skipped.append(f"{claim.machine.app}: its owner mark does not verify with COCKPIT_SECRET")
+            pooled = "cockpit_pool" in claim.machine.metadata
+            census.skipped.append(f"{claim.machine.app}: " + ("it waited in a pool, whose machines are made anew; a sweep destroys it" if pooled else
+                                                             "its owner mark does not verify with COCKPIT_SECRET"))
         elif several[claim.gateway_id, claim.phone] > 1:
             census.skipped.append(f"{claim.machine.app}: not the only VM that claims {mask_phone(claim.phone)}")
         else:
@@ -5071,6 +5082,8 @@ async def get_health(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     body = {"status": "draining" if gateway.relay.draining else "ok", "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
             "waiting": gateway.relay.waiting(), "troubles": troubles_of(gateway)}
+    if gateway.store.pool:
+        body["pool"] = Counter(str(entry.get("state")) for entry in gateway.store.pool.values())
     return json_response(body, status=503 if gateway.relay.draining else 200)
 
 
@@ -5153,7 +5166,7 @@ def sum_up(gateway: Gateway) -> Json:
     """What the page's tiles, chart and notes show."""
     settings, metrics, relay = gateway.settings, gateway.metrics, gateway.relay
     return {"at": gateway.clock.now(), "mode": "production" if settings.production else "local", "number": mask_phone(settings.twilio_phone_number),
-            "has_phone": settings.twilio_is_local, "can_kill": settings.fly_is_local, "regions": settings.vm_regions, "vms": vms_by_state(gateway),
+            "has_phone": settings.twilio_is_local, "can_kill": settings.fly_is_local, "regions": settings.vm_regions, "vms": vms_by_state(gateway), "pool": len(gateway.store.pool),
             "texts_a_minute": round(metrics.texts_a_minute(), 1), "median_s": metrics.quantile(0.5), "p99_s": metrics.quantile(0.99), "waiting": relay.waiting(),
             "oldest_s": relay.oldest_waiting_s(), "hour": metrics.last_hour(), "troubles": troubles_of(gateway)}
 
@@ -5369,7 +5382,7 @@ const ago = at => !at ? '' : clockNow() - at < 2 ? 'now' : span(Math.round(clock
 function drawFleet() {
   const vms = Object.entries(fleet.vms), total = vms.reduce((sum, [, n]) => sum + n, 0), texts = fleet.hour.reduce((sum, [n]) => sum + n, 0), failed = fleet.hour.reduce((sum, [, n]) => sum + n, 0);
   say($('mode'), fleet.mode); say($('number'), fleet.number); say($('t-vms'), total.toLocaleString('en'));
-  say($('t-states'), vms.filter(([, n]) => n).map(([state, n]) => `${n} ${state}`).join(' · ') || 'none yet');
+  say($('t-states'), [...vms, ['in the pool', fleet.pool]].filter(([, n]) => n).map(([state, n]) => `${n} ${state}`).join(' · ') || 'none yet');
   say($('t-rate'), fleet.texts_a_minute.toLocaleString('en')); say($('t-total'), `${texts.toLocaleString('en')} in the last hour`);
   say($('t-median'), fleet.median_s === null ? '–' : span(fleet.median_s)); say($('t-p99'), fleet.median_s === null ? 'no answers yet' : `median; p99 ${span(fleet.p99_s)}`);
   say($('t-waiting'), fleet.waiting.toLocaleString('en')); say($('t-oldest'), fleet.waiting ? `oldest ${span(fleet.oldest_s)}` : 'nothing waits');
@@ -5538,7 +5551,7 @@ PAGE_HEADERS = {
 
 # --- Local mode ---
 
-LOCAL_RESTART_S = 2.0
+LOCAL_RESTART_S = 1.0
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 
@@ -6323,7 +6336,7 @@ class Doctor:
         self._judge("state folder", f"{path.parent} has only {free // 2**20} MiB free; make room or extend the volume" if free < LEAST_FREE_BYTES else "")
         try:
             state, note = read_state(path)
-            self._say("note" if note else "ok", "routes", note or f"{len(state.routes)} in {path}")
+            self._say("note" if note else "ok", "routes", note or f"{len(state.routes)} in {path}" + (f", {len(state.pool)} machines in the pool" if state.pool else ""))
         except StoreError as error:
             self._say("wrong", "routes", f"{error}; or rebuild them: python cockpit.py restore")
 

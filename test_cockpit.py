@@ -2026,10 +2026,26 @@ async def test_a_machine_that_vanished_from_the_pool_is_replaced(world):
     assert kept in in_pool(world)
 
 
-async def test_sweeps_and_restore_leave_the_pool_alone(world):
+async def test_sweeps_leave_the_pool_alone_and_health_counts_it(world):
     entries = await pooled(world, RECONCILE_S=60)
     await world.clock.advance(1500)
     assert in_pool(world) == entries == list(world.fly.apps)
+    assert (await world.call("GET", "/health", key=None)).body["pool"] == {"ready": 2}
+
+
+async def test_a_lost_disk_brings_back_vms_but_no_machine_of_the_pool(world):
+    await pooled(world, 1)
+    vm = await world.sign_up()
+    await world.clock.until(lambda: len(in_pool(world)) == 1)
+    lost, = in_pool(world)
+    await world.clock.advance(10)
+    await world.stop()
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    await world.start(RECONCILE_S=60)
+    assert {route["vm_id"] for route in world.saved["routes"].values()} == {vm.app} and not world.saved["pool"].get(lost)
+    await world.clock.until(lambda: lost not in world.fly.everything and len(in_pool(world)) == 1, within=2000)
+    assert set(world.fly.everything) == {vm.app, *in_pool(world)}
 
 
 async def test_a_full_fly_is_asked_for_the_pool_less_and_less_often(world):
