@@ -3052,6 +3052,7 @@ class Text:
     sid: str
     body: str
     arrived: float
+    since: float = 0.0  # when it arrived, by `Relay.steady_now`
     channel: str = ""  # "whatsapp:" or nothing
     ours: str = ""  # the address it was sent to, from which it is answered
     media: tuple[tuple[str, str], ...] = ()
@@ -3200,7 +3201,7 @@ class Relay:
                  metrics: Metrics, *, wake: Callable[[str, str], Awaitable[None]], restart: Callable[[str], object]) -> None:
         self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
         self._vms, self._twilio, self._owner, self._metrics, self._wake, self._restart = vms, twilio, owner, metrics, wake, restart
-        self.memory, self._began = Memory(), clock.now()
+        self.memory, self._began, self._wall_ahead = Memory(), clock.now(), clock.now() - clock.monotonic()
         self.lanes: dict[str, Lane] = {}
         self._accepting: dict[str, asyncio.Future[str]] = {}
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
@@ -3276,7 +3277,7 @@ class Relay:
             return await self._take_verb(message, channel, phone, verb[1].lower())
         lane = self._lane(route.vm_id, phone)
         trace = self._trace(message.sid, route.vm_id, message.arrived)
-        text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media, trace=trace)
+        text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media, trace=trace, since=self._since(message.arrived))
         # When nothing is before it the hand-over follows at once, so one line, one fsync, tells both.
         text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self.memory.away and route.vm_id not in self._held
         lane.accepting += 1
@@ -3553,7 +3554,7 @@ class Relay:
 
     def _sign_of_life(self, lane: Lane, *, ends_outage: bool = True) -> None:
         """The VM answered on /command: from now on what is behind it waits; below 500 that ends an outage."""
-        lane.alive_at, lane.probes = self._clock.now(), 0
+        lane.alive_at, lane.probes = self.steady_now(), 0
         if not ends_outage:
             return
         if self._failing:
@@ -3566,7 +3567,7 @@ class Relay:
     async def _goes_away(self, lane: Lane, text: Text, error: VmAway) -> None:
         log_event("vm_away", level=logging.WARNING, vm_id=lane.vm_id, message_sid=text.sid, error=str(error), attempt=text.attempts)
         self._note_error(text.trace, str(error))
-        now = self._clock.now()
+        now = self.steady_now()
         self._failing.add(lane.vm_id)
         if error.reached:
             self._perhaps_running[lane.vm_id] = lane.handed_at
@@ -3586,7 +3587,7 @@ class Relay:
     async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
         """Wait until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
         while lane.vm_id not in self._held and lane.waiting and lane.waiting[0] is text:
-            left = self._deadline(lane, text) - self._clock.now()
+            left = self._deadline(lane, text) - self.steady_now()
             if left <= 0:
                 await self._expire(lane)
                 return False
@@ -3624,14 +3625,22 @@ class Relay:
             lane.busy_noted_at = lane.alive_at
             self._journal.note({"k": "busy", "vm": lane.vm_id, "at": lane.alive_at})
         await self._clock.sleep(self._clock.uniform(0.05, min(10.0, 0.25 * 2 ** min(text.attempts, 10))))
-        lane.alive_at = self._clock.now()  # nor does this pause, should the VM be away behind it
+        lane.alive_at = self.steady_now()  # nor does this pause, should the VM be away behind it
+
+    def steady_now(self) -> float:
+        """The wall clock as it was at the start, moved on by the monotonic one: nobody who sets a clock makes a text wait too long or not at all."""
+        return self._wall_ahead + self._clock.monotonic()
 
     def _deadline(self, lane: Lane, text: Text) -> float:
         # A gateway's restart is not a cut: what was handed over before it waits for its VM from then on.
-        return max((text.cut_at or self._began) if text.reached else text.arrived, lane.alive_at) + self._settings.vm_away_limit_s
+        return max((text.cut_at or self._began) if text.reached else text.since, lane.alive_at) + self._settings.vm_away_limit_s
+
+    def _since(self, arrived: float) -> float:
+        """A wall-clock second of the past by `steady_now`; one of the future is now."""
+        return self.steady_now() - max(0.0, self._clock.now() - arrived)
 
     def _is_expired(self, lane: Lane, text: Text) -> bool:
-        return self._deadline(lane, text) <= self._clock.now()
+        return self._deadline(lane, text) <= self.steady_now()
 
     async def _expire(self, lane: Lane) -> None:
         """The first text's time is over; those behind it are judged in the same moment and share the notice."""
@@ -3864,7 +3873,7 @@ class Relay:
         if welcome and (found := self._store.find(vm_id)):
             await self._tell(self._lane(vm_id, found[0]), NOTICES["N14"])
         if lane := self.lanes.get(vm_id):
-            lane.alive_at = self._clock.now()
+            lane.alive_at = self.steady_now()
             self._start_running(lane)
 
     async def hold(self, vm_id: str, patience_s: float) -> None:
@@ -3875,7 +3884,7 @@ class Relay:
             await self._clock.sleep(0.1)
 
     def release(self, vm_id: str, alive_at: float = 0.0) -> None:
-        """Go on with a VM that was held; `alive_at`: when it was seen well (wall clock), from which its texts' waiting counts."""
+        """Go on with a VM that was held; `alive_at`: when it was seen well (`steady_now`), from which its texts' waiting counts."""
         self._held.discard(vm_id)
         if lane := self.lanes.get(vm_id):
             lane.alive_at = max(lane.alive_at, alive_at)
@@ -3954,7 +3963,7 @@ class Relay:
             lane = self._lane(vm_id, phone)
             lane.alive_at = replay.alive.get(vm_id, 0.0)
             for text in texts:
-                text.trace = self._trace(text.sid, vm_id, text.arrived)
+                text.trace, text.since = self._trace(text.sid, vm_id, text.arrived), self._since(text.arrived)
             self._metrics.texts.add("resumed", by=len(texts))
             lane.waiting.extend(texts)
             if any(text.reached for text in texts):
@@ -4332,7 +4341,7 @@ class Fleet:
                 await self._settle(vm_id, await self._replace_config(phone, vm_id, credentials))
             else:
                 await self._upgrade(phone, vm_id)
-            alive_at, trouble = self._clock.now(), ""
+            alive_at, trouble = self._relay.steady_now(), ""
         except (CockpitError, TimeoutError) as error:
             refusal = self._explain(change, error)
             trouble = f"{change.what}: {refusal.detail}"

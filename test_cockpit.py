@@ -73,6 +73,7 @@ class FakeClock:
 
     def __init__(self, *, live: bool = False):
         self.live, self.elapsed, self.moves = live, 0.0, 0
+        self.set_by = 0.0  # somebody set the wall clock
         self.slept: list[float] = []
         self.drawn: list[tuple[float, float]] = []
         self._sleepers: list = []
@@ -85,7 +86,7 @@ class FakeClock:
         return cockpit.Clock(now=self.now, monotonic=self.monotonic, sleep=self.sleep, uniform=self.uniform)
 
     def now(self) -> float:
-        return time.time() if self.live else 1_795_377_600.25 + self.elapsed  # 2026-11-22T20:00:00.25Z
+        return time.time() if self.live else 1_795_377_600.25 + self.elapsed + self.set_by  # 2026-11-22T20:00:00.25Z
 
     def monotonic(self) -> float:
         return time.monotonic() if self.live else 1000 + self.elapsed
@@ -2243,6 +2244,24 @@ async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_w
     await world.text("fresh")
     await world.clock.until(lambda: "ran: fresh" in world.twilio.sent_to(ANN))
     assert vm.ran == ["fresh"]
+
+
+@pytest.mark.parametrize("set_by", [7200, -7200])
+async def test_a_clock_that_is_set_makes_no_text_wait_too_long_or_not_at_all(world, set_by):
+    vm = await world.ready(VM_AWAY_LIMIT_S=600)
+    vm.away = 503
+    await world.text("held")
+    await world.clock.advance(60)
+    world.clock.set_by = set_by
+    await world.text("later")
+    await world.clock.advance(300)
+    assert world.twilio.sent_to(ANN) == [RESTARTING]
+    vm.away = 0
+    await world.hears(RESTARTING, "ran: held", "ran: later")
+    vm.away = 503
+    await world.text("too long")
+    await world.clock.advance(700)
+    assert world.twilio.sent_to(ANN)[3:] == [RESTARTING, 'Not run, your VM was away too long: "too long"']
 
 
 async def test_texts_that_expire_together_share_one_notice(world):
