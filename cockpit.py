@@ -28,6 +28,7 @@ import heapq
 import hmac
 import html
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -1138,13 +1139,13 @@ def settle(waiters: Iterable[asyncio.Future[None]], error: Exception | None) -> 
 class Rewrite:
     """A journal's new content, queued like any line so that it falls at the right place."""
 
-    chunks: list[bytes]
+    chunks: Iterable[bytes]
 
 
 class Journal:
     """An append-only file of JSON lines; many lines share one fsync, made in a thread of its own.
 
-    `snapshot` gives the records that the present state is made of, `is_idle` whether nothing is in flight: the file is
+    `snapshot` gives the records that the present state is made of (a long one as pieces of its line), `is_idle` whether nothing is in flight: the file is
     rewritten from them when it is idle and has grown by 64 KiB, when it is above 8 MiB, and after a failed write.
     """
 
@@ -1154,7 +1155,7 @@ class Journal:
 
     def __init__(self, path: Path, clock: Clock, owner: Owner, metrics: Metrics) -> None:
         self.path, self._clock, self._owner, self._metrics = path, clock, owner, metrics
-        self.snapshot: Callable[[], Iterable[Json]] = tuple
+        self.snapshot: Callable[[], Iterable[Json | Iterable[bytes]]] = tuple
         self.is_idle: Callable[[], bool] = lambda: False
         self.trouble = ""
         self._queue: queue.SimpleQueue[tuple[bytes | Rewrite, asyncio.Future[None] | None] | None] = queue.SimpleQueue()
@@ -1234,8 +1235,8 @@ class Journal:
 
     def _rewrite(self) -> asyncio.Future[None]:
         self._rewriting = True
-        chunks = [dump_tight(record).encode() + b"\n" for record in self.snapshot()]
-        chunks.extend(self._unresolved)
+        parts: list[Iterable[bytes]] = [(dump_tight(part).encode() + b"\n",) if isinstance(part, dict) else part for part in self.snapshot()]
+        chunks = itertools.chain.from_iterable([*parts, tuple(self._unresolved)])
         waiter: asyncio.Future[None] = self._loop.create_future()
         self._queue.put((Rewrite(chunks), waiter))
         return waiter
@@ -1285,7 +1286,7 @@ class Journal:
             self._damage = StoreError(f"{self.path.name} cannot be written: {error.strerror}")
         return self._damage
 
-    def _replace(self, chunks: list[bytes]) -> StoreError | None:
+    def _replace(self, chunks: Iterable[bytes]) -> StoreError | None:
         try:
             try:
                 self.base_size = write_atomically(self.path, chunks)
@@ -3136,9 +3137,19 @@ class Memory:
             self.said.pop(oldest, None)
             self.mark = max(self.mark, self.seen.pop(oldest) + LIST_OVERLAP_S)  # what is forgotten is not to be fetched again
 
-    def record(self) -> Json:
-        return {"k": "state", "seen": [[sid, int(at)] for sid, at in self.seen.items()], "said": self.said, "away": self.away, "muted": self.muted,
-                "pairs": self.pairs, "unasked": {vm_id: list(times) for vm_id, times in self.unasked.items()}, "errors": self.errors, "mark": self.mark}
+    def line(self) -> Iterable[bytes]:
+        """All of it as one line of the journal, whose SIDs are put into words only as they are written: a million at once would take a second."""
+        rest = {"k": "state", "said": self.said, "away": self.away, "muted": self.muted, "pairs": self.pairs,
+                "unasked": {vm_id: list(times) for vm_id, times in self.unasked.items()}, "errors": self.errors, "mark": self.mark}
+        head, sids, times = dump_tight(rest)[:-1].encode(), list(self.seen), list(self.seen.values())
+
+        def pieces() -> Iterable[bytes]:
+            yield head + b',"seen":['
+            for start in range(0, len(sids), 1000):
+                some = [[sid, int(at)] for sid, at in zip(sids[start:start + 1000], times[start:start + 1000], strict=True)]
+                yield (b"," if start else b"") + dump_tight(some)[1:-1].encode()
+            yield b"]}\n"
+        return pieces()
 
     def restore(self, record: Json) -> None:
         self.seen.update((sid, at) for sid, at in record.get("seen", ()))
@@ -3932,8 +3943,8 @@ class Relay:
         usual = ours in ("", channel + self._settings.twilio_phone_number)
         return ({"channel": channel} if channel else {}) | ({} if usual else {"ours": ours})
 
-    def _snapshot(self) -> Iterable[Json]:
-        yield self.memory.record()
+    def _snapshot(self) -> Iterable[Json | Iterable[bytes]]:
+        yield self.memory.line()
         if any(lane.outbox for lane in self.lanes.values()):  # what was sent must not be taken for what was not
             yield {"k": "claimed", "sids": self._twilio.last_claimed()}
         for lane in self.lanes.values():
@@ -5561,6 +5572,7 @@ PAGE_HEADERS = {
 # --- Local mode ---
 
 LOCAL_RESTART_S = 1.0
+LOCAL_FOLDER = "cockpit-local-"
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 
@@ -5610,13 +5622,24 @@ class LocalApp:
     machines: dict[str, LocalMachine] = field(default_factory=dict)
 
 
+def remove_left_folders() -> None:
+    """Remove what the VMs of a killed gateway left on disk: its process id stands in the folder's name."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{LOCAL_FOLDER}*"):
+        with contextlib.suppress(ValueError, PermissionError):  # not ours
+            try:
+                os.kill(int(folder.name.removeprefix(LOCAL_FOLDER).partition("-")[0]), 0)
+            except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 class LocalFly:
     """A stand-in for the Machines API that speaks HTTP; its machines are `python cockpit.py vm` processes."""
 
     def __init__(self, settings: Settings, owner: Owner) -> None:
         self._settings, self._owner = settings, owner
         self.apps: dict[str, LocalApp] = {}
-        self._folder = Path(tempfile.mkdtemp(prefix="cockpit-local-"))
+        remove_left_folders()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{LOCAL_FOLDER}{os.getpid()}-"))
         self._authorization = fly_authorization(settings.fly_token)
 
     def routes(self) -> list[web.RouteDef]:
@@ -6129,7 +6152,7 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
                 owner.start(fleet.run(), "reconcile")
             if settings.pool_size or store.pool:
                 owner.start(Pool(settings, clock, store, fly, provisioner).run(), "pool")
-            if settings.backfill_s:
+            if settings.backfill_s and not settings.twilio_is_local:  # the stand-in ends with us: nothing was missed
                 backfill = Backfill(settings, clock, store, twilio, relay)
                 await backfill.at_start()
                 owner.start(backfill.run())

@@ -4140,8 +4140,10 @@ async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
     child = await a_laptop(live)
     await live.ask("POST", "/provision", key="local", json=sign_up_form())
     vm, = vm_processes(child)
+    left = Path(f"/proc/{vm}/cwd").resolve().parent
     await child.ends(signal.SIGKILL)
     await a_laptop(live)
+    assert str(child.process.pid) in left.name and not left.exists()
     listed = await live.ask("GET", "/provision", key="local")
     assert listed.status == 200 and listed.body["vms"] == [], listed.text
     await live.clock.until(lambda: not Path(f"/proc/{vm}").exists())
@@ -4375,6 +4377,16 @@ async def test_only_the_parts_that_did_not_arrive_are_sent_after_a_kill(world):
     assert world.twilio.sent_to(ANN) == parts[:1]
     await world.crash_and_restart()
     await world.hears(*parts)
+
+
+@pytest.mark.parametrize("known", [0, 1, 1000, 2500])
+def test_every_sid_remembered_comes_back_from_the_journal_s_line(known):
+    memory, again = cockpit.Memory(), cockpit.Memory()
+    memory.seen |= {f"SM{number:032x}": float(number) for number in range(known)}
+    memory.said["SM1"] = "words"
+    line = b"".join(memory.line())
+    again.restore(json.loads(line))
+    assert line.count(b"\n") == 1 and again.seen == memory.seen and again.said == memory.said
 
 
 async def test_a_sid_is_remembered_across_restarts(world):
