@@ -4218,7 +4218,7 @@ SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
 DELETIONS_AN_HOUR = 5
 AT_ONCE = 20
-HEAL_AT_START_S = 15.0
+HEAL_AT_START_S = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -4589,6 +4589,8 @@ class Fleet:
         try:
             async with time_limit(self._clock, HEAL_AT_START_S):
                 await self._adopt_all()
+        except UpstreamRejected as error:  # it would refuse the next VM as well, and that answer says more than ours
+            log_event("adoption_refused", level=logging.WARNING, error=str(error))
         except (UpstreamError, TimeoutError) as error:
             self._close(f"routes.json is empty and Fly cannot be asked yet what it holds for this gateway ({error or 'no answer in time'})")
             self._owner.start(self._heal_later(), "adopt VMs")

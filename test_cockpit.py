@@ -3474,6 +3474,16 @@ async def test_a_start_with_a_lost_disk_adopts_what_fly_holds(world):
     await world.hears("ran: hello")
 
 
+@pytest.mark.parametrize("status", [401, 403, 404])
+async def test_a_fly_that_refuses_to_list_does_not_stand_between_a_caller_and_its_own_words(world, status):
+    world.fly.fails("list_apps", status, times=100)
+    await world.start()
+    world.fly.fails("create_app", 422, body={"error": "Validation failed: quota of apps exceeded"})
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (502, "fly_rejected") and "quota of apps" in answer.body["detail"]
+    await world.sign_up()
+
+
 async def test_with_a_lost_disk_and_fly_out_of_reach_no_vm_is_made_and_no_text_refused_for_good(world):
     await world.start()
     await world.sign_up()
