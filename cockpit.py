@@ -644,7 +644,7 @@ class LineFormatter(logging.Formatter):
     @staticmethod
     def _as_text(head: Sequence[tuple[str, str]], names: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
         start = " ".join([head[0][1][11:], head[1][1], head[2][1], *(f"{name}={shlex.quote(value)}" for name, value in head[3:])])
-        return [" ".join([start, *(f"{name}={shlex.quote(str(value))}" for name, value in zip(names, row, strict=True))]) for row in rows]
+        return [" ".join([start, *(f"{name}={shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}" for name, value in zip(names, row, strict=True))]) for row in rows]
 
 
 # --- Metrics ---
@@ -3763,8 +3763,9 @@ class Relay:
         done, self._done = self._done, []
         if not done:
             return
-        log_lines("text_done", ("vm_id", "message_sid", "request_id", "outcome", "attempts", "parts", "ms_to_hand_over", "ms_to_answer", "ms_to_sent"), [
-            (trace.vm_id, trace.sid, trace.request_id, trace.outcome, trace.attempts, trace.parts, in_ms(trace.handed_over), in_ms(trace.answered), in_ms(trace.sent))
+        log_lines("text_done", ("vm_id", "phone", "message_sid", "request_id", "outcome", "attempts", "parts", "ms_to_hand_over", "ms_to_answer", "ms_to_sent"), [
+            (trace.vm_id, mask_phone(found[0]) if (found := self._store.find(trace.vm_id)) else None, trace.sid, trace.request_id, trace.outcome, trace.attempts, trace.parts,
+             in_ms(trace.handed_over), in_ms(trace.answered), in_ms(trace.sent))
             for trace in done])
 
     def _sms(self, lane: Lane, out: Outbound) -> Sms:
@@ -5266,7 +5267,7 @@ dialog form,.stack{display:grid;gap:13px}label{display:grid;gap:4px;font-weight:
 @media(max-width:1400px){#work.two{grid-template-columns:minmax(0,1fr) 326px}.cut{max-width:104px}}
 @media(max-width:1180px){#tiles{grid-template-columns:repeat(4,minmax(0,1fr))}#hour{grid-column:1/-1}#work.two{grid-template-columns:minmax(0,1fr)}#phone{position:static;height:520px}}
 @media(max-width:720px){header{padding:10px 14px;gap:8px}#number,#mode{display:none}#board{padding:14px 12px 40px;gap:12px}#tiles{grid-template-columns:1fr 1fr;gap:8px}.tile{padding:10px 13px}.tile dd{font-size:22px}
-.bar{flex-wrap:wrap}.bar input{max-width:none;flex:1}table,tbody,tr,td{display:block;border:0}thead tr{display:flex;overflow-x:auto}th[aria-sort] button{font-weight:650}tbody tr{padding:12px 14px;border-top:1px solid var(--line);display:grid;grid-template-columns:1fr 1fr;gap:5px 12px}
+.bar{flex-wrap:wrap}.bar input{max-width:none;flex:1}table,thead,tbody,tr,td{display:block;border:0}thead tr{display:flex;flex-wrap:wrap;padding:0 8px}th:first-child button{padding-left:6px}th[aria-sort] button{font-weight:650}tbody tr{padding:12px 14px;border-top:1px solid var(--line);display:grid;grid-template-columns:1fr 1fr;gap:5px 12px}
 td,td:first-child,td:last-child{padding:0}td:empty{display:none}td[data-name]::before{content:attr(data-name);display:block;color:var(--dim);font-size:11.5px}td.acts{position:static;grid-column:1/-1;margin:2px -7px 0}.acts div{justify-content:flex-start}td:first-child::before,td:nth-child(2)::before{display:none!important}.cut{max-width:100%}}
 """
 

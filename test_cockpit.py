@@ -3983,7 +3983,7 @@ async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
         await world.call("GET", "/health")
     line, = told()[before:]
     assert line["event"] == "text_done"
-    assert line["vm_id"] == vm.app and line["message_sid"] == vm.asked[0].key and line["outcome"] == "answered" and len(line["request_id"]) == 16
+    assert line["vm_id"] == vm.app and line["phone"] == "+1555***4567" and line["message_sid"] == vm.asked[0].key and line["outcome"] == "answered" and len(line["request_id"]) == 16
     assert {"ms_to_hand_over", "ms_to_answer", "ms_to_sent"} <= line.keys()
 
 
@@ -3997,6 +3997,12 @@ async def test_log_lines_mask_whole_numbers_and_stay_one_line_in_both_formats():
     assert [(line["words"], line["n"]) for line in lines] == [('from +1555***4567\n"x"', 1), ("%d", None)]
 
 
+def test_a_group_of_numbers_is_json_in_a_line_of_text_too():
+    record = logging.LogRecord("cockpit", logging.INFO, "", 0, "ready", None, None)
+    record.names, record.rows = ("seconds",), [({"app": 0.1},)]
+    assert cockpit.LineFormatter(as_json=False).format(record).endswith("""seconds='{"app": 0.1}'""")
+
+
 async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
     await world.start()
     answer = await world.call("GET", "/", key=None)
@@ -4005,6 +4011,7 @@ async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
     for name, inline in (("style-src", style), ("script-src", script)):
         assert f"{name} 'sha256-{base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode()}';" in policy
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "require-trusted-types-for 'script'" in policy
+    assert "table,thead,tbody,tr,td{display:block" in style  # on a phone; a head left out makes the whole list scroll sideways
     assert set(re.findall(r"https?://[^'\" )]+", page)) == {"http://www.w3.org/2000/svg"} and page.count("<script") == page.count("<style") == 1
     assert not re.search(r"\s(?:on[a-z]+|style)=\"", page) and not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|cookie", page)
 
