@@ -948,9 +948,22 @@ class StoredState:
                 routes[phone] = entry if isinstance(entry, Route) else Route.from_json(entry)
             except ValueError as error:
                 raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
-        if len({route.vm_id for route in routes.values()}) != len(routes):
+        vm_ids = {route.vm_id for route in routes.values()}
+        if len(vm_ids) != len(routes):
             raise ValueError("one vm_id stands under two numbers")
+        check_pool(sections["pool"], vm_ids)
         return cls(gateway_id=gateway_id, routes=routes, undo=sections["undo"], pool=sections["pool"], extra=stored, lines=lines)
+
+
+def check_pool(pool: Mapping[str, Json], routed: set[str]) -> None:
+    """An entry is claimed or destroyed by what it says, so it must be read as one; raises ValueError."""
+    for vm_id, entry in pool.items():
+        try:
+            named = Route.from_json(entry).vm_id
+        except ValueError as error:
+            raise ValueError(f"the pool's {vm_id} is unusable: {error}") from error
+        if named != vm_id or vm_id in routed:
+            raise ValueError(f"the pool's {vm_id} has another vm_id, or stands under a number too")
 
 
 ROUTES_BEGIN, ROUTES_END = b'"routes": {\n', b"\n}"
@@ -2359,6 +2372,7 @@ UNDO_CAP_S = 60.0
 REFUSED_CAP_S = 300.0
 TEARDOWN_WAIT_S = 25.0
 LAUNCH_WAIT_S = 10.0
+POOL_STATES = ("created", "stopped")  # a machine that waits to be booted for the first time
 FAILED_KEPT_S = 3600.0
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # so a fresh app that Fly does not know (yet) is asked for again
 
@@ -2445,7 +2459,7 @@ def place(settings: Settings, vm_id: str, machine: Machine) -> str:
 def pool_shape(settings: Settings) -> str:
     """What a machine of the pool was made for; one of another shape is not claimed."""
     sizes = (settings.vm_cpu_kind, settings.vm_cpus, settings.vm_memory_mb, settings.vm_volume_gb)
-    return " ".join([settings.vm_image, *map(str, sizes), "public" if settings.vm_is_public else f"private {settings.fly_network}".strip()])
+    return " ".join([settings.vm_image, *map(str, sizes), ",".join(settings.vm_regions), "public" if settings.vm_is_public else f"private {settings.fly_network}".strip()])
 
 
 Steps = tuple[tuple[str, Callable[[Job], Awaitable[None]]], ...]
@@ -2507,13 +2521,15 @@ class Provisioner:
         """A machine of the pool in the best region, for this job; there is no await before it leaves the pool, so no two jobs get one."""
         if not self._settings.pool_size:
             return None
-        for region in job.regions:
-            for vm_id, entry in self._store.pool.items():
-                if entry.get("state") == "ready" and entry.get("region") == region and entry.get("shape") == pool_shape(self._settings):
-                    job.vm_id, job.pooled = vm_id, True
-                    self._metrics.pool_claims.add("claimed")
-                    self.pool_changed.set()
-                    return Route.from_json(self._store.pool.pop(vm_id))
+        fitting = {vm_id: str(entry.get("region")) for vm_id, entry in self._store.pool.items()
+                   if entry.get("state") == "ready" and entry.get("shape") == pool_shape(self._settings)}
+        # Fly may have chosen another name than ours: VM_REGION takes its groups too (`us`, `eu`).
+        for region in job.regions if job.order.region else (*job.regions, *fitting.values()):
+            if vm_id := next((vm_id for vm_id, where in fitting.items() if where == region), ""):
+                job.vm_id, job.pooled = vm_id, True
+                self._metrics.pool_claims.add("claimed")
+                self.pool_changed.set()
+                return Route.from_json(self._store.pool.pop(vm_id))
         self._metrics.pool_claims.add("missed")
         log_event("pool_missed", level=logging.WARNING, regions=",".join(job.regions), pool=len(self._store.pool))
         return None
@@ -2658,7 +2674,7 @@ class Provisioner:
     async def _wait_prepared(self, job: Job) -> None:
         """Until a machine that is not booted rests: then Fly has its image on its host."""
         assert job.machine is not None
-        while (machine := await self._when_visible(functools.partial(self._fly.get_machine, job.vm_id, job.machine.id))).state not in ("created", "stopped"):
+        while (machine := await self._when_visible(functools.partial(self._fly.get_machine, job.vm_id, job.machine.id))).state not in POOL_STATES:
             if machine.state in ("failed", "launch_failed", "destroying", "destroyed", "started"):
                 raise Refusal("vm_unhealthy", f"a machine for the pool is {machine.state}")
             await self._clock.sleep(self._clock.uniform(0.2, 1.0))
@@ -2668,11 +2684,16 @@ class Provisioner:
         route = self._store.routes[job.order.phone]
         try:
             waiting = await self._fly.get_machine(job.vm_id, route.machine_id)
+            if waiting.state not in POOL_STATES or not waiting.host_ok:
+                raise UpstreamRejected("fly", "launch machine", words=f"it is {waiting.state}" if waiting.host_ok else "its host is not well")
             job.machine = await self._fly.update_machine(job.vm_id, waiting, self._config(job, route.volume_id), job.secrets_version)
             started = await self._fly.is_started(job.vm_id, job.machine.id, LAUNCH_WAIT_S, instance_id=job.machine.instance_id)
             if not started and (await self._fly.get_machine(job.vm_id, job.machine.id)).state in ("created", "stopped"):
                 await self._fly.start_machine(job.vm_id, job.machine.id)
-        except UpstreamRejected as error:
+            self._update(job, vm_url=place(self._settings, job.vm_id, job.machine))  # VM_URL may be another than when it was made
+        except UpstreamError as error:
+            if not (isinstance(error, UpstreamRejected) or is_capacity(error)):
+                raise
             self._metrics.pool_claims.add("refused")
             log_event("pool_launch_refused", level=logging.WARNING, vm_id=job.vm_id, error=str(error))
             await self._fly.delete_machine(job.vm_id, route.machine_id)
@@ -2738,7 +2759,7 @@ class Provisioner:
         log_event("provision_failed", level=logging.WARNING, vm_id=job.vm_id, step=job.step, code=refusal.code, error=refusal.detail)
         state = "deleting" if job.torn_down else "failed"
         self._remember_failed(self.describe(job.order.phone, self._store.routes[job.order.phone]) | {"state": state, "last_error": refusal.detail})
-        if made_nothing or not job.step:
+        if made_nothing or not (job.step or job.pooled):  # a machine of the pool is there before the first step
             self._store.drop(job.order.phone)
         else:
             self._store.begin_undo(job.order.phone, "torn_down" if job.torn_down else "failed")
@@ -2945,7 +2966,7 @@ class Pool:
             except UpstreamError as error:
                 log_event("pool_not_seen", level=logging.WARNING, vm_id=vm_id, error=str(error))
             else:
-                if machine.state not in ("created", "stopped") or not machine.host_ok:
+                if machine.state not in POOL_STATES or not machine.host_ok:
                     await self._provisioner.discard_pooled(vm_id, f"it is {machine.state}" if machine.host_ok else "its host is not well")
 
     async def _fill(self) -> bool:
@@ -2958,8 +2979,8 @@ class Pool:
                 await self._provisioner.take(job, self._provisioner.into_pool)
             self._store.pool[job.vm_id] |= {"state": "ready", "step": ""}
             await self._store.commit()
-        except (CockpitError, TimeoutError) as error:
-            log_event("pool_not_filled", level=logging.WARNING, vm_id=job.vm_id, step=job.step, error=str(error) or "timed out")
+        except Exception as error:  # also one that nobody foresaw must not end the filling
+            log_event("pool_not_filled", level=logging.WARNING, vm_id=job.vm_id, step=job.step, error=str(error) or type(error).__name__)
             if not job.step or isinstance(error, NameTaken):
                 self._store.pool.pop(job.vm_id, None)
             await self._provisioner.discard_pooled(job.vm_id, "was not finished")

@@ -620,6 +620,8 @@ class FakeFly(Fake):
             case "delete_machine":
                 if before not in ("stopped", "suspended") and request.query.get("force") != "true":
                     return self.refuse("delete_machine: it runs", 412)
+                for volume in app.volumes.values():
+                    volume["attached_machine_id"] = None if volume["attached_machine_id"] == machine.id else volume["attached_machine_id"]
                 self.vms.gone(app.name)
                 return {"ok": bool(app.machines.pop(machine.id))}
             case "wait_machine":
@@ -2047,6 +2049,78 @@ async def test_a_lost_disk_brings_back_vms_but_no_machine_of_the_pool(world):
     assert {route["vm_id"] for route in world.saved["routes"].values()} == {vm.app} and not world.saved["pool"].get(lost)
     await world.clock.until(lambda: lost not in world.fly.everything and len(in_pool(world)) == 1, within=2000)
     assert set(world.fly.everything) == {vm.app, *in_pool(world)}
+
+
+async def test_a_claim_torn_down_before_its_first_step_leaves_no_orphan(world):
+    entry, = await pooled(world, 1)
+    provisioner = world.server.runner.app[cockpit.GATEWAY].provisioner
+    provisioner.begin(cockpit.Order(phone=ANN, credentials={}))
+    assert await world.clock.run(provisioner.tear_down(entry))
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"])
+    assert entry not in world.fly.everything and list(world.fly.everything) == in_pool(world)
+
+
+async def test_a_claim_that_cannot_be_written_leaves_no_orphan(world, monkeypatch):
+    entry, = await pooled(world, 1)
+    with monkeypatch.context() as patch:
+        def full(*_):
+            raise cockpit.StoreError("disk full")
+        patch.setattr(cockpit, "write_atomically", full)
+        assert (await world.provision()).body["code"] == "storage"
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and entry not in world.fly.everything, within=300)
+    await world.clock.until(lambda: list(world.fly.everything) == in_pool(world))
+
+
+async def test_a_failure_that_nobody_foresaw_does_not_end_the_filling(world):
+    world.fly.fails("create_machine", 200, body={"id": "\ud83d", "state": "created", "region": "iad"}, after=True)  # half a character fits into no URL
+    await pooled(world, 1)
+    await world.clock.until(lambda: list(world.fly.everything) == in_pool(world))
+
+
+@pytest.mark.parametrize("gigabytes", [0, 1])
+@pytest.mark.parametrize("trouble", ["full", "host", "started"])
+async def test_a_machine_that_cannot_be_booted_for_the_first_time_is_replaced(world, trouble, gigabytes):
+    entry, = await pooled(world, 1, VM_VOLUME_GB=gigabytes)
+    machine, = world.fly.machines
+    if trouble == "full":  # which comes as 5xx too
+        world.fly.fails("update_machine", 503, body={"error": "insufficient resources", "status": "insufficient_capacity"})
+    elif trouble == "host":
+        machine.host = "unreachable"
+    else:
+        machine.rest = "started"
+    vm = await world.sign_up()
+    assert vm.app == entry and machine.id not in world.fly.apps[entry].machines and len(world.fly.apps[entry].machines) == 1
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
+async def test_other_regions_replace_the_pool_and_a_group_of_regions_is_claimed_from(world):
+    before = await pooled(world, 1)
+    await world.restart(VM_REGION="ewr")
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and not set(before) & set(world.fly.everything))
+    assert [machine.region for machine in world.fly.machines] == ["ewr"]
+    await world.restart(VM_REGION="us")
+    await world.clock.until(lambda: len(in_pool(world)) == 1 and [machine.region for machine in world.fly.machines] == ["us"])
+    entry, = in_pool(world)
+    world.server.runner.app[cockpit.GATEWAY].store.pool[entry]["region"] = "ord"  # Fly's choice among them
+    assert (await world.provision()).body["vm_id"] == entry
+
+
+async def test_a_claim_is_reached_at_the_present_vm_url(world):
+    entry, = await pooled(world, 1)
+    template = world.saved["pool"][entry]["vm_url"].replace(entry, "{app}")
+    await world.clock.advance(10)  # by then every node of Fly knows the app
+    await world.restart(VM_URL=template.replace("127.0.0.1", "localhost"))
+    record = (await world.provision()).body
+    assert record["vm_id"] == entry and "localhost" in record["vm_url"]
+
+
+@pytest.mark.parametrize("entry", [{"state": "ready"}, {"vm_id": "cockpit-vm-aaaaaaaa", "machine_id": 5}, {"vm_id": "cockpit-vm-bbbbbbbb"}, {"vm_id": "cockpit-vm-routed"}])
+def test_a_pool_that_makes_no_sense_is_not_read(entry):
+    key = "cockpit-vm-routed" if entry.get("vm_id") == "cockpit-vm-routed" else "cockpit-vm-aaaaaaaa"
+    stored = {"version": 1, "routes": {ANN: {"vm_id": "cockpit-vm-routed"}}, "pool": {key: entry}}
+    with pytest.raises(ValueError, match="the pool's"):
+        cockpit.StoredState.parse(json.dumps(stored).encode())
 
 
 async def test_a_full_fly_is_asked_for_the_pool_less_and_less_often(world):
