@@ -931,8 +931,7 @@ class StoredState:
         stored, lines = read_by_line(text) or (json.loads(text), {})
         if not isinstance(stored, dict):
             raise ValueError("it does not hold a JSON object")
-        if stored.pop("version", None) != 1:
-            raise ValueError('its "version" is not 1: another cockpit wrote it')
+        check_version(stored.pop("version", None))
         sections = {name: stored.pop(name, {}) for name in ("routes", "undo", "pool")}
         for name, section in sections.items():
             if not isinstance(section, dict) or not all(isinstance(entry, dict | Route) for entry in section.values()):
@@ -964,6 +963,14 @@ def check_pool(pool: Mapping[str, Json], routed: set[str]) -> None:
             raise ValueError(f"the pool's {vm_id} is unusable: {error}") from error
         if named != vm_id or vm_id in routed:
             raise ValueError(f"the pool's {vm_id} has another vm_id, or stands under a number too")
+
+
+def check_version(version: object) -> None:
+    """Raises ValueError when there is none, StoreError when a newer cockpit wrote the file: no old copy may then take its place."""
+    if type(version) is not int or version < 1:
+        raise ValueError('it has no "version"')
+    if version > 1:
+        raise StoreError(f'the routes are of "version" {version}, which a newer cockpit wrote: run that one (nothing was overwritten)')
 
 
 ROUTES_BEGIN, ROUTES_END = b'"routes": {\n', b"\n}"

@@ -1355,6 +1355,16 @@ async def test_an_unreadable_file_is_recovered_from_the_last_good_copy(world, da
     await world.hears("ran: hello")
 
 
+async def test_a_file_of_a_newer_version_is_left_alone_though_an_old_copy_lies_beside_it(live):
+    child = await live.spawn()
+    await live.sign_up()
+    await child.ends(signal.SIGTERM)
+    newer = json.dumps(live.saved | {"version": 2})
+    live.file.write_text(newer)
+    child = await live.spawn(wait=False)
+    assert await child.ends() == 1 and "version" in child.log and live.file.read_text() == newer
+
+
 @pytest.mark.parametrize("damage", ['{"version": 1, "rou', "nonsense"])
 async def test_a_start_that_can_read_neither_copy_is_refused_and_overwrites_nothing(live, damage):
     for suffix in ("", ".bak"):
