@@ -10,7 +10,7 @@ journaled -> the phone's send lane hands it to Twilio's REST API part by part. A
 one Fly app per user, every step recorded before it is taken and undone if a later one fails.
 
 Sections, each knowing only those above it: Settings - Vocabulary and errors - Metrics - Backoff - State on disk - Fly Machines -
-Twilio - The VM - Provisioning - Relay - HTTP - Operator's page - Local mode - Assembly - Command line.
+Twilio - The VM - Provisioning - Relay - Fleet - HTTP - Operator's page - Local mode - Assembly - Command line.
 """
 
 from __future__ import annotations
@@ -494,7 +494,6 @@ class InboundMessage(NamedTuple):
     """A text as Twilio delivers it; `arrived` is wall-clock seconds."""
 
     sid: str
-    account_sid: str
     sender: str
     recipient: str
     body: str
@@ -1945,7 +1944,7 @@ def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMe
         raise Refusal("malformed", "MessageSid is missing or not a SID")
     numbers = range(10) if fields.get("NumMedia", "0") != "0" else ()
     media = tuple((fields[f"MediaUrl{n}"], fields.get(f"MediaContentType{n}", "")) for n in numbers if f"MediaUrl{n}" in fields)
-    return InboundMessage(sid=sid, account_sid=fields.get("AccountSid", ""), sender=fields.get("From", ""), recipient=fields.get("To", ""),
+    return InboundMessage(sid=sid, sender=fields.get("From", ""), recipient=fields.get("To", ""),
                           body=fields.get("Body", ""), arrived=arrived, media=media, opt_out=fields.get("OptOutType", ""))
 
 
@@ -4107,7 +4106,7 @@ class Backfill:
             route = self._store.routes.get(sender.removeprefix("whatsapp:"))
             if route is not None and timestamp(sent) >= route.created_at:
                 media = await self._twilio.media_of(sid) if str(told.get("num_media") or "0") != "0" else ()
-                messages.append(InboundMessage(sid=sid, account_sid=self._settings.twilio_account_sid, sender=sender, recipient=ours,
+                messages.append(InboundMessage(sid=sid, sender=sender, recipient=ours,
                                                body=str(told.get("body") or ""), arrived=min(sent, self._clock.now()), media=media, fetched=True))
         return messages[::-1]
 
