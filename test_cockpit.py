@@ -2032,6 +2032,22 @@ async def test_another_image_replaces_the_pool_and_size_0_removes_it(world):
     assert not world.saved["pool"]
 
 
+async def test_a_machine_made_for_other_settings_is_not_claimed_before_it_is_replaced(world):
+    fits, other = await pooled(world)
+    await world.clock.advance(10)
+    await world.stop()
+    saved = world.saved
+    saved["pool"][other]["shape"] = "made for something else"
+    world.file.write_text(json.dumps(saved))
+    gate = world.fly.holds("get_machine")  # the look through the pool stops at its first machine
+    await world.start()
+    await world.clock.until(gate.arrived.is_set)
+    assert (await world.provision(ANN)).body["vm_id"] == fits
+    assert (await world.provision(BOB)).body["vm_id"] != other
+    gate.open()
+    await world.clock.until(lambda: other not in world.fly.everything)
+
+
 async def test_a_machine_that_vanished_from_the_pool_is_replaced(world):
     lost, kept = await pooled(world)
     del world.fly.everything[lost]
