@@ -1,7 +1,7 @@
 FROM python:3.13.5-slim-bookworm
 
 # One dependency beside the standard library.
-RUN pip install --no-cache-dir "aiohttp>=3.11,<4" \
+RUN pip install --no-cache-dir "aiohttp>=3.14,<4" \
  && useradd --system --uid 10001 --home-dir /data --shell /usr/sbin/nologin cockpit \
  && install -d -o cockpit -g cockpit -m 0700 /data
 COPY cockpit.py /app/cockpit.py

@@ -843,7 +843,7 @@ class FakeTwilio(Fake):
         return list((await request.post()).items())
 
     async def admit(self, request, seen):
-        if seen.headers.get("Authorization") != aiohttp.encode_basic_auth(ACCOUNT, AUTH_TOKEN):
+        if seen.headers.get("Authorization") != f"Basic {base64.b64encode(f'{ACCOUNT}:{AUTH_TOKEN}'.encode()).decode()}":
             return self.refuse("authenticate", 401, {"code": 20003, "message": "Authenticate", "status": 401})
         if odd := {name for name, _ in seen.body} - SEND_FIELDS | set(seen.query) - {"list": LIST_FIELDS, "numbers": {"PhoneNumber"}}.get(seen.name, set()):
             return self.refuse(f"{seen.name}: unknown fields {odd}")
@@ -1396,6 +1396,131 @@ async def test_the_file_is_whole_at_every_moment(live):
     assert live.saved["version"] == 1 and seen
     await asyncio.gather(work, return_exceptions=True)
     await live.spawn()
+
+
+# --- Calls out ---
+
+def http(body: bytes, *more: str) -> bytes:
+    """An answer as it goes on the wire."""
+    head = "".join(f"{line}\r\n" for line in ("HTTP/1.1 200 OK", "Content-Type: application/json", f"Content-Length: {len(body)}", *more))
+    return head.encode() + b"\r\n" + body
+
+
+class Wiretap:
+    """A server that keeps what it hears, byte for byte, and answers `answer`, piece by piece."""
+
+    def __init__(self):
+        self.heard: list[tuple[list[str], bytes]] = []  # the lines of the head, the body
+        self.connections = 0
+        self.answer: tuple[bytes, ...] = (http(b"{}"),)
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
+                length = int(re.search(r"content-length: (\d+)", head, re.IGNORECASE)[1])
+                self.heard.append((head.split("\r\n")[:-2], await reader.readexactly(length)))
+                for piece in self.answer:
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+        writer.close()
+
+
+@pytest.fixture
+async def wiretap():
+    tap = Wiretap()
+    async with await asyncio.start_server(tap.serve, "127.0.0.1", 0) as server:
+        tap.url = cockpit.URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a%20path?q=1")
+        async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), request_class=cockpit.PreparedRequest) as tap.session:
+            yield tap
+
+
+LIMITS = aiohttp.ClientTimeout(total=5)
+
+
+async def ask(tap: Wiretap, limit: int = 100, **more: str) -> bytes | None:
+    call = cockpit.Call(tap.url, {"Authorization": "Bearer token", "Content-Type": "application/json"}, cockpit.Burst())
+    return await cockpit.read_at_most(await call.post(tap.session, b'{"text": "caf\xc3\xa9"}', LIMITS, more), limit)
+
+
+async def test_a_prepared_call_says_on_the_wire_what_aiohttp_itself_would_say(wiretap, monkeypatch):
+    if aiohttp.__version__.startswith("3.14."):
+        assert cockpit.PREPARES_REQUESTS
+    assert await ask(wiretap, **{"Idempotency-Key": "SM1"}) == b"{}"
+    monkeypatch.setattr(cockpit, "PREPARES_REQUESTS", False)
+    assert await ask(wiretap, **{"Idempotency-Key": "SM1"}) == b"{}"
+    (ours, our_body), (theirs, their_body) = wiretap.heard
+    assert ours[0] == theirs[0] == "POST /a%20path?q=1 HTTP/1.1"
+    assert sorted(ours) == sorted(theirs) and "Idempotency-Key: SM1" in ours and "Authorization: Bearer token" in ours
+    assert our_body == their_body == b'{"text": "caf\xc3\xa9"}'
+
+
+async def test_a_session_of_prepared_requests_makes_all_others_as_aiohttp_does(wiretap):
+    async with wiretap.session.put(wiretap.url, json={"a": 1}, headers={"X-Own": "b"}) as response:
+        assert await response.json() == {}
+    (head, body), = wiretap.heard
+    assert head[0].startswith("PUT ") and "X-Own: b" in head and body == b'{"a": 1}'
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-More: b", "a\nb", "a\rb", "a\0b"])
+async def test_no_header_can_break_out_of_its_line(wiretap, value):
+    with pytest.raises(ValueError, match="control character"):
+        await ask(wiretap, **{"Idempotency-Key": value})
+    assert not wiretap.heard
+
+
+@pytest.mark.parametrize("pieces", [
+    (http(b"12345"),),
+    (http(b"12345")[:-5], b"123", b"45"),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"2\r\n12\r\n", b"3\r\n345\r\n0\r\n\r\n"),
+])
+async def test_an_answer_is_read_up_to_the_limit_and_its_connection_used_again(wiretap, pieces):
+    wiretap.answer = pieces
+    assert [await ask(wiretap, 5) for _ in range(3)] == [b"12345"] * 3
+    assert wiretap.connections == 1
+    assert await ask(wiretap, 4) is None
+    assert await ask(wiretap, 5) == b"12345"
+
+
+async def test_what_goes_out_in_one_turn_of_the_loop_goes_together_at_its_end_whatever_happens_to_one_of_it():
+    sent, told = [], []
+
+    class Wire:
+        def __init__(self, name: str):
+            self.name = name
+
+        def write(self, raw: bytes) -> None:
+            if self.name == "broken":
+                raise RuntimeError(self.name)
+            sent.append((self.name, raw))
+
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(str(context["exception"])))
+    burst = cockpit.Burst()
+    for name in ("a", "broken", "b"):
+        burst.add(Wire(name), b"x")
+    assert not sent
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert (sent, told) == ([("a", b"x"), ("b", b"x")], ["broken"])
+
+
+class ClosingConnector(aiohttp.TCPConnector):
+    """Its connections close just before they are used."""
+
+    async def connect(self, *given, **more):
+        connection = await super().connect(*given, **more)
+        connection.transport.close()
+        return connection
+
+
+@pytest.mark.skipif(not cockpit.PREPARES_REQUESTS, reason="aiohttp makes its requests itself")
+async def test_a_connection_that_closes_is_told_instead_of_written_to(wiretap):
+    async with aiohttp.ClientSession(connector=ClosingConnector(), request_class=cockpit.PreparedRequest) as session:
+        call = cockpit.Call(wiretap.url, {}, cockpit.Burst())
+        with pytest.raises(aiohttp.ClientConnectionResetError):
+            await call.post(session, b"", LIMITS, {})
+    assert not wiretap.heard
 
 
 # --- Fly client ---
