@@ -1292,6 +1292,51 @@ async def test_fly_s_rate_limits_are_ridden_out_for_as_long_as_the_provisioning_
     assert world.fly.count("create_machine") == 16
 
 
+async def test_what_takes_too_long_is_ended_and_nothing_else(world):
+    clock, owner = world.clock, cockpit.Owner()
+    limit, ended = cockpit.TimeLimit(10, clock.clock, owner), []
+
+    async def work(name: str, seconds: float) -> None:
+        try:
+            with limit:
+                await clock.sleep(seconds)
+            with limit:  # the time of each is its own
+                await clock.sleep(seconds)
+            ended.append(name)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            ended.append(f"{name} {type(error).__name__} {clock.elapsed:g} {asyncio.current_task().cancelling()}")
+
+    tasks = [asyncio.create_task(work(name, seconds)) for name, seconds in (("slow", 12), ("brisk", 9), ("stopped", 12))]
+    await clock.advance(5)
+    tasks.append(asyncio.create_task(work("later", 12)))
+    tasks[2].cancel()
+    await clock.advance(4)
+    assert ended == ["stopped CancelledError 5 1"]
+    await clock.advance(5.5)
+    assert ended[1:] == ["slow TimeoutError 10 0"]
+    await clock.advance(10)
+    assert ended[2:] == ["later TimeoutError 15 0", "brisk"]
+    await owner.close()
+
+
+async def test_a_call_that_is_late_and_cancelled_besides_stays_cancelled(world):
+    owner = cockpit.Owner()
+    limit = cockpit.TimeLimit(10, world.clock.clock, owner)
+
+    async def work() -> None:
+        with limit:
+            await world.clock.sleep(60)
+
+    task = asyncio.create_task(work())
+    await world.clock.until(lambda: limit._deadlines)
+    task.cancel()
+    world.clock.elapsed += 10  # the watcher is due in the same turn
+    owner.start(limit._watch())
+    await asyncio.wait([task])
+    assert task.cancelled()
+    await owner.close()
+
+
 # --- Store ---
 
 async def test_routes_are_private_readable_json_with_one_route_a_line(world):
@@ -2454,6 +2499,21 @@ async def test_no_answer_in_time_is_told_and_the_next_text_waits_for_the_busy_vm
     gate.open()
     await world.clock.until(lambda: "ran: next" in world.twilio.sent_to(ANN))
     assert vm.ran == ["sleep", "next"] and len(world.twilio.sent_to(ANN)) == 2
+
+
+async def test_an_answer_that_trickles_in_without_end_counts_as_none(world):
+    vm = await world.ready()
+
+    async def trickle():
+        while True:
+            yield b" "
+            await world.clock.sleep(60)
+    vm.then({"status": 200, "body": trickle()})
+    await world.text("drip")
+    await world.clock.advance(329)
+    assert not [words for words in world.twilio.sent_to(ANN) if words.startswith("No answer")]
+    await world.clock.advance(2)
+    assert world.twilio.sent_to(ANN)[-1] == 'No answer after 330 s; it may still be running: "drip"'
 
 
 async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_which(world):
@@ -4052,6 +4112,32 @@ async def test_credentials_are_in_no_answer_and_no_file(world):
     said += [(await world.call("POST", "/provision", json=sign_up_form("bad"))).text, (await world.call("POST", "/provision", json={"github_token": [GITHUB]})).text]
     said += [file.read_text() for file in world.file.parent.iterdir()]
     assert not [secret for secret in (*SECRETS, vm.env["COCKPIT_TOKEN"]) if any(secret in text for text in said)]
+
+
+@pytest.mark.parametrize(("version", "connection", "stays"), [
+    ("1.1", "", True), ("1.1", "keep-alive", True), ("1.1", "close", False), ("1.0", "", False), ("1.0", "keep-alive", True)])
+async def test_a_text_is_acknowledged_in_whatever_way_the_connection_is_kept(world, version, connection, stays):
+    vm = await world.ready()
+    address = cockpit.URL(world.twilio.gateway)
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    for n in range(1 + stays):
+        form = {"MessageSid": f"SM{n:032}", "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": f"text {n}", "NumMedia": "0"}
+        body = urlencode(form)
+        head = ["POST /sms HTTP/" + version, "Host: gateway", "Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}",
+                f"X-Twilio-Signature: {sign(PUBLIC + '/sms', form)}", f"Fly-Request-Id: request-{n}", *([f"Connection: {connection}"] if connection else [])]
+        writer.write("".join(f"{line}\r\n" for line in head).encode() + b"\r\n" + body.encode())
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
+        headers = dict(line.split(": ", 1) for line in lines)
+        assert status == f"HTTP/{version} 200 OK" and len(headers) == len(lines)
+        assert (headers["Content-Type"], headers["X-Request-Id"]) == ("text/xml; charset=utf-8", f"request-{n}")
+        assert abs(parsedate_to_datetime(headers["Date"]).timestamp() - time.time()) < 60
+        said = await reader.readexactly(int(headers["Content-Length"]))
+        assert ElementTree.fromstring(said).tag == "Response" and not list(ElementTree.fromstring(said))
+        assert headers.get("Connection", "keep-alive" if version == "1.1" else "close") == ("keep-alive" if stays else "close")
+    if not stays:
+        assert await reader.read() == b""
+    writer.close()
+    await world.clock.until(lambda: vm.ran == [f"text {n}" for n in range(1 + stays)])
 
 
 # --- Operator's page, metrics, logs ---
