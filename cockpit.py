@@ -2205,13 +2205,13 @@ class Sms(NamedTuple):
 class TwilioClient:
     """Twilio's Messages resource (twilio-oai, twilio_api_v2010.json); form-encoded, basic auth, no idempotency key exists."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, metrics: Metrics, owner: Owner) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, metrics: Metrics, owner: Owner, burst: Burst) -> None:
         self._session, self._settings, self._clock, self._metrics = session, settings, clock, metrics
         self._messages = URL(f"{settings.twilio_url}/2010-04-01/Accounts/{settings.twilio_account_sid}/Messages.json")
         user, password = (settings.twilio_api_key, settings.twilio_api_secret) if settings.twilio_api_key else (settings.twilio_account_sid, settings.twilio_auth_tokens[0])
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._headers = {"Authorization": f"Basic {basic}", "Accept": "application/json"}
-        self._call = Call(self._messages, self._headers | {"Content-Type": "application/x-www-form-urlencoded"}, Burst())
+        self._call = Call(self._messages, self._headers | {"Content-Type": "application/x-www-form-urlencoded"}, burst)
         self._limit, self._limits, self._media_limits = TimeLimit(30, clock, owner), aiohttp.ClientTimeout(sock_connect=10), aiohttp.ClientTimeout(total=30, sock_connect=10)
         self._claimed: OrderedDict[str, None] = OrderedDict()  # SIDs that are known to be some other message than one looked for
         self.retry = Retry(attempts=1000, base_s=0.5, cap_s=60.0, budget_s=SEND_LIMIT_S)
@@ -2438,8 +2438,8 @@ class Endpoint:
 class VmClient:
     """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects, bounded reads."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, owner: Owner) -> None:
-        self._session, self._settings, self._burst = session, settings, Burst()
+    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, owner: Owner, burst: Burst) -> None:
+        self._session, self._settings, self._burst = session, settings, burst
         self._command_limit, self._command_limits = TimeLimit(settings.vm_command_timeout_s, clock, owner), aiohttp.ClientTimeout(sock_connect=10)
         self._health_timeout, self._image_timeout = aiohttp.ClientTimeout(total=5), aiohttp.ClientTimeout(total=60, sock_connect=10)
 
@@ -4821,6 +4821,7 @@ class Gateway:
     fleet: Fleet
     owner: Owner
     metrics: Metrics
+    burst: Burst
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
@@ -5141,12 +5142,17 @@ class EmptyTwiml(web.StreamResponse):
     """TwiML that says nothing, for a caller who stays connected: written as it is, which spares a twentieth of all work per text."""
 
     keep_alive = True
-    head = f"HTTP/1.1 200 OK\r\nContent-Type: {XML_HEADERS['Content-Type']}\r\nContent-Length: {len(EMPTY_TWIML)}\r\nX-Request-Id: "
+    _head = f"HTTP/1.1 200 OK\r\nContent-Type: {XML_HEADERS['Content-Type']}\r\nContent-Length: {len(EMPTY_TWIML)}\r\nX-Request-Id: "
+
+    def __init__(self, burst: Burst) -> None:
+        super().__init__()
+        self._burst = burst
 
     async def prepare(self, request: web.BaseRequest) -> None:
-        if request.transport is None:
+        transport: Any = request.transport
+        if transport is None:
             raise ConnectionResetError("the caller is gone")
-        request.transport.write(f"{self.head}{self.headers['X-Request-Id']}\r\nDate: {rfc822_formatted_time()}\r\n\r\n{EMPTY_TWIML}".encode())
+        self._burst.add(transport, f"{self._head}{self.headers['X-Request-Id']}\r\nDate: {rfc822_formatted_time()}\r\n\r\n{EMPTY_TWIML}".encode())
 
     async def write_eof(self, data: bytes = b"") -> None:
         """It is all written."""
@@ -5157,7 +5163,7 @@ async def post_sms(request: web.Request) -> web.StreamResponse:
     message = parse_inbound(await read_webhook(request), gateway.clock.now())
     say = await gateway.relay.accept(message)
     if not say and request.version == aiohttp.HttpVersion11 and request.keep_alive:
-        return EmptyTwiml()
+        return EmptyTwiml(gateway.burst)
     return web.Response(body=twiml(say).encode(), headers=XML_HEADERS)
 
 
@@ -6298,7 +6304,7 @@ async def run_gateway(app: web.Application, settings: Settings, clock: Clock) ->
 @contextlib.asynccontextmanager
 async def run_parts(app: web.Application, settings: Settings, clock: Clock, path: Path) -> AsyncIterator[None]:
     """Bring the parts up in order, and down in the reverse."""
-    disk, owner, metrics = Owner(), Owner(), app[METRICS]
+    disk, owner, metrics, burst = Owner(), Owner(), app[METRICS], Burst()
     store = await asyncio.to_thread(RouteStore, path, clock, disk)
     if store.recovered:
         log_event("routes_recovered", level=logging.WARNING, note=store.recovered)
@@ -6311,7 +6317,7 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=100), request_class=PreparedRequest) as twilio_session,
         aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False, request_class=PreparedRequest) as vm_session,
     ):
-        fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics, owner), VmClient(vm_session, settings, clock, owner)
+        fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics, owner, burst), VmClient(vm_session, settings, clock, owner, burst)
 
         def restart(vm_id: str) -> None:
             fleet.begin(vm_id, "restart")
@@ -6323,7 +6329,7 @@ async def run_parts(app: web.Application, settings: Settings, clock: Clock, path
         fleet = Fleet(settings, clock, store, fly, vms, provisioner, relay, owner)
         journal.open()
         app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, vms=vms, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner,
-                               metrics=metrics)
+                               metrics=metrics, burst=burst)
         try:
             if settings.production and not (store.routes or store.undo or store.pool):
                 await fleet.heal()
@@ -6511,7 +6517,7 @@ class Doctor:
 
     def __init__(self, settings: Settings, session: aiohttp.ClientSession, clock: Clock, owner: Owner) -> None:
         self._settings, self._session, self.is_well = settings, session, True
-        self._fly, self._twilio = FlyClient(session, settings, clock, Metrics(clock)), TwilioClient(session, settings, clock, Metrics(clock), owner)
+        self._fly, self._twilio = FlyClient(session, settings, clock, Metrics(clock)), TwilioClient(session, settings, clock, Metrics(clock), owner, Burst())
 
     def _say(self, verdict: str, subject: str, words: str = "") -> None:
         self.is_well &= verdict != "wrong"
