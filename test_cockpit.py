@@ -28,6 +28,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import stat
 import sys
 import tempfile
@@ -48,7 +49,6 @@ from xml.etree import ElementTree
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import unused_port
 
 import cockpit
 
@@ -159,11 +159,19 @@ class FakeClock:
             task.cancel()
 
 
+def free_port() -> int:
+    """A port nobody listens on, below those that the kernel gives to outgoing connections: one of these may be gone before it is listened on."""
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as attempt:
+            attempt.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
+            return attempt.getsockname()[1]
+
+
 class Server:
     """An app on loopback, served as in production: a handler goes on when its caller hangs up (aiohttp's TestServer would cancel it)."""
 
     def __init__(self, app: web.Application, port: int = 0):
-        self.port, self.url, self.listening = port or unused_port(), "", False
+        self.port, self.url, self.listening = port or free_port(), "", False
         self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
 
     async def start(self) -> "Server":
@@ -1011,7 +1019,7 @@ class World:
 
     async def spawn(self, *, wait: bool = True, **changes: Any) -> "Child":
         """The gateway as a process of its own (the clock must be live)."""
-        port = unused_port()
+        port = free_port()
         self.environ |= {name: str(value) for name, value in changes.items()}
         return await self.adopt(await Child.start(self.environ | {"ROUTES_FILE": str(self.file), "HOST": "127.0.0.1"}, port, self.disks), wait)
 
@@ -3509,10 +3517,10 @@ async def test_all_vms_are_upgraded_a_few_at_a_time_and_the_first_failure_stops_
     await live.spawn(PROVISION_TIMEOUT_S=2)
     for phone in (ANN, BOB, EVE):
         assert (await live.ask("POST", "/provision", json=sign_up_form(phone))).status == 201
-    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, unused_port(), live.disks, "upgrade", "--at-once", "2")
+    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, free_port(), live.disks, "upgrade", "--at-once", "2")
     assert await child.ends() == 0 and "3 upgraded, 0 failed" in child.log
     live.fly.fails("update_machine", 422, times=9)
-    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, unused_port(), live.disks, "upgrade", "--at-once", "1")
+    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, free_port(), live.disks, "upgrade", "--at-once", "1")
     assert await child.ends() == 1 and "0 upgraded, 1 failed, 2 not tried" in child.log
 
 
@@ -3860,7 +3868,7 @@ async def test_the_doctor_finds_all_well_beside_a_running_gateway(live, capsys):
 
 
 async def test_the_doctor_names_settings_that_are_wrong(live):
-    child = await Child.start(live.environ | {"COCKPIT_SECRET": "short", "VM_CPUS": "3"}, unused_port(), live.disks, "doctor")
+    child = await Child.start(live.environ | {"COCKPIT_SECRET": "short", "VM_CPUS": "3"}, free_port(), live.disks, "doctor")
     assert await child.ends() == 1 and "wrong COCKPIT_SECRET" in child.log and "wrong VM_CPUS" in child.log
 
 
@@ -4368,7 +4376,7 @@ async def test_the_table_is_sorted_filtered_and_paged_by_the_gateway(world):
 
 async def a_laptop(live: World, **environ: str) -> Child:
     """`python cockpit.py` with nothing set but its port."""
-    return await live.adopt(await Child.start(environ, unused_port(), live.disks))
+    return await live.adopt(await Child.start(environ, free_port(), live.disks))
 
 
 def vm_processes(child: Child) -> list[int]:
@@ -4449,7 +4457,7 @@ async def test_local_mode_leaves_the_state_files_as_it_found_them(live, number):
 
 async def test_an_empty_route_file_refuses_a_local_start_and_stays(live):
     (live.disks / "routes.json").touch()
-    child = await live.adopt(await Child.start({}, unused_port(), live.disks), wait=False)
+    child = await live.adopt(await Child.start({}, free_port(), live.disks), wait=False)
     assert await child.ends() == 1 and "routes.json" in child.log and (live.disks / "routes.json").exists()
 
 
@@ -4481,7 +4489,7 @@ async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
     {"Host": "evil.example.com"}, {"Host": "[::1"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"}, {"Forwarded": "for=203.0.113.9"},
     {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
 async def test_local_doors_stay_shut_for_what_comes_through_a_tunnel(live, headers):
-    port = unused_port()
+    port = free_port()
     environ = {"PORT": str(port), "ROUTES_FILE": str(live.file)}
     live.server = await Server(cockpit.make_app(cockpit.Settings.from_env(environ)), port).start()
     live.twilio.gateway = live.server.url
@@ -4507,7 +4515,7 @@ async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
     (live.disks / "go").touch()
 
     async def start() -> Child:
-        port = unused_port()
+        port = free_port()
         return await live.adopt(await Child.start(environ, port, live.disks, "vm", "--port", str(port)))
 
     async def command(text: str, key: str, token: str = "vm-x.token") -> Answer:
@@ -4535,7 +4543,7 @@ async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
 @pytest.mark.parametrize("answers", ["{", "5", '[["x"]]'])
 async def test_the_vm_command_starts_whatever_its_stored_answers_look_like_and_takes_its_agent_along(live, answers):
     (live.disks / ".cockpit-vm-answers.json").write_text(answers)
-    port, agent = unused_port(), live.disks / "agent"
+    port, agent = free_port(), live.disks / "agent"
     child = await live.adopt(await Child.start({"LOCAL_AGENT": f"sh -c 'echo $$ > {agent}; exec sleep 600'"}, port, live.disks, "vm", "--port", str(port)))
     command = asyncio.ensure_future(live.ask("POST", "/command", json={"text": "work", "media": []}))
     await live.clock.until(lambda: agent.exists() and agent.read_text().endswith("\n"))
