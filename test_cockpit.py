@@ -18,6 +18,7 @@ import errno
 import hashlib
 import heapq
 import hmac
+import inspect
 import io
 import itertools
 import json
@@ -1171,12 +1172,67 @@ async def world():
         yield world
 
 
-@pytest.fixture
-async def live():
-    """The surroundings of a gateway that is a process of its own, in real time."""
+@contextlib.asynccontextmanager
+async def a_live_world():
     async with a_world(FakeClock(live=True)) as world:
         world.fly.rate_limited, world.fly.hide_s = False, 0.0
         yield world
+
+
+@pytest.fixture
+async def live():
+    """The surroundings of a gateway that is a process of its own, in real time."""
+    async with a_live_world() as world:
+        yield world
+
+
+class Beside:
+    """Tests with real processes mostly wait: they run beside the others, three at a time, in a thread and an event loop of their own."""
+
+    def __init__(self, items: list[pytest.Item]):
+        self.loop, self.slots = asyncio.new_event_loop(), asyncio.Semaphore(3)
+        self.thread = threading.Thread(target=self.loop.run_forever, name="beside")
+        self.thread.start()
+        self.outcomes = {item.nodeid: asyncio.run_coroutine_threadsafe(self._run(item.obj.beside, getattr(item, "callspec", None)), self.loop)
+                         for item in items if hasattr(item.obj, "beside")}
+
+    async def _run(self, test: Callable, call: Any) -> None:
+        async with self.slots, a_live_world() as live:
+            await test(live, **(call.params if call else {}))
+
+    async def _end(self) -> None:
+        """What still runs, because the session was interrupted, closes its world by itself."""
+        for outcome in self.outcomes.values():
+            outcome.cancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(20):
+                while len(asyncio.all_tasks()) > 1:
+                    await asyncio.sleep(0.01)
+        await self.loop.shutdown_asyncgens()
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(30)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def side(request):
+    side = Beside(request.session.items)
+    yield side
+    side.close()
+
+
+def beside(test: Callable) -> Callable:
+    """Marks a test of a live world that runs beside the others; its outcome is told at its own place."""
+    def outcome(request, side, **params):
+        side.outcomes[request.node.nodeid].result(120)
+    signature = inspect.signature(test)
+    others = [parameter for name, parameter in signature.parameters.items() if name != "live"]
+    given = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("request", "side")]
+    outcome.__name__, outcome.__doc__, outcome.__signature__, outcome.beside = test.__name__, test.__doc__, signature.replace(parameters=given + others), test
+    return outcome
 
 
 # --- Settings ---
@@ -1408,6 +1464,7 @@ async def test_an_unreadable_file_is_recovered_from_the_last_good_copy(world, da
     await world.hears("ran: hello")
 
 
+@beside
 async def test_a_file_of_a_newer_version_is_left_alone_though_an_old_copy_lies_beside_it(live):
     child = await live.spawn()
     await live.sign_up()
@@ -1419,6 +1476,7 @@ async def test_a_file_of_a_newer_version_is_left_alone_though_an_old_copy_lies_b
 
 
 @pytest.mark.parametrize("damage", ['{"version": 1, "rou', "nonsense"])
+@beside
 async def test_a_start_that_can_read_neither_copy_is_refused_and_overwrites_nothing(live, damage):
     for suffix in ("", ".bak"):
         live.file.with_name(live.file.name + suffix).write_text(damage)
@@ -1427,6 +1485,7 @@ async def test_a_start_that_can_read_neither_copy_is_refused_and_overwrites_noth
     assert live.file.read_text() == damage and str(live.file) in child.log and "Traceback" not in child.log
 
 
+@beside
 async def test_a_second_process_on_the_same_file_is_refused(live):
     await live.spawn()
     second = await live.spawn(wait=False)
@@ -1434,6 +1493,7 @@ async def test_a_second_process_on_the_same_file_is_refused(live):
     assert str(live.file) in second.log and "Traceback" not in second.log
 
 
+@beside
 async def test_the_file_is_whole_at_every_moment(live):
     """A reader racing with the writer, and then a kill, only ever see complete files."""
     child = await live.spawn()
@@ -3513,6 +3573,7 @@ async def test_a_teardown_ends_a_change(world):
     assert (await world.clock.run(change)).body["code"] == "torn_down" and not world.saved["routes"]
 
 
+@beside
 async def test_all_vms_are_upgraded_a_few_at_a_time_and_the_first_failure_stops_it(live):
     await live.spawn(PROVISION_TIMEOUT_S=2)
     for phone in (ANN, BOB, EVE):
@@ -3867,6 +3928,7 @@ async def test_the_doctor_finds_all_well_beside_a_running_gateway(live, capsys):
     assert code == 0 and "wrong" not in said and sum(line.startswith("ok") for line in said.splitlines()) >= 6, said
 
 
+@beside
 async def test_the_doctor_names_settings_that_are_wrong(live):
     child = await Child.start(live.environ | {"COCKPIT_SECRET": "short", "VM_CPUS": "3"}, free_port(), live.disks, "doctor")
     assert await child.ends() == 1 and "wrong COCKPIT_SECRET" in child.log and "wrong VM_CPUS" in child.log
@@ -4402,6 +4464,7 @@ async def texts_locally(live: World, body: str) -> None:
     assert answer.status in (200, 201, 202), answer.text
 
 
+@beside
 async def test_the_whole_world_runs_on_a_laptop(live):
     routes = live.disks / "routes.json"
     routes.write_text('{"version": 1, "routes": {}}\n')
@@ -4428,6 +4491,7 @@ async def test_the_whole_world_runs_on_a_laptop(live):
     assert child.url in child.log and "local" in child.log, "it says where the page is and which key to use"
 
 
+@beside
 async def test_the_built_in_agent_draws_and_crashes_and_a_command_of_one_s_own_replaces_it(live):
     child = await a_laptop(live)
     vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
@@ -4442,6 +4506,7 @@ async def test_the_built_in_agent_draws_and_crashes_and_a_command_of_one_s_own_r
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@beside
 async def test_local_mode_leaves_the_state_files_as_it_found_them(live, number):
     for suffix, found in (("", "damaged"), (".bak", '{"version": 1, "routes": {}}'), (".journal", '{"k": "unknown"}\n')):
         (live.disks / f"routes.json{suffix}").write_text(found)
@@ -4455,12 +4520,14 @@ async def test_local_mode_leaves_the_state_files_as_it_found_them(live, number):
     assert {file.name: file.read_text() for file in live.disks.glob("routes.json*") if file.suffix != ".lock"} == before
 
 
+@beside
 async def test_an_empty_route_file_refuses_a_local_start_and_stays(live):
     (live.disks / "routes.json").touch()
     child = await live.adopt(await Child.start({}, free_port(), live.disks), wait=False)
     assert await child.ends() == 1 and "routes.json" in child.log and (live.disks / "routes.json").exists()
 
 
+@beside
 async def test_what_an_agent_started_ends_with_its_vm(live):
     child = await a_laptop(live, LOCAL_AGENT=f"sh -c 'echo $$ >> {live.disks}/agents; sleep 600'")
     await live.ask("POST", "/provision", key="local", json=sign_up_form())
@@ -4472,6 +4539,7 @@ async def test_what_an_agent_started_ends_with_its_vm(live):
     await live.clock.until(lambda: not Path(f"/proc/{agent}/cmdline").exists() or not Path(f"/proc/{agent}/cmdline").read_text())
 
 
+@beside
 async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
     child = await a_laptop(live)
     await live.ask("POST", "/provision", key="local", json=sign_up_form())
@@ -4488,6 +4556,7 @@ async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
 @pytest.mark.parametrize("headers", [
     {"Host": "evil.example.com"}, {"Host": "[::1"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"}, {"Forwarded": "for=203.0.113.9"},
     {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
+@beside
 async def test_local_doors_stay_shut_for_what_comes_through_a_tunnel(live, headers):
     port = free_port()
     environ = {"PORT": str(port), "ROUTES_FILE": str(live.file)}
@@ -4508,6 +4577,7 @@ async def test_production_knows_nothing_of_local_mode(world):
         assert (answer.status, answer.body["code"]) == (404, "not_found")
 
 
+@beside
 async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
     ran = live.disks / "ran"
     environ = {"COCKPIT_TOKEN": "vm-x.token", "LOCAL_AGENT": f"sh -c 'cat >> {ran}; echo done; test -e {live.disks}/go || head -n1 {live.disks}/fifo'"}
@@ -4541,6 +4611,7 @@ async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
 
 
 @pytest.mark.parametrize("answers", ["{", "5", '[["x"]]'])
+@beside
 async def test_the_vm_command_starts_whatever_its_stored_answers_look_like_and_takes_its_agent_along(live, answers):
     (live.disks / ".cockpit-vm-answers.json").write_text(answers)
     port, agent = free_port(), live.disks / "agent"
@@ -4565,6 +4636,7 @@ async def test_a_port_that_is_no_number_is_reported_like_any_setting(tmp_path):
     assert await child.ends() == 2 and "PORT: must be" in child.log and "Traceback" not in child.log
 
 
+@beside
 async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live):
     child = await live.spawn()
     for line in (f"Authorization: Bearer {KEY}\0", f"{GITHUB} {ANN}"):
@@ -4577,6 +4649,7 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
     assert_nothing_secret(child.log)
 
 
+@beside
 async def test_a_caller_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_ours(live):
     child = await live.spawn()
     for length in ("Content-Length: 100\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n5\r\n{"):
@@ -4590,6 +4663,7 @@ async def test_a_caller_who_hangs_up_in_the_middle_of_a_body_is_no_error_of_ours
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@beside
 async def test_a_signal_ends_the_process_with_0_in_time_and_routes_survive(live, number):
     child = await live.spawn()
     await live.sign_up()
@@ -4602,6 +4676,7 @@ async def test_a_signal_ends_the_process_with_0_in_time_and_routes_survive(live,
 
 
 @pytest.mark.parametrize("cloud, call", [("twilio", "list"), ("fly", "org_machines")])
+@beside
 async def test_a_signal_also_ends_a_start_that_waits_for_a_cloud(live, cloud, call):
     gate = getattr(live, cloud).holds(call)
     child = await live.spawn(wait=False, BACKFILL_S=60)
@@ -4888,6 +4963,7 @@ async def test_a_phone_that_texts_too_much_is_told_once_a_minute(world):
     await world.clock.until(lambda: vm.ran == ["one", "two", "five"])
 
 
+@beside
 async def test_a_full_disk_refuses_texts_and_sign_ups_loses_nothing_and_heals(live):
     """RLIMIT_FSIZE stands for the full disk: every write beyond one byte of a file fails."""
     child = await live.spawn()
@@ -4919,6 +4995,7 @@ async def test_a_full_disk_refuses_texts_and_sign_ups_loses_nothing_and_heals(li
     assert vm.ran == ["before", "after", "and on"]
 
 
+@beside
 async def test_shutdown_settles_what_it_can(live):
     child = await live.spawn(DRAIN_S=3)
     vm = await live.sign_up()
@@ -4934,6 +5011,7 @@ async def test_shutdown_settles_what_it_can(live):
     await live.hears("ran: quick")
 
 
+@beside
 async def test_shutdown_leaves_the_rest_to_the_journal(live):
     child = await live.spawn(DRAIN_S=0.1)
     vm = await live.sign_up()
@@ -4948,6 +5026,7 @@ async def test_shutdown_leaves_the_rest_to_the_journal(live):
     assert vm.ran == ["slow", "next"]
 
 
+@beside
 async def test_a_second_signal_ends_the_process_at_once(live):
     child = await live.spawn(DRAIN_S=30)
     vm = await live.sign_up()
@@ -4959,6 +5038,7 @@ async def test_a_second_signal_ends_the_process_at_once(live):
     assert time.monotonic() - began < 2
 
 
+@beside
 async def test_no_acknowledged_text_is_lost_out_of_order_or_answered_twice_by_kills(live):
     """COCKPIT_STORM="12,500,8" for the long form: kills, texts, phones (each beyond the third costs a second of Fly's limit)."""
     kills, texts, users = map(int, os.environ.get("COCKPIT_STORM", "4,150,3").split(","))
@@ -5249,6 +5329,7 @@ async def test_a_kill_at_any_call_leaves_no_orphan_and_frees_the_number(world, c
     assert list(world.fly.everything) == [vm.app] and set(world.saved["routes"]) == {ANN} and not world.saved["undo"]
 
 
+@beside
 async def test_a_real_kill_during_a_sign_up_leaves_no_orphan_and_frees_the_number(live):
     child = await live.spawn()
     _, job = await live.begin(live.fly, "create_machine", after=True)
