@@ -160,11 +160,14 @@ class FakeClock:
             task.cancel()
 
 
+PORTS = itertools.count(random.SystemRandom().randrange(15_000))
+
+
 def free_port() -> int:
-    """A port nobody listens on, below those that the kernel gives to outgoing connections: one of these may be gone before it is listened on."""
+    """A port nobody listens on and nobody else is given, below those that the kernel gives to outgoing connections: it is listened on only a while later."""
     while True:
         with contextlib.suppress(OSError), socket.socket() as attempt:
-            attempt.bind(("127.0.0.1", random.SystemRandom().randrange(15_000, 32_000)))
+            attempt.bind(("127.0.0.1", 15_000 + next(PORTS) % 17_000))
             return attempt.getsockname()[1]
 
 
