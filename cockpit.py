@@ -3282,6 +3282,7 @@ class Memory:
         self.away: dict[str, float] = {}  # vm_id: since when
         self.mark = 0.0  # up to when Twilio's list was read
         self.muted: dict[str, bool] = {}  # channel and vm_id of those who opted out
+        self.opted: OrderedDict[str, float] = OrderedDict()  # when they last said STOP or START
         self.pairs: dict[str, Json] = {}  # vm_id: channel and our address of its owner's last text, where they are not the usual ones
         self.unasked: dict[str, deque[float]] = {}  # vm_id: when it last texted its owner by itself
         self.errors: OrderedDict[str, str] = OrderedDict()  # vm_id: why its owner did not hear something
@@ -3300,7 +3301,7 @@ class Memory:
 
     def line(self) -> Iterable[bytes]:
         """All of it as one line of the journal, whose SIDs are put into words only as they are written: a million at once would take a second."""
-        rest = {"k": "state", "said": self.said, "away": self.away, "muted": self.muted, "pairs": self.pairs,
+        rest = {"k": "state", "said": self.said, "away": self.away, "muted": self.muted, "opted": self.opted, "pairs": self.pairs,
                 "unasked": {vm_id: list(times) for vm_id, times in self.unasked.items()}, "errors": self.errors, "mark": self.mark}
         head, sids, times = dump_tight(rest)[:-1].encode(), list(self.seen), list(self.seen.values())
 
@@ -3316,7 +3317,7 @@ class Memory:
         self.seen.update((sid, at) for sid, at in record.get("seen", ()))
         self.said.update(record.get("said", {}))
         self.mark = max(self.mark, float(record.get("mark", 0)))
-        for name in ("away", "muted", "pairs", "errors"):
+        for name in ("away", "muted", "opted", "pairs", "errors"):
             getattr(self, name).update(record.get(name, {}))
         for vm_id, times in record.get("unasked", {}).items():
             self.unasked[vm_id] = deque(times, maxlen=UNASKED_LIMITS[-1][1])
@@ -3332,8 +3333,14 @@ class Memory:
         """A VM texted its owner unasked."""
         self.unasked.setdefault(vm_id, deque(maxlen=UNASKED_LIMITS[-1][1])).append(at)
 
-    def mute(self, who: str, muted: bool) -> None:
-        """Nobody who opted out is texted until they text START."""
+    def mute(self, who: str, muted: bool, at: float) -> None:
+        """Nobody who opted out is texted until they text START; of two words the later one counts, whichever is known first."""
+        if at < self.opted.get(who, 0.0):
+            return
+        self.opted[who] = at
+        self.opted.move_to_end(who)
+        if len(self.opted) > 10_000:
+            self.opted.popitem(last=False)
         if muted:
             self.muted[who] = True
         else:
@@ -3479,13 +3486,13 @@ class Relay:
 
     async def _take_keyword(self, message: InboundMessage, who: str, word: str) -> str:
         """Record an opt-out or opt-in; nothing is said, Twilio does that."""
-        record: Json = {"k": "seen", "sid": message.sid, "at": int(message.arrived)}
+        record: Json = {"k": "seen", "sid": message.sid, "at": message.arrived}
         if who and word != "HELP":
             record |= {"who": who, "muted": word == "STOP"}
         await self._journal.append(record)
         self.memory.remember(message.sid, message.arrived)
         if "who" in record:
-            self.memory.mute(who, record["muted"])
+            self.memory.mute(who, record["muted"], message.arrived)
             if word == "START":
                 self._remember_error(who.removeprefix("whatsapp:"), "")
             log_event("opted_out" if word == "STOP" else "opted_in", vm_id=who, message_sid=message.sid)
@@ -3953,8 +3960,9 @@ class Relay:
 
     def _mute(self, who: str) -> None:
         """Twilio says that they opted out."""
-        self.memory.mute(who, True)
-        self._journal.note({"k": "mute", "who": who, "muted": True})
+        now = self._clock.now()
+        self.memory.mute(who, True, now)
+        self._journal.note({"k": "mute", "who": who, "muted": True, "at": now})
 
     def note_listed(self, until: float) -> None:
         """Twilio's list was read; a text that came by itself says nothing of those that may have been missed before it."""
@@ -4273,7 +4281,7 @@ class Replay:
             self._on_mute(record)
 
     def _on_mute(self, record: Json) -> None:
-        self.memory.mute(record["who"], record["muted"])
+        self.memory.mute(record["who"], record["muted"], float(record.get("at", 0)))
 
     def _on_mark(self, record: Json) -> None:
         self.memory.mark = max(self.memory.mark, record["at"])

@@ -3098,6 +3098,21 @@ async def test_only_the_words_that_twilio_answers_itself_are_kept_from_the_vm(wo
     assert bool(world.twilio.sent) == (more != {"OptOutType": "STOP"})
 
 
+@pytest.mark.parametrize(("late", "in_time", "sent"), [("STOP", "START", True), ("START", "STOP", False)])
+async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_found_late(world, late, in_time, sent):
+    vm = await world.ready(BACKFILL_S=60)
+    await world.clock.advance(5)
+    world.twilio.missed(ANN, late)
+    await world.clock.advance(1)
+    await world.text(in_time)
+    await world.clock.advance(60)
+    await world.crash_and_restart()
+    await world.text("hello")
+    await world.clock.until(lambda: vm.ran == ["hello"])
+    await world.clock.advance(30)
+    assert world.twilio.sent_to(ANN) == ["ran: hello"] * sent
+
+
 async def test_a_stranger_s_stop_is_not_answered_with_an_invitation(world):
     await world.start()
     assert (await world.text("STOP", phone=EVE)).said == ""
