@@ -3138,6 +3138,7 @@ UNKNOWN_NOTICE_S = 3600.0
 LINK_S = 86_400.0
 LIST_OVERLAP_S = 900.0
 LOOP_GUARD_S = 30.0  # 14107: Twilio counts texts that follow each other within this time
+HOMELESS_S = 3600.0  # how long messages of a VM without a route are kept: Fly may yet tell whose it is
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 UNASKED_LIMITS = ((60.0, 20), (86_400.0, 300))  # a VM's own messages: seconds, how many
 # Twilio acts on these by itself when they are the whole of a text; YES is an answer to an agent unless its sender is opted out.
@@ -3382,6 +3383,7 @@ class Relay:
         self._vms, self._twilio, self._owner, self._metrics, self._wake, self._restart = vms, twilio, owner, metrics, wake, restart
         self.memory, self._began, self._wall_ahead = Memory(), clock.now(), clock.now() - clock.monotonic()
         self.lanes: dict[str, Lane] = {}
+        self._homeless: dict[str, Lane] = {}  # what the journal held for VMs that have no route (yet)
         self._accepting: dict[str, asyncio.Future[str]] = {}
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
         self._recent: OrderedDict[str, deque[float]] = OrderedDict()
@@ -4115,9 +4117,10 @@ class Relay:
 
     def _snapshot(self) -> Iterable[Json | Iterable[bytes]]:
         yield self.memory.line()
-        if any(lane.outbox for lane in self.lanes.values()):  # what was sent must not be taken for what was not
+        lanes = [*self.lanes.values(), *self._homeless.values()]
+        if any(lane.outbox for lane in lanes):  # what was sent must not be taken for what was not
             yield {"k": "claimed", "sids": self._twilio.last_claimed()}
-        for lane in self.lanes.values():
+        for lane in lanes:
             if lane.alive_at:
                 yield {"k": "busy", "vm": lane.vm_id, "at": lane.alive_at}
             for out in lane.outbox:
@@ -4134,14 +4137,10 @@ class Relay:
             replay.apply(record)
         for sid in replay.claimed:
             self._twilio.claim(sid)
-        self.memory.forget_gone(self._store.find)
         for vm_id, (texts, outs) in replay.by_vm().items():
             found = self._store.find(vm_id)
             phone = found[0] if found else str(self._store.undo.get(vm_id, {}).get("phone_number") or "")
-            if not phone:
-                log_event("journal_of_gone_vm", level=logging.WARNING, vm_id=vm_id, texts=len(texts), answers=len(outs))
-                continue
-            lane = self._lane(vm_id, phone)
+            lane = self._lane(vm_id, phone) if phone else self._homeless.setdefault(vm_id, Lane(vm_id=vm_id, phone=""))
             lane.alive_at = replay.alive.get(vm_id, 0.0)
             for text in texts:
                 text.trace, text.since = self._trace(text.sid, vm_id, text.arrived), self._since(text.arrived)
@@ -4156,14 +4155,38 @@ class Relay:
             found = self._store.find(lane.vm_id)
             if not found or (found[1].state == "failed" and lane.waiting):
                 await self.vm_gone(lane.vm_id, "vanished" if found else str(self._store.undo[lane.vm_id].get("reason")))
+        if self._homeless:
+            log_event("journal_of_unknown_vms", level=logging.WARNING, vms=len(self._homeless), texts=sum(len(lane.waiting) for lane in self._homeless.values()))
+            self._owner.start(self._forget_homeless())
+        else:
+            self.memory.forget_gone(self._store.find)
 
     def start(self) -> None:
         """Set going what the journal held."""
         for lane in list(self.lanes.values()):
-            if lane.waiting:
-                self._start_running(lane)
-            if lane.outbox:
-                self._start_sending(lane)
+            self._set_going(lane)
+
+    def _set_going(self, lane: Lane) -> None:
+        if lane.waiting:
+            self._start_running(lane)
+        if lane.outbox:
+            self._start_sending(lane)
+
+    def house(self) -> None:
+        """Routes were found: what the journal held for their VMs goes on."""
+        for vm_id, lane in list(self._homeless.items()):
+            if found := self._store.find(vm_id):
+                del self._homeless[vm_id]
+                lane.phone = found[0]
+                self.lanes[vm_id] = lane
+                self._set_going(lane)
+
+    async def _forget_homeless(self) -> None:
+        await self._clock.sleep(HOMELESS_S)
+        for vm_id, lane in self._homeless.items():
+            log_event("journal_of_gone_vm", level=logging.WARNING, vm_id=vm_id, texts=len(lane.waiting), answers=len(lane.outbox))
+        self._homeless.clear()
+        self.memory.forget_gone(self._store.find)
 
     async def drain(self) -> None:
         """Take in nothing more, hand over nothing more; wait for what is in a VM's or Twilio's hands (the caller bounds the wait)."""
@@ -4735,6 +4758,7 @@ class Fleet:
         if self._clock.monotonic() - self._provisioner.gone.get(vm_id, float("-inf")) < 3600 or not (now := await self._fresh(claim)) or not self._is_owed(now):
             return
         self._store.put(now.phone, now.route(self._settings))
+        self._relay.house()
         log_event("vm_adopted", level=logging.WARNING, vm_id=vm_id, phone=mask_phone(now.phone))
         await self._store.commit()
 
@@ -4787,6 +4811,7 @@ class Fleet:
             log_event("vm_not_adopted", level=logging.WARNING, why=words)
         if chosen := census.choose("", self._store.gateway_id):
             self._store.adopt(chosen, {phone: claim.route(self._settings) for phone, claim in census.claims[chosen].items()})
+            self._relay.house()
             log_event("vms_adopted", level=logging.WARNING, vms=len(census.claims[chosen]), gateway_id=chosen)
             with contextlib.suppress(StoreError):
                 await self._store.commit()

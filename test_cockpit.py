@@ -3874,6 +3874,57 @@ async def test_with_a_lost_disk_and_fly_out_of_reach_no_vm_is_made_and_no_text_r
     assert (await world.provision(BOB)).status == 201 and not await troubles(world)
 
 
+async def loses_routes_with_a_text_in_flight(world) -> FakeVM:
+    """The disk loses all but the journal, while one text runs, one waits and one answer is on its way."""
+    vm = await world.ready(RECONCILE_S=60, VM_AWAY_LIMIT_S=6000)
+    await world.clock.advance(5)
+    sending = world.twilio.holds("send")
+    await world.text("answered")
+    await world.clock.until(sending.arrived.is_set)
+    running = vm.holds()
+    await world.text("running")
+    await world.text("waiting")
+    await world.clock.until(running.arrived.is_set)
+    await world.crash()
+    sending.open()
+    running.open()
+    for file in world.file.parent.iterdir():
+        if not file.name.endswith(".journal"):
+            file.unlink()
+    return vm
+
+
+@pytest.mark.parametrize("status", [503, 401])
+async def test_what_the_journal_held_for_vms_without_a_route_goes_on_once_fly_tells_whose_they_are(world, status):
+    vm = await loses_routes_with_a_text_in_flight(world)
+    world.fly.fails("list_apps", status, times=10000)
+    await world.start()
+    await world.clock.advance(100)
+    assert vm.ran == ["answered", "running"]
+    await world.stop()  # a clean end writes the journal anew
+    if status == 503:
+        await world.start()
+    world.fly.heals("list_apps")
+    if status == 401:
+        await world.start()
+    await world.clock.until(lambda: len(vm.ran) == 3, 600)
+    await world.clock.advance(30)
+    assert vm.ran == ["answered", "running", "waiting"]
+    assert sorted(world.twilio.sent_to(ANN)) == sorted(["ran: answered", "ran: running", "ran: waiting"])
+
+
+async def test_what_the_journal_held_for_vms_that_nobody_knows_is_dropped_after_an_hour(world):
+    vm = await loses_routes_with_a_text_in_flight(world)
+    world.fly.apps.pop(vm.app)
+    await world.start()
+    await world.clock.advance(3500)
+    await world.text("about somebody else", phone=BOB)
+    assert "waiting" in world.journal.read_text()
+    await world.clock.advance(200)
+    await world.stop()
+    assert "waiting" not in world.journal.read_text() and vm.app not in world.journal.read_text()
+
+
 def without(route: dict, *names: str) -> dict:
     return {name: value for name, value in route.items() if name not in names}
 
