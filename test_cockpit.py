@@ -3915,7 +3915,7 @@ async def test_what_the_journal_held_for_vms_without_a_route_goes_on_once_fly_te
 
 async def test_what_the_journal_held_for_vms_that_nobody_knows_is_dropped_after_an_hour(world):
     vm = await loses_routes_with_a_text_in_flight(world)
-    world.fly.apps.pop(vm.app)
+    world.fly.everything.pop(vm.app)
     await world.start()
     await world.clock.advance(3500)
     await world.text("about somebody else", phone=BOB)
