@@ -1413,9 +1413,9 @@ class Journal:
 # --- Calls out ---
 
 MAX_UPSTREAM_BYTES = 8 * 1024 * 1024
-# What aiohttp's response is made of, by the versions whose requests are known here; any other makes its requests itself.
+# What aiohttp's response is made of in the one version line whose requests are known here; with any other aiohttp makes its requests itself.
 KNOWN_RESPONSE = {"method", "url", "writer", "continue100", "timer", "request_info", "traces", "loop", "session", "stream_writer", "return"}
-PREPARES_REQUESTS = aiohttp.ClientResponse.__init__.__annotations__.keys() == KNOWN_RESPONSE
+PREPARES_REQUESTS = aiohttp.__version__.startswith("3.14.") and aiohttp.ClientResponse.__init__.__annotations__.keys() == KNOWN_RESPONSE
 
 
 class Burst:
@@ -1485,12 +1485,12 @@ class Call:
         self._headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": aiohttp.http.SERVER_SOFTWARE, **headers}
         self._head = f"POST {url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n" + header_lines(self._headers) if PREPARES_REQUESTS else ""
 
-    async def post(self, session: aiohttp.ClientSession, body: bytes, limits: aiohttp.ClientTimeout, more: Mapping[str, str]) -> aiohttp.ClientResponse:
+    async def post(self, session: aiohttp.ClientSession, body: bytes, timeouts: aiohttp.ClientTimeout, more: Mapping[str, str]) -> aiohttp.ClientResponse:
         """The answer, as far as its head; `more` are further headers. Raises aiohttp.ClientError, TimeoutError, or ValueError for what no header can hold."""
         head = f"{self._head}{header_lines(more)}Content-Length: {len(body)}\r\n\r\n"
         if not PREPARES_REQUESTS:
-            return await session.post(self._url, data=aiohttp.BytesPayload(body), headers={**self._headers, **more}, allow_redirects=False, timeout=limits)
-        return await session.post(self._url, data=Packet(head.encode() + body, self._burst), allow_redirects=False, timeout=limits)
+            return await session.post(self._url, data=aiohttp.BytesPayload(body), headers={**self._headers, **more}, allow_redirects=False, timeout=timeouts)
+        return await session.post(self._url, data=Packet(head.encode() + body, self._burst), allow_redirects=False, timeout=timeouts)
 
 
 def header_lines(headers: Mapping[str, str]) -> str:
@@ -2212,7 +2212,7 @@ class TwilioClient:
         basic = base64.b64encode(f"{user}:{password}".encode()).decode()
         self._headers = {"Authorization": f"Basic {basic}", "Accept": "application/json"}
         self._call = Call(self._messages, self._headers | {"Content-Type": "application/x-www-form-urlencoded"}, burst)
-        self._limit, self._limits, self._media_limits = TimeLimit(30, clock, owner), aiohttp.ClientTimeout(sock_connect=10), aiohttp.ClientTimeout(total=30, sock_connect=10)
+        self._time_limit, self._timeouts, self._media_timeouts = TimeLimit(30, clock, owner), aiohttp.ClientTimeout(sock_connect=10), aiohttp.ClientTimeout(total=30, sock_connect=10)
         self._claimed: OrderedDict[str, None] = OrderedDict()  # SIDs that are known to be some other message than one looked for
         self.retry = Retry(attempts=1000, base_s=0.5, cap_s=60.0, budget_s=SEND_LIMIT_S)
         self.cannot_list = False
@@ -2228,7 +2228,7 @@ class TwilioClient:
         return list(self._claimed)[-1000:]
 
     async def _read(self, operation: str, url: URL) -> Any:
-        return await self._answer(operation, self._session.get(url, headers=self._headers, allow_redirects=False, timeout=self._limits))
+        return await self._answer(operation, self._session.get(url, headers=self._headers, allow_redirects=False, timeout=self._timeouts))
 
     async def _answer(self, operation: str, asked: Awaitable[aiohttp.ClientResponse]) -> Any:
         """What Twilio says to one request; raises UpstreamError."""
@@ -2237,7 +2237,7 @@ class TwilioClient:
 
         status, began = 0, self._clock.monotonic()
         try:
-            with self._limit:
+            with self._time_limit:
                 response = await asked
                 status = response.status
                 raw = await read_at_most(response, MAX_UPSTREAM_BYTES) or b""
@@ -2270,7 +2270,7 @@ class TwilioClient:
             form += f"&MediaUrl={quote_plus(sms.media)}"
         if sms.callback:
             form += f"&StatusCallback={encoded(sms.callback)}"
-        answer = await self._answer("create message", self._call.post(self._session, form.encode(), self._limits, {}))
+        answer = await self._answer("create message", self._call.post(self._session, form.encode(), self._timeouts, {}))
         sid = answer.get("sid") if isinstance(answer, dict) else None
         if not isinstance(sid, str):
             return ""
@@ -2340,7 +2340,7 @@ class TwilioClient:
         """A picture that a phone sent, not yet read. Our credentials go to Twilio's own address, never to where it redirects."""
         url, headers = URL(self._settings.twilio_url + path, encoded=True), self._headers
         for _ in range(5):
-            async with self._session.get(url, headers=headers | {"Accept": "*/*"}, allow_redirects=False, timeout=self._media_limits) as response:
+            async with self._session.get(url, headers=headers | {"Accept": "*/*"}, allow_redirects=False, timeout=self._media_timeouts) as response:
                 if response.status not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
                     yield response
                     return
@@ -2440,7 +2440,7 @@ class VmClient:
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, owner: Owner, burst: Burst) -> None:
         self._session, self._settings, self._burst = session, settings, burst
-        self._command_limit, self._command_limits = TimeLimit(settings.vm_command_timeout_s, clock, owner), aiohttp.ClientTimeout(sock_connect=10)
+        self._command_limit, self._command_timeouts = TimeLimit(settings.vm_command_timeout_s, clock, owner), aiohttp.ClientTimeout(sock_connect=10)
         self._health_timeout, self._image_timeout = aiohttp.ClientTimeout(total=5), aiohttp.ClientTimeout(total=60, sock_connect=10)
 
     def endpoint(self, route: Route) -> Endpoint:
@@ -2473,7 +2473,7 @@ class VmClient:
         try:
             call = self.endpoint(route).command  # its URL may be none: routes.json can be written by hand
             with self._command_limit:
-                response = await call.post(self._session, body, self._command_limits, {"Idempotency-Key": sid})
+                response = await call.post(self._session, body, self._command_timeouts, {"Idempotency-Key": sid})
                 raw, status = await read_at_most(response, MAX_ANSWER_BYTES), response.status
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise VmAway(f"not reached ({type(error).__name__})", reached=False, cut=False) from error
