@@ -835,49 +835,48 @@ class Owner:
 
     async def close(self) -> None:
         """Cancel what still runs and wait for its end."""
-        while self._tasks:
-            for task in self._tasks:
+        while tasks := list(self._tasks):
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._tasks.difference_update(tasks)  # from Python 3.12 on nobody waits for the callbacks of tasks that have ended
 
 
 class TimeLimit:
     """What runs under it (`with`) for longer than `seconds` by the given clock ends with TimeoutError.
 
-    One sleeper watches all of them: a timer for each of aiohttp's calls is a twentieth of all work per text.
+    One sleeper, which ends with `owner`, watches all of them: a timer for each of aiohttp's calls is a twentieth of all work per text.
     """
 
     def __init__(self, seconds: float, clock: Clock, owner: Owner) -> None:
         self._seconds, self._clock, self._owner = seconds, clock, owner
-        self._deadlines: dict[Any, float] = {}  # of tasks; all have the same time, so the first to begin is the first to be late
-        self._late: set[Any] = set()
+        # Of tasks: when they are late, and how often they were cancelled before. All have the same time, so the first to begin is the first to be late.
+        self._running: dict[Any, tuple[float, int]] = {}
+        self._late: dict[Any, int] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     def __enter__(self) -> None:
-        self._deadlines[asyncio.current_task()] = self._clock.monotonic() + self._seconds
-        if self._watcher is None:
+        task: Any = asyncio.current_task()
+        assert task not in self._running, "a time limit holds for one call of a task at a time"
+        self._running[task] = self._clock.monotonic() + self._seconds, task.cancelling()
+        if self._watcher is None or self._watcher.done():
             self._watcher = self._owner.start(self._watch())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         task: Any = asyncio.current_task()
-        self._deadlines.pop(task, None)
-        if task in self._late:
-            self._late.remove(task)
-            if task.uncancel() == 0 and kind is asyncio.CancelledError:  # else somebody else cancelled it besides
-                raise TimeoutError from error
+        self._running.pop(task, None)
+        if (cancelled_before := self._late.pop(task, None)) is not None and task.uncancel() <= cancelled_before and kind is asyncio.CancelledError:
+            raise TimeoutError from error
 
     async def _watch(self) -> None:
-        try:
-            while self._deadlines:
-                task, deadline = next(iter(self._deadlines.items()))
-                if (left := deadline - self._clock.monotonic()) > 0:
-                    await self._clock.sleep(left)
-                else:
-                    del self._deadlines[task]
-                    self._late.add(task)
-                    task.cancel()
-        finally:
-            self._watcher = None
+        while self._running:
+            task, (deadline, cancelled_before) = next(iter(self._running.items()))
+            if (left := deadline - self._clock.monotonic()) > 0:
+                await self._clock.sleep(left)
+            else:
+                del self._running[task]
+                self._late[task] = cancelled_before
+                task.cancel()
 
 
 # --- State on disk ---
@@ -2440,7 +2439,7 @@ class VmClient:
 
     def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, owner: Owner, burst: Burst) -> None:
         self._session, self._settings, self._burst = session, settings, burst
-        self._command_limit, self._command_timeouts = TimeLimit(settings.vm_command_timeout_s, clock, owner), aiohttp.ClientTimeout(sock_connect=10)
+        self._command_limit, self._command_timeouts = TimeLimit(settings.vm_command_timeout_s, clock, owner), aiohttp.ClientTimeout(sock_connect=min(10, settings.vm_command_timeout_s / 2))
         self._health_timeout, self._image_timeout = aiohttp.ClientTimeout(total=5), aiohttp.ClientTimeout(total=60, sock_connect=10)
 
     def endpoint(self, route: Route) -> Endpoint:
@@ -5188,7 +5187,7 @@ class EmptyTwiml(web.StreamResponse):
         self._burst.add(transport, f"{self._head}{self.headers['X-Request-Id']}\r\nDate: {rfc822_formatted_time()}\r\n\r\n{EMPTY_TWIML}".encode())
 
     async def write_eof(self, data: bytes = b"") -> None:
-        """It is all written."""
+        await asyncio.sleep(0)  # until it is written: the next request of the same connection must not be answered before
 
 
 async def post_sms(request: web.Request) -> web.StreamResponse:

@@ -1395,7 +1395,7 @@ async def test_a_call_that_is_late_and_cancelled_besides_stays_cancelled(world):
             await world.clock.sleep(60)
 
     task = asyncio.create_task(work())
-    await world.clock.until(lambda: limit._deadlines)
+    await world.clock.until(lambda: limit._running)
     task.cancel()
     world.clock.elapsed += 10  # the watcher is due in the same turn
     owner.start(limit._watch())
