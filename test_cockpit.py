@@ -301,6 +301,11 @@ class Fake:
         status, value = answer if isinstance(answer, tuple) else (200, answer)
         return answer if isinstance(answer, web.Response) else web.json_response(value, status=status)
 
+    def _scripted(self, fault: Fault) -> web.Response:
+        if hasattr(fault.body, "__aiter__"):  # in chunks
+            return web.Response(body=fault.body, status=fault.status, headers=fault.headers)
+        return web.json_response(fault.body, status=fault.status, headers=fault.headers)
+
     @web.middleware
     async def _wire(self, request, handler):
         self.clock.touch()
@@ -330,7 +335,7 @@ class Fake:
                     return cut(request)
                 response = response or await self._answer(request, seen)
             elif fault:
-                response = web.json_response(fault.body, status=fault.status, headers=fault.headers) if fault.status else cut(request)
+                response = self._scripted(fault) if fault.status else cut(request)
             return cut(request) if self.deaf else response
         finally:
             self.clock.touch()
@@ -1404,6 +1409,65 @@ async def test_a_call_that_is_late_and_cancelled_besides_stays_cancelled(world):
     await owner.close()
 
 
+async def test_a_time_limit_hides_no_other_error_and_spends_no_cancellation_but_its_own(world):
+    owner, ended = cockpit.Owner(), []
+    limit = cockpit.TimeLimit(10, world.clock.clock, owner)
+
+    async def fails_when_cancelled() -> None:
+        with limit:
+            try:
+                await world.clock.sleep(60)
+            except asyncio.CancelledError:
+                raise ValueError from None
+
+    async def is_late_and_later_cancelled() -> None:
+        for _ in range(2):
+            try:
+                with limit:
+                    await world.clock.sleep(60)
+            except TimeoutError:
+                ended.append(world.clock.elapsed)
+
+    async def goes_on_though_cancelled() -> None:
+        with contextlib.suppress(asyncio.CancelledError):
+            await world.clock.sleep(60)
+        await is_late_and_later_cancelled()
+
+    failing, late, stubborn = (asyncio.create_task(work()) for work in (fails_when_cancelled, is_late_and_later_cancelled, goes_on_though_cancelled))
+    await world.clock.settle()
+    stubborn.cancel()
+    await world.clock.advance(15)
+    assert ended == [10, 10] and isinstance(failing.exception(), ValueError)
+    late.cancel()
+    await world.clock.advance(10)
+    assert late.cancelled() and ended == [10, 10, 20] and stubborn.done() and stubborn.cancelling() == 1
+    await owner.close()
+
+
+async def test_a_time_limit_whose_owner_was_closed_still_limits_what_comes(world):
+    owner = cockpit.Owner()
+    limit = cockpit.TimeLimit(10, world.clock.clock, owner)
+    with limit:
+        pass
+    await owner.close()
+    with pytest.raises(TimeoutError):
+        await world.clock.run(limited(limit, world.clock))
+    await owner.close()
+
+
+async def limited(limit: cockpit.TimeLimit, clock: FakeClock) -> None:
+    with limit:
+        await clock.sleep(60)
+
+
+async def test_an_owner_closes_also_when_a_task_has_just_ended():
+    owner = cockpit.Owner()
+    ended = owner.start(asyncio.sleep(0))
+    while not ended.done():
+        await asyncio.sleep(0)
+    await owner.close()
+
+
 # --- Store ---
 
 async def test_routes_are_private_readable_json_with_one_route_a_line(world):
@@ -1568,7 +1632,7 @@ async def test_a_prepared_call_says_on_the_wire_what_aiohttp_itself_would_say(wi
     assert await ask(wiretap, **{"Idempotency-Key": "SM1"}) == b"{}"
     (ours, our_body), (theirs, their_body) = wiretap.heard
     assert ours[0] == theirs[0] == "POST /a%20path?q=1 HTTP/1.1"
-    assert sorted(ours) == sorted(theirs) and "Idempotency-Key: SM1" in ours and "Authorization: Bearer token" in ours
+    assert sorted(ours) == sorted(theirs) and {"Idempotency-Key: SM1", "Authorization: Bearer token", "Accept-Encoding: identity"} <= set(ours)
     assert our_body == their_body == b'{"text": "caf\xc3\xa9"}'
 
 
@@ -1621,18 +1685,37 @@ async def test_what_goes_out_in_one_turn_of_the_loop_goes_together_at_its_end_wh
     assert (sent, told) == ([("a", b"x"), ("b", b"x")], ["broken"])
 
 
+@pytest.mark.parametrize("prepared", [True, False])
+async def test_a_call_follows_no_redirect_and_keeps_to_its_own_time(wiretap, monkeypatch, prepared):
+    monkeypatch.setattr(cockpit, "PREPARES_REQUESTS", prepared and cockpit.PREPARES_REQUESTS)
+    call = cockpit.Call(wiretap.url, {}, cockpit.Burst())
+    wiretap.answer = (b"HTTP/1.1 307 Elsewhere\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",)
+    response = await call.post(wiretap.session, b"", LIMITS, {})
+    assert (response.status, len(wiretap.heard)) == (307, 1)
+    wiretap.answer = ()
+    with pytest.raises(TimeoutError):
+        await call.post(wiretap.session, b"", aiohttp.ClientTimeout(total=0.01), {})
+
+
 class ClosingConnector(aiohttp.TCPConnector):
     """Its connections close just before they are used."""
 
+    def __init__(self, how: str):
+        super().__init__()
+        self.how = how
+
     async def connect(self, *given, **more):
         connection = await super().connect(*given, **more)
-        connection.transport.close()
+        getattr(connection.transport, self.how)()
+        while self.how == "abort" and connection.protocol.transport is not None:
+            await asyncio.sleep(0)
         return connection
 
 
+@pytest.mark.parametrize("how", ["close", "abort"])
 @pytest.mark.skipif(not cockpit.PREPARES_REQUESTS, reason="aiohttp makes its requests itself")
-async def test_a_connection_that_closes_is_told_instead_of_written_to(wiretap):
-    async with aiohttp.ClientSession(connector=ClosingConnector(), request_class=cockpit.PreparedRequest) as session:
+async def test_a_connection_that_closes_is_told_instead_of_written_to(wiretap, how):
+    async with aiohttp.ClientSession(connector=ClosingConnector(how), request_class=cockpit.PreparedRequest) as session:
         call = cockpit.Call(wiretap.url, {}, cockpit.Burst())
         with pytest.raises(aiohttp.ClientConnectionResetError):
             await call.post(session, b"", LIMITS, {})
@@ -2572,14 +2655,47 @@ async def test_no_answer_in_time_is_told_and_the_next_text_waits_for_the_busy_vm
     assert vm.ran == ["sleep", "next"] and len(world.twilio.sent_to(ANN)) == 2
 
 
+async def drops(clock: FakeClock, drop: bytes, every_s: float):
+    while True:
+        yield drop
+        await clock.sleep(every_s)
+
+
+@pytest.mark.parametrize("silence", ["whole", "body"])
+async def test_a_send_that_is_not_answered_within_30_s_is_looked_up_instead_of_made_again(world, silence):
+    await world.ready()
+    if silence == "whole":
+        world.twilio.holds("send", after=True)
+    else:
+        world.twilio.fails("send", 201, body=drops(world.clock, b" ", 1), after=True)
+    await world.text("deploy")
+    await world.clock.advance(29)
+    assert (world.twilio.count("send"), world.twilio.count("list")) == (1, 0)
+    await world.clock.until(lambda: world.twilio.count("list") == 1)
+    await world.clock.advance(60)
+    assert world.twilio.sent_to(ANN) == ["ran: deploy"] and world.twilio.count("send") == 1
+
+
+async def test_a_list_of_twilio_s_without_end_is_read_no_further_than_8_mib(world):
+    await world.ready()
+    world.twilio.drops("send", after=True)
+    chunks = itertools.count()
+
+    async def endless():
+        while True:
+            next(chunks)
+            yield b" " * 2**20
+    world.twilio.fails("list", 200, body=endless())
+    await world.text("deploy")
+    await world.clock.until(lambda: world.twilio.count("list") == 2)
+    await world.clock.advance(60)
+    await world.hears("ran: deploy")
+    assert 8 <= next(chunks) < 20
+
+
 async def test_an_answer_that_trickles_in_without_end_counts_as_none(world):
     vm = await world.ready()
-
-    async def trickle():
-        while True:
-            yield b" "
-            await world.clock.sleep(60)
-    vm.then({"status": 200, "body": trickle()})
+    vm.then({"status": 200, "body": drops(world.clock, b" ", 60)})
     await world.text("drip")
     await world.clock.advance(329)
     assert not [words for words in world.twilio.sent_to(ANN) if words.startswith("No answer")]
@@ -4253,18 +4369,30 @@ async def test_credentials_are_in_no_answer_and_no_file(world):
     assert not [secret for secret in (*SECRETS, vm.env["COCKPIT_TOKEN"]) if any(secret in text for text in said)]
 
 
+def webhook(form: dict[str, str], *lines: str, version: str = "1.1") -> bytes:
+    """A signed webhook as it goes on the wire."""
+    body = urlencode(form)
+    head = ["POST /sms HTTP/" + version, "Host: gateway", "Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}",
+            f"X-Twilio-Signature: {sign(PUBLIC + '/sms', form)}", *lines]
+    return "".join(f"{line}\r\n" for line in head).encode() + b"\r\n" + body.encode()
+
+
+def text_form(n: int) -> dict[str, str]:
+    return {"MessageSid": f"SM{n:032}", "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": f"text {n}", "NumMedia": "0"}
+
+
+async def connect(world):
+    address = cockpit.URL(world.twilio.gateway)
+    return await asyncio.open_connection(address.host, address.port)
+
+
 @pytest.mark.parametrize(("version", "connection", "stays"), [
     ("1.1", "", True), ("1.1", "keep-alive", True), ("1.1", "close", False), ("1.0", "", False), ("1.0", "keep-alive", True)])
 async def test_a_text_is_acknowledged_in_whatever_way_the_connection_is_kept(world, version, connection, stays):
     vm = await world.ready()
-    address = cockpit.URL(world.twilio.gateway)
-    reader, writer = await asyncio.open_connection(address.host, address.port)
+    reader, writer = await connect(world)
     for n in range(1 + stays):
-        form = {"MessageSid": f"SM{n:032}", "AccountSid": ACCOUNT, "From": ANN, "To": NUMBER, "Body": f"text {n}", "NumMedia": "0"}
-        body = urlencode(form)
-        head = ["POST /sms HTTP/" + version, "Host: gateway", "Content-Type: application/x-www-form-urlencoded", f"Content-Length: {len(body)}",
-                f"X-Twilio-Signature: {sign(PUBLIC + '/sms', form)}", f"Fly-Request-Id: request-{n}", *([f"Connection: {connection}"] if connection else [])]
-        writer.write("".join(f"{line}\r\n" for line in head).encode() + b"\r\n" + body.encode())
+        writer.write(webhook(text_form(n), f"Fly-Request-Id: request-{n}", *([f"Connection: {connection}"] if connection else []), version=version))
         status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")[:-2]
         headers = dict(line.split(": ", 1) for line in lines)
         assert status == f"HTTP/{version} 200 OK" and len(headers) == len(lines)
@@ -4277,6 +4405,36 @@ async def test_a_text_is_acknowledged_in_whatever_way_the_connection_is_kept(wor
         assert await reader.read() == b""
     writer.close()
     await world.clock.until(lambda: vm.ran == [f"text {n}" for n in range(1 + stays)])
+
+
+@pytest.mark.parametrize("known", [0, 2, 4])
+async def test_texts_sent_in_one_go_are_acknowledged_in_their_order_before_what_follows_closes_the_connection(world, known):
+    await world.ready()
+    for n in range(known):
+        await world.text(f"text {n}", MessageSid=text_form(n)["MessageSid"])
+    reader, writer = await connect(world)
+    writer.write(b"".join(webhook(text_form(n), f"Fly-Request-Id: request-{n}") for n in range(4)) + b"GET /nowhere HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n\r\n")
+    heard = await reader.read()
+    assert re.findall(rb"HTTP/1.1 (\d+)", heard) == [b"200"] * 4 + [b"404"]
+    assert re.findall(rb"X-Request-Id: (request-\d)", heard) == [b"request-%d" % n for n in range(4)]
+    writer.close()
+
+
+async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_that_runs_and_no_error(world, monkeypatch, caplog):
+    vm = await world.ready()
+    on_disk, fdatasync = threading.Event(), os.fdatasync
+    monkeypatch.setattr(os, "fdatasync", lambda handle: (on_disk.wait(5), fdatasync(handle)))
+    others = len(world.server.runner.server.connections)
+    _, writer = await connect(world)
+    writer.write(webhook(text_form(0)))
+    while not world.server.runner.app[cockpit.GATEWAY].journal.is_writing:
+        await asyncio.sleep(0)
+    writer.transport.abort()
+    while len(connections := world.server.runner.server.connections) > others and all(connection.transport for connection in connections):
+        await asyncio.sleep(0)
+    on_disk.set()
+    await world.hears("ran: text 0")
+    assert vm.ran == ["text 0"] and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 # --- Operator's page, metrics, logs ---
