@@ -1544,6 +1544,7 @@ def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
 TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
 FRESH_APPS = 200  # apps whose affinity cookies are kept
 FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
+SEEN_APP_S = 5.0  # how long one that was seen before is looked for
 CAPACITY_WORDS = ("insufficient resources", "insufficient memory", "no capacity", "over the allowed quota")
 
 
@@ -2687,7 +2688,7 @@ class Provisioner:
         try:
             async with time_limit(self._clock, self._settings.provision_timeout_s):
                 await self._store.commit()
-                await self.take(job, self.from_pool if job.pooled else self.long_way)
+                await self._make(job)
                 route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds} | ({"from_pool": True} if job.pooled else {}))
                 await self._store.commit()
         except asyncio.CancelledError:
@@ -2719,6 +2720,24 @@ class Provisioner:
         """A job's route; one without a phone is on its way into the pool."""
         return self._store.routes[job.order.phone] if job.order.phone else Route.from_json(self._store.pool[job.vm_id])
 
+    async def _make(self, job: Job) -> None:
+        """Out of the pool or the long way; what was claimed and turns out to be gone is made anew under its name."""
+        if job.pooled:
+            try:
+                await self.take(job, self.from_pool)
+            except UpstreamNotFound as error:
+                if job.step != "secrets":
+                    raise
+                self._refuse_claim(job, error)
+                job.pooled = False
+                self._update(job, machine_id="", volume_id="", vm_url="", extra={})
+        if not job.pooled:
+            await self.take(job, self.long_way)
+
+    def _refuse_claim(self, job: Job, error: UpstreamError) -> None:
+        self._metrics.pool_claims.add("refused")
+        log_event("pool_launch_refused", level=logging.WARNING, vm_id=job.vm_id, error=str(error))
+
     async def take(self, job: Job, steps: Steps) -> None:
         """Take the steps one after the other, each noted and timed."""
         for name, step in steps:
@@ -2733,9 +2752,9 @@ class Provisioner:
     async def _create_app(self, job: Job) -> None:
         await self._fly.create_app(job.vm_id)
 
-    async def _when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _when_visible(self, call: Callable[[], Awaitable[T]], patience_s: float = FRESH_APP_S) -> T:
         """Fly may answer 404 or 401 for an app it has just made."""
-        deadline, pause = self._clock.monotonic() + FRESH_APP_S, 0.2
+        deadline, pause = self._clock.monotonic() + patience_s, 0.2
         while True:
             try:
                 return await call()
@@ -2748,7 +2767,7 @@ class Provisioner:
 
     async def _set_secrets(self, job: Job) -> None:
         values = {**job.order.credentials, **self.own_secrets(job.vm_id)}
-        job.secrets_version = await self._when_visible(lambda: self._fly.set_secrets(job.vm_id, values))
+        job.secrets_version = await self._when_visible(lambda: self._fly.set_secrets(job.vm_id, values), SEEN_APP_S if job.pooled else FRESH_APP_S)
 
     def own_secrets(self, vm_id: str) -> dict[str, str]:
         return {"COCKPIT_URL": self._settings.public_url, "COCKPIT_TOKEN": vm_token(self._settings.secrets[0], vm_id)}
@@ -2833,8 +2852,7 @@ class Provisioner:
         except UpstreamError as error:
             if not (isinstance(error, UpstreamRejected) or is_capacity(error)):
                 raise
-            self._metrics.pool_claims.add("refused")
-            log_event("pool_launch_refused", level=logging.WARNING, vm_id=job.vm_id, error=str(error))
+            self._refuse_claim(job, error)
             await self._fly.delete_machine(job.vm_id, route.machine_id)
             job.machine, job.launch = None, self._clock.random_id() + self._clock.random_id()
             await self._create_machine(job)

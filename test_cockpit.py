@@ -2311,6 +2311,19 @@ async def test_a_machine_that_fly_will_not_boot_is_replaced_the_long_way_in_the_
     assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
 
 
+async def test_a_machine_that_vanished_just_before_it_was_claimed_is_made_anew_under_its_name(world):
+    entry, = await pooled(world, 1)
+    world.fly.everything.pop(entry)
+    began = world.clock.elapsed
+    answer = await world.provision()
+    assert (answer.status, answer.body["vm_id"], answer.body["from_pool"]) == (201, entry, False) and world.clock.elapsed - began < 40
+    assert len(world.fly.apps[entry].machines) == 1 and [machine.name for machine in world.fly.apps[entry].machines.values()] == [entry]
+    await world.text("hello")
+    await world.hears("ran: hello")
+    assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
+    assert await world.call("DELETE", f"/provision/{entry}") and entry not in world.fly.apps
+
+
 async def test_a_region_the_pool_does_not_have_is_set_up_the_long_way(world):
     entries = await pooled(world, 1)
     answer = await world.provision(region="fra")
