@@ -2856,6 +2856,7 @@ class Provisioner:
             await self._fly.delete_machine(job.vm_id, route.machine_id)
             job.machine, job.launch = None, self._clock.random_id() + self._clock.random_id()
             await self._create_machine(job)
+            job.pooled = False
 
     async def _wait_started(self, job: Job) -> None:
         assert job.machine is not None

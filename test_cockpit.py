@@ -2306,13 +2306,15 @@ async def test_a_machine_that_fly_will_not_boot_is_replaced_the_long_way_in_the_
     world.fly.fails("update_machine", 412, body={"error": "failed_precondition: machine was never launched"})
     vm = await world.sign_up()
     assert vm.app == entry and len(world.fly.apps[vm.app].machines) == 1
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["from_pool"] is False
     await world.text("hello")
     await world.hears("ran: hello")
     assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
 
 
-async def test_a_machine_that_vanished_just_before_it_was_claimed_is_made_anew_under_its_name(world):
-    entry, = await pooled(world, 1)
+@pytest.mark.parametrize("volume_gb", [0, 3])
+async def test_a_machine_that_vanished_just_before_it_was_claimed_is_made_anew_under_its_name(world, volume_gb):
+    entry, = await pooled(world, 1, VM_VOLUME_GB=volume_gb)
     world.fly.everything.pop(entry)
     began = world.clock.elapsed
     answer = await world.provision()
