@@ -31,6 +31,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
@@ -65,6 +66,17 @@ RESTARTING = "Your VM is restarting... Your text is kept and will run when it is
 
 
 # --- Clock and wires ---
+
+FORKING = threading.Lock()
+
+
+class Popen(subprocess.Popen):
+    """Until it runs its program a new process has copies of all our files, locks and connections: what is closed meanwhile stays open for everybody else."""
+
+    def __init__(self, *given: Any, **more: Any):
+        with FORKING:
+            super().__init__(*given, **more)
+
 
 class FakeClock:
     """Virtual time. It moves only inside `advance`, `until` and `run`, sleeper by sleeper, once nothing else moves.
@@ -110,10 +122,10 @@ class FakeClock:
         self.moves += 1
 
     async def settle(self) -> None:
-        """Returns when nothing moves: no thread of the gateway writes, and nothing has touched clock or wires for some turns of the loop."""
+        """Returns when nothing moves: no thread of the gateway writes, nothing has touched clock or wires for some turns of the loop, and what was closed is closed."""
         quiet = 0
         while quiet < 30:
-            before, writing = self.moves, self.is_writing()
+            before, writing = self.moves, self.is_writing() or FORKING.locked()
             await asyncio.sleep(0.001 if writing else 0)
             quiet = quiet + 1 if self.moves == before and not writing else 0
 
@@ -179,6 +191,8 @@ class Server:
         self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
 
     async def start(self) -> "Server":
+        while FORKING.locked():
+            await asyncio.sleep(0.001)
         if self.runner.server is None:
             await self.runner.setup()
         await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
@@ -1227,9 +1241,11 @@ class Beside:
 
 @pytest.fixture(scope="session", autouse=True)
 def side(request):
-    side = Beside(request.session.items)
-    yield side
-    side.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "Popen", Popen)
+        side = Beside(request.session.items)
+        yield side
+        side.close()
 
 
 def beside(test: Callable) -> Callable:
@@ -1593,9 +1609,11 @@ class Wiretap:
         self.heard: list[tuple[list[str], bytes]] = []  # the lines of the head, the body
         self.connections = 0
         self.answer: tuple[bytes, ...] = (http(b"{}"),)
+        self.serving: list[asyncio.Task] = []
 
     async def serve(self, reader, writer):
         self.connections += 1
+        self.serving.append(asyncio.current_task())
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while head := (await reader.readuntil(b"\r\n\r\n")).decode():
                 length = int(re.search(r"content-length: (\d+)", head, re.IGNORECASE)[1])
@@ -1605,6 +1623,8 @@ class Wiretap:
                     await writer.drain()
                     await asyncio.sleep(0)
         writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
 
 
 @pytest.fixture
@@ -1614,6 +1634,7 @@ async def wiretap():
         tap.url = cockpit.URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a%20path?q=1")
         async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), request_class=cockpit.PreparedRequest) as tap.session:
             yield tap
+        await asyncio.gather(*tap.serving)
 
 
 LIMITS = aiohttp.ClientTimeout(total=5)
