@@ -1217,6 +1217,7 @@ class Journal:
         self.is_idle: Callable[[], bool] = lambda: False
         self.trouble = ""
         self._queue: queue.SimpleQueue[tuple[bytes | Rewrite, asyncio.Future[None] | None] | None] = queue.SimpleQueue()
+        self.queued = 0  # lines, so far
         self._unresolved: deque[bytes] = deque()  # queued, not known to be on disk: part of any rewrite
         self._rewriting = False
         self._repairing = False
@@ -1288,6 +1289,7 @@ class Journal:
 
     def _put(self, record: Json, waiter: asyncio.Future[None] | None) -> None:
         line = dump_tight(record).encode() + b"\n"
+        self.queued += 1
         self._unresolved.append(line)
         self._queue.put((line, waiter))
 
@@ -3401,6 +3403,7 @@ class Relay:
         self._vms, self._twilio, self._owner, self._metrics, self._wake, self._restart = vms, twilio, owner, metrics, wake, restart
         self.memory, self._began, self._wall_ahead = Memory(), clock.now(), clock.now() - clock.monotonic()
         self.lanes: dict[str, Lane] = {}
+        self._queued_at_mark = -1
         self._homeless: dict[str, Lane] = {}  # what the journal held for VMs that have no route (yet)
         self._accepting: dict[str, asyncio.Future[str]] = {}
         self._told_unknown: OrderedDict[str, float] = OrderedDict()
@@ -3987,7 +3990,9 @@ class Relay:
     def note_listed(self, until: float) -> None:
         """Twilio's list was read; a text that came by itself says nothing of those that may have been missed before it."""
         self.memory.mark = max(self.memory.mark, until)
-        self._journal.note({"k": "mark", "at": until})
+        if self._journal.queued != self._queued_at_mark:  # an idle gateway writes nothing; after a kill it reads a longer, empty stretch of the list
+            self._journal.note({"k": "mark", "at": until})
+            self._queued_at_mark = self._journal.queued
 
     def _remember_error(self, vm_id: str, words: str) -> None:
         if self.memory.errors.get(vm_id, "") != words:

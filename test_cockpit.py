@@ -5446,6 +5446,17 @@ async def test_an_answer_is_looked_up_once_twilio_lets_us_in_again(world):
     await world.hears("ran: deploy")
 
 
+async def test_a_gateway_with_nothing_to_do_writes_nothing(world):
+    await world.start(BACKFILL_S=60, RECONCILE_S=60)
+    await world.sign_up()
+    await world.text("hello")
+    await world.clock.advance(300)
+    on_disk, lists = {file.name: file.stat().st_mtime_ns for file in world.file.parent.iterdir()}, world.twilio.count("list")
+    await world.clock.advance(1800)
+    assert {file.name: file.stat().st_mtime_ns for file in world.file.parent.iterdir()} == on_disk
+    assert world.twilio.count("list") > lists + 20
+
+
 async def test_the_journal_does_not_grow_from_kill_to_kill(world):
     await world.start()
     vm = await world.sign_up()
