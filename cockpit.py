@@ -2724,16 +2724,14 @@ class Provisioner:
 
     async def _make(self, job: Job) -> None:
         """Out of the pool or the long way; what was claimed and turns out to be gone is made anew under its name."""
-        if job.pooled:
-            try:
-                await self.take(job, self.from_pool)
-            except UpstreamNotFound as error:
-                if job.step != "secrets":
-                    raise
-                self._refuse_claim(job, error)
-                job.pooled = False
-                self._update(job, machine_id="", volume_id="", vm_url="", extra={})
-        if not job.pooled:
+        try:
+            await self.take(job, self.from_pool if job.pooled else self.long_way)
+        except UpstreamNotFound as error:
+            if not job.pooled or job.step != "secrets":
+                raise
+            self._refuse_claim(job, error)
+            job.pooled = False
+            self._update(job, machine_id="", volume_id="", vm_url="", extra={})
             await self.take(job, self.long_way)
 
     def _refuse_claim(self, job: Job, error: UpstreamError) -> None:

@@ -2323,11 +2323,13 @@ async def test_a_torn_down_machine_never_returns_to_the_pool(world):
 
 
 async def test_a_machine_that_fly_will_not_boot_is_replaced_the_long_way_in_the_same_app(world):
-    entry, = await pooled(world, 1)
+    entry, = await pooled(world, 1, VM_VOLUME_GB=3)
     world.fly.fails("update_machine", 412, body={"error": "failed_precondition: machine was never launched"})
     vm = await world.sign_up()
     assert vm.app == entry and len(world.fly.apps[vm.app].machines) == 1
     assert (await world.call("GET", f"/provision/{vm.app}")).body["from_pool"] is False
+    made = [seen for seen in world.fly.seen if seen.name in ("create_app", "set_secrets", "create_volume") and entry in seen.path + str(seen.body)]
+    assert [seen.name for seen in made] == ["create_app", "create_volume", "set_secrets"], "nothing but the machine is made anew"
     await world.text("hello")
     await world.hears("ran: hello")
     assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
