@@ -882,7 +882,7 @@ class TimeLimit:
 # --- State on disk ---
 
 def tight_encoder() -> Callable[[Any], str]:
-    """json.dumps without blanks; where CPython's encoder is to be had it is made once, not at each of a text's five calls (a third less each)."""
+    """json.dumps without blanks; where CPython's encoder is to be had it is made once, not at each of a text's calls (a third less each)."""
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
         return json.JSONEncoder(separators=(",", ":")).encode
@@ -2370,7 +2370,6 @@ class TwilioClient:
             url = URL(self._settings.twilio_url + following, encoded=True) if isinstance(following, str) and following.startswith("/") else None
             pages -= 1
 
-
     async def read_account(self) -> Json:
         """The account as Twilio knows it."""
         told = await self._read("read account", URL(str(self._messages).replace("/Messages.json", ".json")))
@@ -3353,9 +3352,7 @@ class Memory:
         self.unasked.setdefault(vm_id, deque(maxlen=UNASKED_LIMITS[-1][1])).append(at)
 
     def mute(self, who: str, muted: bool, at: float) -> None:
-        """Nobody who opted out is texted until they text START; of two words the later one counts, whichever is known first."""
-        if at < self.opted.get(who, 0.0):
-            return
+        """Nobody who opted out is texted until they text START."""
         self.opted[who] = at
         self.opted.move_to_end(who)
         if len(self.opted) > 10_000:
@@ -3508,7 +3505,8 @@ class Relay:
     async def _take_keyword(self, message: InboundMessage, who: str, word: str) -> str:
         """Record an opt-out or opt-in; nothing is said, Twilio does that."""
         record: Json = {"k": "seen", "sid": message.sid, "at": message.arrived}
-        if who and word != "HELP":
+        # What the list tells late does not undo what was said since.
+        if who and word != "HELP" and not (message.fetched and message.arrived < self.memory.opted.get(who, 0.0)):
             record |= {"who": who, "muted": word == "STOP"}
         await self._journal.append(record)
         self.memory.remember(message.sid, message.arrived)

@@ -3267,6 +3267,16 @@ async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_foun
     assert world.twilio.sent_to(ANN) == ["ran: hello"] * sent
 
 
+async def test_start_counts_also_after_the_clock_was_set_back(world):
+    await world.ready()
+    await world.text("STOP")
+    world.clock.set_by = -7200
+    await world.text("START")
+    await world.crash_and_restart()
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
 async def test_a_stranger_s_stop_is_not_answered_with_an_invitation(world):
     await world.start()
     assert (await world.text("STOP", phone=EVE)).said == ""
