@@ -4077,6 +4077,24 @@ async def test_what_the_journal_held_for_vms_without_a_route_goes_on_once_fly_te
     assert sorted(world.twilio.sent_to(ANN)) == sorted(["ran: answered", "ran: running", "ran: waiting"])
 
 
+async def test_what_the_journal_held_for_a_vm_that_an_old_backup_lacks_goes_on_once_it_is_adopted(world):
+    vm = await world.ready(RECONCILE_S=60, VM_AWAY_LIMIT_S=6000)
+    await world.sign_up(BOB)
+    running = vm.holds()
+    await world.text("running")
+    await world.text("waiting")
+    await world.clock.until(running.arrived.is_set)
+    await world.crash()
+    running.open()
+    backup = world.saved
+    del backup["routes"][ANN]
+    world.file.write_text(json.dumps(backup))
+    await world.start()
+    await world.clock.until(lambda: vm.ran == ["running", "waiting"], 600)
+    await world.clock.until(lambda: {"ran: running", "ran: waiting"} <= set(world.twilio.sent_to(ANN)))
+    assert world.saved["routes"][ANN]["vm_id"] == vm.app
+
+
 async def test_what_the_journal_held_for_vms_that_nobody_knows_is_dropped_after_an_hour(world):
     vm = await loses_routes_with_a_text_in_flight(world)
     world.fly.everything.pop(vm.app)
