@@ -4,13 +4,31 @@
 # ///
 """cockpit: an engineer texts one phone number and drives the coding agent on a cloud VM of their own.
 
-A text's journey: Twilio calls `POST /sms` -> its signature is checked -> the phone's route is found -> the text is
-journaled (fsync) and only then answered 200 -> the phone's run lane posts it to the VM's `/command` -> the answer is
-journaled -> the phone's send lane hands it to Twilio's REST API part by part. A route comes from `POST /provision`:
-one Fly app per user, every step recorded before it is taken and undone if a later one fails.
+A text's journey: Twilio calls `POST /sms` -> its signature is checked -> the phone's route is found -> the
+text is stored (one fsync, shared) and only then answered 200 -> the VM's run lane posts it to `/command` ->
+the answer is stored -> the VM's send lane hands it to Twilio's REST API, part by part. A route comes from
+`POST /provision`: one Fly app per user, every step on disk before it is taken and undone if a later one fails.
 
-Sections, each knowing only those above it: Settings - Vocabulary and errors - Metrics - Backoff - State on disk - Calls out -
-Fly Machines - Twilio - The VM - Provisioning - Relay - Fleet - HTTP - Operator's page - Local mode - Assembly - Command line.
+Sections, each knowing only those above it:
+
+  Errors              the tree, and what a caller is told of each
+  Settings            five records, each read from the environment
+  Records and keys    routes, messages, phone numbers; everything that is signed
+  Log and metrics     one line per event, numbers masked; Prometheus text
+  Time                clock, backoff, tasks, bounded memories
+  Routes on disk      routes.json
+  Messages on disk    routes.json.db: what is in flight and what is remembered
+  Calls out           one request, one error, one metric
+  Fly                 the Machines API, a method a verb
+  Twilio              signatures, splitting, error codes, sending exactly once
+  The VM              client and server of one contract
+  Provisioning        one VM's steps; undoing; admission and teardown
+  Relay               Inbox, OwnerCommands, Runner, Sender, DeliveryReports, Backfill
+  Fleet               changes, reconciling with Fly, adoption after a lost disk
+  HTTP                thin handlers
+  Page                the operator's page
+  Local world         stand-ins for both clouds that last
+  Assembly            the parts put together; command line
 """
 
 from __future__ import annotations
@@ -20,19 +38,17 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import gc
 import hashlib
-import heapq
 import hmac
 import html
 import ipaddress
-import itertools
 import json
 import logging
 import os
-import queue
 import random
 import re
 import resource
@@ -41,40 +57,55 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import sys
 import tempfile
-import threading
 import time
-import zlib
 from bisect import bisect_left, bisect_right, insort
-from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
-from json.encoder import encode_basestring_ascii as quote_json
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import parse_qsl, quote, quote_plus, unquote_plus, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
 import aiohttp
 from aiohttp import web
-from aiohttp.helpers import rfc822_formatted_time
-from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDict
 from yarl import URL
 
 T = TypeVar("T")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
 
-# --- Settings ---
 
-PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
-LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1", "[::1]"}
+# --- Errors ---
+#
+# CockpitError
+#   SettingsError              settings are missing or wrong: printed, exit 2
+#   StoreError                 the state on disk cannot be read or written: 503 storage
+#   Refusal(code)              what an HTTP caller is told; STATUS_OF gives its status
+#   UpstreamError              Fly or Twilio; knows service, operation, status, request id
+#     UpstreamUnavailable      refused, reset, timeout, 429, 5xx: worth another attempt
+#     UpstreamRejected         any other 4xx: asking again changes nothing
+#       UpstreamNotFound       404
+#       NameTaken              the app's name is somebody else's: nothing of ours was made
+#     UpstreamUnreadable       2xx with a body that makes no sense: it took effect
+#   VmAway, VmBusy, VmSilent, VmFailed       how a hand-over to a VM can end
 
 
 class CockpitError(Exception):
@@ -89,320 +120,92 @@ class SettingsError(CockpitError):
         self.problems = list(problems)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address can only be this machine."""
-    if host in LOOPBACK_NAMES:
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return False
-
-
-def is_url(text: str, schemes: Sequence[str] = ("http", "https")) -> bool:
-    """Whether it is a URL of a server, without user, query or fragment."""
-    try:
-        parts = urlsplit(text)
-        return parts.scheme in schemes and bool(parts.hostname) and parts.port != 0 and not (parts.query or parts.fragment or parts.username or re.search(r"[\s\\]", text))
-    except ValueError:
-        return False
-
-
-class SettingsReader:
-    """Reads environment variables and collects everything that is wrong with them, so that all is told at once."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        self.environ = environ
-        self.problems: list[str] = []
-        self.production = self.one_of("COCKPIT_ENV", "local", ("local", "production")) == "production"
-
-    def wrong(self, name: str, remedy: str) -> None:
-        self.problems.append(f"{name}: {remedy}")
-
-    def text(self, name: str, default: str = "", *, required: bool = False) -> str:
-        value = self.environ.get(name, "").strip()
-        if not value and required and self.production:
-            self.wrong(name, "is required when COCKPIT_ENV=production; set it")
-        return value or default
-
-    def matching(self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False) -> str:
-        value = self.text(name, default, required=required)
-        if value and not re.fullmatch(pattern, value):
-            self.wrong(name, remedy)
-        return value
-
-    def one_of(self, name: str, default: str, choices: Sequence[str]) -> str:
-        return self.matching(name, default, "|".join(map(re.escape, choices)), f"must be {' or '.join(choices)}")
-
-    def number(self, name: str, default: float, low: float, high: float = 1e9) -> float:
-        raw = self.text(name, str(default))
-        try:
-            value = float(raw)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:
-            self.wrong(name, f"must be a number from {low:g}" + (f" to {high:g}" if high < 1e9 else " up"))
-            return default
-        return value
-
-    def whole(self, name: str, default: int, low: int, high: int = 10**9) -> int:
-        value = self.number(name, default, low, high)
-        if value != int(value):
-            self.wrong(name, "must be a whole number")
-        return int(value)
-
-    def listed(self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False) -> tuple[str, ...]:
-        raw = self.text(name, default, required=required)
-        values = tuple(part.strip() for part in raw.split(",") if part.strip())
-        if raw and (not values or any(not re.fullmatch(pattern, value) for value in values)):
-            self.wrong(name, remedy)
-        return values
-
-    def url(self, name: str, default: str, *, schemes: tuple[str, ...] = ("http", "https"), required: bool = False) -> str:
-        value = self.text(name, default, required=required).rstrip("/")
-        if not value or is_url(value, schemes):
-            return value
-        self.wrong(name, f"must be a URL starting with {' or '.join(s + '://' for s in schemes)}, without user, query or fragment")
-        return default
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything the environment decides, read once; durations in seconds, memory in MB, disk in GB."""
-
-    # This gateway.
-    production: bool
-    api_keys: tuple[str, ...] = field(repr=False)
-    secrets: tuple[str, ...] = field(repr=False)
-    public_url: str
-    host: str
-    port: int
-    routes_file: Path
-    onboarding_url: str
-    log_format: str
-    metrics_token: str = field(repr=False)
-    local_agent: str
-    # Fly and the machines on it.
-    fly_token: str = field(repr=False)
-    fly_is_local: bool
-    fly_url: str
-    fly_org: str
-    fly_network: str
-    vm_image: str
-    vm_app_prefix: str
-    vm_regions: tuple[str, ...]
-    vm_cpu_kind: str
-    vm_cpus: int
-    vm_memory_mb: int
-    vm_volume_gb: int
-    vm_is_public: bool
-    vm_url: str
-    # Twilio.
-    twilio_is_local: bool
-    twilio_account_sid: str
-    twilio_auth_tokens: tuple[str, ...] = field(repr=False)
-    twilio_phone_number: str
-    twilio_api_key: str
-    twilio_api_secret: str = field(repr=False)
-    twilio_url: str
-    # Limits and intervals.
-    provision_timeout_s: float
-    provision_limit: int
-    vm_limit: int
-    pool_size: int
-    reconcile_s: float
-    backfill_s: float
-    vm_command_timeout_s: float
-    vm_away_limit_s: float
-    text_limit: int
-    queue_limit: int
-    drain_s: float
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings from `environ`; raises SettingsError naming everything that is missing or wrong."""
-        reader = SettingsReader(environ)
-        gateway = read_gateway_settings(reader)
-        values = gateway | read_fly_settings(reader, gateway) | read_vm_settings(reader)
-        values |= read_twilio_settings(reader, gateway) | read_limits(reader)
-        refuse_open_doors(reader, values)
-        if reader.problems:
-            raise SettingsError(reader.problems)
-        return cls(**values)
-
-
-def local_origin(gateway: Json) -> str:
-    """Where this process reaches itself."""
-    return f"http://[::1]:{gateway['port']}" if gateway["host"] in ("::1", "::") else f"http://127.0.0.1:{gateway['port']}"
-
-
-def read_gateway_settings(read: SettingsReader) -> Json:
-    printable = r"[\x21-\x2b\x2d-\x7e]"
-    host = read.text("HOST", "0.0.0.0" if read.production else "127.0.0.1")
-    port = read.whole("PORT", 8080, 1, 65535)
-    api_keys = read.listed("COCKPIT_API_KEY", "local", "|".join([printable + "{16,}", *(() if read.production else ("local",))]),
-                           "each key needs 16 or more printable characters without spaces; make one with: openssl rand -hex 32", required=True)
-    roots = read.listed("COCKPIT_SECRET", "" if read.production else secrets.token_hex(32), printable + "{32,}",
-                        "each secret needs 32 or more printable characters without spaces; make one with: openssl rand -hex 32", required=True)
-    schemes = ("https",) if read.production else ("http", "https")
-    origin = local_origin({"host": host, "port": port})
-    return {
-        "production": read.production, "host": host, "port": port, "api_keys": api_keys, "secrets": roots,
-        "public_url": read.url("PUBLIC_URL", "" if read.production else origin, schemes=schemes, required=True),
-        "routes_file": Path(read.text("ROUTES_FILE", "routes.json")),
-        "onboarding_url": read.url("ONBOARDING_URL", ""),
-        "log_format": read.one_of("LOG_FORMAT", "json" if read.production else "text", ("text", "json")),
-        "metrics_token": read.text("METRICS_TOKEN"),
-        "local_agent": read.text("LOCAL_AGENT"),
-    }
-
-
-def read_fly_settings(read: SettingsReader, gateway: Json) -> Json:
-    token = read.matching("FLY_API_TOKEN", "", r"[\x20-\x7e]+", "must be one line of printable characters; make one with: fly tokens create org", required=True)
-    is_local = not token and not read.production
-    default_vm_url = "http://{app}.flycast:3000"
-    if read.text("VM_NETWORK", "private") == "public":
-        default_vm_url = "https://{app}.fly.dev"
-    if is_local:
-        default_vm_url = local_origin(gateway) + "/_local/vm/{app}"
-    return {
-        "fly_token": token or secrets.token_hex(16), "fly_is_local": is_local,
-        "fly_url": local_origin(gateway) + "/_local/fly" if is_local else read.url("FLY_API_HOSTNAME", "https://api.machines.dev"),
-        "fly_org": read.matching("FLY_ORG", "personal", r"[A-Za-z0-9-]+", "must be an organisation's slug; see: fly orgs list"),
-        "fly_network": read.matching("FLY_NETWORK", "", r"[A-Za-z][A-Za-z0-9-]*", "must be a Fly network's name: letters, digits and dashes, a letter first"),
-        "vm_url": read_vm_url(read, default_vm_url),
-    }
-
-
-def read_vm_url(read: SettingsReader, default: str) -> str:
-    template = read.text("VM_URL", default).rstrip("/")
-    try:
-        is_valid = is_url(template.format(app="a", machine_id="b", region="c"))
-    except (KeyError, IndexError, ValueError, AttributeError):
-        is_valid = False
-    if not is_valid:
-        read.wrong("VM_URL", "must be an http or https URL in which only {app}, {machine_id} and {region} are filled in")
-    return template
-
-
-def read_vm_settings(read: SettingsReader) -> Json:
-    kind = read.one_of("VM_CPU_KIND", "shared", ("shared", "performance"))
-    cpus, memory = read.whole("VM_CPUS", 1, 1, 64), read.whole("VM_MEMORY_MB", 2048, 256, 10**7)
-    # Fly's own limits for a guest (flyctl, internal/machine/update.go).
-    sizes, step, least, most = ((1, 2, 4, 6, 8), 256, 256, 2048) if kind == "shared" else ((1, *range(2, 65, 2)), 1024, 2048, 8192)
-    if cpus not in sizes:
-        read.wrong("VM_CPUS", f"with VM_CPU_KIND={kind} must be one of {', '.join(map(str, sizes))}")
-    elif memory % step or not least * cpus <= memory <= most * cpus:
-        read.wrong("VM_MEMORY_MB", f"with {cpus} {kind} CPU(s) must be a multiple of {step} from {least * cpus} to {most * cpus}")
-    return {
-        "vm_cpu_kind": kind, "vm_cpus": cpus, "vm_memory_mb": memory,
-        "vm_image": read.matching("VM_IMAGE", "registry.fly.io/sms-cockpit-vm:latest", r"[^\s\x00-\x1f]+", "must be an image reference"),
-        # A vm_id is the prefix, a dash and 8 characters; Fly's app names stay under 63.
-        "vm_app_prefix": read.matching("VM_APP_PREFIX", "cockpit-vm", r"[a-z][a-z0-9-]{0,52}", "must start with a letter and hold a-z, 0-9 and dashes, 53 at most"),
-        "vm_regions": read.listed("VM_REGION", "iad", r"[a-z]{2,5}", "must be Fly region codes separated by commas, such as iad,ewr", required=False),
-        "vm_volume_gb": read.whole("VM_VOLUME_GB", 0, 0, 500),
-        "vm_is_public": read.one_of("VM_NETWORK", "private", ("private", "public")) == "public",
-    }
-
-
-def read_twilio_settings(read: SettingsReader, gateway: Json) -> Json:
-    names = ("TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER")
-    given = [name for name in names if read.text(name)]
-    is_local = not given and not read.production
-    if given and not read.production:
-        for name in sorted(set(names) - set(given)):
-            read.wrong(name, f"is required together with {' and '.join(given)}; set it, or none of them for the stand-in")
-    key, secret = read.text("TWILIO_API_KEY"), read.text("TWILIO_API_SECRET")
-    if bool(key) != bool(secret):
-        read.wrong("TWILIO_API_SECRET" if key else "TWILIO_API_KEY", "TWILIO_API_KEY and TWILIO_API_SECRET go together; set both or neither")
-    tokens = read.listed("TWILIO_AUTH_TOKEN", "", r"[\x21-\x7e]+", "must be the account's auth token, or two separated by a comma while rotating", required=True)
-    if len(tokens) > 2:
-        read.wrong("TWILIO_AUTH_TOKEN", "at most two, separated by a comma, while rotating")
-    return {
-        "twilio_is_local": is_local, "twilio_api_key": key, "twilio_api_secret": secret,
-        "twilio_auth_tokens": tokens or (secrets.token_hex(16),),
-        "twilio_account_sid": read.matching("TWILIO_ACCOUNT_SID", "", r"AC[0-9A-Za-z]+", "must be the account SID, which starts with AC", required=True)
-        or "AC" + secrets.token_hex(16),
-        "twilio_phone_number": read.matching("TWILIO_PHONE_NUMBER", "", PHONE.pattern, "must be in E.164 form, such as +15551234567", required=True) or "+15550000000",
-        "twilio_url": local_origin(gateway) + "/_local/twilio" if is_local else read.url("TWILIO_API_URL", "https://api.twilio.com"),
-    }
-
-
-def read_limits(read: SettingsReader) -> Json:
-    return {
-        "provision_timeout_s": read.number("PROVISION_TIMEOUT_S", 300, 0.1), "provision_limit": read.whole("PROVISION_LIMIT", 20, 1),
-        "vm_limit": read.whole("VM_LIMIT", 0, 0), "pool_size": read.whole("POOL_SIZE", 0, 0, 1000),
-        "reconcile_s": read.number("RECONCILE_S", 60, 0), "backfill_s": read.number("BACKFILL_S", 60, 0),
-        "vm_command_timeout_s": read.number("VM_COMMAND_TIMEOUT_S", 330, 0.01), "vm_away_limit_s": read.number("VM_AWAY_LIMIT_S", 600, 0.01),
-        "text_limit": read.whole("TEXT_LIMIT", 30, 0), "queue_limit": read.whole("QUEUE_LIMIT", 20, 1),
-        "drain_s": read.number("DRAIN_S", 4, 0),
-    }
-
-
-def refuse_open_doors(read: SettingsReader, values: Json) -> None:
-    """Local mode hands out a shell, so none of its conveniences may face more than this machine."""
-    if read.production:
-        return
-    public_host = urlsplit(values["public_url"]).hostname or ""
-    if not is_loopback(public_host) or not is_loopback(values["host"]):
-        if "local" in values["api_keys"]:
-            read.wrong("COCKPIT_API_KEY", "the key 'local' is refused when PUBLIC_URL or HOST reaches beyond this machine; set a key of 16 characters or more")
-        if values["twilio_is_local"]:
-            read.wrong("TWILIO_ACCOUNT_SID", "the stand-in for Twilio is refused when PUBLIC_URL or HOST reaches beyond this machine; "
-                       "set TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER")
-    if not values["fly_is_local"] and is_loopback(public_host):
-        read.wrong("PUBLIC_URL", "a Fly token needs a PUBLIC_URL that Fly's VMs can reach; set it, or unset FLY_API_TOKEN for the stand-in")
-
-
-# --- Vocabulary and errors ---
-#
-# CockpitError
-#   SettingsError                    settings are missing or wrong: printed, exit 2
-#   StoreError                       the state on disk cannot be read or written: 503 storage
-#   Refusal(code)                    what an HTTP caller is told; STATUS_OF gives its status
-#   UpstreamError                    Fly or Twilio; knows service, operation, status, request id
-#     UpstreamUnavailable            refused, reset, timeout, 429, 5xx: the only class worth another attempt
-#     UpstreamRejected               any other 4xx
-#       UpstreamNotFound             404
-#     UpstreamUnreadable             2xx with a body we cannot read: it took effect
-#   VmAway, VmBusy, VmSilent, VmFailed, VmUnreadable       how a hand-over to a VM can end (section The VM)
-
-STATUS_OF = {
-    "malformed": 400, "unauthorized": 401, "bad_signature": 403, "vm_limit": 403, "forbidden": 403, "unknown_vm": 404, "not_found": 404,
-    "method_not_allowed": 405, "phone_taken": 409, "torn_down": 409, "wrong_state": 409, "gone": 410, "too_large": 413,
-    "unsupported_media_type": 415, "invalid_request": 422, "too_many": 429, "fly_rejected": 502, "internal": 500,
-    "fly_unavailable": 503, "no_capacity": 503, "storage": 503, "draining": 503, "vm_unhealthy": 504, "vm_unreachable": 504,
-}
-
-
 class StoreError(CockpitError):
     """The state on disk cannot be read or written."""
 
 
-class Refusal(CockpitError):
-    """What an HTTP caller is told: a stable code, a detail in words, and further members of the problem document."""
+STATUS_OF = {
+    "malformed": 400,
+    "unauthorized": 401,
+    "bad_signature": 403,
+    "vm_limit": 403,
+    "forbidden": 403,
+    "unknown_vm": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "phone_taken": 409,
+    "torn_down": 409,
+    "wrong_state": 409,
+    "gone": 410,
+    "too_large": 413,
+    "unsupported_media_type": 415,
+    "invalid_request": 422,
+    "too_many": 429,
+    "internal": 500,
+    "fly_rejected": 502,
+    "fly_unavailable": 503,
+    "no_capacity": 503,
+    "storage": 503,
+    "draining": 503,
+    "vm_unhealthy": 504,
+    "vm_unreachable": 504,
+}
 
-    def __init__(self, code: str, detail: str, *, retry_after_s: int = 0, headers: Mapping[str, str] | None = None, **members: Any) -> None:
+
+class Refusal(CockpitError):
+    """What an HTTP caller is told: a stable code, a detail, further members of the problem document."""
+
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        retry_after_s: int = 0,
+        headers: Mapping[str, str] | None = None,
+        **members: Any,
+    ) -> None:
         super().__init__(detail)
-        self.code, self.detail, self.members = code, detail, members
+        self.code = code
+        self.detail = detail
+        self.members = members
         self.status = STATUS_OF[code]
         self.headers = dict(headers or {})
         if retry_after_s or self.status in (429, 503):
             self.headers["Retry-After"] = str(retry_after_s or 5)
 
 
+NO_CAPACITY = "insufficient_capacity"
+
+
 class UpstreamError(CockpitError):
     """A call to Fly or Twilio failed; `status` is 0 when no answer came."""
 
-    def __init__(self, service: str, operation: str, *, status: int = 0, request_id: str = "", words: str = "",
-                 code: str = "", maybe_done: bool = False, retry_after_s: float | None = None) -> None:
-        self.service, self.operation, self.status, self.request_id = service, operation, status, request_id
-        self.words, self.code, self.maybe_done, self.retry_after_s = scrub(words), code, maybe_done, retry_after_s
-        told = f"{service} {operation}: " + (f"{status} {self.words}".strip() if status else self.words)
-        super().__init__(told + (f" (request id {request_id})" if request_id else ""))
+    def __init__(
+        self,
+        service: str,
+        operation: str,
+        detail: str,
+        *,
+        status: int = 0,
+        request_id: str = "",
+        code: str = "",
+        may_have_happened: bool = False,
+        retry_after_s: float | None = None,
+    ) -> None:
+        self.service = service
+        self.operation = operation
+        self.detail = detail
+        self.status = status
+        self.request_id = request_id
+        self.code = code
+        self.may_have_happened = may_have_happened
+        self.retry_after_s = retry_after_s
+        line = f"{service} {operation}: {status or ''} {detail}".replace(":  ", ": ").strip()
+        super().__init__(f"{line} (request id {request_id})" if request_id else line)
 
 
 class UpstreamUnavailable(UpstreamError):
-    """Worth another attempt, if what it may have done can be repeated (`maybe_done`)."""
+    """Worth another attempt, if what it may have done can be repeated."""
 
 
 class UpstreamRejected(UpstreamError):
@@ -413,23 +216,502 @@ class UpstreamNotFound(UpstreamRejected):
     """404: there is no such thing, or not yet, or no longer."""
 
 
+class NameTaken(UpstreamRejected):
+    """The app's name belongs to another organisation."""
+
+
 class UpstreamUnreadable(UpstreamError):
-    """A 2xx whose body makes no sense: the call took effect, but what came of it must be looked up."""
+    """A 2xx that makes no sense: it took effect, what came of it must be looked up."""
+
+
+class VmAway(CockpitError):
+    """The VM was not reached, or the connection to it broke.
+
+    `may_have_reached`: the command perhaps got there; `is_drop`: it may be what broke it.
+    """
+
+    def __init__(
+        self, detail: str, *, may_have_reached: bool = False, is_drop: bool = False
+    ) -> None:
+        super().__init__(detail)
+        self.may_have_reached = may_have_reached
+        self.is_drop = is_drop
+
+
+class VmBusy(CockpitError):
+    """409: another command is running, or this very one."""
+
+
+class VmSilent(CockpitError):
+    """No answer within VM_COMMAND_TIMEOUT_S."""
+
+
+class VmFailed(CockpitError):
+    """An answer whose status means neither success nor absence."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"the VM answered {status}")
+        self.status = status
+
+
+def refusal_for(error: Exception, **about: Any) -> Refusal:
+    """What a caller is told of an error that was foreseen; any other is raised as it is."""
+    match error:
+        case Refusal():
+            return error
+        case StoreError():
+            return Refusal("storage", str(error), **about)
+        case UpstreamError():
+            about |= {"fly_status": error.status, "request_id": error.request_id}
+            about = {name: value for name, value in about.items() if value not in ("", None)}
+            if error.code == NO_CAPACITY:
+                return Refusal(
+                    "no_capacity", f"Fly has no room: {error}", retry_after_s=60, **about
+                )
+            code = "fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable"
+            return Refusal(code, str(error), **about)
+    raise error
+
+
+# --- Settings ---
+
+PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
+PRINTABLE = r"[\x21-\x2b\x2d-\x7e]"  # no comma: it separates
+LOCAL_FOLDER = Path(".cockpit")
+LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1", "[::1]"}
+LOCAL_KEY = "local"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address can only be this machine."""
+    if host in LOOPBACK_NAMES:
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def is_url(text: str, schemes: Sequence[str] = ("http", "https")) -> bool:
+    """Whether it is a URL of a server, without user, query or fragment."""
+    try:
+        parts = urlsplit(text)
+        has_port = parts.port != 0
+    except ValueError:
+        return False
+    has_more = parts.query or parts.fragment or parts.username or re.search(r"[\s\\]", text)
+    return parts.scheme in schemes and bool(parts.hostname) and has_port and not has_more
+
+
+class Env:
+    """Reads environment variables and collects all that is wrong with them, to be told at once."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self.problems: list[str] = []
+        mode = self.one_of("COCKPIT_ENV", "local", ("local", "production"))
+        self.is_production = mode == "production"
+
+    def wrong(self, name: str, remedy: str) -> None:
+        self.problems.append(f"{name}: {remedy}")
+
+    def text(self, name: str, default: str = "", *, required: bool = False) -> str:
+        value = self._environ.get(name, "").strip()
+        if not value and required and self.is_production:
+            self.wrong(name, "is required when COCKPIT_ENV=production; set it")
+        return value or default
+
+    def matching(
+        self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False
+    ) -> str:
+        value = self.text(name, default, required=required)
+        if value and not re.fullmatch(pattern, value):
+            self.wrong(name, remedy)
+        return value
+
+    def one_of(self, name: str, default: str, choices: Sequence[str]) -> str:
+        pattern = "|".join(map(re.escape, choices))
+        return self.matching(name, default, pattern, f"must be {' or '.join(choices)}")
+
+    def number(self, name: str, default: float, *, low: float, high: float = 1e9) -> float:
+        raw = self.text(name, str(default))
+        try:
+            value = float(raw)
+        except ValueError:
+            value = float("nan")
+        if low <= value <= high:
+            return value
+        upper = f"to {high:g}" if high < 1e9 else "up"
+        self.wrong(name, f"must be a number from {low:g} {upper}")
+        return default
+
+    def whole(self, name: str, default: int, *, low: int, high: int = 10**9) -> int:
+        value = self.number(name, default, low=low, high=high)
+        if value != int(value):
+            self.wrong(name, "must be a whole number")
+        return int(value)
+
+    def listed(
+        self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False
+    ) -> tuple[str, ...]:
+        raw = self.text(name, default, required=required)
+        values = tuple(part.strip() for part in raw.split(",") if part.strip())
+        if raw and not (values and all(re.fullmatch(pattern, value) for value in values)):
+            self.wrong(name, remedy)
+        return values
+
+    def url(
+        self,
+        name: str,
+        default: str,
+        *,
+        schemes: tuple[str, ...] = ("http", "https"),
+        required: bool = False,
+    ) -> str:
+        value = self.text(name, default, required=required).rstrip("/")
+        if not value or is_url(value, schemes):
+            return value
+        starts = " or ".join(f"{scheme}://" for scheme in schemes)
+        self.wrong(name, f"must be a URL starting with {starts}, without user, query or fragment")
+        return default
+
+    def local_origin(self) -> str:
+        """Where this process reaches itself."""
+        host = self.text("HOST", "127.0.0.1")
+        name = "[::1]" if host in ("::1", "::") else "127.0.0.1"
+        return f"http://{name}:{self.text('PORT', '8080')}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Clock:
-    """The sources of time and chance, handed to whoever needs them; seconds throughout."""
+class GatewaySettings:
+    """This gateway: who may call it, where it listens, where its state lies."""
 
-    now: Callable[[], float] = time.time  # wall clock: across restarts
-    monotonic: Callable[[], float] = time.monotonic  # durations inside this process
-    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
-    uniform: Callable[[float, float], float] = random.uniform
-    random_bytes: Callable[[int], bytes] = secrets.token_bytes
+    is_production: bool
+    api_keys: tuple[str, ...] = field(repr=False)
+    secrets: tuple[str, ...] = field(repr=False)
+    public_url: str
+    host: str
+    port: int
+    routes_file: Path
+    gateway_id: str
+    onboarding_url: str
+    log_format: str
+    metrics_token: str = field(repr=False)
+    local_agent: str
 
-    def random_id(self) -> str:
-        """Eight random base32 characters, lower case."""
-        return base64.b32encode(self.random_bytes(5)).decode().lower()
+    @classmethod
+    def read(cls, env: Env) -> GatewaySettings:
+        is_production = env.is_production
+        made = "make one with: openssl rand -hex 32"
+        keys = PRINTABLE + "{16,}" + ("" if is_production else f"|{LOCAL_KEY}")
+        schemes = ("https",) if is_production else ("http", "https")
+        folder = Path() if is_production else LOCAL_FOLDER
+        return cls(
+            is_production=is_production,
+            api_keys=env.listed(
+                "COCKPIT_API_KEY",
+                LOCAL_KEY,
+                keys,
+                f"each key needs 16 or more printable characters without spaces; {made}",
+                required=True,
+            ),
+            secrets=env.listed(
+                "COCKPIT_SECRET",
+                "" if is_production else secrets.token_hex(32),
+                PRINTABLE + "{32,}",
+                f"each secret needs 32 or more printable characters without spaces; {made}",
+                required=True,
+            ),
+            public_url=env.url(
+                "PUBLIC_URL",
+                "" if is_production else env.local_origin(),
+                schemes=schemes,
+                required=True,
+            ),
+            host=env.text("HOST", "0.0.0.0" if is_production else "127.0.0.1"),
+            port=env.whole("PORT", 8080, low=1, high=65535),
+            routes_file=Path(env.text("ROUTES_FILE", str(folder / "routes.json"))),
+            gateway_id=env.matching(
+                "GATEWAY_ID", "", "[a-z0-9]+", "must be one that a start has named"
+            ),
+            onboarding_url=env.url("ONBOARDING_URL", ""),
+            log_format=env.one_of(
+                "LOG_FORMAT", "json" if is_production else "text", ("text", "json")
+            ),
+            metrics_token=env.text("METRICS_TOKEN"),
+            local_agent=env.text("LOCAL_AGENT"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlySettings:
+    """The organisation at Fly that holds the VMs, or the stand-in for it."""
+
+    is_local: bool
+    token: str = field(repr=False)
+    api_url: str
+    org: str
+    network: str
+
+    @classmethod
+    def read(cls, env: Env) -> FlySettings:
+        token = env.matching(
+            "FLY_API_TOKEN",
+            "",
+            r"[\x20-\x7e]+",
+            "must be one line of printable characters; make one with: fly tokens create org",
+            required=True,
+        )
+        is_local = not token and not env.is_production
+        api_url = env.url("FLY_API_HOSTNAME", "https://api.machines.dev")
+        return cls(
+            is_local=is_local,
+            token=token or secrets.token_hex(16),
+            api_url=env.local_origin() + "/_local/fly" if is_local else api_url,
+            org=env.matching(
+                "FLY_ORG",
+                "personal",
+                "[A-Za-z0-9-]+",
+                "must be an organisation's slug; see: fly orgs list",
+            ),
+            network=env.matching(
+                "FLY_NETWORK",
+                "",
+                "[A-Za-z][A-Za-z0-9-]*",
+                "must be a Fly network's name: letters, digits and dashes, a letter first",
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VmSettings:
+    """What a VM is made of and where it is reached; memory in MB, disk in GB."""
+
+    image: str
+    app_prefix: str
+    regions: tuple[str, ...]
+    cpu_kind: str
+    cpus: int
+    memory_mb: int
+    volume_gb: int
+    is_public: bool
+    url: str
+
+    @classmethod
+    def read(cls, env: Env, *, fly_is_local: bool) -> VmSettings:
+        is_public = env.one_of("VM_NETWORK", "private", ("private", "public")) == "public"
+        url = "https://{app}.fly.dev" if is_public else "http://{app}.flycast:3000"
+        if fly_is_local:
+            url = env.local_origin() + "/_local/vm/{app}"
+        settings = cls(
+            image=env.matching(
+                "VM_IMAGE",
+                "registry.fly.io/sms-cockpit-vm:latest",
+                r"[^\s\x00-\x1f]+",
+                "must be an image reference",
+            ),
+            # A vm_id is the prefix, a dash and 8 characters; Fly's app names stay under 63.
+            app_prefix=env.matching(
+                "VM_APP_PREFIX",
+                "cockpit-vm",
+                "[a-z][a-z0-9-]{0,52}",
+                "must start with a letter and hold a-z, 0-9 and dashes, 53 at most",
+            ),
+            regions=env.listed(
+                "VM_REGION",
+                "iad",
+                "[a-z]{2,5}",
+                "must be Fly region codes separated by commas, such as iad,ewr",
+            ),
+            cpu_kind=env.one_of("VM_CPU_KIND", "shared", ("shared", "performance")),
+            cpus=env.whole("VM_CPUS", 1, low=1, high=64),
+            memory_mb=env.whole("VM_MEMORY_MB", 2048, low=256, high=10**7),
+            volume_gb=env.whole("VM_VOLUME_GB", 0, low=0, high=500),
+            is_public=is_public,
+            url=env.text("VM_URL", url).rstrip("/"),
+        )
+        settings.check_size(env)
+        settings.check_url(env)
+        return settings
+
+    def check_size(self, env: Env) -> None:
+        """Fly's own limits for a guest (flyctl, internal/machine/update.go)."""
+        if self.cpu_kind == "shared":
+            sizes: Sequence[int] = (1, 2, 4, 6, 8)
+            step, least, most = 256, 256, 2048
+        else:
+            sizes = (1, *range(2, 65, 2))
+            step, least, most = 1024, 2048, 8192
+        if self.cpus not in sizes:
+            choices = ", ".join(map(str, sizes))
+            env.wrong("VM_CPUS", f"with VM_CPU_KIND={self.cpu_kind} must be one of {choices}")
+            return
+        low, high = least * self.cpus, most * self.cpus
+        if self.memory_mb % step or not low <= self.memory_mb <= high:
+            cpus = f"{self.cpus} {self.cpu_kind} CPU(s)"
+            env.wrong(
+                "VM_MEMORY_MB", f"with {cpus} must be a multiple of {step} from {low} to {high}"
+            )
+
+    def check_url(self, env: Env) -> None:
+        try:
+            is_valid = is_url(self.url.format(app="a", machine_id="b", region="c"))
+        except (KeyError, IndexError, ValueError, AttributeError):
+            is_valid = False
+        if not is_valid:
+            names = "{app}, {machine_id} and {region}"
+            env.wrong("VM_URL", f"must be an http or https URL in which only {names} are filled in")
+
+    @property
+    def guest(self) -> Json:
+        """A machine's size, in the words of the Machines API."""
+        return {"cpu_kind": self.cpu_kind, "cpus": self.cpus, "memory_mb": self.memory_mb}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TwilioSettings:
+    """The account at Twilio that texts, or the stand-in for it."""
+
+    is_local: bool
+    account_sid: str
+    auth_tokens: tuple[str, ...] = field(repr=False)
+    phone_number: str
+    api_key: str
+    api_secret: str = field(repr=False)
+    api_url: str
+
+    @classmethod
+    def read(cls, env: Env) -> TwilioSettings:
+        names = {"TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER"}
+        given = {name for name in names if env.text(name)}
+        is_local = not given and not env.is_production
+        for name in sorted(names - given) if given and not env.is_production else ():
+            others = " and ".join(sorted(given))
+            env.wrong(name, f"is required together with {others}; set it, or none for the stand-in")
+        api_url = env.url("TWILIO_API_URL", "https://api.twilio.com")
+        settings = cls(
+            is_local=is_local,
+            account_sid=env.matching(
+                "TWILIO_ACCOUNT_SID",
+                "AC" + secrets.token_hex(16),
+                "AC[0-9A-Za-z]+",
+                "must be the account SID, which starts with AC",
+                required=True,
+            ),
+            auth_tokens=env.listed(
+                "TWILIO_AUTH_TOKEN",
+                secrets.token_hex(16),
+                r"[\x21-\x7e]+",
+                "must be the account's auth token, or two separated by a comma while rotating",
+                required=True,
+            ),
+            phone_number=env.matching(
+                "TWILIO_PHONE_NUMBER",
+                "+15550000000",
+                PHONE.pattern,
+                "must be in E.164 form, such as +15551234567",
+                required=True,
+            ),
+            api_key=env.text("TWILIO_API_KEY"),
+            api_secret=env.text("TWILIO_API_SECRET"),
+            api_url=env.local_origin() + "/_local/twilio" if is_local else api_url,
+        )
+        settings.check(env)
+        return settings
+
+    def check(self, env: Env) -> None:
+        if bool(self.api_key) != bool(self.api_secret):
+            missing = "TWILIO_API_SECRET" if self.api_key else "TWILIO_API_KEY"
+            env.wrong(
+                missing, "TWILIO_API_KEY and TWILIO_API_SECRET go together; set both or neither"
+            )
+        if len(self.auth_tokens) > 2:
+            env.wrong("TWILIO_AUTH_TOKEN", "at most two, separated by a comma, while rotating")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Limits and intervals; durations in seconds, 0 switches off where the README says so."""
+
+    provision_timeout_s: float
+    provision_limit: int
+    vm_limit: int
+    reconcile_s: float
+    backfill_s: float
+    vm_command_timeout_s: float
+    vm_away_limit_s: float
+    text_limit: int
+    queue_limit: int
+    drain_s: float
+
+    @classmethod
+    def read(cls, env: Env) -> Limits:
+        return cls(
+            provision_timeout_s=env.number("PROVISION_TIMEOUT_S", 300, low=0.1),
+            provision_limit=env.whole("PROVISION_LIMIT", 20, low=1),
+            vm_limit=env.whole("VM_LIMIT", 0, low=0),
+            reconcile_s=env.number("RECONCILE_S", 60, low=0),
+            backfill_s=env.number("BACKFILL_S", 60, low=0),
+            vm_command_timeout_s=env.number("VM_COMMAND_TIMEOUT_S", 330, low=0.01),
+            vm_away_limit_s=env.number("VM_AWAY_LIMIT_S", 600, low=0.01),
+            text_limit=env.whole("TEXT_LIMIT", 30, low=0),
+            queue_limit=env.whole("QUEUE_LIMIT", 20, low=1),
+            drain_s=env.number("DRAIN_S", 4, low=0),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything the environment decides, read once."""
+
+    gateway: GatewaySettings
+    fly: FlySettings
+    vm: VmSettings
+    twilio: TwilioSettings
+    limits: Limits
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the settings from `environ`; raises SettingsError naming everything that is wrong."""
+        env = Env(environ)
+        fly = FlySettings.read(env)
+        settings = cls(
+            gateway=GatewaySettings.read(env),
+            fly=fly,
+            vm=VmSettings.read(env, fly_is_local=fly.is_local),
+            twilio=TwilioSettings.read(env),
+            limits=Limits.read(env),
+        )
+        if not env.is_production:
+            settings.check_exposure(env)
+        if env.problems:
+            raise SettingsError(env.problems)
+        return settings
+
+    @property
+    def has_stand_in(self) -> bool:
+        return self.fly.is_local or self.twilio.is_local
+
+    def check_exposure(self, env: Env) -> None:
+        """Local mode hands out a shell, so none of its conveniences may face more than this machine."""
+        public_host = urlsplit(self.gateway.public_url).hostname or ""
+        is_exposed = not is_loopback(public_host) or not is_loopback(self.gateway.host)
+        beyond = "is refused when PUBLIC_URL or HOST reaches beyond this machine"
+        if is_exposed and LOCAL_KEY in self.gateway.api_keys:
+            env.wrong(
+                "COCKPIT_API_KEY", f"the key 'local' {beyond}; set a key of 16 characters or more"
+            )
+        if is_exposed and self.twilio.is_local:
+            names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
+            env.wrong("TWILIO_ACCOUNT_SID", f"the stand-in for Twilio {beyond}; set {names}")
+        if not self.fly.is_local and is_loopback(public_host):
+            remedy = "set it, or unset FLY_API_TOKEN for the stand-in"
+            env.wrong(
+                "PUBLIC_URL", f"a Fly token needs a PUBLIC_URL that Fly's VMs can reach; {remedy}"
+            )
+
+
+# --- Records and keys ---
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -446,7 +728,10 @@ class Route:
     created_at: str = ""
     step: str = ""
     last_error: str = ""
-    key_id: str = ""
+    key_id: str = ""  # which secret its VM's token was made with
+    pairing: str = "0:paired"  # stands in its machine's metadata too
+    change: str = ""  # a restart, rotation or upgrade that is not ended yet
+    old_image: str = ""  # what an upgrade goes back to
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -456,39 +741,47 @@ class Route:
         for name, value in known.items():
             if not isinstance(value, str):
                 raise ValueError(f"{name} is not a text")
-        for name in SHARED_FIELDS & known.keys():  # one copy for 100,000 routes
-            known[name] = sys.intern(known[name])
+            if name in SHARED_FIELDS:  # one copy for 100,000 routes
+                known[name] = sys.intern(value)
         if not known.get("vm_id"):
             raise ValueError("vm_id is missing")
+        if len(known) == len(stored):
+            return cls(**known)
         extra = {name: value for name, value in stored.items() if name not in ROUTE_FIELDS}
         return cls(**known, extra=extra)
 
     def to_json(self) -> Json:
-        values = {name: getattr(self, name) for name in ROUTE_FIELDS}
-        return {name: value for name, value in values.items() if value or name in ("vm_id", "machine_id", "vm_url", "state")} | dict(self.extra)
+        stored: Json = {}
+        for name, default in ROUTE_FIELDS.items():
+            value = getattr(self, name)
+            if value != default or name in ALWAYS_WRITTEN:
+                stored[name] = value
+        return {**stored, **self.extra}
 
 
-SHARED_FIELDS = frozenset(("region", "image", "state", "key_id"))
-ROUTE_FIELDS = tuple(f.name for f in dataclasses.fields(Route) if f.name != "extra")
+SHARED_FIELDS = {"region", "image", "state", "key_id", "pairing"}
+ALWAYS_WRITTEN = {"vm_id", "machine_id", "vm_url", "state"}
+ROUTE_FIELDS = {f.name: f.default for f in dataclasses.fields(Route) if f.name != "extra"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Machine:
-    """A Fly machine, as much of it as is acted on."""
+class Order:
+    """What the onboarding page asks for, checked."""
 
-    id: str
-    state: str
-    region: str
-    app: str = ""  # told by lists only
-    instance_id: str = ""
-    created_at: float | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)  # empty when Fly knows it only in part
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    image: str = ""
-    build: str = ""  # the image by its digest
-    last_event: str = ""
-    checks_pass: bool = False
-    host_ok: bool = True
+    phone: str
+    credentials: Mapping[str, str] = field(repr=False)
+    region: str = ""
+    welcome: bool = False
+
+
+class Address(NamedTuple):
+    """Where an owner texts from and to: the channel (`whatsapp:` or nothing) and our number there."""
+
+    channel: str = ""
+    number: str = ""  # ours; empty: TWILIO_PHONE_NUMBER
+
+
+USUAL_ADDRESS = Address()
 
 
 class InboundMessage(NamedTuple):
@@ -499,230 +792,333 @@ class InboundMessage(NamedTuple):
     recipient: str
     body: str
     arrived: float
-    media: tuple[tuple[str, str], ...] = ()  # (url, content type)
+    media: Sequence[Sequence[str]] = ()  # (url, content type)
     opt_out: str = ""
-    fetched: bool = False  # from Twilio's list, not by webhook
+    is_fetched: bool = False  # from Twilio's list, not by webhook
+
+    @property
+    def phone(self) -> str:
+        return self.sender.removeprefix(WHATSAPP)
+
+    @property
+    def channel(self) -> str:
+        return WHATSAPP if self.sender.startswith(WHATSAPP) else ""
 
 
-class Answer(NamedTuple):
-    """What a VM said to a command, as far as it could be understood."""
-
-    text: str
-    exit_code: int = 0
-    images: tuple[str, ...] = ()
-    unreadable: bool = False
-
-
-def mask_phone(phone: str) -> str:
-    """`+15551234567` as `+1555***4567`; shorter numbers show less."""
-    digits = phone.removeprefix("whatsapp:")
-    return f"{digits[:min(5, max(2, len(digits) - 7))]}***{digits[-4:]}"
-
-
-def scrub(text: str, hide: Iterable[str] = ()) -> str:
-    """Words from outside, made fit for a log line or an error: no whole phone number, none of `hide`, one line, 500 characters."""
-    for secret in sorted(hide, key=len, reverse=True):  # one may hold another
-        for form in (secret, json.dumps(secret)[1:-1]) if len(secret) >= 4 else ():
-            text = text.replace(form, "[hidden]")
-    text = re.sub(r"(?:\+|%2B)[1-9][0-9]{6,14}", lambda m: mask_phone(m.group().replace("%2B", "+")), text)
-    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", text).strip()[:500]
+WHATSAPP = "whatsapp:"
 
 
 def normalise_phone(text: str) -> str:
-    """A phone number in E.164 form, spaces, dots, dashes and parentheses removed; raises ValueError."""
+    """A number in E.164 form, spaces, dots, dashes and parentheses removed; raises ValueError."""
     phone = re.sub(r"[ .()-]", "", text)
     if not PHONE.fullmatch(phone):
-        raise ValueError("must be a phone number in E.164 form: +, then 7 to 15 digits, the first not 0, such as +15551234567")
+        form = "+, then 7 to 15 digits, the first not 0, such as +15551234567"
+        raise ValueError(f"must be a phone number in E.164 form: {form}")
     return phone
 
 
-def timestamp(wall_s: float) -> str:
+def utc_seconds(wall_s: float) -> str:
     """RFC 3339 in UTC, whole seconds."""
     return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def read_timestamp(told: object) -> float | None:
+def utc_millis(wall_s: float) -> str:
+    """RFC 3339 in UTC, to the millisecond."""
+    moment = datetime.fromtimestamp(wall_s, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_utc(text: object) -> float | None:
     """Wall-clock seconds of an RFC 3339 time, or None."""
     try:
-        return datetime.fromisoformat(str(told).replace("Z", "+00:00")).astimezone(UTC).timestamp()
+        moment = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
+        return moment.astimezone(UTC).timestamp()
     except (ValueError, OverflowError):
         return None
 
 
-def rfc3339(wall_s: float) -> str:
-    """The same to the millisecond."""
-    return datetime.fromtimestamp(wall_s, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+to_json = json.JSONEncoder(separators=(", ", ": ")).encode
 
 
-def keyed_mark(secret: str, what: str) -> str:
-    """base64url HMAC-SHA256 of `what`, without padding."""
-    return base64.urlsafe_b64encode(hmac.digest(secret.encode(), what.encode("utf-8", "surrogateescape"), "sha256")).decode().rstrip("=")
+def parse_json(raw: bytes | str) -> Any | None:
+    """What a JSON text says; None when it is none."""
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
-def fingerprint(secret: str) -> str:
-    """A short name for one of COCKPIT_SECRET's secrets, from which it cannot be found."""
-    return hashlib.sha256(b"cockpit key " + secret.encode()).hexdigest()[:8]
+def base64url(raw: bytes) -> str:
+    """base64url without padding."""
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def secret_of(key_id: str, roots: Sequence[str]) -> str:
-    """The secret a route's VM was given, or the signing one when that is no longer configured."""
-    return next((root for root in roots if fingerprint(root) == key_id), roots[0])
+def basic_auth(user: str, password: str) -> str:
+    """The value of an Authorization header (RFC 7617)."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
 
 
-def vm_token(secret: str, vm_id: str) -> str:
-    """The bearer token a VM and the gateway share: derived, stored nowhere."""
-    return f"{vm_id}.{keyed_mark(secret, 'vm:' + vm_id)}"
+class Keyring:
+    """Everything that is signed with COCKPIT_SECRET: the first secret signs, all of them verify."""
+
+    LINK_S = 86_400.0
+
+    def __init__(self, roots: Sequence[str]) -> None:
+        self._roots = {self.fingerprint(root): root for root in roots}
+        self.current_id = next(iter(self._roots))
+
+    @staticmethod
+    def fingerprint(root: str) -> str:
+        """A short name for a secret, from which it cannot be found."""
+        return hashlib.sha256(b"cockpit key " + root.encode()).hexdigest()[:8]
+
+    def sign(self, text: str, key_id: str = "") -> str:
+        """base64url HMAC-SHA256; by the first secret when `key_id` is none of ours."""
+        root = self._roots.get(key_id) or self._roots[self.current_id]
+        encoded = text.encode("utf-8", "surrogateescape")
+        return base64url(hmac.digest(root.encode(), encoded, "sha256"))
+
+    def verifying_id(self, text: str, signature: str) -> str:
+        """Which secret made this signature, or nothing; every one is compared, in constant time."""
+        given = signature.encode("utf-8", "surrogateescape")
+        found = ""
+        for key_id in self._roots:
+            if hmac.compare_digest(self.sign(text, key_id).encode(), given):
+                found = key_id
+        return found
+
+    def vm_token(self, vm_id: str, key_id: str = "") -> str:
+        """The bearer token a VM and the gateway share: derived, stored nowhere."""
+        return f"{vm_id}.{self.sign('vm:' + vm_id, key_id)}"
+
+    def vm_of_token(self, token: str) -> str:
+        """The vm_id whose token this is, or nothing."""
+        vm_id, _, signature = token.partition(".")
+        return vm_id if self.verifying_id(f"vm:{vm_id}", signature) else ""
+
+    @staticmethod
+    def owner_text(vm_id: str, phone: str, gateway_id: str, pairing: str) -> str:
+        """What a machine's stamp is signed over: a VM can write its own metadata."""
+        return f"owner:{vm_id}:{phone}:{gateway_id}:{pairing}"
+
+    def sign_link(self, vm_id: str, path: str, since: float) -> str:
+        """The last part of a `/media` address: what of which VM, until when; no number is in it."""
+        about = base64url(f"{vm_id} {int(since + self.LINK_S)} {path}".encode())
+        return f"{about}.{self.sign('media:' + about)}"
+
+    def open_link(self, signed: str, now: float) -> tuple[str, str]:
+        """Whose VM a link is about and what of it; raises Refusal when it is not ours or too old."""
+        about, _, signature = signed.partition(".")
+        if not self.verifying_id(f"media:{about}", signature):
+            raise Refusal(
+                "forbidden", "this link was not made here, or was changed; use it as it was sent"
+            )
+        padded = about + "=" * (-len(about) % 4)
+        vm_id, until, path = base64.urlsafe_b64decode(padded).decode().split(" ", 2)
+        if int(until) <= now:
+            raise Refusal("gone", "this link is over a day old; ask for the image again")
+        return vm_id, path
 
 
-def owner_mark(secret: str, vm_id: str, phone: str) -> str:
-    """The stamp by which a machine proves whose it is (a VM can write its own metadata)."""
-    return keyed_mark(secret, f"owner:{vm_id}:{phone}")
-
-
-def sign_link(secret: str, vm_id: str, what: str, until: float) -> str:
-    """The last part of a `/media` address: what of which VM, until when, and a mark; no phone number is in it."""
-    told = base64.urlsafe_b64encode(f"{vm_id} {int(until)} {what}".encode()).decode().rstrip("=")
-    return f"{told}.{keyed_mark(secret, 'media:' + told)}"
-
-
-def read_link(signed: str, roots: Sequence[str], now: float) -> tuple[str, str]:
-    """Whose VM a link is about, and what of it; raises Refusal when we did not make it or its time is over."""
-    told, _, mark = signed.partition(".")
-    given = mark.encode("utf-8", "surrogateescape")
-    if not any([hmac.compare_digest(keyed_mark(root, f"media:{told}").encode(), given) for root in roots]):
-        raise Refusal("forbidden", "this link was not made here, or was changed on its way; use it as it was sent")
-    vm_id, until, what = base64.urlsafe_b64decode(told + "=" * (-len(told) % 4)).decode().split(" ", 2)
-    if int(until) <= now:
-        raise Refusal("gone", "this link is over a day old; ask for the image again")
-    return vm_id, what
-
+# --- Log and metrics ---
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")
-WHOLE_PHONE = re.compile(r"\+[1-9][0-9]{6,14}")
+WHOLE_PHONE = re.compile(r"(?:\+|%2B)[1-9][0-9]{6,14}")
+BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+MAX_SERIES = 200  # of one metric: whatever comes above it counts as `other`
 
 
-def log_event(event: str, *, level: int = logging.INFO, **fields: object) -> None:
+def mask_phone(phone: str) -> str:
+    """`+15551234567` as `+1555***4567`; shorter numbers show less."""
+    digits = phone.removeprefix(WHATSAPP)
+    shown = min(5, max(2, len(digits) - 7))
+    return f"{digits[:shown]}***{digits[-4:]}"
+
+
+def mask_phones(text: str) -> str:
+    """Text in which no whole phone number is left."""
+    if "+" not in text and "%2B" not in text:
+        return text
+    return WHOLE_PHONE.sub(lambda found: mask_phone(found.group().replace("%2B", "+")), text)
+
+
+def forms_of(secret: str) -> Iterator[str]:
+    """The forms in which an upstream may echo a credential."""
+    raw = secret.encode()
+    yield secret
+    yield json.dumps(secret)[1:-1]
+    yield quote(secret, safe="")
+    yield quote_plus(secret)
+    yield base64.b64encode(raw).decode().rstrip("=")
+    yield base64url(raw)
+
+
+def redact(text: str, hide: Iterable[str] = ()) -> str:
+    """Text from outside, made fit for a log line: no secret, no whole number, one line, 500 characters."""
+    forms = {form for secret in hide if len(secret) >= 4 for form in forms_of(secret)}
+    for form in sorted(forms, key=len, reverse=True):  # one may hold another
+        text = text.replace(form, "[hidden]")
+    return re.sub(r"[\s\x00-\x1f\x7f]+", " ", mask_phones(text)).strip()[:500]
+
+
+def log_event(
+    event: str,
+    *,
+    level: int = logging.INFO,
+    exc_info: BaseException | None = None,
+    **fields: object,
+) -> None:
     """One log line: a stable event name and its fields; phone numbers go in masked."""
-    told = {name: value for name, value in fields.items() if value not in ("", None)}
-    log_lines(event, tuple(told), [tuple(told.values())], level)
+    if not log.isEnabledFor(level):
+        return
+    trace = (type(exc_info), exc_info, exc_info.__traceback__) if exc_info else None
+    # Made by hand: finding the caller's file and line, which nobody reads here, costs more than the rest.
+    record = logging.LogRecord(log.name, level, "", 0, event, None, trace)
+    record.fields = {name: value for name, value in fields.items() if value not in ("", None)}
+    log.handle(record)
 
 
-def log_lines(event: str, names: tuple[str, ...], rows: Iterable[tuple[object, ...]], level: int = logging.INFO) -> None:
-    """Lines of one event with the same fields, written together."""
-    if log.isEnabledFor(level):
-        # Made by hand: finding the caller's file and line, which nobody reads here, costs more than the rest.
-        record = logging.LogRecord(log.name, level, "", 0, event, None, None)
-        record.names, record.rows = names, rows
-        log.handle(record)
+def log_warning(event: str, **fields: Any) -> None:
+    log_event(event, level=logging.WARNING, **fields)
+
+
+def log_error(event: str, **fields: Any) -> None:
+    log_event(event, level=logging.ERROR, **fields)
 
 
 class LineFormatter(logging.Formatter):
-    """Writes a record as `key=value` text or as JSON, with the request it belongs to, and hides whole phone numbers whatever wrote them."""
+    """Writes a record as `key=value` text or as JSON, with the request it belongs to."""
 
-    encode = json.JSONEncoder(default=str).encode
+    encode = staticmethod(json.JSONEncoder(default=str).encode)
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__()
-        self.as_json = as_json
+        self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        names, rows = getattr(record, "names", ()), getattr(record, "rows", [()])
-        head = [("at", rfc3339(record.created)), ("level", record.levelname.lower()), ("event", record.getMessage())]
-        if (request_id := REQUEST_ID.get()) and "request_id" not in names:
-            head.append(("request_id", request_id))
+        line: Json = {
+            "at": utc_millis(record.created),
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+        }
+        if request_id := REQUEST_ID.get():
+            line["request_id"] = request_id
         if record.exc_info:
-            head.append(("trace", self.formatException(record.exc_info)))
-        lines = self._as_json(dict(head), names, rows) if self.as_json else self._as_text(head, names, rows)
-        text = "\n".join(lines)
-        return WHOLE_PHONE.sub(lambda found: mask_phone(found.group()), text) if "+" in text else text
-
-    def _as_json(self, head: Mapping[str, str], names: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-        # One template for all rows: half the cost of an encoded object each.
-        line = self.encode(head)[:-1].replace("%", "%%") + "".join(f', "{name}": %s' for name in names) + "}"
-        return [line % tuple([quote_json(value) if type(value) is str else value if type(value) is int else self.encode(value) for value in row]) for row in rows]
+            line["trace"] = self.formatException(record.exc_info)
+        line |= getattr(record, "fields", {})
+        return mask_phones(self.encode(line) if self._as_json else self._as_text(line))
 
     @staticmethod
-    def _as_text(head: Sequence[tuple[str, str]], names: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-        start = " ".join([head[0][1][11:], head[1][1], head[2][1], *(f"{name}={shlex.quote(value)}" for name, value in head[3:])])
-        return [" ".join([start, *(f"{name}={shlex.quote(json.dumps(value) if isinstance(value, dict) else str(value))}" for name, value in zip(names, row, strict=True))]) for row in rows]
+    def _as_text(line: Json) -> str:
+        words = [line.pop("at")[11:], line.pop("level"), line.pop("event")]
+        for name, value in line.items():
+            shown = json.dumps(value) if isinstance(value, dict) else str(value)
+            words.append(f"{name}={shlex.quote(shown)}")
+        return " ".join(words)
 
 
-# --- Metrics ---
-
-BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-LABEL_ESCAPES = str.maketrans({"\\": r"\\", '"': r'\"', "\n": r"\n"})
-STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx")
-MOST_SERIES = 200  # of one metric: whatever comes, what is above it counts as `other`
-
-
-def series(name: str, labels: Sequence[str], values: Sequence[str], number: float) -> str:
+def sample_line(name: str, labels: Sequence[str], values: Sequence[str], number: float) -> str:
     """One line of Prometheus text."""
-    told = ",".join(f'{label}="{value}"' for label, value in zip(labels, (v.translate(LABEL_ESCAPES) for v in values), strict=True))
-    return f"{name}{{{told}}} {number:.12g}" if told else f"{name} {number:.12g}"
+    pairs = zip(labels, values, strict=True)
+    inside = ",".join(f'{label}="{value.translate(LABEL_ESCAPES)}"' for label, value in pairs)
+    return f"{name}{{{inside}}} {number:.12g}" if inside else f"{name} {number:.12g}"
 
 
 class Counts:
-    """A counter per combination of label values, which come from small fixed sets: never a number or an id."""
+    """A counter per combination of label values, from small fixed sets: never a number or an id."""
 
     def __init__(self, meaning: str, *labels: str) -> None:
-        self.meaning, self.labels = meaning, labels
+        self.meaning = meaning
+        self.labels = labels
         self.values: dict[tuple[str, ...], int] = {} if labels else {(): 0}
 
     def add(self, *values: str, by: int = 1) -> None:
-        if values not in self.values and len(self.values) >= MOST_SERIES:
+        if values not in self.values and len(self.values) >= MAX_SERIES:
             values = ("other",) * len(values)
         self.values[values] = self.values.get(values, 0) + by
 
     def expose(self, name: str) -> Iterator[str]:
-        yield f"# HELP {name}_total {self.meaning}\n# TYPE {name}_total counter"
+        yield f"# HELP {name}_total {self.meaning}"
+        yield f"# TYPE {name}_total counter"
         for values, number in sorted(self.values.items()):
-            yield series(f"{name}_total", self.labels, values, number)
+            yield sample_line(f"{name}_total", self.labels, values, number)
 
 
 class Durations:
     """A histogram of seconds per combination of label values."""
 
     def __init__(self, meaning: str, *labels: str) -> None:
-        self.meaning, self.labels = meaning, labels
-        self.cells: dict[tuple[str, ...], list[float]] = {} if labels else {(): [0] * (len(BUCKETS_S) + 2)}
+        self.meaning = meaning
+        self.labels = labels
+        self.cells: dict[tuple[str, ...], list[float]] = {}
+        if not labels:
+            self.cells[()] = self._empty()
+
+    @staticmethod
+    def _empty() -> list[float]:
+        return [0.0] * (len(BUCKETS_S) + 2)  # and those above, and the sum
 
     def observe(self, seconds: float, *values: str) -> None:
         cells = self.cells.get(values)
         if cells is None:
-            cells = self.cells[values] = [0] * (len(BUCKETS_S) + 2)
+            cells = self.cells[values] = self._empty()
         cells[bisect_left(BUCKETS_S, seconds)] += 1
         cells[-1] += seconds
 
     def expose(self, name: str) -> Iterator[str]:
-        yield f"# HELP {name}_seconds {self.meaning}\n# TYPE {name}_seconds histogram"
+        yield f"# HELP {name}_seconds {self.meaning}"
+        yield f"# TYPE {name}_seconds histogram"
+        bounds = [f"{bound:g}" for bound in BUCKETS_S] + ["+Inf"]
         for values, cells in sorted(self.cells.items()):
-            total = 0.0
-            for bound, count in zip((*map(str, BUCKETS_S), "+Inf"), cells, strict=False):
-                total += count
-                yield series(f"{name}_seconds_bucket", (*self.labels, "le"), (*values, bound), total)
-            yield series(f"{name}_seconds_sum", self.labels, values, cells[-1])
-            yield series(f"{name}_seconds_count", self.labels, values, total)
+            count = 0.0
+            for bound, number in zip(bounds, cells, strict=False):
+                count += number
+                labels = (*self.labels, "le")
+                yield sample_line(f"{name}_seconds_bucket", labels, (*values, bound), count)
+            yield sample_line(f"{name}_seconds_sum", self.labels, values, cells[-1])
+            yield sample_line(f"{name}_seconds_count", self.labels, values, count)
+
+
+class Gauge(NamedTuple):
+    """A value read at the moment of the question; `values` by the label's value, or under nothing."""
+
+    name: str
+    meaning: str
+    values: Mapping[str, float]
+    label: str = ""
+
+    def expose(self) -> Iterator[str]:
+        yield f"# HELP cockpit_{self.name} {self.meaning}"
+        yield f"# TYPE cockpit_{self.name} gauge"
+        for value, number in self.values.items():
+            labels = (self.label,) if self.label else ()
+            yield sample_line(f"cockpit_{self.name}", labels, (value,) if labels else (), number)
 
 
 class Metrics:
-    """What is counted and timed. An attribute's name is its metric's, between `cockpit_` and `_total` or `_seconds`."""
+    """What is counted and timed; an attribute's name is its metric's, behind `cockpit_`."""
 
     def __init__(self, clock: Clock) -> None:
         self.texts = Counts("Texts that came in, by what the door said.", "outcome")
-        self.texts_finished = Counts("Texts accepted earlier that came to an end, by which.", "outcome")
+        self.texts_finished = Counts("Texts accepted earlier that ended, by how.", "outcome")
         self.messages_sent = Counts("Parts of messages handed to Twilio, by outcome.", "outcome")
-        self.unasked = Counts("Messages that VMs texted their owners unasked.")
-        self.deliveries = Counts("What Twilio told of messages sent, by status.", "status")
+        self.vm_messages = Counts("Messages that VMs texted their owners by themselves.")
+        self.deliveries = Counts("What Twilio reported of messages sent, by status.", "status")
         self.outages = Counts("Times a VM was found away.")
         self.text_handover = Durations("From a text's webhook to its first hand-over to the VM.")
-        self.text_answer = Durations("From a text's webhook to its answer's last part being taken by Twilio.")
+        self.text_answer = Durations(
+            "From a text's webhook to Twilio taking its answer's last part."
+        )
         self.provision = Durations("Provisionings, by what came of them.", "outcome")
-        self.pool_claims = Counts("Sign-ups that wanted a machine of the pool: claimed, missed, or claimed and then refused by Fly.", "outcome")
         self.provision_step = Durations("Steps of provisionings that succeeded.", "step")
-        self.journal_sync = Durations("One fsync of the journal.")
-        self.journal_lines = Counts("Lines queued for the journal.")
-        self.upstream = Durations("Calls to Fly and Twilio, by class of status; none: no answer came.", "service", "operation", "status")
-        self.twilio_errors = Counts("Errors that Twilio told, by its code.", "code")
+        self.store_commit = Durations(
+            "One shared transaction of the message store, with its fsync."
+        )
+        self.store_changes = Counts("Changes written by the message store.")
+        labels = ("service", "operation", "status")
+        self.upstream = Durations("Calls to Fly and Twilio; `none`: no answer came.", *labels)
+        self.twilio_errors = Counts("Errors of Twilio's, by its code.", "code")
         self.refusals = Counts("Requests that were refused, by call and code.", "call", "code")
         self._clock = clock
         self._minutes: dict[int, list[int]] = {}
@@ -731,12 +1127,10 @@ class Metrics:
     def note_text(self, *, failed: bool = False) -> None:
         """Count a text accepted, or one that failed, into the present minute."""
         minute = int(self._clock.monotonic() // 60)
-        cell = self._minutes.get(minute)
-        if cell is None:
-            cell = self._minutes[minute] = [0, 0]
-            for old in [known for known in self._minutes if known <= minute - 61]:
-                del self._minutes[old]
-        cell[failed] += 1
+        if minute not in self._minutes:
+            kept = {at: cell for at, cell in self._minutes.items() if at > minute - 61}
+            self._minutes = kept | {minute: [0, 0]}
+        self._minutes[minute][failed] += 1
 
     def last_hour(self) -> list[list[int]]:
         """Texts and failures of each of the last 60 minutes, the present one last."""
@@ -744,154 +1138,188 @@ class Metrics:
         return [self._minutes.get(at, [0, 0]) for at in range(minute - 59, minute + 1)]
 
     def texts_a_minute(self) -> float:
-        """Texts of the last 60 s, the minute before the present one counting for what is left of it."""
-        gone = self._clock.monotonic() % 60 / 60
+        """Texts of the last 60 s; the minute before the present one counts for what is left of it."""
+        passed = self._clock.monotonic() % 60 / 60
         before, present = self.last_hour()[-2:]
-        return present[0] + before[0] * (1 - gone)
+        return present[0] + before[0] * (1 - passed)
 
     def quantile(self, share: float) -> float | None:
         """Seconds from text to answer within which this share of the last 1,000 stayed."""
         known = sorted(self.recent_answers)
         return known[min(len(known) - 1, int(share * len(known)))] if known else None
 
-    def expose(self, gauges: Iterable[tuple[str, str, str, Mapping[str, float]]]) -> str:
-        """Everything in Prometheus's text format; a gauge is its name, meaning, label (or nothing) and values."""
-        lines = [line for name, metric in vars(self).items() if isinstance(metric, Counts | Durations) for line in metric.expose(f"cockpit_{name}")]
-        for name, meaning, label, values in gauges:
-            lines.append(f"# HELP cockpit_{name} {meaning}\n# TYPE cockpit_{name} gauge")
-            lines += [series(f"cockpit_{name}", (label,) if label else (), (value,) if label else (), number) for value, number in values.items()]
+    def expose(self, gauges: Iterable[Gauge]) -> str:
+        """Everything in Prometheus's text format."""
+        lines: list[str] = []
+        for name, metric in vars(self).items():
+            if isinstance(metric, Counts | Durations):
+                lines += metric.expose(f"cockpit_{name}")
+        for gauge in gauges:
+            lines += gauge.expose()
         return "\n".join(lines) + "\n"
 
 
-# --- Backoff ---
+# --- Time ---
+
+NEVER = float("-inf")
+TimeLimit = contextlib.AbstractAsyncContextManager[object]
+
+
+class Clock:
+    """The sources of time and chance, handed to whoever needs them; seconds throughout.
+
+    `now` is the wall clock as it was at the start, moved on by the monotonic one: nobody who sets a
+    clock makes a text wait too long or not at all.
+    """
+
+    def __init__(
+        self,
+        *,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        time_limit: Callable[[float], TimeLimit] = asyncio.timeout,
+        uniform: Callable[[float, float], float] = random.uniform,
+        random_bytes: Callable[[int], bytes] = secrets.token_bytes,
+    ) -> None:
+        self.monotonic = monotonic
+        self.sleep = sleep
+        self.time_limit = time_limit  # `async with`: TimeoutError when the block takes longer
+        self.uniform = uniform
+        self._random_bytes = random_bytes
+        self._ahead = wall() - monotonic()
+
+    def now(self) -> float:
+        return self._ahead + self.monotonic()
+
+    def random_id(self) -> str:
+        """Eight random base32 characters, lower case."""
+        return base64.b32encode(self._random_bytes(5)).decode().lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Retry:
-    """How often and how long to try again, seconds throughout; the pause before retry n is uniform(0, min(cap, base * 2**(n-1)))."""
+class Backoff:
+    """How often and how long to try again; the pause after n failures is uniform(0, min(cap, base * 2**(n-1)))."""
 
-    attempts: int = 5
     base_s: float = 0.5
     cap_s: float = 8.0
+    attempts: int = 5
     budget_s: float = 60.0
 
     def ceiling(self, failures: int) -> float:
-        """The longest pause after this many failures (1 or more)."""
+        """The longest pause after this many failures (1 or more), seconds."""
         return float(min(self.cap_s, self.base_s * 2.0 ** min(failures - 1, 30)))
 
+    async def pause(self, clock: Clock, failures: int, at_most: float = float("inf")) -> None:
+        """Sleep with full jitter."""
+        await clock.sleep(min(at_most, clock.uniform(0, self.ceiling(failures))))
 
-async def retry(call: Callable[[], Awaitable[T]], policy: Retry, clock: Clock,
-                on: tuple[type[UpstreamError], ...] = (UpstreamUnavailable,)) -> T:
-    """Await `call()` until it succeeds, fails for good, or policy's attempts or budget end; the last error is raised unchanged.
 
-    A 429 was never processed, so it is bounded by the budget alone; `Retry-After` is obeyed as the least pause.
+def is_unavailable(error: UpstreamError) -> bool:
+    """For calls that may be made twice."""
+    return isinstance(error, UpstreamUnavailable | UpstreamUnreadable)
+
+
+def is_surely_undone(error: UpstreamError) -> bool:
+    """For calls that must not be made twice."""
+    return isinstance(error, UpstreamUnavailable) and not error.may_have_happened
+
+
+async def retry(
+    call: Callable[[], Awaitable[T]],
+    backoff: Backoff,
+    clock: Clock,
+    *,
+    when: Callable[[UpstreamError], bool] = is_unavailable,
+    find: Callable[[], Awaitable[T | None]] | None = None,
+) -> T:
+    """Await `call()` until it succeeds, fails for good, or attempts or budget end; the last error is raised.
+
+    A 429 was never processed, so only the budget bounds it; `Retry-After` is the least pause. `find` looks
+    for what a call of unknown outcome made all the same.
     """
     failures, throttled, began = 0, 0, clock.monotonic()
     while True:
         try:
             return await call()
-        except on as error:
+        except UpstreamError as error:
+            if not when(error):
+                raise
+            if find and error.may_have_happened and (found := await find()) is not None:
+                return found
             throttled += error.status == 429
             failures += error.status != 429
-            pause = clock.uniform(0, policy.ceiling(failures + throttled))
-            pause = max(pause, error.retry_after_s or 0)
-            if failures >= policy.attempts or clock.monotonic() + pause - began > policy.budget_s:
+            pause_s = clock.uniform(0, backoff.ceiling(failures + throttled))
+            pause_s = max(pause_s, error.retry_after_s or 0)
+            passed_s = clock.monotonic() - began
+            if failures >= backoff.attempts or passed_s + pause_s > backoff.budget_s:
                 raise
-            log_event("retry", level=logging.WARNING, error=str(error), attempt=failures + throttled + 1, pause_s=round(pause, 2))
-            await clock.sleep(pause)
+            attempt = failures + throttled + 1
+            log_warning("retry", error=str(error), attempt=attempt, pause_s=round(pause_s, 2))
+            await clock.sleep(pause_s)
 
 
-@contextlib.asynccontextmanager
-async def time_limit(clock: Clock, seconds: float) -> AsyncIterator[None]:
-    """Like asyncio.timeout, by the given clock: raises TimeoutError when the block takes longer."""
-    async with asyncio.timeout(None) as limit:
-        async def expire() -> None:
-            await clock.sleep(seconds)
-            limit.reschedule(asyncio.get_running_loop().time())
-
-        watchdog = asyncio.create_task(expire())
-        try:
-            yield
-        finally:
-            watchdog.cancel()
-
-
-class Owner:
+class Tasks:
     """Owns background tasks: none is lost, each failure is logged, all end together."""
 
     def __init__(self) -> None:
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     def start(self, work: Coroutine[Any, Any, T], name: str = "") -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(work, name=name or None)
-        self._tasks.add(task)
+        self._running.add(task)
         task.add_done_callback(self._ended)
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, Refusal):
-            log.error("task_failed", exc_info=error, extra={"names": ("task",), "rows": [(getattr(task.get_coro(), "__qualname__", ""),)]})
+        self._running.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, Refusal):
+            coroutine = task.get_coro()
+            name = getattr(coroutine, "__qualname__", "")
+            log_error("task_failed", exc_info=error, task=name)
 
     async def close(self) -> None:
         """Cancel what still runs and wait for its end."""
-        while tasks := list(self._tasks):
+        while tasks := list(self._running):
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self._tasks.difference_update(tasks)  # from Python 3.12 on nobody waits for the callbacks of tasks that have ended
+            # From Python 3.12 on nobody waits for the callbacks of tasks that have ended.
+            self._running.difference_update(tasks)
 
 
-class TimeLimit:
-    """What runs under it (`with`) for longer than `seconds` by the given clock ends with TimeoutError.
+class Recent(OrderedDict[str, T]):
+    """A bounded memory: the last `most` entries, none older than `for_s`."""
 
-    One sleeper, which ends with `owner`, watches all of them: a timer for each of aiohttp's calls is a twentieth of all work per text.
-    """
+    def __init__(self, most: int, for_s: float = float("inf")) -> None:
+        super().__init__()
+        self._most = most
+        self._for_s = for_s
+        self._put_at: dict[str, float] = {}
 
-    def __init__(self, seconds: float, clock: Clock, owner: Owner) -> None:
-        self._seconds, self._clock, self._owner = seconds, clock, owner
-        # Of tasks: when they are late, and how often they were cancelled before. All have the same time, so the first to begin is the first to be late.
-        self._running: dict[Any, tuple[float, int]] = {}
-        self._late: dict[Any, int] = {}
-        self._watcher: asyncio.Task[None] | None = None
+    def put(self, key: str, value: T, now: float) -> None:
+        """Remember as the youngest; `now` by any clock that is the same for all entries."""
+        self[key] = value
+        self.move_to_end(key)
+        self._put_at[key] = now
+        while len(self) > self._most or self._put_at[next(iter(self))] <= now - self._for_s:
+            self.forget(next(iter(self)))
 
-    def __enter__(self) -> None:
-        task: Any = asyncio.current_task()
-        assert task not in self._running, "a time limit holds for one call of a task at a time"
-        self._running[task] = self._clock.monotonic() + self._seconds, task.cancelling()
-        if self._watcher is None or self._watcher.done():
-            self._watcher = self._owner.start(self._watch())
+    def is_fresh(self, key: str, now: float) -> bool:
+        """Whether it is remembered, and not too old."""
+        return key in self and self._put_at[key] > now - self._for_s
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        task: Any = asyncio.current_task()
-        self._running.pop(task, None)
-        if (cancelled_before := self._late.pop(task, None)) is not None and task.uncancel() <= cancelled_before and kind is asyncio.CancelledError:
-            raise TimeoutError from error
-
-    async def _watch(self) -> None:
-        while self._running:
-            task, (deadline, cancelled_before) = next(iter(self._running.items()))
-            if (left := deadline - self._clock.monotonic()) > 0:
-                await self._clock.sleep(left)
-            else:
-                del self._running[task]
-                self._late[task] = cancelled_before
-                task.cancel()
+    def forget(self, key: str) -> None:
+        self.pop(key, None)
+        self._put_at.pop(key, None)
 
 
-# --- State on disk ---
+# --- Routes on disk ---
 
-def tight_encoder() -> Callable[[Any], str]:
-    """json.dumps without blanks; where CPython's encoder is to be had it is made once, not at each of a text's calls (a third less each)."""
-    make = getattr(json.encoder, "c_make_encoder", None)
-    if make is None:
-        return json.JSONEncoder(separators=(",", ":")).encode
-    encode = make(None, None, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
-    return lambda value: "".join(encode(value, 0))
-
-
-dump = json.JSONEncoder(separators=(", ", ": ")).encode
-dump_tight = tight_encoder()
+ROUTES_BEGIN, ROUTES_END = b'"routes": {\n', b"\n}"
 
 
 def fsync_folder(folder: Path) -> None:
@@ -902,30 +1330,28 @@ def fsync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def give_to_owner(handle: int, folder: Path) -> None:
-    """A file that root makes, as `restore` over ssh does, belongs to the folder's owner: the gateway must be able to read it."""
-    if os.geteuid() == 0:
-        owner = folder.stat()
-        os.fchown(handle, owner.st_uid, owner.st_gid)
+def read_nofollow(path: Path) -> bytes:
+    """The file's bytes; a link that somebody planted under its name is not followed."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    with os.fdopen(handle, "rb") as file:
+        return file.read()
 
 
-def write_atomically(path: Path, chunks: Iterable[bytes]) -> int:
-    """Replace `path` with `chunks`, all or nothing, mode 0600, and return its size; raises StoreError.
+def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
+    """Replace `path` with `chunks`, all or nothing, mode 0600; raises StoreError.
 
     Blocks for two fsyncs: call it in a thread.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         temporary.unlink(missing_ok=True)
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            give_to_owner(file.fileno(), path.parent)
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(handle, "wb") as file:
             file.writelines(chunks)
-            size = file.tell()
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         fsync_folder(path.parent)
-        return size
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -936,143 +1362,137 @@ class StateLock:
     """One process per state file: held until closed or until the process ends."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path.with_name(path.name + ".lock")
+        """Blocking; raises StoreError."""
+        lock = path.with_name(path.name + ".lock")
         try:
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
-            give_to_owner(self._handle, path.parent)
+            self._handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be opened: {error.strerror}; check that the folder exists and is writable") from error
+            remedy = "check that the folder exists and is writable"
+            raise StoreError(f"{lock} cannot be opened: {error.strerror}; {remedy}") from error
         try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(self._handle)
-            raise StoreError(f"another cockpit is using {path}; stop it first, or set ROUTES_FILE to another file") from error
+            remedy = "stop it first, or set ROUTES_FILE to another file"
+            raise StoreError(f"another cockpit is using {path}; {remedy}") from error
 
     def close(self) -> None:
         os.close(self._handle)
 
 
 @dataclass(slots=True, kw_only=True)
-class StoredState:
+class StoredRoutes:
     """routes.json, read and checked."""
 
     gateway_id: str = ""
     routes: dict[str, Route] = field(default_factory=dict)
     undo: dict[str, Json] = field(default_factory=dict)
-    pool: dict[str, Json] = field(default_factory=dict)
     extra: Json = field(default_factory=dict)
-    lines: dict[str, bytes] = field(default_factory=dict)  # the routes' own, when they stand as this program writes them
 
     @classmethod
-    def parse(cls, text: bytes) -> StoredState:
+    def parse(cls, text: bytes) -> StoredRoutes:
         """Raises ValueError saying what is wrong with the file."""
-        stored, lines = read_by_line(text) or (json.loads(text), {})
+        stored = json.loads(text)
         if not isinstance(stored, dict):
             raise ValueError("it does not hold a JSON object")
         check_version(stored.pop("version", None))
-        sections = {name: stored.pop(name, {}) for name in ("routes", "undo", "pool")}
-        for name, section in sections.items():
-            if not isinstance(section, dict) or not all(isinstance(entry, dict | Route) for entry in section.values()):
+        routes = stored.pop("routes", {})
+        undo = stored.pop("undo", {})
+        stored.pop("pool", None)  # of the first version: a sweep reports its machines
+        for name, section in (("routes", routes), ("undo", undo)):
+            is_usable = isinstance(section, dict)
+            if not is_usable or not all(isinstance(entry, dict) for entry in section.values()):
                 raise ValueError(f'its "{name}" is not an object of objects')
         gateway_id = stored.pop("gateway_id", "")
         if not isinstance(gateway_id, str):
             raise ValueError('its "gateway_id" is not a text')
-        routes: dict[str, Route] = {}
-        for phone, entry in sections["routes"].items():
-            if not PHONE.fullmatch(phone):
-                raise ValueError(f"a route's key is not a phone number: {mask_phone(phone)}")
-            try:
-                routes[phone] = entry if isinstance(entry, Route) else Route.from_json(entry)
-            except ValueError as error:
-                raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
-        vm_ids = {route.vm_id for route in routes.values()}
-        if len(vm_ids) != len(routes):
-            raise ValueError("one vm_id stands under two numbers")
-        check_pool(sections["pool"], vm_ids)
-        return cls(gateway_id=gateway_id, routes=routes, undo=sections["undo"], pool=sections["pool"], extra=stored, lines=lines)
+        return cls(gateway_id=gateway_id, routes=parse_routes(routes), undo=undo, extra=stored)
 
 
-def check_pool(pool: Mapping[str, Json], routed: set[str]) -> None:
-    """An entry is claimed or destroyed by what it says, so it must be read as one; raises ValueError."""
-    for vm_id, entry in pool.items():
+def parse_routes(section: Json) -> dict[str, Route]:
+    """Raises ValueError naming the route that cannot be used."""
+    routes: dict[str, Route] = {}
+    for phone in list(section):
+        if not PHONE.fullmatch(phone):
+            raise ValueError(f"a route's key is not a phone number: {mask_phone(phone)}")
         try:
-            named = Route.from_json(entry).vm_id
+            routes[phone] = Route.from_json(section.pop(phone))  # 100,000 of them: not both at once
         except ValueError as error:
-            raise ValueError(f"the pool's {vm_id} is unusable: {error}") from error
-        if named != vm_id or vm_id in routed:
-            raise ValueError(f"the pool's {vm_id} has another vm_id, or stands under a number too")
+            raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
+    if len({route.vm_id for route in routes.values()}) != len(routes):
+        raise ValueError("one vm_id stands under two numbers")
+    return routes
 
 
 def check_version(version: object) -> None:
-    """Raises ValueError when there is none, StoreError when a newer cockpit wrote the file: no old copy may then take its place."""
+    """Raises ValueError when there is none, StoreError when a newer cockpit wrote the file.
+
+    No older copy may then take its place.
+    """
     if type(version) is not int or version < 1:
         raise ValueError('it has no "version"')
     if version > 1:
-        raise StoreError(f'the routes are of "version" {version}, which a newer cockpit wrote: run that one (nothing was overwritten)')
+        newer = f'the routes are of "version" {version}, which a newer cockpit wrote'
+        raise StoreError(f"{newer}: run that one (nothing was overwritten)")
 
 
-ROUTES_BEGIN, ROUTES_END = b'"routes": {\n', b"\n}"
-
-
-def read_by_line(text: bytes) -> tuple[Any, dict[str, bytes]] | None:
-    """A file as this program writes it, its routes parsed line by line and their lines kept; None for any other.
-
-    100,000 routes take two thirds of the time and memory that one json.loads and writing the lines anew would.
-    """
-    begin = text.find(ROUTES_BEGIN) + len(ROUTES_BEGIN)
-    end = text.find(ROUTES_END, begin)
-    if begin < len(ROUTES_BEGIN) or end < 0:
-        return None
-    routes: dict[str, Any] = {}
-    lines: dict[str, bytes] = {}
-    try:
-        stored = json.loads(text[:begin] + text[end:])
-        for line in text[begin:end].split(b",\n"):
-            (phone, entry), = json.loads(b"{%b}" % line).items()
-            routes[phone], lines[phone] = Route.from_json(entry), line
-        if stored["routes"]:  # the section found was another's
-            return None
-        stored["routes"] = routes
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return stored, lines
-
-
-def read_state(path: Path) -> tuple[StoredState, str]:
+def read_routes(path: Path) -> tuple[StoredRoutes, str]:
     """routes.json, or its last good copy and a note saying so; raises StoreError when neither can be read."""
     reasons = []
     for candidate in (path, path.with_name(path.name + ".bak")):
         try:
-            state = StoredState.parse(candidate.read_bytes())
+            stored = StoredRoutes.parse(read_nofollow(candidate))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            reasons.append(f"{candidate} cannot be used: {getattr(error, 'strerror', None) or error}")
-        else:
-            note = "" if candidate == path else f"{reasons[0] if reasons else f'{path} is missing'}; the last good copy {candidate.name} was used"
-            return state, note
+            reason = getattr(error, "strerror", None) or error
+            reasons.append(f"{candidate} cannot be used: {reason}")
+            continue
+        if candidate == path:
+            return stored, ""
+        reason = reasons[0] if reasons else f"{path} is missing"
+        return stored, f"{reason}; the last good copy {candidate.name} was used"
     if reasons:
-        raise StoreError("; ".join(reasons) + "; mend it or put back a good copy (nothing was overwritten)")
-    return StoredState(), ""
+        remedy = "mend it or put back a good copy (nothing was overwritten)"
+        raise StoreError(f"{'; '.join(reasons)}; {remedy}")
+    return StoredRoutes(), ""
+
+
+def resolve_all(waiters: Iterable[asyncio.Future[None]], error: Exception | None) -> None:
+    """Let go everybody who waits, with success or the error; who was cancelled is passed over."""
+    for waiter in waiters:
+        if waiter.done():
+            continue
+        if error is None:
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(error)
 
 
 class RouteStore:
     """The routes and what is being undone, in memory and in routes.json.
 
-    Changes take effect in memory at once; `commit` waits until they are on disk. Changes that come together share one write.
+    Changes take effect in memory at once; `commit` waits until they are on disk. Changes that come
+    together share one write.
     """
 
-    def __init__(self, path: Path, clock: Clock, owner: Owner) -> None:
+    def __init__(self, path: Path, clock: Clock, tasks: Tasks) -> None:
         """Reads the file (blocking); raises StoreError. The caller holds the file's lock."""
-        self.path, self._clock, self._owner = path, clock, owner
-        state, self.recovered = read_state(path)
-        self.is_new = not state.gateway_id
-        self.gateway_id = state.gateway_id or clock.random_id()
-        self.routes, self.undo, self.pool, self._extra = state.routes, state.undo, state.pool, state.extra
+        self.path = path
+        self._clock = clock
+        self._tasks = tasks
+        stored, self.recovery_note = read_routes(path)
+        self.is_new = not stored.gateway_id
+        self.gateway_id = stored.gateway_id or clock.random_id()
+        self.routes = stored.routes
+        self.undo = stored.undo
+        self._extra = stored.extra
         self.states = Counter(route.state for route in self.routes.values())
-        self._lines = state.lines or {phone: self._line(phone, route) for phone, route in self.routes.items()}
+        self._lines = {phone: self._line(phone, route) for phone, route in self.routes.items()}
         self._phone_of = {route.vm_id: phone for phone, route in self.routes.items()}
-        self._phone_of_machine = {route.machine_id: phone for phone, route in self.routes.items() if route.machine_id}
+        self._phone_of_machine = {
+            route.machine_id: phone for phone, route in self.routes.items() if route.machine_id
+        }
         self._vm_ids = sorted(self._phone_of)
         self._waiters: list[asyncio.Future[None]] = []
         self._writer: asyncio.Task[None] | None = None
@@ -1080,7 +1500,7 @@ class RouteStore:
 
     @staticmethod
     def _line(phone: str, route: Route) -> bytes:
-        return f"{dump(phone)}: {dump(route.to_json())}".encode()
+        return f"{to_json(phone)}: {to_json(route.to_json())}".encode()
 
     def put(self, phone: str, route: Route) -> None:
         """Set a phone's route; call `commit` to have it on disk."""
@@ -1101,23 +1521,24 @@ class RouteStore:
         self.states[route.state] -= 1
         del self._lines[phone], self._phone_of[route.vm_id]
         self._phone_of_machine.pop(route.machine_id, None)
-        place = bisect_right(self._vm_ids, route.vm_id) - 1
-        del self._vm_ids[place]
+        del self._vm_ids[bisect_left(self._vm_ids, route.vm_id)]
 
-    def adopt(self, gateway_id: str, routes: Mapping[str, Route]) -> None:
-        """Go on as this gateway, with these routes and no others."""
-        self.gateway_id = gateway_id
-        for phone in list(self.routes):
-            self.drop(phone)
-        for phone, route in routes.items():
-            if route.vm_id not in self.undo:
-                self.put(phone, route)
+    async def update(self, vm_id: str, **changes: str) -> None:
+        """Change a route that is still there, on disk; raises StoreError."""
+        found = self.find(vm_id)
+        if not found:
+            return
+        changed = replace(found[1], **changes)  # type: ignore[arg-type]
+        if changed != found[1]:
+            self.put(found[0], changed)
+            await self.commit()
 
-    def begin_undo(self, phone: str, reason: str) -> None:
+    def begin_undo(self, phone: str, reason: str, error: str = "") -> None:
         """Move a route to the undo section, which frees its number in the same write."""
         route = self.routes[phone]
         self.drop(phone)
-        self.undo[route.vm_id] = route.to_json() | {"phone_number": phone, "reason": reason}
+        entry = route.to_json() | {"phone_number": phone, "reason": reason}
+        self.undo[route.vm_id] = entry | ({"last_error": error} if error else {})
 
     def find(self, vm_id: str) -> tuple[str, Route] | None:
         """The phone and route of a vm_id or machine id."""
@@ -1127,14 +1548,14 @@ class RouteStore:
     def page(self, after: str, limit: int) -> list[str]:
         """Up to `limit` vm_ids behind `after`, in order."""
         start = bisect_right(self._vm_ids, after)
-        return self._vm_ids[start:start + limit]
+        return self._vm_ids[start : start + limit]
 
     async def commit(self) -> None:
-        """Wait until every change made so far is on disk; raises StoreError (the write goes on being tried)."""
+        """Wait until every change made so far is on disk; raises StoreError (the write is tried on)."""
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
         if self._writer is None:
-            self._writer = self._owner.start(self._write_while_needed(), "write routes")
+            self._writer = self._tasks.start(self._write_while_needed(), "write routes")
         await waiter
 
     async def _write_while_needed(self) -> None:
@@ -1142,384 +1563,465 @@ class RouteStore:
         try:
             while self._waiters or failures:
                 waiters, self._waiters = self._waiters, []
-                lines, rest = list(self._lines.values()), self._rest()
+                head, lines, tail = self._head(), list(self._lines.values()), self._tail()
                 try:
-                    await asyncio.to_thread(write_atomically, self.path, self._chunks(lines, rest))
+                    await asyncio.to_thread(self._write, self.path, head, lines, tail)
                 except StoreError as error:
                     failures += 1
                     self.trouble = str(error)
-                    log_event("routes_not_written", level=logging.ERROR, error=str(error))
-                    settle(waiters, error)
-                    await self._clock.sleep(min(5.0, 0.5 * failures))
+                    log_error("routes_not_written", error=str(error))
+                    resolve_all(waiters, error)
+                    await ROUTES_RETRY.pause(self._clock, failures)
                     continue
                 failures, self.trouble = 0, ""
-                settle(waiters, None)
-                # The copy comes after the waiters are let go: it only guards against later damage to the file itself.
+                resolve_all(waiters, None)
+                # After the waiters are let go: the copy only guards against later damage to the file.
+                copy = self.path.with_name(self.path.name + ".bak")
                 with contextlib.suppress(StoreError):
-                    await asyncio.to_thread(write_atomically, self.path.with_name(self.path.name + ".bak"), self._chunks(lines, rest))
+                    await asyncio.to_thread(self._write, copy, head, lines, tail)
         finally:
             self._writer = None
-            settle(self._waiters, StoreError(f"{self.path.name} was not written: shutting down"))
+            ending = StoreError(f"{self.path.name} was not written: shutting down")
+            resolve_all(self._waiters, ending)
 
-    def _rest(self) -> tuple[bytes, bytes]:
+    def _head(self) -> bytes:
         head = {"version": 1, "gateway_id": self.gateway_id, **self._extra}
-        return dump(head)[:-1].encode() + b', "routes": {\n', b'\n}, "undo": ' + dump(self.undo).encode() + b', "pool": ' + dump(self.pool).encode() + b"}\n"
+        return to_json(head)[:-1].encode() + b", " + ROUTES_BEGIN
+
+    def _tail(self) -> bytes:
+        return ROUTES_END + b', "undo": ' + to_json(self.undo).encode() + b"}\n"
 
     @staticmethod
-    def _chunks(lines: list[bytes], rest: tuple[bytes, bytes]) -> Iterable[bytes]:
-        yield rest[0]
-        # A thousand lines at a time, so that no join of 100,000 holds up the event loop's thread.
-        for start in range(0, len(lines), 1000):
-            yield (b",\n" if start else b"") + b",\n".join(lines[start:start + 1000])
-        yield rest[1]
+    def _write(path: Path, head: bytes, lines: list[bytes], tail: bytes) -> None:
+        def chunks() -> Iterator[bytes]:
+            yield head
+            # A thousand at a time, so that no join of 100,000 holds up the event loop's thread.
+            for start in range(0, len(lines), 1000):
+                yield b",\n" if start else b""
+                yield b",\n".join(lines[start : start + 1000])
+            yield tail
+
+        write_atomically(path, chunks())
 
     async def close(self) -> None:
         """Write what is unwritten, if the disk lets us."""
-        if self._writer is not None:
-            with contextlib.suppress(StoreError, TimeoutError):
-                async with asyncio.timeout(2):
+        with contextlib.suppress(StoreError, TimeoutError):
+            async with asyncio.timeout(2):
+                if self._writer is not None:
                     await self.commit()
-                    if self._writer is not None:
-                        await asyncio.shield(self._writer)
+                if self._writer is not None:
+                    await asyncio.shield(self._writer)
 
 
-def settle(waiters: Iterable[asyncio.Future[None]], error: Exception | None) -> None:
-    """Let go everybody who waits, with success or the error; who was cancelled meanwhile is passed over."""
-    for waiter in waiters:
-        if not waiter.done():
-            if error is None:
-                waiter.set_result(None)
-            else:
-                waiter.set_exception(error)
+ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
 
 
-@dataclass(frozen=True, slots=True)
-class Rewrite:
-    """A journal's new content, queued like any line so that it falls at the right place."""
+# --- Messages on disk ---
+#
+# One SQLite file, written by one thread. What comes together shares one transaction and one fsync.
 
-    chunks: Iterable[bytes]
+SCHEMA_VERSION = 1
+SCHEMA = """
+CREATE TABLE texts (  -- accepted and not yet finished
+    sid TEXT PRIMARY KEY, vm_id TEXT, arrived REAL, body TEXT, media TEXT, channel TEXT, number TEXT,
+    handed_over INTEGER, drops INTEGER, dropped_at REAL);
+CREATE TABLE outbound (  -- to be sent and not yet taken by Twilio
+    id TEXT PRIMARY KEY, vm_id TEXT, phone TEXT, channel TEXT, number TEXT, parts TEXT, images TEXT,
+    created_at REAL, sent INTEGER, in_words TEXT);
+CREATE TABLE vms (vm_id TEXT PRIMARY KEY, record TEXT);  -- what outlives the messages
+CREATE TABLE seen (sid TEXT PRIMARY KEY, at REAL, reply TEXT) WITHOUT ROWID;
+CREATE INDEX seen_at ON seen (at);
+CREATE TABLE sent (sid TEXT PRIMARY KEY, at REAL) WITHOUT ROWID;  -- SIDs of our own messages
+CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL);
+"""
+SEEN_S = 2 * 86_400.0
+SENT_S = 2 * 3600.0
+PRUNE_EVERY_S = 60.0
+PRUNE_ROWS = 5000
+
+Value = str | float | int | None
+Change = tuple[str, tuple[Value, ...]]
+Row = dict[str, Any]
+
+SEE = "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)"
+ADD_TEXT = "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+ADD_OUTBOUND = "INSERT OR REPLACE INTO outbound VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+PUT_VM = "INSERT OR REPLACE INTO vms VALUES (?, ?)"
 
 
-class Journal:
-    """An append-only file of JSON lines; many lines share one fsync, made in a thread of its own.
+def storable(value: Value) -> Value:
+    """What SQLite can hold: no lone surrogates, numbers within 64 bits."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "replace").decode()
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return float(value)
+    return value
 
-    `snapshot` gives the records that the present state is made of (a long one as pieces of its line), `is_idle` whether nothing is in flight: the file is
-    rewritten from them when it is idle and has grown by 64 KiB, when it is above 8 MiB, and after a failed write.
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Entry:
+    """Changes that are written together or not at all.
+
+    `sid`: only if this SID was never seen; `is_kept`: tried again until the disk lets it.
     """
 
-    GROWTH = 64 * 1024
-    CEILING = 8 * 1024 * 1024
+    changes: Sequence[Change]
+    sid: str = ""
+    at: float = 0.0
+    reply: str = ""
+    is_kept: bool = False
+    waiter: asyncio.Future[str | None] | None = None
+    result: str | None = None  # the earlier reply, when the SID was known
+    error: StoreError | None = None  # SQLite refused a row of it: it is not tried again
+
+    def write(self, database: sqlite3.Connection) -> None:
+        if self.sid:
+            row = (self.sid, self.at, storable(self.reply))
+            if database.execute(SEE, row).rowcount == 0:
+                known = database.execute(
+                    "SELECT reply FROM seen WHERE sid = ?", (self.sid,)
+                ).fetchone()
+                self.result = str(known[0])
+                return
+        for statement, values in self.changes:
+            database.execute(statement, tuple(map(storable, values)))
+
+
+class MessageStore:
+    """What is in flight and what is remembered; nothing is acknowledged before it is here."""
+
+    RETRY_S = 1.0
     GATHER_S = 0.001
 
-    def __init__(self, path: Path, clock: Clock, owner: Owner, metrics: Metrics) -> None:
-        self.path, self._clock, self._owner, self._metrics = path, clock, owner, metrics
-        self.snapshot: Callable[[], Iterable[Json | Iterable[bytes]]] = tuple
-        self.is_idle: Callable[[], bool] = lambda: False
+    def __init__(self, path: Path, clock: Clock, tasks: Tasks, metrics: Metrics) -> None:
+        self.path = path
+        self._clock = clock
+        self._tasks = tasks
+        self._metrics = metrics
+        self._thread = ThreadPoolExecutor(1, "messages")
+        self._queue: list[Entry] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._wanted = asyncio.Event()
+        self._pruned_at = NEVER
+        self._file_id = 0
+        self._at_work = 0
+        self.changes = 0  # asked for so far
         self.trouble = ""
-        self._queue: queue.SimpleQueue[tuple[bytes | Rewrite, asyncio.Future[None] | None] | None] = queue.SimpleQueue()
-        self.queued = 0  # lines, so far
-        self._unresolved: deque[bytes] = deque()  # queued, not known to be on disk: part of any rewrite
-        self._rewriting = False
-        self._repairing = False
-        self._damage: StoreError | None = None  # the writing thread's: lines are missing on file, only a rewrite mends that
-        self._thread: threading.Thread | None = None
-        self._handle = -1
-        self.size = self.base_size = 0
 
-    def read(self) -> list[Json]:
-        """The records on file (blocking); a torn last line is cut off, other unreadable lines are skipped and said."""
+    # Opening and reading, in the store's thread
+
+    async def open(self) -> None:
+        """Open or make the database; one that is damaged is set aside. Raises StoreError."""
+        await self._in_thread(self._open)
+
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
+        self._at_work += 1
         try:
-            raw = self.path.read_bytes()
-        except FileNotFoundError:
-            raw = b""
-        except OSError as error:
-            raise StoreError(f"{self.path} cannot be read: {error.strerror}") from error
-        whole = raw[:raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            log_event("journal_torn", level=logging.WARNING, bytes_cut=len(raw) - len(whole))
-            os.truncate(self.path, len(whole))
-        records, bad = [], 0
-        for line in whole.splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                record = None
-            if isinstance(record, dict):
-                records.append(record)
-            else:
-                bad += 1
-        if bad:
-            log_event("journal_lines_unreadable", level=logging.ERROR, lines=bad)
-        self.size = len(whole)  # how much of it is past is not known: `base_size` stays 0
-        return records
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+        finally:
+            self._at_work -= 1
 
-    def open(self) -> None:
-        """Start the writing thread (blocking); raises StoreError."""
-        self._open_file()
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
-        self._thread.start()
-
-    def _open_file(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
+    def _open(self) -> None:
         try:
-            self._handle = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            self.size = os.fstat(self._handle).st_size
+            self._connect()
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"{self.path.name} cannot be opened: {error}") from error
+        except sqlite3.DatabaseError as error:
+            self._set_aside(str(error))
+            self._connect()
         except OSError as error:
-            raise StoreError(f"{self.path} cannot be opened: {error.strerror}") from error
+            raise StoreError(f"{self.path.name} cannot be opened: {error.strerror}") from error
+
+    def _connect(self) -> None:
+        handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        self._file_id = os.fstat(handle).st_ino
+        os.close(handle)
+        self._database = database = sqlite3.connect(
+            self.path, isolation_level=None, check_same_thread=False, cached_statements=64
+        )
+        database.row_factory = sqlite3.Row
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            newer = f"{self.path.name} is of version {version}, which a newer cockpit wrote"
+            raise StoreError(f"{newer}: run that one (nothing was overwritten)")
+        database.execute("PRAGMA quick_check(1)")
+        if version == 0:
+            database.executescript(
+                f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
+            )
+
+    def _set_aside(self, reason: str) -> None:
+        """A damaged database costs what was in flight, never a start."""
+        with contextlib.suppress(AttributeError, sqlite3.Error):
+            self._database.close()
+        suffix = f".damaged-{int(self._clock.now())}"
+        for name in (self.path.name, f"{self.path.name}-wal", f"{self.path.name}-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                file = self.path.with_name(name)
+                file.rename(file.with_name(name + suffix))
+        kept_as = self.path.name + suffix
+        log_error("messages_damaged", error=reason, kept_as=kept_as)
+
+    async def read(self, query: str, *values: Value) -> list[Row]:
+        """Rows of the database; raises StoreError."""
+
+        def fetch() -> list[Row]:
+            return list(map(dict, self._database.execute(query, values)))
+
+        try:
+            return await self._in_thread(fetch)
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path.name} cannot be read: {error}") from error
+
+    async def known(self, sids: Sequence[str]) -> set[str]:
+        """Which of these SIDs were seen; raises StoreError."""
+        found: set[str] = set()
+        for start in range(0, len(sids), 500):
+            some = sids[start : start + 500]
+            marks = ",".join("?" * len(some))
+            rows = await self.read(f"SELECT sid FROM seen WHERE sid IN ({marks})", *some)  # noqa: S608
+            found.update(row["sid"] for row in rows)
+        return found
+
+    # Writing
 
     @property
     def is_writing(self) -> bool:
-        """Whether anything queued is not yet known to be on disk."""
-        return bool(self._unresolved) or self._rewriting
+        """Whether the thread is at work, or has something to write that the disk did not refuse yet."""
+        return self._at_work > 0 or (self._writer is not None and not self.trouble)
 
-    def append(self, record: Json) -> asyncio.Future[None]:
-        """Queue one record; the future ends when it is on disk, or with StoreError."""
-        if self.trouble and not self._rewriting:
-            self._rewrite().add_done_callback(lambda done: done.exception())
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._put(record, waiter)
-        return waiter
+    async def commit(self, *changes: Change) -> None:
+        """Wait until these are on disk; raises StoreError, and then they are not."""
+        await self._enqueue(Entry(changes=changes))
 
-    def note(self, record: Json) -> None:
-        """Queue one record that nobody waits for."""
-        self._put(record, None)
+    async def commit_once(self, sid: str, at: float, reply: str, *changes: Change) -> str | None:
+        """The same, unless this SID was seen: then nothing is written, and the reply of that time returned."""
+        return await self._enqueue(Entry(changes=changes, sid=sid, at=at, reply=reply))
 
-    def _put(self, record: Json, waiter: asyncio.Future[None] | None) -> None:
-        line = dump_tight(record).encode() + b"\n"
-        self.queued += 1
-        self._unresolved.append(line)
-        self._queue.put((line, waiter))
+    async def save(self, *changes: Change) -> None:
+        """Wait until these are on disk or the disk has failed once: they are kept and tried again then."""
+        with contextlib.suppress(StoreError):
+            await self._enqueue(Entry(changes=changes, is_kept=True))
 
-    def _rewrite(self) -> asyncio.Future[None]:
-        self._rewriting = True
-        parts: list[Iterable[bytes]] = [(dump_tight(part).encode() + b"\n",) if isinstance(part, dict) else part for part in self.snapshot()]
-        chunks = itertools.chain.from_iterable([*parts, tuple(self._unresolved)])
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        self._queue.put((Rewrite(chunks), waiter))
-        return waiter
+    def note(self, *changes: Change) -> None:
+        """Write these soon; nobody waits."""
+        self._queue.append(Entry(changes=changes, is_kept=True))
+        self._start_writing()
 
-    def _work(self) -> None:
-        """The writing thread: takes what has gathered, writes it, syncs once, tells the event loop."""
-        gathered = 0
-        while True:
-            item = self._queue.get()
-            if gathered > 2:
-                # Under load a short pause lets more lines share the fsync. Relays per second by milliseconds: 0.3: 3,384, 0.6: 3,529, 1: 3,562, 1.4: 3,498, 2: 3,365.
-                time.sleep(self.GATHER_S)
-            batch = [item]
-            with contextlib.suppress(queue.Empty):
-                while item is not None and not isinstance(item[0], Rewrite):
-                    batch.append(item := self._queue.get_nowait())
-            rewrite = batch.pop() if item is None or isinstance(item[0], Rewrite) else None
-            lines = [entry for entry in batch if entry is not None]
-            gathered = len(lines)
-            if lines:
-                waiters = [waiter for _, waiter in lines if waiter]
-                self._report(len(lines), waiters, self._write(b"".join(line for line, _ in lines if isinstance(line, bytes)), sync=bool(waiters)))
-            if rewrite is not None and isinstance(rewrite[0], Rewrite):
-                self._report(0, [rewrite[1]] if rewrite[1] else [], self._replace(rewrite[0].chunks), rewrote=True)
-            if item is None:
-                return
+    async def _enqueue(self, entry: Entry) -> str | None:
+        entry.waiter = asyncio.get_running_loop().create_future()
+        self._queue.append(entry)
+        self._wanted.set()
+        self._start_writing()
+        return await entry.waiter
 
-    def _report(self, lines: int, waiters: list[asyncio.Future[None]], error: StoreError | None, *, rewrote: bool = False) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody is left to tell
-            self._loop.call_soon_threadsafe(self._resolve, lines, waiters, error, rewrote)
+    def _start_writing(self) -> None:
+        self.changes += 1
+        if self._writer is None:
+            self._writer = self._tasks.start(self._write_while_needed(), "write messages")
 
-    def _write(self, data: bytes, *, sync: bool) -> StoreError | None:
-        if self._damage is not None:
-            return self._damage
+    async def _write_while_needed(self) -> None:
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._handle, view):]
-            if sync:
-                began = self._clock.monotonic()
-                os.fdatasync(self._handle)
-                self._metrics.journal_sync.observe(self._clock.monotonic() - began)
-            self.size += len(data)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._handle, self.size)  # no half line may stay before the next one
-            self._damage = StoreError(f"{self.path.name} cannot be written: {error.strerror}")
-        return self._damage
+            while self._queue:
+                # Under load a short pause lets more texts share the fsync.
+                await asyncio.sleep(self.GATHER_S if len(self._queue) > 2 else 0)
+                batch, self._queue = self._queue, []
+                error = await self._in_thread(self._write, batch)
+                self._settle(batch, error)
+                if error is not None:
+                    await self._pause()
+        finally:
+            self._writer = None
 
-    def _replace(self, chunks: Iterable[bytes]) -> StoreError | None:
+    async def _pause(self) -> None:
+        """A failing disk is tried again after a while, or as soon as somebody waits for it."""
+        if any(entry.waiter for entry in self._queue):
+            return
+        self._wanted.clear()
+        with contextlib.suppress(TimeoutError):
+            async with self._clock.time_limit(self.RETRY_S):
+                await self._wanted.wait()
+
+    def _settle(self, batch: list[Entry], error: StoreError | None) -> None:
+        if error is not None and not self.trouble:
+            log_error("messages_not_written", error=str(error))
+        elif error is None and self.trouble:
+            log_event("messages_written_again", level=logging.WARNING)
+        self.trouble = str(error) if error else ""
+        for entry in batch:
+            if entry.waiter is None or entry.waiter.done():
+                continue
+            if failure := error or entry.error:
+                entry.waiter.set_exception(failure)
+            else:
+                entry.waiter.set_result(entry.result)
+        if error is not None:
+            kept = [entry for entry in batch if entry.is_kept]
+            for entry in kept:
+                entry.waiter = None
+            self._queue = kept + self._queue
+
+    def _write(self, batch: Sequence[Entry]) -> StoreError | None:
+        began = self._clock.monotonic()
         try:
-            try:
-                self.base_size = write_atomically(self.path, chunks)
-            finally:
-                self._open_file()  # even what failed may have replaced the file: lines go to the one that has the name now
-        except StoreError as error:
-            return error
-        self._damage = None
+            self._transact(batch)
+        except (sqlite3.OperationalError, OSError) as error:
+            self._roll_back()
+            reason = error.strerror if isinstance(error, OSError) else error
+            return StoreError(f"{self.path.name} cannot be written: {reason}")
+        self._metrics.store_commit.observe(self._clock.monotonic() - began)
+        self._metrics.store_changes.add(by=sum(len(entry.changes) for entry in batch))
         return None
 
-    def _resolve(self, lines: int, waiters: list[asyncio.Future[None]], error: StoreError | None, rewrote: bool) -> None:
-        self._metrics.journal_lines.add(by=lines)
-        if rewrote:
-            self._rewriting = False
-        settle(waiters, error)
-        # Behind those who were just let go: until they have acted on it, only the line itself tells a rewrite of it.
-        self._loop.call_soon(self._forget, lines)
-        if error is not None:
-            if not self.trouble:
-                log_event("journal_not_written", level=logging.ERROR, error=str(error))
-            self.trouble = str(error)
-            if not self._repairing:
-                self._repairing = True
-                self._owner.start(self._repair(), "repair journal")
-        elif rewrote:
-            self.trouble = ""
+    def _transact(self, batch: Sequence[Entry]) -> None:
+        """All in one transaction; a row that SQLite refuses is put aside alone."""
+        if os.stat(self.path).st_ino != self._file_id:
+            raise FileNotFoundError(errno.ENOENT, "the file was removed")
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            for entry in batch:
+                entry.write(self._database)
+        except (sqlite3.OperationalError, OSError):
+            raise
+        except Exception:  # one of them; which, a savepoint for each tells
+            self._roll_back()
+            self._database.execute("BEGIN IMMEDIATE")
+            for entry in batch:
+                self._write_apart(entry)
+        self._prune()
+        self._database.execute("COMMIT")
 
-    def _forget(self, lines: int) -> None:
-        for _ in range(lines):
-            self._unresolved.popleft()
-        self.tidy()
+    def _write_apart(self, entry: Entry) -> None:
+        self._database.execute("SAVEPOINT entry")
+        try:
+            entry.write(self._database)
+        except (sqlite3.OperationalError, OSError):
+            raise
+        except Exception as error:
+            self._database.execute("ROLLBACK TO entry")
+            entry.error = StoreError(f"{self.path.name} refuses this: {error}")
+            log_error("row_refused", error=str(error), statements=len(entry.changes))
+        self._database.execute("RELEASE entry")
 
-    def tidy(self) -> None:
-        """Rewrite the file if it has grown enough: called after each write and when nothing is in flight any more."""
-        if self._rewriting or self._repairing or self.trouble:
+    def _roll_back(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+
+    def _prune(self) -> None:
+        """Forget what is old, a little at a time, beside what is written anyway."""
+        now = self._clock.now()
+        if now < self._pruned_at + PRUNE_EVERY_S:
             return
-        grown = self.size - self.base_size
-        # Half the base besides: a large remembered state is not written again for every 64 KiB.
-        if (grown >= max(self.GROWTH, self.base_size // 2) and self.is_idle()) or (self.size > self.CEILING and grown > self.CEILING // 2):
-            self._rewrite().add_done_callback(lambda done: done.exception())  # a failure is told by _resolve
-
-    async def _repair(self) -> None:
-        """After a failed write the file may lack lines that memory already counts on: write it anew until that succeeds."""
-        while True:
-            await self._clock.sleep(1.0)
-            with contextlib.suppress(StoreError):
-                await self._rewrite()
-            if not self.trouble:
-                log_event("journal_recovered", level=logging.WARNING)
-                self._repairing = False
-                return
+        self._pruned_at = now
+        for table, kept_s in (("seen", SEEN_S), ("sent", SENT_S)):
+            old = f"SELECT sid FROM {table} WHERE at < ? LIMIT {PRUNE_ROWS}"  # noqa: S608
+            self._database.execute(f"DELETE FROM {table} WHERE sid IN ({old})", (now - kept_s,))  # noqa: S608
 
     async def close(self) -> None:
-        """Write what is queued; leave a file without finished business behind; end the thread."""
-        if self._thread is None:
-            return
-        with contextlib.suppress(StoreError):
-            if self.size > self.base_size or self.trouble:
-                await self._rewrite()
-        self._queue.put(None)
-        await asyncio.to_thread(self._thread.join)
-        os.close(self._handle)
+        """Write what is queued, if the disk lets us; end the thread."""
+        if self._queue or self._writer:
+            await self.save()
+        await self._in_thread(self._close)
+        self._thread.shutdown(wait=False)
+
+    def _close(self) -> None:
+        with contextlib.suppress(AttributeError, sqlite3.Error):
+            self._database.close()
+
+
+class OldJournal:
+    """The `.journal` of the first version, read once and moved into the database."""
+
+    def __init__(self, path: Path) -> None:
+        """Blocking."""
+        self._texts: dict[str, Json] = {}
+        self._outbound: dict[str, Json] = {}
+        self._seen: dict[str, float] = {}
+        self._vms: dict[str, Json] = defaultdict(dict)
+        for line in read_nofollow(path).splitlines():
+            record = parse_json(line)
+            if isinstance(record, dict):
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # a torn line
+                    self._apply(record, str(record.get("k")))
+
+    def _apply(self, record: Json, kind: str) -> None:
+        if kind == "in":
+            self._texts[record["sid"]] = record
+            self._seen[record["sid"]] = record["at"]
+        elif kind in ("run", "held", "cut"):
+            dropped = {"drops": record.get("n", 0), "dropped_at": record.get("at", 0)}
+            self._texts[record["sid"]] |= {"run": kind != "held"} | dropped
+        elif kind == "out":
+            self._outbound[record["id"]] = record
+            for sid in record.get("re", ()):
+                self._texts.pop(sid, None)
+        elif kind == "sent":
+            self._outbound[record["id"]]["sent"] = record["n"]
+        elif kind == "done":
+            del self._outbound[record["id"]]
+        elif kind in ("seen", "mute", "state"):
+            self._remember(record)
+
+    def _remember(self, record: Json) -> None:
+        if "sid" in record:
+            self._seen[record["sid"]] = record["at"]
+        self._seen.update(record.get("seen", ()))
+        opted = record.get("muted", {})
+        if "who" in record:
+            opted = {record["who"]: opted}
+        for who, opted_out in opted.items():
+            channel = WHATSAPP if who.startswith(WHATSAPP) else ""
+            self._vms[who.removeprefix(WHATSAPP)].setdefault("opted_out", {})[channel] = opted_out
+
+    def changes(self, phone_of: Callable[[str], str]) -> Iterator[Change]:
+        for sid, at in self._seen.items():
+            yield SEE, (sid, at, "")
+        for vm_id, record in self._vms.items():
+            yield PUT_VM, (vm_id, to_json(record))
+        for sid, text in self._texts.items():
+            address = text.get("channel", ""), text.get("ours", "")
+            handed_over = bool(text.get("run")), text.get("drops", 0), text.get("dropped_at", 0)
+            media = to_json(text.get("media", []))
+            yield (
+                ADD_TEXT,
+                (sid, text["vm"], text["at"], text["body"], media, *address, *handed_over),
+            )
+        for id_, out in self._outbound.items():
+            if phone := phone_of(out["vm"]):
+                address = out.get("channel", ""), out.get("ours", "")
+                content = to_json(out["parts"]), to_json(out.get("images", []))
+                progress = out["at"], out.get("sent", 0), to_json(out.get("in_words", []))
+                yield ADD_OUTBOUND, (id_, out["vm"], phone, *address, *content, *progress)
 
 
 # --- Calls out ---
 
 MAX_UPSTREAM_BYTES = 8 * 1024 * 1024
-# What aiohttp's response is made of in the one version line whose requests are known here; with any other aiohttp makes its requests itself.
-KNOWN_RESPONSE = {"method", "url", "writer", "continue100", "timer", "request_info", "traces", "loop", "session", "stream_writer", "return"}
-PREPARES_REQUESTS = aiohttp.__version__.startswith("3.14.") and aiohttp.ClientResponse.__init__.__annotations__.keys() == KNOWN_RESPONSE
-
-
-class Burst:
-    """Sends what is to go out in one turn of the event loop together at its end: one by one, each would wake its receiver (a sixth of a text's work)."""
-
-    def __init__(self) -> None:
-        self._waiting: deque[tuple[asyncio.WriteTransport, bytes]] = deque()
-
-    def add(self, transport: asyncio.WriteTransport, raw: bytes) -> None:
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self._send)
-        self._waiting.append((transport, raw))
-
-    def _send(self) -> None:
-        try:
-            while self._waiting:
-                transport, raw = self._waiting.popleft()
-                transport.write(raw)  # nothing, if it was closed meanwhile
-        finally:
-            if self._waiting:  # one failed: that is not the others' fault
-                asyncio.get_running_loop().call_soon(self._send)
-
-
-class Packet(NamedTuple):
-    """A whole request in bytes, and what sends it."""
-
-    raw: bytes
-    burst: Burst
-    output_size: int = 0  # aiohttp's response asks its writer for it
-
-
-class PreparedRequest(aiohttp.ClientRequest):
-    """A request of which a Packet goes out as it is: aiohttp need not merge, look through and write headers, nor start a task for the body.
-
-    With `Burst` it spares a fifth of all work per text. `request_class` of ClientSession; what has no Packet is aiohttp's own business.
-    """
-
-    proxy = proxy_auth = proxy_headers = server_hostname = None
-    packet: Packet | None = None
-
-    def __init__(self, method: str, url: URL, *, data: Any = None, **given: Any) -> None:
-        if not isinstance(data, Packet):
-            super().__init__(method, url, data=data, **given)
-            return
-        self.packet, self.method, self.url, self.original_url, self.headers = data, method, url, url, given["headers"]
-        self.loop, self.response_class = given["loop"], given["response_class"]
-        self._session, self._timer, self._ssl, self._traces = given["session"], given["timer"], given["ssl"], given["traces"]
-
-    async def send(self, conn: Any) -> aiohttp.ClientResponse:
-        if self.packet is None:
-            return await super().send(conn)
-        protocol = conn.protocol
-        if protocol.transport is None or protocol.transport.is_closing():
-            raise aiohttp.ClientConnectionResetError("the connection is closing")
-        self.packet.burst.add(protocol.transport, self.packet.raw)
-        protocol.start_timeout()
-        packet: Any = self.packet
-        return self.response_class(self.method, self.url, writer=None, continue100=None, timer=self._timer, request_info=self.request_info, traces=self._traces,
-                                   loop=self.loop, session=self._session, stream_writer=packet)
-
-
-class Call:
-    """A POST that is made again and again: what is the same each time is put into bytes once. For sessions whose requests are PreparedRequests."""
-
-    def __init__(self, url: URL, headers: Mapping[str, str], burst: Burst) -> None:
-        self._url, self._burst = url, burst
-        self._headers = {"Accept": "*/*", "Accept-Encoding": "identity", "User-Agent": aiohttp.http.SERVER_SOFTWARE, **headers}
-        self._head = f"POST {url.raw_path_qs} HTTP/1.1\r\nHost: {url.host_port_subcomponent}\r\n" + header_lines(self._headers) if PREPARES_REQUESTS else ""
-
-    async def post(self, session: aiohttp.ClientSession, body: bytes, timeouts: aiohttp.ClientTimeout, more: Mapping[str, str]) -> aiohttp.ClientResponse:
-        """The answer, as far as its head; `more` are further headers. Raises aiohttp.ClientError, TimeoutError, or ValueError for what no header can hold."""
-        head = f"{self._head}{header_lines(more)}Content-Length: {len(body)}\r\n\r\n"
-        if not PREPARES_REQUESTS:
-            return await session.post(self._url, data=aiohttp.BytesPayload(body), headers={**self._headers, **more}, allow_redirects=False, timeout=timeouts)
-        return await session.post(self._url, data=Packet(head.encode() + body, self._burst), allow_redirects=False, timeout=timeouts)
-
-
-def header_lines(headers: Mapping[str, str]) -> str:
-    """Headers as they go on the wire; raises ValueError when one would break out of its line."""
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
-        raise ValueError("a control character in a header")
-    return lines
+STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx")
+FRESH_CONNECTION_S = 5.0
+CONNECT_TIMEOUT = aiohttp.ClientTimeout(
+    sock_connect=10
+)  # the whole of a call has its own time limit
 
 
 async def read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
-    """The body, or None when it is longer than `limit` bytes; afterwards the response is done with."""
-    if response.content.is_eof():  # it came together with its head, as small ones do
-        raw = response.content.read_nowait()
-        return raw if len(raw) <= limit else None
-    chunks, size = [], 0
-    async with response:
-        async for chunk in response.content.iter_any():
-            size += len(chunk)
-            if size > limit:
-                response.close()
-                return None
-            chunks.append(chunk)
+    """The body, or None when it is longer than `limit` bytes."""
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in response.content.iter_any():
+        size += len(chunk)
+        if size > limit:
+            response.close()
+            return None
+        chunks.append(chunk)
     return b"".join(chunks)
 
 
 def kind_of_failure(status: int) -> type[UpstreamError]:
-    """The error class of an HTTP status of 300 and above; 408 is Fly's wait running out, or its host's."""
+    """The error class of a status of 300 and above; 408 is Fly's wait running out, or its host's."""
     if status in (408, 429) or status >= 500:
         return UpstreamUnavailable
     return UpstreamNotFound if status == HTTPStatus.NOT_FOUND else UpstreamRejected
@@ -1528,30 +2030,157 @@ def kind_of_failure(status: int) -> type[UpstreamError]:
 def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
     """Seconds of a Retry-After header, given as seconds or as a date; at most a minute is obeyed."""
     value = headers.get("Retry-After", "").strip()
-    if not value:
-        return None
     try:
-        pause = float(value)
+        pause_s = float(value)
     except ValueError:
+        moment = parse_http_date(value)
+        pause_s = float("nan") if moment is None else moment - clock.now()
+    return min(60.0, max(0.0, pause_s)) if pause_s == pause_s else None
+
+
+def parse_http_date(text: object) -> float | None:
+    """Wall-clock seconds of a date as HTTP and Twilio write it (RFC 2822), or None."""
+    try:
+        return parsedate_to_datetime(str(text)).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """How a cloud names its requests and explains its errors; `explain` gives words and a code."""
+
+    service: str
+    request_id_header: str
+    explain: Callable[[bytes], tuple[str, str]]
+    is_unprocessed: Callable[[int], bool]  # by status: such a request surely had no effect
+
+
+class Upstream:
+    """One cloud's API: every request to it goes through `ask`."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        fresh_session: aiohttp.ClientSession,
+        dialect: Dialect,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`fresh_session` makes a new connection for each request: it is used after a cut."""
+        self.session = session
+        self._fresh_session = fresh_session
+        self._dialect = dialect
+        self._clock = clock
+        self._metrics = metrics
+        self._cut_at = NEVER
+        self._last_date: str | None = None
+        self.silent_since: float | None = None  # monotonic: the first call without an answer
+        self.ahead_s = 0.0  # of our clock, by the Date of its last answer
+
+    async def ask(
+        self,
+        operation: str,
+        method: str,
+        url: URL,
+        *,
+        timeout_s: float,
+        hide: Iterable[str] = (),
+        **sent: Any,
+    ) -> Any:
+        """What it answers, parsed, None when that is empty; raises UpstreamError."""
+        service, status, began = self._dialect.service, 0, self._clock.monotonic()
+        headers: Mapping[str, str] = {}
+        session = self._fresh_session if began < self._cut_at + FRESH_CONNECTION_S else self.session
+        request = session.request(
+            method, url, allow_redirects=False, timeout=CONNECT_TIMEOUT, **sent
+        )
         try:
-            pause = parsedate_to_datetime(value).timestamp() - clock.now()
-        except (ValueError, OverflowError):
-            return None
-    return min(60.0, max(0.0, pause)) if pause == pause else None
+            async with self._clock.time_limit(timeout_s), request as response:
+                status, headers = response.status, response.headers
+                raw = await read_at_most(response, MAX_UPSTREAM_BYTES)
+        except aiohttp.ClientConnectorError as error:
+            self._note_silence()
+            reason = f"not reached ({type(error).__name__})"
+            raise UpstreamUnavailable(service, operation, reason) from error
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._note_silence()
+            self._cut_at = self._clock.monotonic()
+            reason = f"no answer ({type(error).__name__})"
+            raise UpstreamUnavailable(service, operation, reason, may_have_happened=True) from error
+        finally:
+            passed_s = self._clock.monotonic() - began
+            self._metrics.upstream.observe(
+                passed_s, service, operation, STATUS_CLASSES[status // 100]
+            )
+        self._note_answer(headers)
+        if status >= 300:
+            raise self._fault(operation, status, headers, raw or b"", hide)
+        value = parse_json(raw) if raw else None
+        if value is None and raw != b"":
+            reason = "an answer that is not JSON"
+            raise UpstreamUnreadable(
+                service, operation, reason, status=status, may_have_happened=True
+            )
+        return value
+
+    def _note_silence(self) -> None:
+        if self.silent_since is None:
+            self.silent_since = self._clock.monotonic()
+
+    def _note_answer(self, headers: Mapping[str, str]) -> None:
+        self.silent_since = None
+        date = headers.get("Date")
+        if date == self._last_date:
+            return
+        self._last_date = date
+        told = parse_http_date(date)
+        if told is not None:
+            # A Date is cut to the second, so that Twilio's time as we tell it is never in its future.
+            self.ahead_s = self._clock.now() - told
+
+    def _fault(
+        self,
+        operation: str,
+        status: int,
+        headers: Mapping[str, str],
+        raw: bytes,
+        hide: Iterable[str],
+    ) -> UpstreamError:
+        # Whole before it is cut: of a secret cut in two neither half would be found.
+        words, code = self._dialect.explain(raw)
+        return kind_of_failure(status)(
+            self._dialect.service,
+            operation,
+            redact(words, hide),
+            status=status,
+            code=code,
+            request_id=headers.get(self._dialect.request_id_header, ""),
+            may_have_happened=not self._dialect.is_unprocessed(status),
+            retry_after_s=read_retry_after(headers, self._clock),
+        )
 
 
-# --- Fly Machines ---
+# --- Fly ---
+#
+# Facts: Fly's OpenAPI document and docs, and fly-go, its own client.
 
-# Calls whose 401 or 403 means that Fly refuses our token; elsewhere it may be an app not visible yet, or somebody else's.
+# Calls whose 401 or 403 means that Fly refuses our token; elsewhere the app may not be visible yet.
 TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
-FRESH_APPS = 200  # apps whose affinity cookies are kept
+CAPACITY_WORDS = (
+    "insufficient resources",
+    "insufficient memory",
+    "no capacity",
+    "over the allowed quota",
+)
+RESTING = ("stopped", "suspended")
 FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
-SEEN_APP_S = 5.0  # how long one that was seen before is looked for
-CAPACITY_WORDS = ("insufficient resources", "insufficient memory", "no capacity", "over the allowed quota")
+FRESH_APP = Backoff(base_s=0.5, cap_s=2, attempts=1000, budget_s=FRESH_APP_S)
+COOKIES_KEPT = 200  # apps whose affinity cookies are kept
 
 
 def fly_authorization(token: str) -> str:
-    """The Authorization header for a Fly token: `FlyV1` for macaroons, whole comma-joined, else `Bearer` (fly-go, tokens/tokens.go)."""
+    """The Authorization header: `FlyV1` for macaroons, whole comma-joined, else `Bearer` (fly-go, tokens.go)."""
     token = token.strip()
     while token.lower().startswith(("bearer ", "flyv1 ")):
         token = token.split(" ", 1)[1].strip()
@@ -1560,427 +2189,83 @@ def fly_authorization(token: str) -> str:
     return "FlyV1 " + ",".join(macaroons) if macaroons else "Bearer " + ",".join(parts)
 
 
-def is_capacity(error: UpstreamError) -> bool:
-    """Whether Fly is out of room there: it comes as 400, 403, 409, 412, 422 and 5xx, so only its words tell."""
-    return error.code == "insufficient_capacity" or any(words in error.words.lower() for words in CAPACITY_WORDS)
+def explain_fly(raw: bytes) -> tuple[str, str]:
+    """Fly's words and machine-readable code: `error` or `message`, `status`; else the raw text."""
+    body = parse_json(raw)
+    code = ""
+    if isinstance(body, dict):
+        words = body.get("error") or body.get("message") or body
+        words = words if isinstance(words, str) else json.dumps(words)
+        code = str(body.get("status") or "")
+    else:
+        words = body if isinstance(body, str) else raw.decode("utf-8", "replace")
+    # Out of room comes as 400, 403, 409, 412, 422 and 5xx: often only the words tell.
+    if any(known in words.lower() for known in CAPACITY_WORDS):
+        code = NO_CAPACITY
+    return words, code
+
+
+FLY = Dialect(
+    service="fly",
+    request_id_header="fly-request-id",
+    explain=explain_fly,
+    is_unprocessed=lambda status: status == HTTPStatus.TOO_MANY_REQUESTS,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """A Fly machine, as much of it as is acted on."""
+
+    id: str
+    state: str
+    region: str
+    app: str = ""  # named by lists only
+    instance_id: str = ""
+    created_at: float | None = None
+    config: Mapping[str, Any] = field(default_factory=dict)  # empty when Fly knows it only in part
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    image: str = ""
+    build: str = ""  # the image by its digest
+    last_event: str = ""
+    checks_pass: bool = False
+    host_ok: bool = True
 
 
 def parse_machine(stored: Any) -> Machine:
-    """Raises ValueError when it is not a machine."""
-    if not isinstance(stored, dict) or not isinstance(stored.get("id"), str) or not stored["id"] or not isinstance(stored.get("state"), str):
+    """Raises KeyError, TypeError, AttributeError or ValueError when it is not a machine."""
+    if not (isinstance(stored["id"], str) and stored["id"] and isinstance(stored["state"], str)):
         raise ValueError("a machine without id or state")
-    config, reference = stored.get("config") or {}, stored.get("image_ref") or {}
-    metadata = (config or stored.get("incomplete_config") or {}).get("metadata") or {}
-    checks = [check for check in stored.get("checks") or [] if isinstance(check, dict)]
-    named = "/".join(str(reference[part]) for part in ("registry", "repository") if reference.get(part))
+    config = stored.get("config") or {}
+    known = config or stored.get("incomplete_config") or {}
+    metadata = known.get("metadata") or {}
+    checks = stored.get("checks") or []
+    events = stored.get("events") or []
     return Machine(
-        id=stored["id"], state=stored["state"], region=str(stored.get("region") or ""), app=str(stored.get("app_name") or ""), config=config,
-        instance_id=str(stored.get("instance_id") or ""), created_at=read_timestamp(stored.get("created_at")),
-        metadata={str(name): str(value) for name, value in metadata.items()}, image=str(config.get("image") or ""),
-        build=f"{named}@{reference['digest']}" if named and reference.get("digest") else "", last_event=next((str(event["id"]) for event in stored.get("events") or []), ""),
+        id=stored["id"],
+        state=stored["state"],
+        region=str(stored.get("region") or ""),
+        app=str(stored.get("app_name") or ""),
+        instance_id=str(stored.get("instance_id") or ""),
+        created_at=parse_utc(stored.get("created_at")),
+        config=config,
+        metadata={str(name): str(value) for name, value in metadata.items()},
+        image=str(config.get("image") or ""),
+        build=image_by_digest(stored.get("image_ref") or {}),
+        last_event=str(events[0]["id"]) if events else "",
         checks_pass=bool(checks) and all(check.get("status") == "passing" for check in checks),
         host_ok=stored.get("host_status", "ok") == "ok",
     )
 
 
-class FlyClient:
-    """The Machines API, one method per verb; every request goes through `_request`.
-
-    Facts: Fly's OpenAPI document and docs; rate limits are 1 request/s with bursts of 3 per action and app or machine
-    (5/s, bursts of 10, for Get Machine), so requests are paced here rather than refused there.
-    """
-
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, metrics: Metrics) -> None:
-        self._session, self._settings, self._clock, self._metrics = session, settings, clock, metrics
-        self._base = settings.fly_url + "/v1"
-        self._headers = {"Authorization": fly_authorization(settings.fly_token)}
-        self._tokens = re.split("[ ,]", self._headers["Authorization"])[1:]
-        self._ready_at: dict[tuple[str, str], float] = {}
-        self.retry = Retry(attempts=5, base_s=0.5, cap_s=8, budget_s=settings.provision_timeout_s)
-        self.trouble = ""
-        self._refusal_logged_at = float("-inf")
-        self._fresh: deque[str] = deque()
-
-    async def _pace(self, action: str, identifier: str) -> None:
-        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
-        now, key = self._clock.monotonic(), (action, identifier)
-        if len(self._ready_at) > 10_000:
-            self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
-        at = max(self._ready_at.get(key, 0.0), now)
-        self._ready_at[key] = at + 1 / rate
-        # The margin covers a clock that runs a little apart from Fly's.
-        if (pause := at - now - (burst - 1) / rate) > 0:
-            await self._clock.sleep(pause + 0.02)
-
-    async def _request(self, method: str, path: str, action: str, identifier: str = "", *, body: Json | None = None,
-                       query: Mapping[str, str] | None = None, timeout_s: float = 30, hide: Iterable[str] = ()) -> Any:
-        """One request; raises UpstreamError's children, which carry status, request id and Fly's words with `hide` left out."""
-        await self._pace(action, identifier)
-        url = URL(self._base + path, encoded=True)
-        if query:
-            url = url.with_query(query)
-
-        def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
-            return kind("fly", action, words=scrub(words, (*self._tokens, *hide)), **facts)
-
-        status, began = 0, self._clock.monotonic()
-        try:
-            async with self._session.request(method, url, json=body, headers=self._headers, allow_redirects=False,
-                                             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=10)) as response:
-                status = response.status
-                raw = await read_at_most(response, MAX_UPSTREAM_BYTES)
-        except aiohttp.ClientConnectorError as error:
-            raise fault(UpstreamUnavailable, f"not reached ({type(error).__name__})") from error
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise fault(UpstreamUnavailable, f"no answer ({type(error).__name__})", maybe_done=True) from error
-        finally:
-            self._metrics.upstream.observe(self._clock.monotonic() - began, "fly", action, STATUS_CLASSES[status // 100])
-        request_id = response.headers.get("fly-request-id", "")
-        if response.status >= 300:
-            words, code = explain_fly(raw or b"")
-            kind = kind_of_failure(response.status)
-            self._notice_refusal(action, response.status, words)
-            raise fault(kind, words, status=response.status, request_id=request_id, code=code, maybe_done=response.status != 429,
-                        retry_after_s=read_retry_after(response.headers, self._clock))
-        self.trouble = ""
-        if not raw:
-            return None
-        try:
-            return json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise fault(UpstreamUnreadable, "an answer that is not JSON", status=response.status, request_id=request_id, maybe_done=True) from error
-
-    def _notice_refusal(self, action: str, status: int, words: str) -> None:
-        """A token that Fly refuses is told on /health, and in one log line a minute."""
-        if action not in TOKEN_CALLS or status not in (401, 403) or any(full in words.lower() for full in CAPACITY_WORDS):
-            return
-        self.trouble = f"Fly refuses our token ({status} to {action}): set FLY_API_TOKEN to an organisation token of {self._settings.fly_org}"
-        if (now := self._clock.monotonic()) - self._refusal_logged_at >= 60:
-            self._refusal_logged_at = now
-            log_event("fly_refuses_us", level=logging.ERROR, error=self.trouble)
-
-    def _nonsense(self, action: str, words: str) -> UpstreamUnreadable:
-        return UpstreamUnreadable("fly", action, words=words, maybe_done=True)
-
-    async def _repeatably(self, call: Callable[[], Awaitable[T]]) -> T:
-        """For calls that may be made twice: GETs, idempotent writes."""
-        return await retry(call, self.retry, self._clock, on=(UpstreamUnavailable, UpstreamUnreadable))
-
-    async def _surely_not_done(self, call: Callable[[], Awaitable[T]]) -> T:
-        """For calls that must not be made twice: tried again only when the last one had no effect."""
-        async def once() -> T:
-            try:
-                return await call()
-            except UpstreamUnavailable as error:
-                if error.maybe_done:
-                    raise Ambiguous(error) from error
-                raise
-        try:
-            return await retry(once, self.retry, self._clock)
-        except Ambiguous as ambiguous:
-            raise ambiguous.error from ambiguous.error.__cause__
-
-    # Apps
-
-    async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; an app of that name that is ours counts as created. Raises NameTaken."""
-        body = {"name": app, "org_slug": self._settings.fly_org, "network": app}
-
-        async def create() -> None:
-            try:
-                # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
-                await self._request("POST", "/apps", "create app", body=body, query={"wait": "true"}, timeout_s=60)
-            except UpstreamUnreadable:
-                return
-            except UpstreamRejected as error:
-                taken = error.code == "name_taken" or "already been taken" in error.words.lower() or error.status == 409
-                if not taken or not await self._is_ours(app, error):
-                    raise
-                log_event("app_adopted", vm_id=app)
-        self._fresh.append(app)
-        if len(self._fresh) > FRESH_APPS:  # cookies of apps long made would only pile up
-            self._forget_cookies(self._fresh.popleft())
-        await self._repeatably(create)
-
-    async def _is_ours(self, app: str, taken: UpstreamRejected) -> bool:
-        deadline = self._clock.monotonic() + (FRESH_APP_S if taken.code == "name_taken" else 0)
-        while True:
-            try:
-                found = await self._repeatably(lambda: self.get_app(app))
-                break
-            except UpstreamNotFound:
-                if self._clock.monotonic() >= deadline:
-                    return False
-            except UpstreamRejected as error:
-                raise NameTaken("fly", "create app", status=taken.status, request_id=taken.request_id, words=f"the name {app} is taken by somebody else") from error
-            await self._clock.sleep(1.0)  # made a moment ago by a call whose answer was lost, and not visible yet
-        organization = found.get("organization")
-        slug = organization.get("slug") if isinstance(organization, dict) else None
-        return slug in (None, self._settings.fly_org) and found.get("network", app) == app
-
-    async def list_apps(self) -> set[str]:
-        """The names of the organisation's apps."""
-        async def list_all() -> set[str]:
-            listed = await self._request("GET", "/apps", "list apps", query={"org_slug": self._settings.fly_org})
-            apps = listed.get("apps") if isinstance(listed, dict) else None
-            if not isinstance(apps, list) or not all(isinstance(app, dict) and isinstance(app.get("name"), str) for app in apps):
-                raise self._nonsense("list apps", "an answer without apps")
-            return {app["name"] for app in apps}
-        return await self._repeatably(list_all)
-
-    async def get_app(self, app: str) -> Json:
-        """One attempt; raises UpstreamNotFound when there is none."""
-        found = await self._request("GET", f"/apps/{quote(app)}", "get app", app)
-        if not isinstance(found, dict) or found.get("name", app) != app:
-            raise self._nonsense("get app", "an answer that is not this app")
-        return found
-
-    async def delete_app(self, app: str) -> bool:
-        """Ask for the app and everything in it to be deleted; False when Fly knows no such app (any more, or yet)."""
-        async def delete() -> bool:
-            try:
-                await self._request("DELETE", f"/apps/{quote(app)}", "delete app", app, query={"force": "true"}, timeout_s=60)
-            except UpstreamNotFound:
-                return False
-            except UpstreamUnreadable:
-                return True
-            return True
-        return await self._repeatably(delete)
-
-    def _forget_cookies(self, app: str) -> None:
-        self._session.cookie_jar.clear(lambda cookie: cookie["path"].rstrip("/").endswith(f"/apps/{app}"))
-
-    # Secrets, addresses, volumes
-
-    async def set_secrets(self, app: str, values: Mapping[str, str]) -> int:
-        """Set all secrets in one call and return their version."""
-        async def set_all() -> int:
-            answer = await self._request("POST", f"/apps/{quote(app)}/secrets", "set secrets", app, body={"values": dict(values)}, hide=values.values())
-            version = (answer.get("version") or answer.get("Version")) if isinstance(answer, dict) else None
-            if not isinstance(version, int):
-                raise self._nonsense("set secrets", "an answer without a version")
-            return version
-        return await self._repeatably(set_all)
-
-    async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
-        """Allocate an address of this kind (`private_v6`, `shared_v4`, `v6`); the outcome being unknown, what is there is listed first."""
-        path, body = f"/apps/{quote(app)}/ip_assignments", {"type": kind} | ({"network": network} if network else {})
-
-        async def is_there() -> bool:
-            listed = await self._request("GET", path, "list addresses", app)
-            if not isinstance(listed, dict) or not isinstance(listed.get("ips"), list):
-                raise self._nonsense("list addresses", "an answer without ips")
-            return any(kind_of_address(address) == kind for address in listed["ips"] if isinstance(address, dict))
-
-        async def allocate() -> bool:
-            await self._request("POST", path, "allocate address", app, body=body, timeout_s=60)
-            return True
-        await self._once(allocate, lambda: self._repeatably(is_there))
-
-    async def ensure_volume(self, app: str, region: str, guest: Json) -> tuple[str, str]:
-        """Create the volume a machine's /data lives on; returns its id and its region."""
-        path = f"/apps/{quote(app)}/volumes"
-        body = {"name": "data", "region": region, "size_gb": self._settings.vm_volume_gb, "compute": guest}
-
-        async def find() -> tuple[str, str] | None:
-            listed = await self._request("GET", path, "list volumes", app)
-            if not isinstance(listed, list):
-                raise self._nonsense("list volumes", "an answer that is not a list")
-            return next(((str(v["id"]), region) for v in listed if isinstance(v, dict) and v.get("id") and v.get("name") == "data"
-                         and v.get("region") == region and "destroy" not in str(v.get("state"))), None)
-
-        async def create() -> tuple[str, str] | None:
-            volume = await self._request("POST", path, "create volume", app, body=body, timeout_s=60)
-            if not isinstance(volume, dict) or not isinstance(volume.get("id"), str):
-                raise self._nonsense("create volume", "an answer without an id")
-            return volume["id"], str(volume.get("region") or region)
-        made = await self._once(create, lambda: self._repeatably(find))
-        assert made is not None
-        return made
-
-    async def delete_volume(self, app: str, volume_id: str) -> None:
-        """Delete a volume; none being there is success."""
-        async def delete() -> None:
-            with contextlib.suppress(UpstreamNotFound, UpstreamUnreadable):
-                await self._request("DELETE", f"/apps/{quote(app)}/volumes/{quote(volume_id)}", "delete volume", app)
-        await self._repeatably(delete)
-
-    async def _once(self, create: Callable[[], Awaitable[T]], find: Callable[[], Awaitable[T]]) -> T:
-        """Make something that has no idempotency key exactly once: after an unknown outcome look for it, twice, before making it again."""
-        for attempt in range(1, self.retry.attempts + 1):
-            try:
-                return await self._surely_not_done(create)
-            except (UpstreamUnavailable, UpstreamUnreadable) as error:
-                if is_capacity(error) or not error.maybe_done:
-                    raise
-                for pause in (0.2, 1.0):  # lists lag behind writes
-                    await self._clock.sleep(pause)
-                    if found := await find():
-                        return found
-                if attempt == self.retry.attempts:
-                    raise
-                await self._clock.sleep(self._clock.uniform(0, self.retry.ceiling(attempt)))
-        raise AssertionError("unreachable")
-
-    # Machines
-
-    async def create_machine(self, app: str, request: Json, launch: str) -> Machine:
-        """Create a machine; one that carries our `cockpit_launch` mark after an unknown outcome is adopted."""
-        path = f"/apps/{quote(app)}/machines"
-
-        async def create() -> Machine | None:
-            return self._machine("create machine", await self._request("POST", path, "create machine", app, body=request, timeout_s=90))
-
-        async def find() -> Machine | None:
-            machines = await self.list_machines(app)
-            return next((machine for machine in machines if machine.metadata.get("cockpit_launch") == launch), None)
-        machine = await self._once(create, find)
-        assert machine is not None
-        return machine
-
-    def _machine(self, action: str, answer: Any) -> Machine:
-        try:
-            return parse_machine(answer)
-        except (ValueError, AttributeError, TypeError, KeyError) as error:
-            raise self._nonsense(action, str(error)) from error
-
-    async def list_machines(self, app: str) -> list[Machine]:
-        async def list_all() -> list[Machine]:
-            listed = await self._request("GET", f"/apps/{quote(app)}/machines", "list machines", app)
-            if not isinstance(listed, list):
-                raise self._nonsense("list machines", "an answer that is not a list")
-            return [self._machine("list machines", entry) for entry in listed]
-        return await self._repeatably(list_all)
-
-    async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
-        """The organisation's machines (without host status), and the regions that Fly could not ask."""
-        machines: list[Machine] = []
-        unasked: set[str] = set()
-        cursors = [""]
-
-        async def list_page() -> Json:
-            query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
-            page = await self._request("GET", f"/orgs/{quote(self._settings.fly_org)}/machines", "list org machines", query=query, timeout_s=60)
-            if not isinstance(page, dict) or not isinstance(page.get("machines"), list):
-                raise self._nonsense("list org machines", "an answer without machines")
-            return page
-        while True:
-            page = await self._repeatably(list_page)
-            machines += [self._machine("list org machines", entry) for entry in page["machines"]]
-            unasked.update(str(region) for region in page.get("error_regions") or ())
-            following = str(page.get("next_cursor") or "")  # pages may be short, or even empty, while more follow
-            if not following:
-                return machines, sorted(unasked)
-            if following in cursors:
-                raise self._nonsense("list org machines", "a list that goes round in circles")
-            cursors.append(following)
-
-    async def get_machine(self, app: str, machine_id: str) -> Machine:
-        async def get() -> Machine:
-            return self._machine("get machine", await self._request("GET", f"/apps/{quote(app)}/machines/{quote(machine_id)}", "get machine", machine_id))
-        return await self._repeatably(get)
-
-    async def start_machine(self, app: str, machine_id: str) -> None:
-        """One attempt: the state is read again before another."""
-        await self._request("POST", f"/apps/{quote(app)}/machines/{quote(machine_id)}/start", "start machine", machine_id)
-
-    async def delete_machine(self, app: str, machine_id: str) -> None:
-        """Destroy one machine of an app; none being there is success."""
-        async def delete() -> None:
-            with contextlib.suppress(UpstreamNotFound, UpstreamUnreadable):
-                await self._request("DELETE", f"/apps/{quote(app)}/machines/{quote(machine_id)}", "delete machine", machine_id, query={"force": "true"})
-        await self._repeatably(delete)
-
-    async def restart_machine(self, app: str, machine: Machine) -> None:
-        """Restart a machine, or start it when it rests."""
-        if machine.state in ("stopped", "suspended"):
-            return await self.start_machine(app, machine.id)
-        path = f"/apps/{quote(app)}/machines/{quote(machine.id)}/restart"
-        return await self._surely_not_done(lambda: self._request("POST", path, "restart machine", machine.id, query={"timeout": "30s"}, timeout_s=90))
-
-    async def update_machine(self, app: str, machine: Machine, config: Json, secrets_version: int) -> Machine:
-        """Replace the machine's whole config, which restarts it; after an unknown outcome another version than before is ours."""
-        body = {"config": config, "min_secrets_version": secrets_version} | ({"current_version": machine.instance_id} if machine.instance_id else {})
-
-        async def update() -> Machine | None:
-            path = f"/apps/{quote(app)}/machines/{quote(machine.id)}"
-            return self._machine("update machine", await self._request("POST", path, "update machine", machine.id, body=body, timeout_s=90))
-
-        async def find() -> Machine | None:
-            found = await self.get_machine(app, machine.id)
-            return found if found.instance_id != machine.instance_id else None
-        updated = await self._once(update, find)
-        assert updated is not None
-        return updated
-
-    async def read_token(self) -> list[Json]:
-        """What Fly says of the token in use."""
-        told = await self._request("GET", "/tokens/current", "read token")
-        return [entry for entry in (told.get("tokens") if isinstance(told, dict) else None) or [] if isinstance(entry, dict)]
-
-    async def list_regions(self) -> set[str]:
-        told = await self._request("GET", "/platform/regions", "list regions")
-        return {str(row.get("code")) for row in (told.get("regions") if isinstance(told, dict) else None) or [] if isinstance(row, dict)}
-
-    async def wake(self, app: str, machine_id: str) -> None:
-        """Start the machine if it is stopped or suspended; raises UpstreamError."""
-        machine = await self.get_machine(app, machine_id)
-        if machine.state in ("stopped", "suspended") and machine.host_ok:
-            log_event("machine_started", vm_id=app, was=machine.state)
-            await self.start_machine(app, machine_id)
-
-    async def is_started(self, app: str, machine_id: str, timeout_s: float, *, instance_id: str = "", after_event: str = "") -> bool:
-        """Wait until the machine is started, in that version, after that event; False when Fly's wait ran out (1 to 60 s, 408)."""
-        query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))}
-        query |= {name: value for name, value in (("version", instance_id), ("from_event_id", after_event)) if value}
-        path = f"/apps/{quote(app)}/machines/{quote(machine_id)}/wait"
-
-        async def wait() -> bool:
-            try:
-                await self._request("GET", path, "wait for machine", machine_id, query=query, timeout_s=75)
-            except UpstreamUnavailable as error:
-                if error.status == HTTPStatus.REQUEST_TIMEOUT:
-                    return False
-                raise
-            return True
-        return await self._repeatably(wait)
-
-
-class Ambiguous(CockpitError):
-    """Carries an error past the retry loop: the call may have taken effect."""
-
-    def __init__(self, error: UpstreamUnavailable) -> None:
-        super().__init__(str(error))
-        self.error = error
-
-
-class NameTaken(UpstreamRejected):
-    """The app's name belongs to another organisation: nothing of ours was made."""
-
-
-def explain_fly(raw: bytes) -> tuple[str, str]:
-    """Fly's words and machine-readable code: `error` or `message`, `status`; else the raw text."""
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        # Whole: of a secret cut in two neither half would be found.
-        return body if isinstance(body, str) else raw.decode("utf-8", "replace"), ""
-    words, code = body.get("error") or body.get("message") or body, body.get("status")
-    return words if isinstance(words, str) else json.dumps(words), code if isinstance(code, str) else ""
-
-
-def told_of_fly(error: UpstreamError, **facts: Any) -> Refusal:
-    """What a caller is told when Fly refused or failed."""
-    facts |= {"fly_status": error.status, "request_id": error.request_id}
-    if is_capacity(error):
-        return Refusal("no_capacity", f"Fly has no room: {error}", retry_after_s=60, **facts)
-    return Refusal("fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable", str(error), **facts)
+def image_by_digest(reference: Json) -> str:
+    named = [str(reference[part]) for part in ("registry", "repository") if reference.get(part)]
+    digest = reference.get("digest")
+    return f"{'/'.join(named)}@{digest}" if named and digest else ""
 
 
 def kind_of_address(address: Json) -> str:
-    """Fly does not reliably return a type: Flycast addresses start with fdaa:, shared ones say so (fly-go, IsFlycast)."""
+    """Fly does not reliably return a type: Flycast starts with fdaa:, shared ones say so (fly-go, IsFlycast)."""
     ip = str(address.get("ip") or "")
     if ip.startswith("fdaa:"):
         return "private_v6"
@@ -1989,104 +2274,579 @@ def kind_of_address(address: Json) -> str:
     return "v6" if ":" in ip else "v4"
 
 
+class Pace:
+    """Keeps calls under Fly's rate limits: 1 a second with bursts of 3, per action and app or machine.
+
+    Get Machine: 5 a second, bursts of 10.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._ready_at: dict[tuple[str, str], float] = {}
+
+    async def wait(self, action: str, identifier: str) -> None:
+        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
+        now, key = self._clock.monotonic(), (action, identifier)
+        if len(self._ready_at) > 10_000:
+            self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
+        at = max(self._ready_at.get(key, 0.0), now)
+        self._ready_at[key] = at + 1 / rate
+        pause_s = at - now - (burst - 1) / rate
+        if pause_s > 0:
+            # The margin covers a clock that runs a little apart from Fly's.
+            await self._clock.sleep(pause_s + 0.02)
+
+
+class FlyClient:
+    """The Machines API, one method per verb; every request goes through `_call`."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        fresh_session: aiohttp.ClientSession,
+        settings: FlySettings,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        budget_s: float = 300.0,
+    ) -> None:
+        """`budget_s`: how long calls are tried again, the whole of a provisioning."""
+        self._settings = settings
+        self._clock = clock
+        self.api = Upstream(session, fresh_session, FLY, clock, metrics)
+        self._pace = Pace(clock)
+        self._headers = {"Authorization": fly_authorization(settings.token)}
+        self._credentials = re.split("[ ,]", self._headers["Authorization"])[1:]
+        self.backoff = Backoff(attempts=5, base_s=0.5, cap_s=8, budget_s=budget_s)
+        self.trouble = ""
+        self._refusal_logged_at = NEVER
+        self._cookies_of: deque[str] = deque()
+
+    async def _call(
+        self,
+        method: str,
+        path: str,
+        action: str,
+        identifier: str = "",
+        *,
+        body: Json | None = None,
+        query: Mapping[str, str] | None = None,
+        timeout_s: float = 30,
+        hide: Iterable[str] = (),
+        parse: Callable[[Any], T],
+    ) -> T:
+        """One request, its answer read by `parse`; raises UpstreamError."""
+        await self._pace.wait(action, identifier)
+        url = URL(f"{self._settings.api_url}/v1{path}", encoded=True)
+        try:
+            answer = await self.api.ask(
+                action,
+                method,
+                url.with_query(query) if query else url,
+                timeout_s=timeout_s,
+                hide=(*self._credentials, *hide),
+                json=body,
+                headers=self._headers,
+            )
+        except UpstreamError as error:
+            self._note_refusal(error)
+            raise
+        self.trouble = ""
+        try:
+            return parse(answer)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            reason = f"an answer that makes no sense ({type(error).__name__})"
+            raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
+
+    def _note_refusal(self, error: UpstreamError) -> None:
+        """A token that Fly refuses is named on /health, and in one log line a minute."""
+        is_refusal = error.status in (401, 403) and error.code != NO_CAPACITY
+        if not is_refusal or error.operation not in TOKEN_CALLS:
+            return
+        remedy = f"set FLY_API_TOKEN to an organisation token of {self._settings.org}"
+        self.trouble = f"Fly refuses our token ({error.status} to {error.operation}): {remedy}"
+        now = self._clock.monotonic()
+        if now - self._refusal_logged_at >= 60:
+            self._refusal_logged_at = now
+            log_error("fly_refuses_us", error=self.trouble)
+
+    async def _repeat(self, call: Callable[[], Awaitable[T]]) -> T:
+        """For calls that may be made twice: GETs, idempotent writes."""
+        return await retry(call, self.backoff, self._clock)
+
+    async def _read(self, path: str, action: str, identifier: str = "", **more: Any) -> Any:
+        return await self._repeat(lambda: self._call("GET", path, action, identifier, **more))
+
+    async def _make_once(
+        self, create: Callable[[], Awaitable[T]], find: Callable[[], Awaitable[T | None]]
+    ) -> T:
+        """Make what has no idempotency key exactly once: after an unknown outcome it is looked for first."""
+
+        async def look() -> T | None:
+            for pause_s in (0.2, 1.0):  # lists lag behind writes
+                await self._clock.sleep(pause_s)
+                if (found := await find()) is not None:
+                    return found
+            return None
+
+        def is_worth_repeating(error: UpstreamError) -> bool:
+            return is_unavailable(error) and error.code != NO_CAPACITY
+
+        return await retry(create, self.backoff, self._clock, when=is_worth_repeating, find=look)
+
+    # Apps
+
+    async def create_app(self, app: str) -> None:
+        """Create the app on a network named after it; one of that name that is ours counts. Raises NameTaken."""
+        self._cookies_of.append(app)
+        if len(self._cookies_of) > COOKIES_KEPT:  # those of apps long made would only pile up
+            self._forget_cookies(self._cookies_of.popleft())
+        body = {"name": app, "org_slug": self._settings.org, "network": app}
+
+        async def create() -> None:
+            try:
+                # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
+                await self._call(
+                    "POST",
+                    "/apps",
+                    "create app",
+                    body=body,
+                    query={"wait": "true"},
+                    timeout_s=60,
+                    parse=ignore,
+                )
+            except UpstreamUnreadable:
+                return
+            except UpstreamRejected as error:
+                is_taken = (
+                    error.code == "name_taken" or "already been taken" in error.detail.lower()
+                )
+                if not is_taken and error.status != HTTPStatus.CONFLICT:
+                    raise
+                await self._check_ours(app, error)
+
+        await self._repeat(create)
+
+    def _forget_cookies(self, app: str) -> None:
+        ending = f"/apps/{app}"
+        self.api.session.cookie_jar.clear(
+            lambda cookie: cookie["path"].rstrip("/").endswith(ending)
+        )
+
+    async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
+        """Made a moment ago by a call whose answer was lost, it may not be visible yet. Raises NameTaken."""
+        other = f"the name {app} is taken by somebody else"
+        name_taken = NameTaken("fly", "create app", other, status=taken.status)
+        try:
+            found = await retry(
+                lambda: self.get_app(app),
+                FRESH_APP,
+                self._clock,
+                when=lambda error: is_unavailable(error) or isinstance(error, UpstreamNotFound),
+            )
+        except UpstreamNotFound:
+            raise taken from None
+        except UpstreamRejected as error:
+            raise name_taken from error
+        organization = found.get("organization")
+        slug = organization.get("slug") if isinstance(organization, dict) else None
+        if slug not in (None, self._settings.org) or found.get("network", app) != app:
+            raise name_taken
+        log_event("app_adopted", vm_id=app)
+
+    async def list_apps(self) -> set[str]:
+        """The names of the organisation's apps."""
+
+        def names(answer: Any) -> set[str]:
+            return {str(app["name"]) for app in answer["apps"]}
+
+        query = {"org_slug": self._settings.org}
+        return set(await self._read("/apps", "list apps", query=query, parse=names))
+
+    async def get_app(self, app: str) -> Json:
+        """One attempt; raises UpstreamNotFound when there is none."""
+
+        def this_app(answer: Any) -> Json:
+            if answer.get("name", app) != app:
+                raise ValueError("another app")
+            return dict(answer)
+
+        return await self._call("GET", f"/apps/{quote(app)}", "get app", app, parse=this_app)
+
+    async def delete_app(self, app: str) -> bool:
+        """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
+        path, query = f"/apps/{quote(app)}", {"force": "true"}
+
+        async def delete() -> bool:
+            try:
+                await self._call(
+                    "DELETE", path, "delete app", app, query=query, timeout_s=60, parse=ignore
+                )
+            except UpstreamNotFound:
+                return False
+            except UpstreamUnreadable:
+                return True
+            return True
+
+        return await self._repeat(delete)
+
+    # Secrets, addresses, volumes
+
+    async def set_secrets(self, app: str, values: Mapping[str, str]) -> int:
+        """Set these in one call, leave others; returns the secrets' version."""
+
+        def version(answer: Any) -> int:
+            return int(answer.get("version") or answer["Version"])
+
+        return await self._repeat(
+            lambda: self._call(
+                "POST",
+                f"/apps/{quote(app)}/secrets",
+                "set secrets",
+                app,
+                body={"values": dict(values)},
+                hide=values.values(),
+                parse=version,
+            )
+        )
+
+    async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
+        """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
+        path = f"/apps/{quote(app)}/ip_assignments"
+        body = {"type": kind} | ({"network": network} if network else {})
+
+        def find(answer: Any) -> bool | None:
+            kinds = [kind_of_address(address) for address in answer["ips"]]
+            return kind in kinds or None
+
+        await self._make_once(
+            lambda: self._call(
+                "POST", path, "allocate address", app, body=body, timeout_s=60, parse=lambda _: True
+            ),
+            lambda: self._read(path, "list addresses", app, parse=find),
+        )
+
+    async def ensure_volume(
+        self, app: str, region: str, size_gb: int, guest: Json
+    ) -> tuple[str, str]:
+        """Create the volume a machine's /data lives on, beside room for `guest`; returns its id and region."""
+        path = f"/apps/{quote(app)}/volumes"
+        body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
+
+        def volume(answer: Any) -> tuple[str, str]:
+            if not isinstance(answer["id"], str):
+                raise ValueError("no id")
+            return answer["id"], str(answer.get("region") or region)
+
+        def find(answer: Any) -> tuple[str, str] | None:
+            for listed in answer:
+                is_ours = listed.get("name") == "data" and listed.get("region") == region
+                if is_ours and "destroy" not in str(listed.get("state")):
+                    return volume(listed)
+            return None
+
+        return await self._make_once(
+            lambda: self._call(
+                "POST", path, "create volume", app, body=body, timeout_s=60, parse=volume
+            ),
+            lambda: self._read(path, "list volumes", app, parse=find),
+        )
+
+    async def delete_volume(self, app: str, volume_id: str) -> None:
+        """Delete a volume; none being there is success."""
+        path = f"/apps/{quote(app)}/volumes/{quote(volume_id)}"
+        with contextlib.suppress(UpstreamNotFound):
+            await self._repeat(
+                lambda: self._call("DELETE", path, "delete volume", app, parse=ignore)
+            )
+
+    # Machines
+
+    @staticmethod
+    def _machine_path(app: str, machine_id: str) -> str:
+        return f"/apps/{quote(app)}/machines/{quote(machine_id)}"
+
+    async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
+        """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
+        path = f"/apps/{quote(app)}/machines"
+
+        def find(answer: Any) -> Machine | None:
+            machines = map(parse_machine, answer)
+            ours = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
+            return next(ours, None)
+
+        return await self._make_once(
+            lambda: self._call(
+                "POST", path, "create machine", app, body=request, timeout_s=90, parse=parse_machine
+            ),
+            lambda: self._read(path, "list machines", app, parse=find),
+        )
+
+    async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
+        """The organisation's machines (without host status), and the regions that Fly could not ask."""
+        path = f"/orgs/{quote(self._settings.org)}/machines"
+        machines: list[Machine] = []
+        missing: set[str] = set()
+        cursors = [""]
+
+        def page(answer: Any) -> str:
+            machines.extend([parse_machine(entry) for entry in answer["machines"]])
+            missing.update(str(region) for region in answer.get("error_regions") or ())
+            return str(answer.get("next_cursor") or "")
+
+        while True:
+            query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
+            # A page may be short, or even empty, while more follow.
+            following = await self._read(
+                path, "list org machines", query=query, timeout_s=60, parse=page
+            )
+            if not following:
+                return machines, sorted(missing)
+            if following in cursors:
+                raise UpstreamUnreadable(
+                    "fly", "list org machines", "a list that goes round in circles"
+                )
+            cursors.append(following)
+
+    async def get_machine(self, app: str, machine_id: str) -> Machine:
+        path = self._machine_path(app, machine_id)
+        machine: Machine = await self._read(path, "get machine", machine_id, parse=parse_machine)
+        return replace(machine, app=app)
+
+    async def start_machine(self, app: str, machine_id: str) -> None:
+        """One attempt: the state is read again before another."""
+        path = self._machine_path(app, machine_id) + "/start"
+        await self._call("POST", path, "start machine", machine_id, parse=ignore)
+
+    async def restart_machine(self, app: str, machine: Machine) -> None:
+        """Restart a machine, or start it when it rests."""
+        if machine.state in RESTING:
+            return await self.start_machine(app, machine.id)
+        path = self._machine_path(app, machine.id) + "/restart"
+        query = {"timeout": "30s"}
+        return await retry(
+            lambda: self._call(
+                "POST", path, "restart machine", machine.id, query=query, timeout_s=90, parse=ignore
+            ),
+            self.backoff,
+            self._clock,
+            when=is_surely_undone,
+        )
+
+    async def update_machine(
+        self, app: str, machine: Machine, config: Json, secrets_version: int
+    ) -> Machine:
+        """Replace the whole config, which restarts it; after an unknown outcome another version is ours."""
+        body: Json = {"config": config, "min_secrets_version": secrets_version}
+        if machine.instance_id:
+            body["current_version"] = machine.instance_id
+        path = self._machine_path(app, machine.id)
+
+        async def find() -> Machine | None:
+            found = await self.get_machine(app, machine.id)
+            return found if found.instance_id != machine.instance_id else None
+
+        return await self._make_once(
+            lambda: self._call(
+                "POST",
+                path,
+                "update machine",
+                machine.id,
+                body=body,
+                timeout_s=90,
+                parse=parse_machine,
+            ),
+            find,
+        )
+
+    async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
+        """Set one entry of a machine's metadata; the machine is not restarted."""
+        path = f"{self._machine_path(app, machine_id)}/metadata/{quote(name)}"
+        body = {"value": value}
+        await self._repeat(
+            lambda: self._call("POST", path, "set metadata", machine_id, body=body, parse=ignore)
+        )
+
+    async def wake(self, app: str, machine_id: str) -> None:
+        """Start the machine if it is stopped or suspended; raises UpstreamError."""
+        machine = await self.get_machine(app, machine_id)
+        if machine.state in RESTING and machine.host_ok:
+            log_event("machine_started", vm_id=app, was=machine.state)
+            await self.start_machine(app, machine_id)
+
+    async def is_started(
+        self,
+        app: str,
+        machine_id: str,
+        timeout_s: float,
+        *,
+        instance_id: str = "",
+        after_event: str = "",
+    ) -> bool:
+        """Wait until it is started, in that version, after that event; False when Fly's wait ran out (1 to 60 s)."""
+        query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))}
+        if instance_id:
+            query["version"] = instance_id
+        if after_event:
+            query["from_event_id"] = after_event
+        path = self._machine_path(app, machine_id) + "/wait"
+
+        async def wait() -> bool:
+            try:
+                await self._call(
+                    "GET",
+                    path,
+                    "wait for machine",
+                    machine_id,
+                    query=query,
+                    timeout_s=75,
+                    parse=ignore,
+                )
+            except UpstreamUnavailable as error:
+                if error.status == HTTPStatus.REQUEST_TIMEOUT:
+                    return False
+                raise
+            return True
+
+        return await self._repeat(wait)
+
+    async def read_token(self) -> list[Json]:
+        """What Fly says of the token in use."""
+        tokens: list[Json] = await self._call(
+            "GET", "/tokens/current", "read token", parse=lambda answer: list(answer["tokens"])
+        )
+        return tokens
+
+
+def ignore(answer: Any) -> None:
+    """For calls whose answer tells nothing that is needed."""
+
+
 # --- Twilio ---
+#
+# Facts: Twilio's OpenAPI document (twilio_api_v2010), its pages on webhook security and on error codes.
 
 EMPTY_TWIML = '<?xml version="1.0" encoding="UTF-8"?><Response/>'
 PART_UNITS = 1600  # Twilio's limit on Body (21617); emoji count as two, so UTF-16 units are counted
 MAX_PARTS = 8  # well under the 15 quick replies after which Twilio's loop guard (14107) steps in
-SEND_LIMIT_S = 3600.0
 SIGNATURE_DIGESTS = {"HMAC_SHA1": "sha1", "HMAC_SHA256": "sha256"}
-TERMINAL_CONTROL = re.compile(r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x9c|\x1b\\)?|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]")
+TERMINAL_STRING = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x9c|\x1b\\)?"
+TERMINAL_CONTROL = re.compile(
+    TERMINAL_STRING + r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b[ -/]*[0-~]"
+)
 UNSENDABLE = re.compile("[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-# What SmartEncoded swaps for GSM-7 characters (Twilio's segment calculator), for comparing words with what Twilio lists.
-SMART_ENCODING = str.maketrans({
-    **dict.fromkeys("\u00ab\u00bb\u201c\u201d\u02ba\u02ee\u201f\u275d\u275e\u301d\u301e\uff02", '"'),
-    **dict.fromkeys("\u2018\u2019\u02bb\u02c8\u02bc\u02bd\u02b9\u201b\uff07\u00b4\u02ca\u0060\u02cb\u275b\u275c\u0313\u0314\ufe10\ufe11", "'"),
-    **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u02d7", "-"), **dict.fromkeys("\u2026", "..."),
-    **dict.fromkeys("\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u202f\u205f\u3000\t", " "), **dict.fromkeys("\u200b\u2060\ufeff", ""),
-})
+# What SmartEncoded swaps for GSM-7 characters (Twilio's segment calculator): for comparing what was
+# sent with what Twilio lists.
+SMART_QUOTES = "\u00ab\u00bb\u201c\u201d\u02ba\u02ee\u201f\u275d\u275e\u301d\u301e\uff02"
+SMART_APOSTROPHES = (
+    "\u2018\u2019\u02bb\u02c8\u02bc\u02bd\u02b9\u201b\uff07\u00b4\u02ca\u0060\u02cb"
+    "\u275b\u275c\u0313\u0314\ufe10\ufe11"
+)
+SMART_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\u02d7"
+SMART_BLANKS = (
+    "\t\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u202f\u205f\u3000"
+)
+SMART_ENCODING = str.maketrans(
+    {
+        **dict.fromkeys(SMART_QUOTES, '"'),
+        **dict.fromkeys(SMART_APOSTROPHES, "'"),
+        **dict.fromkeys(SMART_DASHES, "-"),
+        **dict.fromkeys(SMART_BLANKS, " "),
+        **dict.fromkeys("\u200b\u2060\ufeff", ""),
+        "\u2026": "...",
+    }
+)
 
 
-@functools.lru_cache(maxsize=16)
-def hmac_of(token: str, algorithm: str) -> hmac.HMAC:
-    """An HMAC with its key already digested, to be copied: a third of the cost of making one per webhook."""
-    return hmac.new(token.encode(), digestmod=SIGNATURE_DIGESTS[algorithm])
+def twilio_signature(
+    token: str, url: str, pairs: Iterable[tuple[str, str]], algorithm: str = "HMAC_SHA1"
+) -> str:
+    """base64 HMAC of the URL and the form's decoded fields, sorted, each distinct one once."""
+    text = url + "".join(name + value for name, value in sorted(set(pairs)))
+    digest = hmac.digest(token.encode(), text.encode(), SIGNATURE_DIGESTS[algorithm])
+    return base64.b64encode(digest).decode()
 
 
-def twilio_signature(token: str, url: str, pairs: Iterable[tuple[str, str]], algorithm: str = "HMAC_SHA1") -> str:
-    """base64 HMAC of the URL and the decoded form fields sorted by name, distinct values of a repeated name sorted (Twilio, Webhooks security)."""
-    digest = hmac_of(token, algorithm).copy()
-    digest.update((url + "".join([name + value for name, value in sorted(set(pairs))])).encode())
-    return base64.b64encode(digest.digest()).decode()
-
-
-@functools.lru_cache(maxsize=256)
 def signed_urls(url: str) -> tuple[str, ...]:
-    """The forms of a webhook's URL that Twilio may have signed: as it is, without its port, with the default one."""
+    """The forms of a webhook's URL that Twilio may have signed: without its port, and with it."""
     parts = urlsplit(url)
     host = parts.netloc.rpartition("@")[2]
-    bare = host[:-len(str(parts.port)) - 1] if parts.port else host
-    rest = url.split("://", 1)[1][len(parts.netloc):].split("#", 1)[0]
-    default = 443 if parts.scheme == "https" else 80
-    return tuple(dict.fromkeys(f"{parts.scheme}://{name}{rest}" for name in (bare, f"{bare}:{parts.port or default}")))
+    bare = host.removesuffix(f":{parts.port}")
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    rest = url.split("://", 1)[1][len(parts.netloc) :].split("#", 1)[0]
+    return f"{parts.scheme}://{bare}{rest}", f"{parts.scheme}://{bare}:{port}{rest}"
 
 
-def is_signed(token: str, url: str, pairs: Sequence[tuple[str, str]], header: str | None, *, body: bytes | None = None, algorithm: str = "HMAC_SHA1") -> bool:
-    """Whether Twilio signed this webhook with `token`; `body` is that of a JSON webhook, whose SHA-256 stands in the URL."""
+def is_signed(
+    token: str,
+    url: str,
+    pairs: Sequence[tuple[str, str]],
+    header: str | None,
+    *,
+    body: bytes | None = None,
+    algorithm: str = "HMAC_SHA1",
+) -> bool:
+    """Whether Twilio signed this webhook; `body` is that of a JSON webhook, whose SHA-256 is in the URL."""
     if not header or algorithm not in SIGNATURE_DIGESTS:
         return False
     if body is not None:
-        told = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True)).get("bodySHA256", "")
-        if not hmac.compare_digest(hashlib.sha256(body).hexdigest().encode(), told.encode()):
+        query = dict(parse_qsl(urlsplit(url).query, keep_blank_values=True))
+        digest = hashlib.sha256(body).hexdigest()
+        if not hmac.compare_digest(digest.encode(), query.get("bodySHA256", "").encode()):
             return False
     given = header.encode("utf-8", "surrogateescape")
-    return any(hmac.compare_digest(twilio_signature(token, form, pairs, algorithm).encode(), given) for form in signed_urls(url))
+    for form in signed_urls(url):
+        if hmac.compare_digest(twilio_signature(token, form, pairs, algorithm).encode(), given):
+            return True
+    return False
+
+
+def parse_form(raw: bytes) -> list[tuple[str, str]]:
+    """A form's decoded fields in order, blank ones kept; raises ValueError when it is not UTF-8 or too much."""
+    text = raw.decode()
+    fields = {"keep_blank_values": True, "max_num_fields": 1000}
+    return parse_qsl(text, errors="strict", **fields)  # type: ignore[arg-type]
+
+
+def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMessage:
+    """A webhook's form as a message; raises Refusal when it has no MessageSid."""
+    form = dict(reversed(pairs))
+    sid = form.get("MessageSid", "")
+    if not MESSAGE_SID.fullmatch(sid):
+        raise Refusal("malformed", "MessageSid is missing or not a SID")
+    media = []
+    for n in range(10) if form.get("NumMedia", "0") != "0" else ():
+        if url := form.get(f"MediaUrl{n}"):
+            media.append((url, form.get(f"MediaContentType{n}", "")))
+    return InboundMessage(
+        sid=sid,
+        sender=form.get("From", ""),
+        recipient=form.get("To", ""),
+        body=form.get("Body", ""),
+        arrived=arrived,
+        media=tuple(media),
+        opt_out=form.get("OptOutType", ""),
+    )
+
+
+MESSAGE_SID = re.compile(r"[A-Za-z0-9]{2,64}")
 
 
 def twiml(message: str = "") -> str:
     """A TwiML document that texts `message` back, or nothing."""
     if not message:
         return EMPTY_TWIML
-    return EMPTY_TWIML.replace("<Response/>", f"<Response><Message>{escape(clean_text(message))}</Message></Response>")
-
-
-def parse_form(raw: bytes) -> list[tuple[str, str]]:
-    """A form's decoded fields in order, blank ones kept; raises ValueError when it is not UTF-8 or has over 1,000 fields."""
-    pairs, fields = [], raw.decode().split("&")
-    if len(fields) > 1000:
-        raise ValueError("too many fields")
-    for part in fields:
-        if part:
-            pairs.append(decode_field(part) if len(part) < 80 else decode_field.__wrapped__(part))
-    return pairs
-
-
-@functools.lru_cache(maxsize=4096)
-def decode_field(part: str) -> tuple[str, str]:
-    """One `name=value` of a form, decoded; most of a webhook's fields are the same in every one, so short ones are cached."""
-    name, _, value = part.partition("=")
-    if "%" in part or "+" in part:
-        return unquote_plus(name, errors="strict"), unquote_plus(value, errors="strict")
-    return name, value
-
-
-def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMessage:
-    """A webhook's form as a message; raises Refusal when it has no MessageSid."""
-    fields = dict(reversed(pairs))
-    sid = fields.get("MessageSid", "")
-    if not re.fullmatch(r"[A-Za-z0-9]{2,64}", sid):
-        raise Refusal("malformed", "MessageSid is missing or not a SID")
-    numbers = range(10) if fields.get("NumMedia", "0") != "0" else ()
-    media = tuple((fields[f"MediaUrl{n}"], fields.get(f"MediaContentType{n}", "")) for n in numbers if f"MediaUrl{n}" in fields)
-    return InboundMessage(sid=sid, sender=fields.get("From", ""), recipient=fields.get("To", ""),
-                          body=fields.get("Body", ""), arrived=arrived, media=media, opt_out=fields.get("OptOutType", ""))
+    content = f"<Response><Message>{escape(clean_text(message))}</Message></Response>"
+    return EMPTY_TWIML.replace("<Response/>", content)
 
 
 def clean_text(text: str) -> str:
-    """Text without terminal control sequences and without characters that XML or SMS cannot carry."""
+    """Text without terminal control sequences and without what XML or SMS cannot carry."""
     if not UNSENDABLE.search(text):
         return text
-    return UNSENDABLE.sub("", TERMINAL_CONTROL.sub("", text).replace("\r\n", "\n").replace("\r", "\n"))
+    text = TERMINAL_CONTROL.sub("", text)
+    return UNSENDABLE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def utf16_units(text: str) -> int:
@@ -2094,7 +2854,7 @@ def utf16_units(text: str) -> int:
 
 
 def cut_within(text: str, start: int, units: int) -> int:
-    """Where to cut `text[start:]` so that it fits: behind a line end, else behind a word, in the second half, else anywhere."""
+    """Where to cut `text[start:]` to fit: behind a line end, else a word, in the second half, else anywhere."""
     end = min(len(text), start + units)
     while (excess := utf16_units(text[start:end]) - units) > 0:
         end -= (excess + 1) // 2
@@ -2102,14 +2862,15 @@ def cut_within(text: str, start: int, units: int) -> int:
         return end
     half = start + (end - start) // 2
     for mark in ("\n", " "):
-        if (found := text.rfind(mark, half, end)) >= 0:
+        found = text.rfind(mark, half, end)
+        if found >= 0:
             return found + 1
     return end
 
 
 def split_text(text: str) -> list[str]:
-    """Parts of at most 1,600 UTF-16 units, numbered `(1/3) ` when there are several; of more than 8 the last says how much is left out."""
-    if len(text) <= PART_UNITS // 2 or (len(text) <= PART_UNITS and utf16_units(text) <= PART_UNITS):
+    """Parts of at most 1,600 UTF-16 units, numbered `(1/3) `; of more than 8 the last says what is left out."""
+    if len(text) <= PART_UNITS and utf16_units(text) <= PART_UNITS:
         return [text]
     parts: list[str] = []
     start = 0
@@ -2125,168 +2886,216 @@ def split_text(text: str) -> list[str]:
     return [f"({number}/{len(parts)}) {part}" for number, part in enumerate(parts, 1)]
 
 
-def quoted(text: str) -> str:
-    """The start of a text, for a notice."""
-    return clean_text(text)[:80]
-
-
 @dataclass(frozen=True, slots=True)
-class Ruling:
-    """What one of Twilio's codes means for a message of ours, and what to tell whoever asks why it did not arrive.
+class ErrorPolicy:
+    """What one of Twilio's codes means for a message of ours, and what to say of it.
 
-    `act`: `wait` try again, for at most an hour; `mend` the same, and /health says so; `look_up` it may have been sent, see Twilio's list
-    before trying again; `once_more` the send lane waits 30 s, then the part goes once more; `as_text` a picture goes as words and a link;
-    `opted_out` nothing more until START; `final` this message is given up.
+    `retry`: tried again, for at most an hour; `retry_and_alert`: the same, and /health says so;
+    `check_then_resend`: it may have been sent, Twilio's list is looked at before; `as_link`: a picture
+    goes as words and a link; `opted_out`: nothing more until START; `final`: this message is given up.
     """
 
-    act: str
-    words: str
+    action: str
+    text: str
 
 
-# Every code of Twilio's dictionary (www.twilio.com/docs/api/errors) that a message of ours can meet, in the create's answer or in a callback.
-RULINGS = {code: Ruling(act, words) for codes, act, words in (
-    ("20003", "mend", "Twilio refuses our credentials; check TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN or the API key, their region and the account"),
-    ("30002", "mend", "the Twilio account is suspended; settle it in Twilio's console"),
-    ("20429 20503", "wait", "Twilio is busy; tried again"),
-    ("21611", "wait", "this sender's queue at Twilio is full; tried again later"),
-    ("20500", "look_up", "Twilio failed inside; looked up before it is sent again"),
-    ("14107", "once_more", "Twilio's loop guard stopped it (over 15 quick texts between two numbers); sent once more after 30 s"),
-    ("30001 30017 30022 63018", "once_more", "Twilio or the carrier was congested; sent once more after 30 s"),
-    ("30008", "once_more", "lost for a reason the carrier does not tell; sent once more"),
-    ("21612 21620 30011 30019 11200 11751 12300", "as_text", "it could not be sent as a picture message; a picture goes as words and a link"),
-    ("21610", "opted_out", "the owner opted out by STOP; nothing is sent until they text START"),
-    ("30004", "final", "the phone blocks us, or its owner opted out; they may text START"),
-    ("20404", "final", "Twilio knows no such account; check TWILIO_ACCOUNT_SID, letter by letter"),
-    ("21211", "final", "Twilio says that this is not a phone number; provision the VM with the right one"),
-    ("21266", "final", "the number is the gateway's own; provision the VM with the engineer's"),
-    ("21212 21606", "final", "our number is not this account's or cannot send this; check TWILIO_PHONE_NUMBER"),
-    ("21701 21702 21703 21704 21705", "final", "the Messaging Service is wrong or has no number; mend it in Twilio's console"),
-    ("21408", "final", "texts to this country are not enabled; allow it under Geo Permissions in Twilio's console"),
-    ("21602 21603 21604 21609 21617 21623 21624", "final", "Twilio found the message malformed; this is a fault of cockpit or of PUBLIC_URL"),
-    ("21608", "final", "a trial account sends to verified numbers only; verify this one or upgrade the Twilio account"),
-    ("21614 21635 30006", "final", "the number is a landline or cannot be reached; provision the VM with a mobile number"),
-    ("30003", "final", "the phone was off or out of reach"),
-    ("30005", "final", "the carrier does not know this number; check it"),
-    ("30007", "final", "filtered as spam by Twilio or the carrier; see the message in Twilio's console, repeating it makes it worse"),
-    ("30410", "final", "the carrier did not answer in time; it may have arrived, so it is not sent again"),
-    ("30023 30027", "final", "T-Mobile's daily limit is used up until midnight Pacific time; raise the campaign's trust score"),
-    ("30032", "final", "the toll-free number is not verified; verify it in Twilio's console"),
-    ("30034 30035", "final", "the number is not registered for texts in the US (A2P 10DLC) or not yet; register brand and campaign in Twilio's console"),
-    ("30036", "final", "it waited too long in Twilio's queue"),
-    ("30450", "final", "Twilio's SMS pumping protection blocked it; look into it before texting on"),
-    ("63016", "final", "WhatsApp allows answers only within 24 h of the owner's last text; they should text first"),
-) for code in codes.split()}
-encoded = functools.lru_cache(maxsize=20_000)(quote_plus)
+# Every code of Twilio's dictionary (www.twilio.com/docs/api/errors) that a message of ours can meet, in
+# the create's answer or in a callback: action, codes, words.
+ERROR_TABLE = """
+retry_and_alert 20003: Twilio refuses our credentials; check TWILIO_ACCOUNT_SID and TWILIO_AUTH_TOKEN
+retry_and_alert 30002: the Twilio account is suspended; settle it in Twilio's console
+retry 20429 20503: Twilio is busy; tried again
+retry 21611: this sender's queue at Twilio is full; tried again later
+check_then_resend 20500: Twilio failed inside; looked up before it is sent again
+as_link 21612 21620 21670 30011 30019 11200 11751 12300: it could not be sent as a picture message
+opted_out 21610: the owner opted out by STOP; nothing is sent until they text START
+final 14107: Twilio's loop guard stopped it (over 15 quick texts between two numbers); text less often
+final 30001 30017 30022 63018: Twilio or the carrier was congested; ask the VM again
+final 30008: lost for a reason the carrier does not tell; ask the VM again
+final 30004: the phone blocks us, or its owner opted out; they may text START
+final 20404: Twilio knows no such account; check TWILIO_ACCOUNT_SID, letter by letter
+final 21211: Twilio says that this is not a phone number; provision the VM with the right one
+final 21266: the number is the gateway's own; provision the VM with the engineer's
+final 21212 21606: our number is not this account's or cannot send this; check TWILIO_PHONE_NUMBER
+final 21701 21702 21703 21704 21705: the Messaging Service is wrong or has no number; mend it at Twilio
+final 21408: texts to this country are not enabled; allow it under Geo Permissions in Twilio's console
+final 21602 21603 21604 21609 21617 21623 21624: Twilio found it malformed; a fault of cockpit or PUBLIC_URL
+final 21608: a trial account sends to verified numbers only; verify this one or upgrade the Twilio account
+final 21614 21635 30006: a landline, or out of reach; provision the VM with a mobile number
+final 30003: the phone was off or out of reach
+final 30005: the carrier does not know this number; check it
+final 30007: filtered as spam by Twilio or the carrier; see the message in Twilio's console, do not repeat it
+final 30410: the carrier did not answer in time; it may have arrived
+final 30023 30027: T-Mobile's daily limit is used up until midnight Pacific time; raise the trust score
+final 30032: the toll-free number is not verified; verify it in Twilio's console
+final 30034 30035: the number is not registered for texts in the US (A2P 10DLC); register it in Twilio's console
+final 30036: it waited too long in Twilio's queue
+final 30450: Twilio's SMS pumping protection blocked it; look into it before texting on
+final 63016: WhatsApp allows answers only within 24 h of the owner's last text; they should text first
+"""
+
+
+def parse_error_table(table: str) -> dict[str, ErrorPolicy]:
+    policies: dict[str, ErrorPolicy] = {}
+    for line in table.strip().splitlines():
+        head, _, text = line.partition(": ")
+        action, *codes = head.split()
+        policies |= dict.fromkeys(codes, ErrorPolicy(action, text))
+    return policies
+
+
+TWILIO_ERRORS = parse_error_table(ERROR_TABLE)
 
 
 def explain_code(code: str) -> str:
     """One of Twilio's codes in plain words, with the cure."""
-    ruling = RULINGS.get(code)
-    return f"Twilio {code}: {ruling.words}" if ruling else f"Twilio {code}: see www.twilio.com/docs/api/errors/{code}"
+    policy = TWILIO_ERRORS.get(code)
+    return (
+        f"Twilio {code}: {policy.text if policy else f'see www.twilio.com/docs/api/errors/{code}'}"
+    )
 
 
-def act_on(error: UpstreamError) -> str:
-    """What to do about a failed call to Twilio: by its code; a code nobody knows by what is known of the call."""
-    if error.code in RULINGS:
-        return RULINGS[error.code].act
-    if isinstance(error, UpstreamUnavailable | UpstreamUnreadable):
-        return "look_up" if error.maybe_done else "wait"
-    return "mend" if error.status == HTTPStatus.UNAUTHORIZED else "final"
+def action_for(error: UpstreamError) -> str:
+    """What to do about a failed call: by its code; a code nobody knows, by what is known of the call."""
+    if error.code in TWILIO_ERRORS:
+        return TWILIO_ERRORS[error.code].action
+    if is_unavailable(error):
+        return "check_then_resend" if error.may_have_happened else "retry"
+    return "retry_and_alert" if error.status == HTTPStatus.UNAUTHORIZED else "final"
+
+
+def explain_twilio(raw: bytes) -> tuple[str, str]:
+    """Twilio's words and numeric code."""
+    body = parse_json(raw)
+    known = body if isinstance(body, dict) else {}
+    code = str(known.get("code") or "")
+    words = known.get("message") or raw[:2000].decode("utf-8", "replace")
+    return f"{code} {words}".strip(), code
+
+
+TWILIO = Dialect(
+    service="twilio",
+    request_id_header="Twilio-Request-Id",
+    explain=explain_twilio,
+    # A 4xx and a 503 were not processed; what came of another 5xx is unknown.
+    is_unprocessed=lambda status: status < 500 or status == HTTPStatus.SERVICE_UNAVAILABLE,
+)
 
 
 class Sms(NamedTuple):
-    """One message to hand to Twilio: words, or the address of a picture; `callback` is where Twilio tells what became of it."""
+    """One message to hand to Twilio: words, or the address of a picture."""
 
     sender: str
     recipient: str
     body: str
     media: str = ""
-    callback: str = ""
+    callback: str = ""  # where Twilio reports what became of it
+
+    def form(self) -> bytes:
+        form = {"SmartEncoded": "true", "From": self.sender, "To": self.recipient}
+        more = {"Body": self.body, "MediaUrl": self.media, "StatusCallback": self.callback}
+        return urlencode(form | {name: value for name, value in more.items() if value}).encode()
+
+
+def comparable(body: str) -> str:
+    """Words as they compare after SmartEncoded."""
+    return " ".join(body.translate(SMART_ENCODING).split())
+
+
+def listed_at(message: Json) -> float | None:
+    """When Twilio made a message, by its clock."""
+    created = parse_http_date(message.get("date_created"))
+    return parse_http_date(message.get("date_sent")) if created is None else created
 
 
 class TwilioClient:
-    """Twilio's Messages resource (twilio-oai, twilio_api_v2010.json); form-encoded, basic auth, no idempotency key exists."""
+    """Twilio's Messages resource: form-encoded, basic auth, and no idempotency key exists."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, metrics: Metrics, owner: Owner, burst: Burst) -> None:
-        self._session, self._settings, self._clock, self._metrics = session, settings, clock, metrics
-        self._messages = URL(f"{settings.twilio_url}/2010-04-01/Accounts/{settings.twilio_account_sid}/Messages.json")
-        user, password = (settings.twilio_api_key, settings.twilio_api_secret) if settings.twilio_api_key else (settings.twilio_account_sid, settings.twilio_auth_tokens[0])
-        basic = base64.b64encode(f"{user}:{password}".encode()).decode()
-        self._headers = {"Authorization": f"Basic {basic}", "Accept": "application/json"}
-        self._call = Call(self._messages, self._headers | {"Content-Type": "application/x-www-form-urlencoded"}, burst)
-        self._time_limit, self._timeouts, self._media_timeouts = TimeLimit(30, clock, owner), aiohttp.ClientTimeout(sock_connect=10), aiohttp.ClientTimeout(total=30, sock_connect=10)
-        self._claimed: OrderedDict[str, None] = OrderedDict()  # SIDs that are known to be some other message than one looked for
-        self.retry = Retry(attempts=1000, base_s=0.5, cap_s=60.0, budget_s=SEND_LIMIT_S)
+    TIMEOUT_S = 30.0
+    SENDING = Backoff(base_s=0.5, cap_s=60, budget_s=3600)
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        fresh_session: aiohttp.ClientSession,
+        settings: TwilioSettings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._clock = clock
+        self._metrics = metrics
+        self.api = Upstream(session, fresh_session, TWILIO, clock, metrics)
+        account = f"{settings.api_url}/2010-04-01/Accounts/{settings.account_sid}"
+        self._account = URL(account + ".json")
+        self._messages = URL(account + "/Messages.json")
+        self._numbers = URL(account + "/IncomingPhoneNumbers.json")
+        if settings.api_key:
+            authorization = basic_auth(settings.api_key, settings.api_secret)
+        else:
+            authorization = basic_auth(settings.account_sid, settings.auth_tokens[0])
+        self._headers = {
+            "Authorization": authorization,
+            "Accept": "application/json",
+            "Content-Type": "application/x-www-form-urlencoded",
+        }
+        secret = (settings.api_secret,) if settings.api_secret else ()
+        self._credentials = (*settings.auth_tokens, *secret, authorization.removeprefix("Basic "))
+        self.sent_sids: Recent[None] = Recent(
+            10_000
+        )  # no look-up may take one of these for another
         self.cannot_list = False
         self.trouble = ""
 
-    def claim(self, sid: str) -> None:
-        """Remember that this message of Twilio's is one we know, so that no look-up takes it for another."""
-        self._claimed[sid] = None
-        if len(self._claimed) > 10_000:
-            self._claimed.popitem(last=False)
+    def now(self) -> float:
+        """Our clock, corrected to Twilio's: whatever is compared with its dates is told by this."""
+        return self._clock.now() - self.api.ahead_s
 
-    def last_claimed(self) -> list[str]:
-        return list(self._claimed)[-1000:]
-
-    async def _read(self, operation: str, url: URL) -> Any:
-        return await self._answer(operation, self._session.get(url, headers=self._headers, allow_redirects=False, timeout=self._timeouts))
-
-    async def _answer(self, operation: str, asked: Awaitable[aiohttp.ClientResponse]) -> Any:
-        """What Twilio says to one request; raises UpstreamError."""
-        def fault(kind: type[UpstreamError], words: str, **facts: Any) -> UpstreamError:
-            return kind("twilio", operation, words=scrub(words, self._settings.twilio_auth_tokens), **facts)
-
-        status, began = 0, self._clock.monotonic()
+    async def _ask(self, operation: str, url: URL, *, method: str = "GET", **sent: Any) -> Any:
+        """One request; raises UpstreamError."""
         try:
-            with self._time_limit:
-                response = await asked
-                status = response.status
-                raw = await read_at_most(response, MAX_UPSTREAM_BYTES) or b""
-        except aiohttp.ClientConnectorError as error:
-            raise fault(UpstreamUnavailable, f"not reached ({type(error).__name__})") from error
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise fault(UpstreamUnavailable, f"no answer ({type(error).__name__})", maybe_done=True) from error
-        finally:
-            self._metrics.upstream.observe(self._clock.monotonic() - began, "twilio", operation, STATUS_CLASSES[status // 100])
-        try:
-            answer = json.loads(raw)
-        except (ValueError, RecursionError):
-            answer = None
-        if status < 300:
-            return answer
-        told = answer if isinstance(answer, dict) else {}
-        code = str(told.get("code") or "")
-        self._metrics.twilio_errors.add(code if re.fullmatch(r"[0-9]{1,5}", code) else "none")
-        words = f"{code} {told.get('message') or raw[:200].decode('utf-8', 'replace')}".strip()
-        # Twilio: a 429 was never processed; what came of a 5xx other than 503 is unknown.
-        raise fault(kind_of_failure(status), words, status=status, code=code, request_id=response.headers.get("Twilio-Request-Id", ""),
-                    maybe_done=status >= 500 and status != 503, retry_after_s=read_retry_after(response.headers, self._clock))
+            return await self.api.ask(
+                operation,
+                method,
+                url,
+                timeout_s=self.TIMEOUT_S,
+                hide=self._credentials,
+                headers=self._headers,
+                **sent,
+            )
+        except UpstreamError as error:
+            if error.status:
+                is_code = re.fullmatch("[0-9]{1,5}", error.code)
+                self._metrics.twilio_errors.add(error.code if is_code else "none")
+            raise
+
+    def note_sent(self, sid: str) -> None:
+        self.sent_sids.put(sid, None, self._clock.monotonic())
 
     async def create(self, sms: Sms) -> str:
         """Hand one message to Twilio, one attempt; returns its SID, empty when the answer was not readable."""
-        form = f"SmartEncoded=true&From={encoded(sms.sender)}&To={encoded(sms.recipient)}"
-        if sms.body:
-            form += f"&Body={quote_plus(sms.body)}"
-        if sms.media:
-            form += f"&MediaUrl={quote_plus(sms.media)}"
-        if sms.callback:
-            form += f"&StatusCallback={encoded(sms.callback)}"
-        answer = await self._answer("create message", self._call.post(self._session, form.encode(), self._timeouts, {}))
+        try:
+            answer = await self._ask(
+                "create message", self._messages, method="POST", data=sms.form()
+            )
+        except UpstreamUnreadable:
+            return ""
         sid = answer.get("sid") if isinstance(answer, dict) else None
         if not isinstance(sid, str):
             return ""
-        self.claim(sid)
+        self.note_sent(sid)
         return sid
 
-    async def deliver(self, sms: Sms, attempted_at: float | None = None, *, is_wanted: Callable[[], bool] = lambda: True) -> str:
-        """Hand one message to Twilio exactly once, trying for at most an hour and while it is wanted; raises UpstreamError when that is hopeless.
+    async def deliver(
+        self, sms: Sms, attempted_at: float | None, *, is_wanted: Callable[[], bool] = lambda: True
+    ) -> str:
+        """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError.
 
-        `attempted_at` (wall clock) is when an earlier process may have sent it: then Twilio's list is read first.
+        `attempted_at` (Twilio's clock) is when it may have been sent: then the list is read first.
         """
         failures, began = 0, self._clock.monotonic()
         while True:
-            started = self._clock.now()
+            started_at = self.now()
             try:
                 if attempted_at is not None and (sid := await self._find(sms, attempted_at)):
                     return sid
@@ -2295,954 +3104,1283 @@ class TwilioClient:
                 self.trouble = ""
                 return sid
             except UpstreamError as error:
-                failures, act = failures + 1, act_on(error)
-                pause = max(self._clock.uniform(0, self.retry.ceiling(failures)), error.retry_after_s or 0)
-                if act not in ("wait", "mend", "look_up") or self._clock.monotonic() + pause - began > self.retry.budget_s:
+                failures += 1
+                action = action_for(error)
+                pause_s = self._clock.uniform(0, self.SENDING.ceiling(failures))
+                pause_s = max(pause_s, error.retry_after_s or 0)
+                is_late = self._clock.monotonic() + pause_s - began > self.SENDING.budget_s
+                if is_late or action not in ("retry", "retry_and_alert", "check_then_resend"):
                     raise
-                if act == "mend":
+                if action == "retry_and_alert":
                     self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
-                if act == "look_up" and error.operation == "create message":
-                    attempted_at = started
-                log_event("send_retry", level=logging.WARNING, error=str(error), attempt=failures + 1, pause_s=round(pause, 2))
-                await self._clock.sleep(pause)
+                if action == "check_then_resend" and error.operation == "create message":
+                    attempted_at = started_at
+                self._log_retry(error, failures, pause_s)
+                await self._clock.sleep(pause_s)
                 if not is_wanted():
                     raise
+
+    @staticmethod
+    def _log_retry(error: UpstreamError, failures: int, pause_s: float) -> None:
+        log_warning("send_retry", error=str(error), attempt=failures + 1, pause_s=round(pause_s, 2))
 
     async def _find(self, sms: Sms, attempted_at: float) -> str:
         """The SID of a message with these words that Twilio took at or after `attempted_at`, or nothing."""
         if self.cannot_list:
             return ""
-        wanted, earliest = comparable(sms.body), int(attempted_at)
+        query = {"To": sms.recipient, "From": sms.sender}
+        wanted = comparable(sms.body)
         try:
-            async for message in self.list_messages({"To": sms.recipient, "From": sms.sender}, pages=10):
+            async for message in self.list_messages(query, pages=10):
                 sid = str(message.get("sid") or "")
-                if sid not in self._claimed and comparable(str(message.get("body") or "")) == wanted and (read_date(message) or 0) >= earliest:
-                    self.claim(sid)
+                is_same = comparable(str(message.get("body") or "")) == wanted
+                is_young = (listed_at(message) or 0) >= int(attempted_at)
+                if is_same and is_young and sid not in self.sent_sids:
+                    self.note_sent(sid)
                     return sid
         except UpstreamRejected as error:
-            if act_on(error) == "mend":
+            if action_for(error) == "retry_and_alert":
                 raise
             self.give_up_listing(error)
         return ""
 
-    async def body_of(self, sid: str) -> str:
-        """The words of a message that Twilio has; raises UpstreamError."""
-        answer = await self._read("fetch message", self._messages.parent / "Messages" / f"{sid}.json")
-        return str(answer.get("body") or "") if isinstance(answer, dict) else ""
-
-    async def media_of(self, sid: str) -> tuple[tuple[str, str], ...]:
-        """The addresses and types of the pictures of a message that Twilio has; raises UpstreamError."""
-        answer = await self._read("list media", self._messages.parent / "Messages" / sid / "Media.json")
-        listed = answer.get("media_list") if isinstance(answer, dict) else None
-        return tuple((self._settings.twilio_url + str(media["uri"]).removesuffix(".json"), str(media.get("content_type") or ""))
-                     for media in listed or () if isinstance(media, dict) and str(media.get("uri", "")).startswith("/"))
-
-    @contextlib.asynccontextmanager
-    async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A picture that a phone sent, not yet read. Our credentials go to Twilio's own address, never to where it redirects."""
-        url, headers = URL(self._settings.twilio_url + path, encoded=True), self._headers
-        for _ in range(5):
-            async with self._session.get(url, headers=headers | {"Accept": "*/*"}, allow_redirects=False, timeout=self._media_timeouts) as response:
-                if response.status not in (301, 302, 303, 307, 308) or "Location" not in response.headers:
-                    yield response
-                    return
-                url, headers = url.join(URL(response.headers["Location"])), {}
-        raise Refusal("not_found", "the picture is not to be had: Twilio redirects too often")
-
     def give_up_listing(self, error: UpstreamRejected) -> None:
         """Say once that the list is refused; go on without it when that is for good."""
-        # 20008: test credentials may only create. Without the list an unknown outcome is sent again rather than lost.
+        # 20008: test credentials may only create. Then an unknown outcome is sent again rather than lost.
         if not self.cannot_list:
-            log_event("twilio_list_refused", level=logging.WARNING, error=str(error))
+            log_warning("twilio_list_refused", error=str(error))
         self.cannot_list = error.code == "20008"
 
     async def list_messages(self, query: Mapping[str, str], pages: int) -> AsyncIterator[Json]:
         """Messages matching `query`, over at most `pages` pages; raises UpstreamError."""
         url: URL | None = self._messages.with_query({**query, "PageSize": "1000"})
         while url is not None and pages > 0:
-            answer = await self._read("list messages", url)
-            if not isinstance(answer, dict) or not isinstance(answer.get("messages"), list):
-                raise UpstreamUnreadable("twilio", "list messages", words="an answer without messages")
-            for message in answer["messages"]:
+            answer = await self._ask("list messages", url)
+            listed = answer.get("messages") if isinstance(answer, dict) else None
+            if not isinstance(listed, list):
+                raise UpstreamUnreadable("twilio", "list messages", "an answer without messages")
+            for message in listed:
                 if isinstance(message, dict):
                     yield message
-            following = answer.get("next_page_uri")
-            url = URL(self._settings.twilio_url + following, encoded=True) if isinstance(following, str) and following.startswith("/") else None
+            url = self._absolute(answer.get("next_page_uri"))
             pages -= 1
+
+    def _absolute(self, uri: object) -> URL | None:
+        if not isinstance(uri, str) or not uri.startswith("/"):
+            return None
+        return URL(self._settings.api_url + uri, encoded=True)
+
+    async def media_of(self, sid: str) -> tuple[tuple[str, str], ...]:
+        """Addresses and types of the pictures of a message that Twilio has; raises UpstreamError."""
+        answer = await self._ask(
+            "list media", self._messages.parent / "Messages" / sid / "Media.json"
+        )
+        listed = answer.get("media_list") if isinstance(answer, dict) else None
+        media = []
+        for entry in listed or ():
+            uri = str(entry.get("uri", "")) if isinstance(entry, dict) else ""
+            if uri.startswith("/"):
+                url = self._settings.api_url + uri.removesuffix(".json")
+                media.append((url, str(entry.get("content_type") or "")))
+        return tuple(media)
+
+    @contextlib.asynccontextmanager
+    async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A picture that a phone sent. Our credentials go to Twilio's own address, never where it redirects."""
+        url = URL(self._settings.api_url + path, encoded=True)
+        headers = {"Authorization": self._headers["Authorization"]}
+        for _ in range(5):
+            async with self.api.session.get(
+                url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT
+            ) as response:
+                location = response.headers.get("Location")
+                if response.status not in (301, 302, 303, 307, 308) or location is None:
+                    yield response
+                    return
+                url = url.join(URL(location))
+                headers = {}
+        raise Refusal("not_found", "the picture is not to be had: Twilio redirects too often")
 
     async def read_account(self) -> Json:
         """The account as Twilio knows it."""
-        told = await self._read("read account", URL(str(self._messages).replace("/Messages.json", ".json")))
-        return told if isinstance(told, dict) else {}
+        answer = await self._ask("read account", self._account)
+        return answer if isinstance(answer, dict) else {}
 
     async def find_number(self, phone: str) -> Json | None:
         """The account's phone number of this name, with where its texts go."""
-        told = await self._read("find number", self._messages.with_name("IncomingPhoneNumbers.json").with_query({"PhoneNumber": phone}))
-        numbers = told.get("incoming_phone_numbers") if isinstance(told, dict) else None
-        return next((number for number in numbers or [] if isinstance(number, dict) and number.get("phone_number") == phone), None)
+        answer = await self._ask("find number", self._numbers.with_query({"PhoneNumber": phone}))
+        listed = answer.get("incoming_phone_numbers") if isinstance(answer, dict) else None
+        for number in listed or ():
+            if isinstance(number, dict) and number.get("phone_number") == phone:
+                return number
+        return None
 
 
-def comparable(body: str) -> str:
-    """Words as they compare after SmartEncoded."""
-    return " ".join(body.translate(SMART_ENCODING).split())
-
-
-def read_date(message: Json) -> float | None:
-    """When Twilio made a message, wall-clock seconds; its dates are RFC 2822."""
-    for name in ("date_created", "date_sent"):
-        with contextlib.suppress(KeyError, ValueError, TypeError):
-            return parsedate_to_datetime(message[name]).timestamp()
-    return None
+MEDIA_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 
 
 # --- The VM ---
 
 MAX_ANSWER_BYTES = 1024 * 1024
 MAX_IMAGE_BYTES = 5 * 1024 * 1024
-IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 MAX_IMAGES = 10
+IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
 
 
-class VmAway(CockpitError):
-    """The VM could not be reached. `reached`: the command perhaps got there; `cut`: the VM's side broke the connection."""
+class Answer(NamedTuple):
+    """What a VM said to a command, as far as it could be understood."""
 
-    def __init__(self, words: str, *, reached: bool, cut: bool) -> None:
-        super().__init__(words)
-        self.reached, self.cut = reached, cut
-
-
-class VmBusy(CockpitError):
-    """409: another command is running, or this very one."""
+    text: str = ""
+    exit_code: int = 0
+    images: tuple[str, ...] = ()
+    is_unreadable: bool = False
 
 
-class VmSilent(CockpitError):
-    """No answer within VM_COMMAND_TIMEOUT_S."""
-
-
-class VmFailed(CockpitError):
-    """An answer with a status that means neither success nor absence."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(f"the VM answered {status}")
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a VM listens and what to say to it, prepared once per route."""
-
-    command: Call
-    health: URL
-    headers: Mapping[str, str]
+def parse_answer(raw: bytes | None) -> Answer:
+    """What a VM's answer says, whatever its shape."""
+    body = parse_json(raw or b"")
+    text = body.get("text") or "" if isinstance(body, dict) else None
+    if not isinstance(body, dict) or not isinstance(text, str):
+        return Answer(is_unreadable=True)
+    listed = body.get("images") or []
+    images = []
+    for image in listed if isinstance(listed, list) else ():
+        url = image.get("url") if isinstance(image, dict) else None
+        if isinstance(url, str) and IMAGE_PATH.fullmatch(url):
+            images.append(url)
+    code = body.get("exitCode")
+    text = clean_text(text).rstrip("\n")
+    return Answer(
+        text=text,
+        exit_code=code if type(code) is int and abs(code) < 2**32 else 0,
+        images=tuple(images[:MAX_IMAGES]),
+        is_unreadable=bool(listed) and not images and not text.strip(),
+    )
 
 
 class VmClient:
-    """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects, bounded reads."""
+    """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects, bounded reads.
 
-    def __init__(self, session: aiohttp.ClientSession, settings: Settings, clock: Clock, owner: Owner, burst: Burst) -> None:
-        self._session, self._settings, self._burst = session, settings, burst
-        self._command_limit, self._command_timeouts = TimeLimit(settings.vm_command_timeout_s, clock, owner), aiohttp.ClientTimeout(sock_connect=min(10, settings.vm_command_timeout_s / 2))
-        self._health_timeout, self._image_timeout = aiohttp.ClientTimeout(total=5), aiohttp.ClientTimeout(total=60, sock_connect=10)
+    Its session makes a new connection for each call: a kept one is only something to flood.
+    """
 
-    def endpoint(self, route: Route) -> Endpoint:
-        return self._prepared(route.vm_id, route.vm_url, route.key_id)
+    HEALTH_S = 5.0
 
-    @functools.lru_cache(maxsize=20_000)  # noqa: B019 - one client per process, for its whole life
-    def _prepared(self, vm_id: str, vm_url: str, key_id: str) -> Endpoint:
-        token = vm_token(secret_of(key_id, self._settings.secrets), vm_id)
-        headers = {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}  # what is packed may unfold to any size
-        return Endpoint(Call(URL(f"{vm_url}/command"), headers | {"Content-Type": "application/json"}, self._burst), URL(f"{vm_url}/health"), headers)
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        keyring: Keyring,
+        clock: Clock,
+        *,
+        command_timeout_s: float,
+    ) -> None:
+        self._session = session
+        self._keyring = keyring
+        self._clock = clock
+        self.command_timeout_s = command_timeout_s
+
+    def _headers(self, route: Route) -> dict[str, str]:
+        token = self._keyring.vm_token(route.vm_id, route.key_id)
+        # What is packed may unfold to any size.
+        return {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
 
     async def is_healthy(self, route: Route) -> bool:
         """Whether `/health` answers 2xx, one attempt of at most 5 s."""
         try:
-            endpoint = self.endpoint(route)
-            async with self._session.get(endpoint.health, headers=endpoint.headers, allow_redirects=False, timeout=self._health_timeout) as response:
+            async with (
+                self._clock.time_limit(self.HEALTH_S),
+                self._session.get(
+                    f"{route.vm_url}/health", headers=self._headers(route), allow_redirects=False
+                ) as response,
+            ):
                 await read_at_most(response, MAX_ANSWER_BYTES)
                 return response.status < 300
-        except (aiohttp.ClientError, TimeoutError, ValueError):
+        except (aiohttp.ClientError, OSError, ValueError):
             return False
 
-    def open_image(self, route: Route, path: str) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    def open_image(
+        self, route: Route, path: str
+    ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """One of a VM's images, not yet read."""
-        endpoint = self.endpoint(route)
-        return self._session.get(URL(route.vm_url + path), headers=endpoint.headers, allow_redirects=False, timeout=self._image_timeout)
+        url = URL(route.vm_url + path)
+        headers = self._headers(route)
+        return self._session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
 
     async def command(self, route: Route, sid: str, text: str, media: Sequence[Json]) -> Answer:
-        """Run one text; raises VmAway, VmBusy, VmSilent or VmFailed. The Idempotency-Key is the text's MessageSid."""
-        body = dump_tight({"text": text, "media": list(media)}).encode()
-        try:
-            call = self.endpoint(route).command  # its URL may be none: routes.json can be written by hand
-            with self._command_limit:
-                response = await call.post(self._session, body, self._command_timeouts, {"Idempotency-Key": sid})
-                raw, status = await read_at_most(response, MAX_ANSWER_BYTES), response.status
+        """Run one text; its Idempotency-Key is its SID. Raises VmAway, VmBusy, VmSilent or VmFailed."""
+        try:  # the URL may be none: routes.json can be written by hand
+            request = self._session.post(
+                f"{route.vm_url}/command",
+                json={"text": text, "media": list(media)},
+                headers=self._headers(route) | {"Idempotency-Key": sid},
+                allow_redirects=False,
+                timeout=CONNECT_TIMEOUT,
+            )
+            async with self._clock.time_limit(self.command_timeout_s), request as response:
+                status = response.status
+                raw = await read_at_most(response, MAX_ANSWER_BYTES)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise VmAway(f"not reached ({type(error).__name__})", reached=False, cut=False) from error
+            raise VmAway(f"not reached ({type(error).__name__})") from error
         except TimeoutError as error:
             raise VmSilent from error
         except aiohttp.ClientResponseError:  # not HTTP at all
-            return Answer(text="", unreadable=True)
+            return Answer(is_unreadable=True)
         except (aiohttp.ClientError, ValueError) as error:
-            raise VmAway(f"connection dropped ({type(error).__name__})", reached=True, cut=True) from error
+            reason = f"connection dropped ({type(error).__name__})"
+            raise VmAway(reason, may_have_reached=True, is_drop=True) from error
         if status < 300:
-            return read_answer(raw)
+            return parse_answer(raw)
         if status in (502, 503, 504):
-            raise VmAway(f"answered {status}", reached=status != 503, cut=status == 504)
-        raise VmBusy if status == 409 else VmFailed(status)
+            is_drop = status == HTTPStatus.GATEWAY_TIMEOUT
+            reason = f"answered {status}"
+            raise VmAway(reason, may_have_reached=status != 503, is_drop=is_drop)
+        raise VmBusy if status == HTTPStatus.CONFLICT else VmFailed(status)
 
 
-def read_answer(raw: bytes | None) -> Answer:
-    """What a VM's answer says, whatever its shape."""
+COMMAND_BODY_BYTES = 256 * 1024
+IMAGE_TYPES = {
+    ".png": "image/png",
+    ".jpg": "image/jpeg",
+    ".jpeg": "image/jpeg",
+    ".gif": "image/gif",
+}
+NAP_S = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
+PICTURE = base64.b64decode(  # 32 x 20 pixels: a hill, the sky and the sun
+    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4"
+    "2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW"
+    "yUOQrvOoPAAAAABJRU5ErkJggg=="
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentAnswer:
+    """What an agent made of one text; `images` are names in the folder `images`."""
+
+    text: str
+    images: tuple[str, ...] = ()
+    exit_code: int = 0
+
+
+class BuiltInAgent:
+    """Echoes; draws an image, sleeps and crashes on request."""
+
+    def __init__(self, folder: Path) -> None:
+        self._images = folder / "images"
+
+    async def run(self, text: str) -> AgentAnswer:
+        match text.strip().lower().split():
+            case ["crash"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            case ["sleep", seconds] if NAP_S.fullmatch(seconds):
+                await asyncio.sleep(min(3600.0, float(seconds)))
+                return AgentAnswer(text=f"Slept {seconds} s.")
+            case ["image"]:
+                name = f"{secrets.token_hex(8)}.png"
+                await asyncio.to_thread(self._draw, name)
+                return AgentAnswer(text="Here is an image.", images=(name,))
+        return AgentAnswer(text=text)
+
+    def _draw(self, name: str) -> None:
+        self._images.mkdir(exist_ok=True)
+        (self._images / name).write_bytes(PICTURE)
+
+    def close(self) -> None:
+        """It leaves nothing running."""
+
+
+class CommandAgent:
+    """Runs a command for each text: the text on its standard input, its output is the answer."""
+
+    def __init__(self, command: str, folder: Path) -> None:
+        self._command = command
+        self._folder = folder
+        self._groups: set[int] = set()  # a command's processes, also those it left running
+
+    async def run(self, text: str) -> AgentAnswer:
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *shlex.split(self._command),
+                cwd=self._folder,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                process_group=0,
+            )
+        except (OSError, ValueError) as error:
+            return AgentAnswer(text=f"The agent could not be started: {error}", exit_code=127)
+        self._groups.add(process.pid)
+        output, _ = await process.communicate(text.encode("utf-8", "replace"))
+        self._groups = {group for group in self._groups if signal_group(group, 0)}
+        return AgentAnswer(
+            text=output.decode("utf-8", "replace"), exit_code=process.returncode or 0
+        )
+
+    def close(self) -> None:
+        """End whatever its commands are running or left running."""
+        for group in self._groups:
+            signal_group(group, signal.SIGKILL)
+
+
+Agent = BuiltInAgent | CommandAgent
+
+
+def choose_agent(command: str, folder: Path) -> Agent:
+    return CommandAgent(command, folder) if command.strip() else BuiltInAgent(folder)
+
+
+def signal_group(group: int, number: int) -> bool:
+    """Signal a group of processes (0 only asks); whether there is any left to take it."""
     try:
-        told = json.loads(raw or b"")
-    except (ValueError, RecursionError):
-        told = None
-    if not isinstance(told, dict) or not isinstance(text := told.get("text") or "", str):
-        return Answer(text="", unreadable=True)
-    given = told.get("images") or []
-    images = tuple(image["url"] for image in given if isinstance(image, dict) and isinstance(image.get("url"), str)
-                   and IMAGE_PATH.fullmatch(image["url"]))[:MAX_IMAGES] if isinstance(given, list) else ()
-    code = told.get("exitCode")
-    text = clean_text(text).rstrip("\n")
-    return Answer(text=text, images=images, exit_code=code if type(code) is int and abs(code) < 2**32 else 0, unreadable=bool(given) and not images and not text.strip())
+        os.killpg(group, number)
+    except (ProcessLookupError, PermissionError):  # macOS refuses to signal what has ended
+        return False
+    return True
+
+
+class VmServer:
+    """The VM's half of the contract: one command at a time, and none is run twice."""
+
+    ANSWERS_KEPT = 100
+
+    def __init__(self, token: str, agent: Agent, folder: Path) -> None:
+        """Reads the answers of earlier runs (blocking)."""
+        self._token = token
+        self._agent = agent
+        self._folder = folder
+        self._tasks = Tasks()
+        self._is_busy = False
+        self._answers_file = folder / ".cockpit-vm-answers.json"
+        self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
+        self._load_answers()
+
+    def _load_answers(self) -> None:
+        stored = None
+        with contextlib.suppress(OSError):
+            stored = parse_json(self._answers_file.read_bytes())
+        for key, answer in stored.items() if isinstance(stored, dict) else ():
+            if isinstance(answer, dict):
+                self._answers.put(key, answer, time.monotonic())
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=COMMAND_BODY_BYTES)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/command", self._command)
+        app.router.add_get("/images/{name}", self._image)
+        return app
+
+    async def close(self) -> None:
+        """End the running command, and what earlier ones left."""
+        self._agent.close()
+        await self._tasks.close()
+
+    def end_with_gateway(self) -> None:
+        """Read standard input, of which the gateway holds the other end: when it closes, end everything."""
+        if not os.read(0, 1024):
+            self._agent.close()
+            os.killpg(0, signal.SIGKILL)
+
+    def _check_token(self, request: web.Request) -> None:
+        given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
+        wanted = f"Bearer {self._token}".encode()
+        if self._token and not hmac.compare_digest(given, wanted):
+            raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.json_response({"status": "ok"})
+
+    async def _command(self, request: web.Request) -> web.Response:
+        self._check_token(request)
+        body = parse_json(await request.read())
+        text = body.get("text") if isinstance(body, dict) else None
+        if not isinstance(text, str):
+            return web.json_response({"error": 'send {"text": "..."}'}, status=400)
+        key = request.headers.get("Idempotency-Key", "")
+        if key in self._answers:
+            return web.json_response(self._answers[key])
+        if self._is_busy:
+            return web.json_response({"error": "busy"}, status=409)
+        self._is_busy = True
+        # A caller who hangs up does not stop it: the answer is stored for the next time.
+        command = self._tasks.start(self._run(key, text), "command")
+        return web.json_response(await asyncio.shield(command))
+
+    async def _run(self, key: str, text: str) -> Json:
+        began = time.monotonic()
+        try:
+            result = await self._agent.run(text)
+            answer = {
+                "text": result.text,
+                "images": [describe_image(name) for name in result.images],
+                "exitCode": result.exit_code,
+                "durationMs": int((time.monotonic() - began) * 1000),
+            }
+            if key:
+                await self._store(key, answer)
+            return answer
+        finally:
+            self._is_busy = False
+
+    async def _store(self, key: str, answer: Json) -> None:
+        self._answers.put(key, answer, time.monotonic())
+        content = to_json(self._answers).encode()
+        try:
+            await asyncio.to_thread(write_atomically, self._answers_file, [content])
+        except StoreError as error:
+            log_event("answer_not_stored", level=logging.WARNING, error=str(error))
+
+    async def _image(self, request: web.Request) -> web.StreamResponse:
+        self._check_token(request)
+        file = await asyncio.to_thread(self._find_image, request.match_info["name"])
+        if file is None:
+            raise web.HTTPNotFound
+        return web.FileResponse(file)
+
+    def _find_image(self, name: str) -> Path | None:
+        """The picture's own path; none that a link leads to outside of the folder (blocking)."""
+        if not IMAGE_PATH.fullmatch(f"/images/{name}"):
+            return None
+        folder = self._folder.resolve() / "images"
+        file = (folder / name).resolve()
+        return file if file.is_relative_to(folder) and file.is_file() else None
+
+
+def describe_image(name: str) -> Json:
+    """An image as the contract tells of it."""
+    kind = IMAGE_TYPES.get(Path(name).suffix.lower(), "application/octet-stream")
+    return {"type": kind, "url": f"/images/{name}"}
+
+
+async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool) -> int:
+    """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
+    folder = await asyncio.to_thread(Path.cwd)
+    token = os.environ.get("COCKPIT_TOKEN", "")
+    server = await asyncio.to_thread(VmServer, token, choose_agent(agent, folder), folder)
+    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if until_stdin_closes:
+        loop.add_reader(0, server.end_with_gateway)
+    try:
+        await runner.setup()
+        await web.TCPSite(runner, host, port).start()
+        print(f"a cockpit VM listens on {host}:{port}", flush=True)
+        await stop.wait()
+    except OSError as error:
+        reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or --port"
+        print(f"cockpit vm: {reason}", file=sys.stderr)
+        return 1
+    finally:
+        await runner.cleanup()
+        await server.close()
+    return 0
 
 
 # --- Provisioning ---
 
-UNDO_CAP_S = 60.0
-REFUSED_CAP_S = 300.0
+STATES_THAT_FAILED = ("failed", "launch_failed", "destroying", "destroyed")
+HEALTH_POLL = Backoff(base_s=0.05, cap_s=0.5)
+CONFIRM_DELETE = Backoff(base_s=1, cap_s=1, attempts=30)
+UNDO = Backoff(base_s=0.5, cap_s=60)
+UNDO_REFUSED = Backoff(base_s=0.5, cap_s=300)
+LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
 TEARDOWN_WAIT_S = 25.0
-LAUNCH_WAIT_S = 10.0
-POOL_STATES = ("created", "stopped")  # a machine that waits to be booted for the first time
 FAILED_KEPT_S = 3600.0
-LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # so a fresh app that Fly does not know (yet) is asked for again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
-    """What the onboarding page asks for, checked."""
+class Ownership:
+    """What a machine's stamp says of whose it is; `key_id` is empty unless a secret of ours signed it."""
 
+    machine: Machine
+    gateway_id: str
     phone: str
-    credentials: Mapping[str, str] = field(repr=False)
-    region: str = ""
-    welcome: bool = False
+    pairing: str
+    key_id: str
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Job:
-    """One provisioning on its way."""
+class Blueprint:
+    """What a VM is made of, and how its machine tells whose it is."""
+
+    def __init__(self, settings: Settings, keyring: Keyring, routes: RouteStore) -> None:
+        self._settings = settings
+        self._keyring = keyring
+        self._routes = routes
+        self.host = urlsplit(settings.gateway.public_url).netloc
+
+    def config(self, metadata: Mapping[str, str], volume_id: str) -> Json:
+        """A machine's config: restarted always, one service on port 3000, kept open through a long command."""
+        vm, limits = self._settings.vm, self._settings.limits
+        # Fly's proxy may cut a connection that is silent for 60 s.
+        options = {"idle_timeout": int(limits.vm_command_timeout_s) + 60}
+        port: Json = {"port": 3000, "handlers": ["http"], "http_options": options}
+        if vm.is_public:
+            port |= {"port": 443, "handlers": ["tls", "http"]}
+        service = {
+            "protocol": "tcp",
+            "internal_port": 3000,
+            "autostart": True,
+            "autostop": "off",
+            "ports": [port],
+        }
+        # It only informs: a check that gates would hide a busy VM from the proxy. Durations are strings,
+        # a bare number would be nanoseconds.
+        check = {
+            "type": "http",
+            "kind": "informational",
+            "port": 3000,
+            "method": "GET",
+            "path": "/health",
+            "interval": "15s",
+            "timeout": "5s",
+            "grace_period": "30s",
+        }
+        config: Json = {
+            "image": vm.image,
+            "env": {"PORT": "3000", "HOST": "0.0.0.0"},
+            "guest": vm.guest,
+            "restart": {"policy": "always"},
+            "services": [service],
+            "checks": {"health": check},
+            "metadata": dict(metadata),
+        }
+        if volume_id:
+            return config | {"mounts": [{"volume": volume_id, "path": "/data"}]}
+        return config | {"rootfs": {"persist": "restart"}}
+
+    def url(self, vm_id: str, machine_id: str, region: str) -> str:
+        """Where a VM is reached."""
+        return self._settings.vm.url.format(app=vm_id, machine_id=machine_id, region=region)
+
+    def own_secrets(self, vm_id: str) -> dict[str, str]:
+        """The secrets by which a VM reaches the gateway."""
+        public_url = self._settings.gateway.public_url
+        return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self._keyring.vm_token(vm_id)}
+
+    def metadata(self, vm_id: str, phone: str, pairing: str) -> dict[str, str]:
+        """The stamp that says whose a machine is."""
+        gateway_id = self._routes.gateway_id
+        text = Keyring.owner_text(vm_id, phone, gateway_id, pairing)
+        return {
+            "cockpit_gateway": f"{self.host}/{gateway_id}",
+            "cockpit_phone": phone,
+            "cockpit_pairing": pairing,
+            "cockpit_owner": self._keyring.sign(text),
+        }
+
+    def ownership(self, machine: Machine) -> Ownership | None:
+        """What the stamp of a machine says, if it names our host; a VM can write its own metadata."""
+        stamp = machine.metadata
+        host, _, gateway_id = stamp.get("cockpit_gateway", "").rpartition("/")
+        if host != self.host or not gateway_id:
+            return None
+        phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
+        text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
+        key_id = self._keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
+        return Ownership(
+            machine=machine,
+            gateway_id=gateway_id,
+            phone=phone,
+            pairing=pairing,
+            key_id=key_id if PHONE.fullmatch(phone) else "",
+        )
+
+    def adopted_route(self, owned: Ownership) -> Route:
+        """The route of a machine that proved whose it is."""
+        machine = owned.machine
+        return Route(
+            vm_id=machine.app,
+            machine_id=machine.id,
+            vm_url=self.url(machine.app, machine.id, machine.region),
+            region=machine.region,
+            image=machine.image,
+            created_at=utc_seconds(machine.created_at or 0),
+            key_id=owned.key_id,
+            pairing=owned.pairing,
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class Readiness:
+    """Waiting for what Fly and a VM take their time with; the caller bounds the wait."""
+
+    clock: Clock
+    fly: FlyClient
+    vms: VmClient
+
+    async def when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Fly may answer 404 or 401 for an app it has just made."""
+
+        def is_hidden(error: UpstreamError) -> bool:
+            return error.status in (401, 404) or "failed to get app" in error.detail
+
+        return await retry(call, FRESH_APP, self.clock, when=is_hidden)
+
+    async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
+        """Wait until Fly calls the machine started; raises Refusal when that will not be."""
+        version = "" if after_event else machine.instance_id
+
+        async def is_started() -> bool:
+            return await self.fly.is_started(
+                vm_id, machine.id, 60, instance_id=version, after_event=after_event
+            )
+
+        while not await self.when_visible(is_started):
+            present = await self.fly.get_machine(vm_id, machine.id)
+            if present.state in STATES_THAT_FAILED:
+                reason = f"the machine did not start: Fly says {present.state}"
+                raise Refusal("vm_unhealthy", reason, vm_id=vm_id)
+            if present.state == "stopped":
+                # Seen after updates; while Fly is still replacing it, it refuses to start it.
+                with contextlib.suppress(UpstreamRejected):
+                    await self.fly.start_machine(vm_id, machine.id)
+
+    async def wait_healthy(self, route: Route) -> None:
+        """Poll until the VM answers /health."""
+        failures = 0
+        while not await self.vms.is_healthy(route):
+            failures += 1
+            await HEALTH_POLL.pause(self.clock, failures)
+
+
+@dataclass(kw_only=True, eq=False)
+class Provisioning:
+    """One VM on its way: what was asked, how far it is, and the steps in order.
+
+    Each id is on disk as soon as it exists.
+    """
 
     order: Order
     vm_id: str
+    launch_id: str  # by it a create of unknown outcome is found
     regions: list[str]  # not yet found full
-    task: asyncio.Task[Route] | None = None
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    blueprint: Blueprint
+    readiness: Readiness
+    metrics: Metrics
+    began: float  # monotonic
     step: str = ""
-    launch: str = ""
-    began: float = 0.0  # monotonic
-    secrets_version: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
     machine: Machine | None = None
-    torn_down: bool = False
-    pooled: bool = False  # its machine waited in the pool
-    seconds: dict[str, float] = field(default_factory=dict)
-    moved: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())  # ends with the present step
+    secrets_version: int = 0
+    is_torn_down: bool = False
+    task: asyncio.Task[Route] | None = None
+    moved: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end of each step
+
+    STEPS = ("app", "secrets", "address", "volume", "machine", "start", "health")
 
     async def outcome(self) -> Route:
         """What came of it; raises Refusal. A caller who hangs up stops nothing."""
         assert self.task is not None
         await asyncio.wait({self.task})
         if self.task.cancelled():
-            raise Refusal("torn_down", f"{self.vm_id} was deleted before it was set up", vm_id=self.vm_id)
+            reason = f"{self.vm_id} was deleted before it was set up"
+            raise Refusal("torn_down", reason, vm_id=self.vm_id)
         return self.task.result()
 
-    def end_step(self, seconds: float) -> None:
-        self.seconds[self.step] = round(seconds, 3)
-        self.moved.set_result(None)
-        self.moved = asyncio.get_running_loop().create_future()
+    @property
+    def route(self) -> Route:
+        return self.routes.routes[self.order.phone]
 
+    def update(self, **changes: Any) -> Route:
+        """Change the route in memory; a commit follows where the change must be on disk."""
+        changed = replace(self.route, **changes)
+        self.routes.put(self.order.phone, changed)
+        return changed
 
-def machine_config(settings: Settings, metadata: Mapping[str, str], volume_id: str = "") -> Json:
-    """A machine's config: restarted always, one service on port 3000 that Fly's proxy keeps open through a long command."""
-    # Fly's proxy may cut a connection that is silent for 60 s; durations of checks are strings, a bare number is nanoseconds.
-    options = {"idle_timeout": int(settings.vm_command_timeout_s) + 60}
-    port: Json = {"port": 443, "handlers": ["tls", "http"]} if settings.vm_is_public else {"port": 3000, "handlers": ["http"]}
-    config: Json = {
-        "image": settings.vm_image,
-        "env": {"PORT": "3000", "HOST": "0.0.0.0"},
-        "guest": guest(settings),
-        "restart": {"policy": "always"},
-        "services": [{"protocol": "tcp", "internal_port": 3000, "autostart": True, "autostop": "off", "ports": [port | {"http_options": options}]}],
-        # It only informs: a check that gates would hide a busy VM from the proxy.
-        "checks": {"health": {"type": "http", "kind": "informational", "port": 3000, "method": "GET", "path": "/health",
-                              "interval": "15s", "timeout": "5s", "grace_period": "30s"}},
-        "metadata": dict(metadata),
-    }
-    if volume_id:
-        config["mounts"] = [{"volume": volume_id, "path": "/data"}]
-    else:
-        config["rootfs"] = {"persist": "restart"}
-    return config
+    async def run(self) -> Route:
+        """Take all steps, each noted and timed; raises what a step raises, TimeoutError when all take too long."""
+        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
+            await self.routes.commit()
+            for name in self.STEPS:
+                self.step = name
+                self.update(step=name)
+                began = self.clock.monotonic()
+                await getattr(self, f"take_{name}")()
+                passed_s = self.clock.monotonic() - began
+                self.seconds[name] = round(passed_s, 3)
+                self.metrics.provision_step.observe(passed_s, name)
+                self.moved.set()
+            route = self.update(state="ready", step="", extra={"steps": self.seconds})
+            await self.routes.commit()
+            return route
 
+    async def take_app(self) -> None:
+        await self.fly.create_app(self.vm_id)
 
-def guest(settings: Settings) -> Json:
-    return {"cpu_kind": settings.vm_cpu_kind, "cpus": settings.vm_cpus, "memory_mb": settings.vm_memory_mb}
+    async def take_secrets(self) -> None:
+        values = {**self.order.credentials, **self.blueprint.own_secrets(self.vm_id)}
+        self.secrets_version = await self.readiness.when_visible(
+            lambda: self.fly.set_secrets(self.vm_id, values)
+        )
 
+    async def take_address(self) -> None:
+        kinds = ("shared_v4", "v6") if self.settings.vm.is_public else ("private_v6",)
+        # A private address lives on the network its callers are on: the gateway's, not the app's own.
+        network = "" if self.settings.vm.is_public else self.settings.fly.network
+        for kind in kinds:
+            allocate = functools.partial(self.fly.ensure_address, self.vm_id, kind, network)
+            await self.readiness.when_visible(allocate)
 
-def gateway_host(settings: Settings) -> str:
-    """What tells this gateway from others in the organisation, together with its gateway_id."""
-    return urlsplit(settings.public_url).netloc
-
-
-def place(settings: Settings, vm_id: str, machine: Machine) -> str:
-    """The URL a VM is reached at."""
-    return settings.vm_url.format(app=vm_id, machine_id=machine.id, region=machine.region)
-
-
-def pool_shape(settings: Settings) -> str:
-    """What a machine of the pool was made for; one of another shape is not claimed."""
-    sizes = (settings.vm_cpu_kind, settings.vm_cpus, settings.vm_memory_mb, settings.vm_volume_gb)
-    return " ".join([settings.vm_image, *map(str, sizes), ",".join(settings.vm_regions), "public" if settings.vm_is_public else f"private {settings.fly_network}".strip()])
-
-
-Steps = tuple[tuple[str, Callable[[Job], Awaitable[None]]], ...]
-
-
-class Provisioner:
-    """Makes and destroys VMs. What is begun stands in routes.json before Fly is asked; what fails is undone until Fly confirms."""
-
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, owner: Owner, metrics: Metrics, *,
-                 on_ready: Callable[..., Awaitable[None]], on_gone: Callable[[str, str], Awaitable[None]]) -> None:
-        self._settings, self._clock, self._store, self._fly, self._vms, self._owner, self._metrics = settings, clock, store, fly, vms, owner, metrics
-        self._on_ready, self._on_gone = on_ready, on_gone
-        self.jobs: dict[str, Job] = {}
-        self._undoing: dict[str, asyncio.Task[None]] = {}
-        self.failed: OrderedDict[str, tuple[float, Json]] = OrderedDict()  # vm_id: when (monotonic), its last record
-        self.gone: OrderedDict[str, float] = OrderedDict()  # vm_id: when Fly confirmed (monotonic)
-        self.draining = False
-        self.closed = ""  # why no VM can be made now
-        self.pool_changed = asyncio.Event()
-        app, secrets_set = ("app", self._create_app), ("secrets", self._set_secrets)
-        make = (("address", self._allocate_addresses), ("volume", self._create_volume), ("machine", self._create_machine))
-        until_ready = (("start", self._wait_started), ("health", self._wait_healthy))
-        self.long_way: Steps = (app, secrets_set, *make, *until_ready)
-        self.from_pool: Steps = (secrets_set, ("launch", self._launch), *until_ready)
-        self.into_pool: Steps = (app, *make, ("image", self._wait_prepared))
-
-    # Asking for a VM
-
-    def begin(self, order: Order) -> Job:
-        """Take an order on; raises Refusal. There is no await between the look-up and the record, so one of many wins."""
-        self._check_number_free(order.phone)
-        if self.draining:
-            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
-        if self.closed:
-            raise Refusal("fly_unavailable", self.closed, retry_after_s=10)
-        if len(self.jobs) >= self._settings.provision_limit:
-            raise Refusal("too_many", f"{len(self.jobs)} VMs are being set up already (PROVISION_LIMIT)", retry_after_s=10)
-        if self._settings.vm_limit and len(self._store.routes) >= self._settings.vm_limit:
-            raise Refusal("vm_limit", f"there are {len(self._store.routes)} VMs, as many as VM_LIMIT allows")
-        job = self.new_job(order)
-        waiting = self._claim(job)
-        self._store.put(order.phone, self.blank(job) if waiting is None else replace(
-            waiting, state="provisioning", step="", created_at=timestamp(self._clock.now()), key_id=fingerprint(self._settings.secrets[0]), extra={"from_pool": True}))
-        self.jobs[job.vm_id] = job
-        job.task = self._owner.start(self._provision(job), f"provision {job.vm_id}")
-        log_event("provision_begun", vm_id=job.vm_id, phone=mask_phone(order.phone))
-        return job
-
-    def new_job(self, order: Order) -> Job:
-        return Job(order=order, vm_id=f"{self._settings.vm_app_prefix}-{self._clock.random_id()}", regions=list(self._regions(order)),
-                   launch=self._clock.random_id() + self._clock.random_id(), began=self._clock.monotonic())
-
-    def blank(self, job: Job) -> Route:
-        """The record of a machine that is yet to be made."""
-        return Route(vm_id=job.vm_id, state="provisioning", image=self._settings.vm_image, region=job.order.region,
-                     created_at=timestamp(self._clock.now()), key_id=fingerprint(self._settings.secrets[0]))
-
-    def _claim(self, job: Job) -> Route | None:
-        """A machine of the pool in the best region, for this job; there is no await before it leaves the pool, so no two jobs get one."""
-        if not self._settings.pool_size:
-            return None
-        fitting = {vm_id: str(entry.get("region")) for vm_id, entry in self._store.pool.items()
-                   if entry.get("state") == "ready" and entry.get("shape") == pool_shape(self._settings)}
-        # Fly may have chosen another name than ours: VM_REGION takes its groups too (`us`, `eu`).
-        for region in job.regions if job.order.region else (*job.regions, *fitting.values()):
-            if vm_id := next((vm_id for vm_id, where in fitting.items() if where == region), ""):
-                job.vm_id, job.pooled = vm_id, True
-                self._metrics.pool_claims.add("claimed")
-                self.pool_changed.set()
-                return Route.from_json(self._store.pool.pop(vm_id))
-        self._metrics.pool_claims.add("missed")
-        log_event("pool_missed", level=logging.WARNING, regions=",".join(job.regions), pool=len(self._store.pool))
-        return None
-
-    def _check_number_free(self, phone: str) -> None:
-        route = self._store.routes.get(phone)
-        if route is None:
-            return
-        if route.state == "failed":  # its VM is gone: the number may have a new one
-            self._store.begin_undo(phone, "replaced")
-            self._start_undo(route.vm_id)
-            return
-        raise Refusal("phone_taken", f"this number has the VM {route.vm_id} ({route.state}); delete it first", vm_id=route.vm_id)
-
-    async def _provision(self, job: Job) -> Route:
-        try:
-            async with time_limit(self._clock, self._settings.provision_timeout_s):
-                await self._store.commit()
-                await self._make(job)
-                route = self._update(job, state="ready", step="", last_error="", extra={"steps": job.seconds} | ({"from_pool": True} if job.pooled else {}))
-                await self._store.commit()
-        except asyncio.CancelledError:
-            if not job.torn_down:  # shutting down: the next start undoes it
-                raise Refusal("draining", f"the gateway shut down while {job.vm_id} was being set up; it will be undone") from None
-            await self._abandon(job, refusal := Refusal("torn_down", f"{job.vm_id} was deleted while it was being set up", vm_id=job.vm_id))
-            raise refusal from None
-        except Exception as error:  # also one that nobody foresaw must not keep the number
-            refusal = await self._explain(job, error)
-            await self._abandon(job, refusal, made_nothing=isinstance(error, NameTaken))
-            raise refusal from error
-        finally:
-            self.jobs.pop(job.vm_id, None)
-        self._metrics.provision.observe(self._clock.monotonic() - job.began, "ready_from_pool" if job.pooled else "ready")
-        log_event("provision_ready", vm_id=job.vm_id, phone=mask_phone(job.order.phone), seconds=job.seconds)
-        await self._on_ready(job.vm_id, welcome=job.order.welcome)
-        return route
-
-    def _update(self, job: Job, **changes: Any) -> Route:
-        """Change the job's record in memory; a commit follows where the change must be on disk."""
-        record = replace(self._record(job), **changes)
-        if job.order.phone:
-            self._store.put(job.order.phone, record)
-        else:
-            self._store.pool[job.vm_id] = record.to_json()
-        return record
-
-    def _record(self, job: Job) -> Route:
-        """A job's route; one without a phone is on its way into the pool."""
-        return self._store.routes[job.order.phone] if job.order.phone else Route.from_json(self._store.pool[job.vm_id])
-
-    async def _make(self, job: Job) -> None:
-        """Out of the pool or the long way; what was claimed and turns out to be gone is made anew under its name."""
-        try:
-            await self.take(job, self.from_pool if job.pooled else self.long_way)
-        except UpstreamNotFound as error:
-            if not job.pooled or job.step != "secrets":
-                raise
-            self._refuse_claim(job, error)
-            job.pooled = False
-            self._update(job, machine_id="", volume_id="", vm_url="", extra={})
-            await self.take(job, self.long_way)
-
-    def _refuse_claim(self, job: Job, error: UpstreamError) -> None:
-        self._metrics.pool_claims.add("refused")
-        log_event("pool_launch_refused", level=logging.WARNING, vm_id=job.vm_id, error=str(error))
-
-    async def take(self, job: Job, steps: Steps) -> None:
-        """Take the steps one after the other, each noted and timed."""
-        for name, step in steps:
-            began, job.step = self._clock.monotonic(), name
-            self._update(job, step=name)
-            await step(job)
-            job.end_step(seconds := self._clock.monotonic() - began)
-            self._metrics.provision_step.observe(seconds, name)
-
-    # The steps, in order
-
-    async def _create_app(self, job: Job) -> None:
-        await self._fly.create_app(job.vm_id)
-
-    async def _when_visible(self, call: Callable[[], Awaitable[T]], patience_s: float = FRESH_APP_S) -> T:
-        """Fly may answer 404 or 401 for an app it has just made."""
-        deadline, pause = self._clock.monotonic() + patience_s, 0.2
-        while True:
+    async def take_volume(self) -> None:
+        """In the first region that has room; a machine that finds none beside it comes back for the next."""
+        vm = self.settings.vm
+        while vm.volume_gb:
+            create = functools.partial(
+                self.fly.ensure_volume, self.vm_id, self.regions[0], vm.volume_gb, vm.guest
+            )
             try:
-                return await call()
-            except UpstreamRejected as error:
-                hidden = error.status in (401, 404) or "failed to get app" in error.words
-                if not hidden or self._clock.monotonic() > deadline:
-                    raise
-            await self._clock.sleep(pause)
-            pause = min(2.0, pause * 2)
-
-    async def _set_secrets(self, job: Job) -> None:
-        values = {**job.order.credentials, **self.own_secrets(job.vm_id)}
-        job.secrets_version = await self._when_visible(lambda: self._fly.set_secrets(job.vm_id, values), SEEN_APP_S if job.pooled else FRESH_APP_S)
-
-    def own_secrets(self, vm_id: str) -> dict[str, str]:
-        return {"COCKPIT_URL": self._settings.public_url, "COCKPIT_TOKEN": vm_token(self._settings.secrets[0], vm_id)}
-
-    async def _allocate_addresses(self, job: Job) -> None:
-        if self._settings.vm_is_public:
-            for kind in ("shared_v4", "v6"):
-                await self._when_visible(functools.partial(self._fly.ensure_address, job.vm_id, kind))
-        else:
-            # The address lives on the network its callers are on: the gateway's, not the app's own.
-            await self._when_visible(lambda: self._fly.ensure_address(job.vm_id, "private_v6", self._settings.fly_network))
-
-    async def _create_volume(self, job: Job) -> None:
-        """In the first region that has room; a machine that finds none beside it comes back here for the next."""
-        while self._settings.vm_volume_gb:
-            try:
-                volume_id, region = await self._when_visible(lambda: self._fly.ensure_volume(job.vm_id, job.regions[0], guest(self._settings)))
+                volume_id, region = await self.readiness.when_visible(create)
             except UpstreamError as error:
-                self._next_region(job, error)
-            else:
-                self._update(job, volume_id=volume_id, region=region)
-                await self._store.commit()
-                return
+                self.give_up_region(error)
+                continue
+            self.update(volume_id=volume_id, region=region)
+            return await self.routes.commit()
 
-    def _next_region(self, job: Job, error: UpstreamError) -> None:
-        """Give up on a region that is full; raises the error when it is another or when this was the last."""
-        if not is_capacity(error) or len(job.regions) < 2:
+    def give_up_region(self, error: UpstreamError) -> None:
+        """Pass over a region that is full; raises the error when it is another or this was the last."""
+        if error.code != NO_CAPACITY or len(self.regions) < 2:
             raise error
-        log_event("region_full", level=logging.WARNING, vm_id=job.vm_id, region=job.regions.pop(0), error=str(error))
+        log_warning("region_full", vm_id=self.vm_id, region=self.regions.pop(0), error=str(error))
 
-    def _regions(self, order: Order) -> tuple[str, ...]:
-        return (order.region,) if order.region else self._settings.vm_regions
-
-    def stamp(self, vm_id: str, phone: str) -> dict[str, str]:
-        """The metadata that says whose a machine is; without a phone it is the pool's."""
-        ours = {"cockpit_gateway": f"{gateway_host(self._settings)}/{self._store.gateway_id}"}
-        if not phone:
-            return ours | {"cockpit_pool": "1"}
-        return ours | {"cockpit_phone": phone, "cockpit_owner": owner_mark(self._settings.secrets[0], vm_id, phone)}
-
-    async def _create_machine(self, job: Job) -> None:
-        while job.machine is None:
-            route = self._record(job)
-            # One on its way into the pool is not booted; one that Fly would not boot out of it leaves its name behind.
-            how: Json = {"min_secrets_version": job.secrets_version} if job.order.phone else {"skip_launch": True}
-            # Fly reads a list of regions itself; a volume pins the machine to its own.
-            request = {"name": f"{job.vm_id}-2" if job.pooled else job.vm_id, "region": route.region if route.volume_id else ",".join(job.regions),
-                       "config": self._config(job, route.volume_id)} | how
+    async def take_machine(self) -> None:
+        while self.machine is None:
+            volume_id = self.route.volume_id
+            create = functools.partial(
+                self.fly.create_machine, self.vm_id, self.machine_request(), self.launch_id
+            )
             try:
-                job.machine = await self._when_visible(functools.partial(self._fly.create_machine, job.vm_id, request, job.launch))
+                self.machine = await self.readiness.when_visible(create)
             except UpstreamError as error:
-                self._next_region(job, error)
-                if route.volume_id:
-                    await self._fly.delete_volume(job.vm_id, route.volume_id)
-                    await self._create_volume(job)
-        self._update(job, machine_id=job.machine.id, region=job.machine.region or job.regions[0], vm_url=place(self._settings, job.vm_id, job.machine))
-        await self._store.commit()
+                self.give_up_region(error)
+                if volume_id:
+                    await self.fly.delete_volume(self.vm_id, volume_id)
+                    await self.take_volume()
+        self.update(
+            machine_id=self.machine.id,
+            region=self.machine.region or self.regions[0],
+            vm_url=self.blueprint.url(self.vm_id, self.machine.id, self.machine.region),
+        )
+        await self.routes.commit()
 
-    def _config(self, job: Job, volume_id: str) -> Json:
-        return machine_config(self._settings, self.stamp(job.vm_id, job.order.phone) | {"cockpit_launch": job.launch}, volume_id)
+    def machine_request(self) -> Json:
+        route = self.route
+        stamp = self.blueprint.metadata(self.vm_id, self.order.phone, route.pairing)
+        stamp["cockpit_launch"] = self.launch_id
+        return {
+            "name": self.vm_id,
+            # Fly reads a list of regions itself; a volume pins the machine to its own.
+            "region": route.region if route.volume_id else ",".join(self.regions),
+            "config": self.blueprint.config(stamp, route.volume_id),
+            "min_secrets_version": self.secrets_version,
+        }
 
-    async def _wait_prepared(self, job: Job) -> None:
-        """Until a machine that is not booted rests: then Fly has its image on its host."""
-        assert job.machine is not None
-        while (machine := await self._when_visible(functools.partial(self._fly.get_machine, job.vm_id, job.machine.id))).state not in POOL_STATES:
-            if machine.state in ("failed", "launch_failed", "destroying", "destroyed", "started"):
-                raise Refusal("vm_unhealthy", f"a machine for the pool is {machine.state}")
-            await self._clock.sleep(self._clock.uniform(0.2, 1.0))
+    async def take_start(self) -> None:
+        assert self.machine is not None
+        await self.readiness.wait_started(self.vm_id, self.machine)
 
-    async def _launch(self, job: Job) -> None:
-        """Make a machine of the pool the user's and boot it, in one update; one that Fly will not boot is replaced by one made the long way."""
-        route = self._store.routes[job.order.phone]
-        try:
-            waiting = await self._fly.get_machine(job.vm_id, route.machine_id)
-            if waiting.state not in POOL_STATES or not waiting.host_ok:
-                raise UpstreamRejected("fly", "launch machine", words=f"it is {waiting.state}" if waiting.host_ok else "its host is not well")
-            job.machine = await self._fly.update_machine(job.vm_id, waiting, self._config(job, route.volume_id), job.secrets_version)
-            started = await self._fly.is_started(job.vm_id, job.machine.id, LAUNCH_WAIT_S, instance_id=job.machine.instance_id)
-            if not started and (await self._fly.get_machine(job.vm_id, job.machine.id)).state in ("created", "stopped"):
-                await self._fly.start_machine(job.vm_id, job.machine.id)
-            self._update(job, vm_url=place(self._settings, job.vm_id, job.machine))  # VM_URL may be another than when it was made
-        except UpstreamError as error:
-            if not (isinstance(error, UpstreamRejected) or is_capacity(error)):
-                raise
-            self._refuse_claim(job, error)
-            await self._fly.delete_machine(job.vm_id, route.machine_id)
-            job.machine, job.launch = None, self._clock.random_id() + self._clock.random_id()
-            await self._create_machine(job)
-            job.pooled = False
+    async def take_health(self) -> None:
+        await self.readiness.wait_healthy(self.route)
 
-    async def _wait_started(self, job: Job) -> None:
-        assert job.machine is not None
-        await self.wait_started(job.vm_id, job.machine)
-
-    async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        """Wait until Fly calls the machine started (the caller bounds the wait); raises Refusal when that will not be."""
-        version = "" if after_event else machine.instance_id
-        while not await self._when_visible(lambda: self._fly.is_started(vm_id, machine.id, self._settings.provision_timeout_s, instance_id=version, after_event=after_event)):
-            now = await self._fly.get_machine(vm_id, machine.id)
-            if now.state in ("failed", "launch_failed", "destroying", "destroyed"):
-                raise Refusal("vm_unhealthy", f"the machine did not start: Fly says {now.state}", vm_id=vm_id)
-            if now.state == "stopped":  # seen after updates; while Fly is still replacing it, it refuses to start it
-                with contextlib.suppress(UpstreamRejected):
-                    await self._fly.start_machine(vm_id, machine.id)
-
-    async def _wait_healthy(self, job: Job) -> None:
-        await self.wait_healthy(self._store.routes[job.order.phone])
-
-    async def wait_healthy(self, route: Route) -> None:
-        """Poll until the VM answers /health (the caller bounds the wait)."""
-        failures = 0
-        while not await self._vms.is_healthy(route):
-            failures += 1
-            await self._clock.sleep(self._clock.uniform(0.02, min(0.5, 0.05 * 2 ** min(failures, 5))))
-
-    # When it fails
-
-    async def _explain(self, job: Job, error: Exception) -> Refusal:
+    async def refusal(self, error: Exception) -> Refusal:
+        """What the caller is told of a step that failed."""
+        about: Json = {"vm_id": self.vm_id, "step": self.step}
+        if isinstance(error, TimeoutError):
+            return await self.refusal_for_timeout(about)
         if isinstance(error, Refusal):
             return error
-        if isinstance(error, StoreError):
-            return Refusal("storage", f"{error}; nothing was kept", vm_id=job.vm_id)
-        if isinstance(error, UpstreamError):
-            return told_of_fly(error, vm_id=job.vm_id, step=job.step, regions=self._regions(job.order))
-        if not isinstance(error, TimeoutError):
-            log.error("provision_broken", exc_info=error, extra={"fields": [{"vm_id": job.vm_id, "step": job.step}]})
-            return Refusal("internal", "something went wrong here; the log says what", vm_id=job.vm_id, step=job.step)
-        limit = f"within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
-        if job.step not in ("start", "health"):
-            return Refusal("fly_unavailable", f"Fly did not finish the step {job.step} {limit}", retry_after_s=10, vm_id=job.vm_id, step=job.step)
-        if job.step == "health" and await self._passes_flys_check(job):
-            return Refusal("vm_unreachable", f"Fly's own check of the VM passes, but {self._store.routes[job.order.phone].vm_url} does not answer from here {limit}; "
-                           "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on", vm_id=job.vm_id, step=job.step)
-        return Refusal("vm_unhealthy", f"the VM did not answer /health {limit}", vm_id=job.vm_id, step=job.step)
+        try:
+            return refusal_for(error, **about, regions=self.asked_regions())
+        except Exception as unforeseen:
+            log_error("provision_broken", exc_info=unforeseen, **about)
+            return Refusal("internal", "something went wrong here; the log says what", **about)
 
-    async def _passes_flys_check(self, job: Job) -> bool:
-        assert job.machine is not None
+    def asked_regions(self) -> tuple[str, ...]:
+        return (self.order.region,) if self.order.region else self.settings.vm.regions
+
+    async def refusal_for_timeout(self, about: Json) -> Refusal:
+        limit = f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
+        if self.step not in ("start", "health"):
+            reason = f"Fly did not finish the step {self.step} {limit}"
+            return Refusal("fly_unavailable", reason, retry_after_s=10, **about)
+        if self.step == "health" and await self.passes_flys_check():
+            reason = f"Fly's own check of the VM passes, but {self.route.vm_url} does not answer from here"
+            remedy = "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on"
+            return Refusal("vm_unreachable", f"{reason} {limit}; {remedy}", **about)
+        return Refusal("vm_unhealthy", f"the VM did not answer /health {limit}", **about)
+
+    async def passes_flys_check(self) -> bool:
+        assert self.machine is not None
         with contextlib.suppress(UpstreamError, TimeoutError):
-            async with time_limit(self._clock, 10):
-                return (await self._fly.get_machine(job.vm_id, job.machine.id)).checks_pass
+            async with self.clock.time_limit(10):
+                return (await self.fly.get_machine(self.vm_id, self.machine.id)).checks_pass
         return False
 
-    async def _abandon(self, job: Job, refusal: Refusal, *, made_nothing: bool = False) -> None:
-        """Free the number, tell whoever waits, and start the undo; the caller's error does not wait for it."""
-        self.jobs.pop(job.vm_id, None)  # from here on a teardown has nothing to cancel
-        self._metrics.provision.observe(self._clock.monotonic() - job.began, refusal.code)
-        log_event("provision_failed", level=logging.WARNING, vm_id=job.vm_id, step=job.step, code=refusal.code, error=refusal.detail)
-        state = "deleting" if job.torn_down else "failed"
-        self._remember_failed(self.describe(job.order.phone, self._store.routes[job.order.phone]) | {"state": state, "last_error": refusal.detail})
-        if made_nothing or not (job.step or job.pooled):  # a machine of the pool is there before the first step
-            self._store.drop(job.order.phone)
-        else:
-            self._store.begin_undo(job.order.phone, "torn_down" if job.torn_down else "failed")
-        await self._on_gone(job.vm_id, "failed")
-        with contextlib.suppress(StoreError):
-            await self._store.commit()
-        if job.vm_id in self._store.undo:
-            self._start_undo(job.vm_id)
 
-    def _remember_failed(self, record: Json) -> None:
-        now = self._clock.monotonic()
-        self.failed[record["vm_id"]] = (now, record)
-        while self.failed and (len(self.failed) > 1000 or next(iter(self.failed.values()))[0] < now - FAILED_KEPT_S):
-            self.failed.popitem(last=False)
+@dataclass(kw_only=True, eq=False)
+class Undo:
+    """Deletes apps until Fly confirms that they are gone, however long that takes.
 
-    # Undoing
+    What is being undone stands in the `undo` section of routes.json.
+    """
 
-    def _start_undo(self, vm_id: str) -> asyncio.Task[None]:
-        if vm_id not in self._undoing:
-            self._undoing[vm_id] = self._owner.start(self._undo(vm_id), f"undo {vm_id}")
-        return self._undoing[vm_id]
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    tasks: Tasks
+    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    confirmed: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
 
-    async def _undo(self, vm_id: str) -> None:
-        """Delete the app until Fly confirms that it is gone, however long that takes."""
+    def start(self, vm_id: str) -> asyncio.Task[None]:
+        if vm_id not in self.running:
+            self.running[vm_id] = self.tasks.start(self._run(vm_id), f"undo {vm_id}")
+        return self.running[vm_id]
+
+    def start_all(self) -> None:
+        for vm_id in list(self.routes.undo):
+            self.start(vm_id)
+
+    async def _run(self, vm_id: str) -> None:
         failures = 0
         try:
             while True:
                 try:
-                    for pause in LOOK_AGAIN_S if self._is_fresh(vm_id) else ():
-                        if await self._delete_and_confirm(vm_id):
-                            break
-                        await self._clock.sleep(pause)
-                    else:
-                        await self._delete_and_confirm(vm_id)
+                    await self._delete_and_confirm(vm_id)
                     break
                 except UpstreamError as error:
                     failures += 1
-                    self._store.undo[vm_id]["last_error"] = str(error)
-                    refused = bool(self._fly.trouble)  # which has a log line of its own
-                    log_event("undo_retry", level=logging.DEBUG if refused else logging.WARNING, vm_id=vm_id, error=str(error), attempt=failures + 1)
-                    await self._clock.sleep(self._clock.uniform(0, min(REFUSED_CAP_S if refused else UNDO_CAP_S, 0.5 * 2 ** min(failures, 10))))
-            del self._store.undo[vm_id]
-            self.gone[vm_id] = self._clock.monotonic()
-            while len(self.gone) > 10_000:
-                self.gone.popitem(last=False)
+                    await self._note_failure(vm_id, error, failures)
+            del self.routes.undo[vm_id]
+            self.confirmed.put(vm_id, None, self.clock.monotonic())
             log_event("undo_confirmed", vm_id=vm_id)
             with contextlib.suppress(StoreError):
-                await self._store.commit()
+                await self.routes.commit()
         finally:
-            del self._undoing[vm_id]
+            del self.running[vm_id]
+
+    async def _note_failure(self, vm_id: str, error: UpstreamError, failures: int) -> None:
+        self.routes.undo[vm_id]["last_error"] = str(error)
+        is_refused = bool(self.fly.trouble)  # which has a log line of its own
+        log_event(
+            "undo_retry",
+            level=logging.DEBUG if is_refused else logging.WARNING,
+            vm_id=vm_id,
+            error=str(error),
+            attempt=failures + 1,
+        )
+        await (UNDO_REFUSED if is_refused else UNDO).pause(self.clock, failures)
+
+    async def _delete_and_confirm(self, vm_id: str) -> None:
+        """Returns when the app is gone."""
+        for pause_s in (*LOOK_AGAIN_S, 0.0) if self._is_fresh(vm_id) else (0.0,):
+            if await self.fly.delete_app(vm_id):
+                return await self._confirm(vm_id)
+            if pause_s:
+                await self.clock.sleep(pause_s)
+
+    async def _confirm(self, vm_id: str) -> None:
+        for failures in range(1, CONFIRM_DELETE.attempts + 1):
+            try:
+                await self.fly.get_app(vm_id)
+            except UpstreamNotFound:
+                return
+            await CONFIRM_DELETE.pause(self.clock, failures)
+        raise UpstreamUnavailable("fly", "delete app", "the app is still there")
 
     def _is_fresh(self, vm_id: str) -> bool:
-        """Whether a 404 may mean `not yet`: the app is young, or a create that was cut off may still take effect."""
-        created = str(self._store.undo[vm_id].get("created_at") or "")
-        return created > timestamp(self._clock.now() - 2 * FRESH_APP_S)
+        """Whether a 404 may mean `not yet`: a create that was cut off may still take effect."""
+        created = str(self.routes.undo[vm_id].get("created_at") or "")
+        return created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
 
-    async def _delete_and_confirm(self, vm_id: str) -> bool:
-        """Whether there was an app to delete; returns when it is gone."""
-        was_there = await self._fly.delete_app(vm_id)
-        for _ in range(30):
-            try:
-                await self._fly.get_app(vm_id)
-            except UpstreamNotFound:
-                return was_there
-            await self._clock.sleep(self._clock.uniform(0.1, 1.0))
-        raise UpstreamUnavailable("fly", "delete app", words="the app is still there")
 
-    async def discard(self, vm_id: str) -> None:
-        """Destroy an app of ours that nobody has a route to."""
-        self._store.undo[vm_id] = {"vm_id": vm_id, "reason": "orphan"}
+def describe(phone: str, route: Route) -> Json:
+    """The VM record, as far as the route knows it."""
+    record: Json = {
+        "vm_id": route.vm_id,
+        "machine_id": route.machine_id or None,
+        "vm_url": route.vm_url or None,
+        "phone_number": phone,
+        "region": route.region or None,
+        "image": route.image or None,
+        "state": route.state,
+        "step": route.step or None,
+        "created_at": route.created_at or None,
+        "last_error": route.last_error or None,
+    }
+    if "steps" in route.extra:  # known once it is ready
+        record["steps"] = route.extra["steps"]
+    return record
+
+
+@dataclass(kw_only=True, eq=False)
+class Provisioner:
+    """Admits sign-ups, tears VMs down, and undoes at a start what an earlier process left half-made."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    blueprint: Blueprint
+    readiness: Readiness
+    undo: Undo
+    keyring: Keyring
+    tasks: Tasks
+    metrics: Metrics
+    on_ready: Callable[[str, bool], Awaitable[None]]  # (vm_id, welcome)
+    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, `failed` or `torn_down`)
+    running: dict[str, Provisioning] = field(default_factory=dict)
+    failed: Recent[Json] = field(default_factory=lambda: Recent(1000, for_s=FAILED_KEPT_S))
+    is_draining: bool = False
+    closed_because: str = ""  # why no VM can be made now
+
+    # Asking for a VM
+
+    def begin(self, order: Order) -> Provisioning:
+        """Take an order on; raises Refusal. No await before the record, so one of many wins."""
+        self._check_number_free(order.phone)
+        self._check_limits()
+        now = self.clock.now()
+        vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
+        regions = [order.region] if order.region else list(self.settings.vm.regions)
+        provisioning = Provisioning(
+            order=order,
+            vm_id=vm_id,
+            launch_id=self.clock.random_id() + self.clock.random_id(),
+            regions=regions,
+            began=self.clock.monotonic(),
+            settings=self.settings,
+            clock=self.clock,
+            routes=self.routes,
+            fly=self.fly,
+            blueprint=self.blueprint,
+            readiness=self.readiness,
+            metrics=self.metrics,
+        )
+        route = Route(
+            vm_id=vm_id,
+            state="provisioning",
+            image=self.settings.vm.image,
+            region=order.region,
+            created_at=utc_seconds(now),
+            key_id=self.keyring.current_id,
+        )
+        self.routes.put(order.phone, route)
+        self.running[vm_id] = provisioning
+        provisioning.task = self.tasks.start(self._run(provisioning), f"provision {vm_id}")
+        provisioning.task.add_done_callback(lambda _: provisioning.moved.set())
+        log_event("provision_begun", vm_id=vm_id, phone=mask_phone(order.phone))
+        return provisioning
+
+    def _check_number_free(self, phone: str) -> None:
+        route = self.routes.routes.get(phone)
+        if route is None:
+            return
+        if route.state == "failed":  # its VM is gone: the number may have a new one
+            self.routes.begin_undo(phone, "replaced")
+            self.undo.start(route.vm_id)
+            return
+        reason = f"this number has the VM {route.vm_id} ({route.state}); delete it first"
+        raise Refusal("phone_taken", reason, vm_id=route.vm_id)
+
+    def _check_limits(self) -> None:
+        limits, count = self.settings.limits, len(self.routes.routes)
+        if self.is_draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        if self.closed_because:
+            raise Refusal("fly_unavailable", self.closed_because, retry_after_s=10)
+        if len(self.running) >= limits.provision_limit:
+            reason = f"{len(self.running)} VMs are being set up already (PROVISION_LIMIT)"
+            raise Refusal("too_many", reason, retry_after_s=10)
+        if limits.vm_limit and count >= limits.vm_limit:
+            raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
+
+    async def _run(self, provisioning: Provisioning) -> Route:
+        vm_id = provisioning.vm_id
+        try:
+            route = await provisioning.run()
+        except asyncio.CancelledError:
+            if not provisioning.is_torn_down:  # shutting down: the next start undoes it
+                reason = f"the gateway shut down while {vm_id} was being set up; it will be undone"
+                raise Refusal("draining", reason) from None
+            reason = f"{vm_id} was deleted while it was being set up"
+            refusal = Refusal("torn_down", reason, vm_id=vm_id)
+            await self._abandon(provisioning, refusal)
+            raise refusal from None
+        except Exception as error:  # also one that nobody foresaw must not keep the number
+            refusal = await provisioning.refusal(error)
+            made_nothing = isinstance(error, NameTaken) or not provisioning.step
+            await self._abandon(provisioning, refusal, made_nothing=made_nothing)
+            raise refusal from error
+        finally:
+            self.running.pop(vm_id, None)
+        self.metrics.provision.observe(self.clock.monotonic() - provisioning.began, "ready")
+        phone = mask_phone(provisioning.order.phone)
+        log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=provisioning.seconds)
+        await self.on_ready(vm_id, provisioning.order.welcome)
+        return route
+
+    async def _abandon(
+        self, provisioning: Provisioning, refusal: Refusal, *, made_nothing: bool = False
+    ) -> None:
+        """Free the number, tell whoever waits, start the undo; the caller's error does not wait for it."""
+        vm_id, phone = provisioning.vm_id, provisioning.order.phone
+        self.running.pop(vm_id, None)  # from here on a teardown has nothing to cancel
+        passed_s = self.clock.monotonic() - provisioning.began
+        self.metrics.provision.observe(passed_s, refusal.code)
+        log_warning(
+            "provision_failed",
+            vm_id=vm_id,
+            step=provisioning.step,
+            code=refusal.code,
+            error=refusal.detail,
+        )
+        is_torn_down = provisioning.is_torn_down
+        state = "deleting" if is_torn_down else "failed"
+        self._remember_failed(phone, self.routes.routes[phone], refusal.detail, state)
+        if made_nothing:
+            self.routes.drop(phone)
+        else:
+            reason = "torn_down" if is_torn_down else "failed"
+            self.routes.begin_undo(phone, reason, refusal.detail)
+        await self.on_gone(vm_id, phone, "failed")
         with contextlib.suppress(StoreError):
-            await self._store.commit()
-        self._start_undo(vm_id)
+            await self.routes.commit()
+        if vm_id in self.routes.undo:
+            self.undo.start(vm_id)
 
-    async def discard_pooled(self, vm_id: str, why: str) -> None:
-        """Destroy an entry of the pool, unless somebody has claimed it meanwhile."""
-        if (entry := self._store.pool.pop(vm_id, None)) is not None:
-            log_event("pool_discarded", vm_id=vm_id, why=why)
-            self._store.undo[vm_id] = entry | {"reason": "orphan"}
-            with contextlib.suppress(StoreError):
-                await self._store.commit()
-            self._start_undo(vm_id)
+    def _remember_failed(self, phone: str, route: Route, error: str, state: str = "failed") -> None:
+        record = describe(phone, route) | {"state": state, "last_error": error}
+        self.failed.put(route.vm_id, record, self.clock.monotonic())
+
+    # Tearing one down
 
     async def tear_down(self, vm_id: str) -> bool:
-        """Destroy a VM in whatever state it is and forget its route; False when Fly has not confirmed in 25 s. Raises Refusal when unknown."""
-        found = self._store.find(vm_id)
+        """Destroy a VM in whatever state and forget its route; False when Fly has not confirmed in 25 s.
+
+        Raises Refusal when it is unknown.
+        """
         log_event("teardown", vm_id=vm_id)
-        if job := self.jobs.get(vm_id):
-            await self._cancel(job)
+        found = self.routes.find(vm_id)
+        if provisioning := self.running.get(vm_id):
+            await self._cancel(provisioning)
         elif found:
-            self._store.begin_undo(found[0], "torn_down")
-            with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive; the write is tried on
-                await self._store.commit()
-            await self._on_gone(vm_id, "torn_down")  # not before it is on disk: after a kill the VM would live on, its texts dropped
-            self._start_undo(vm_id)
-        elif vm_id not in self._store.undo:
-            if self.failed.pop(vm_id, None) is None:
-                raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-            return True
-        if vm_id not in self._store.undo:
-            self.failed.pop(vm_id, None)
-            return True
+            self.routes.begin_undo(found[0], "torn_down")
+            with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive
+                await self.routes.commit()
+            # Not before it is on disk: after a kill the VM would live on, its texts dropped.
+            await self.on_gone(vm_id, found[0], "torn_down")
+        elif vm_id not in self.routes.undo and vm_id not in self.failed:
+            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
+        is_gone = vm_id not in self.routes.undo or await self._is_undone_in_time(vm_id)
+        if is_gone:
+            self.failed.forget(vm_id)
+        return is_gone
+
+    async def _is_undone_in_time(self, vm_id: str) -> bool:
         with contextlib.suppress(TimeoutError):
-            async with time_limit(self._clock, TEARDOWN_WAIT_S):
-                await asyncio.shield(self._start_undo(vm_id))
-                self.failed.pop(vm_id, None)
+            async with self.clock.time_limit(TEARDOWN_WAIT_S):
+                await asyncio.shield(self.undo.start(vm_id))
                 return True
         return False
 
-    async def _cancel(self, job: Job) -> None:
-        assert job.task is not None
-        job.torn_down = True
-        job.task.cancel()
+    async def _cancel(self, provisioning: Provisioning) -> None:
+        assert provisioning.task is not None
+        provisioning.is_torn_down = True
+        provisioning.task.cancel()
         with contextlib.suppress(Refusal, asyncio.CancelledError):
-            await asyncio.shield(job.task)
-        if self._store.find(job.vm_id):  # cancelled before its first step, or while its failure was looked into
-            await self._abandon(job, Refusal("torn_down", f"{job.vm_id} was deleted before it was set up"))
+            await asyncio.shield(provisioning.task)
+        if self.routes.find(provisioning.vm_id):
+            # Cancelled before its first step, or while its failure was looked into.
+            reason = f"{provisioning.vm_id} was deleted before it was set up"
+            await self._abandon(provisioning, Refusal("torn_down", reason))
 
     # Start and stop
 
     async def recover(self) -> None:
         """At start: undo what an earlier process left unfinished."""
-        for phone, route in list(self._store.routes.items()):
-            if route.state in ("provisioning", "deleting"):
-                self._store.begin_undo(phone, "failed" if route.state == "provisioning" else "torn_down")
-                await self._on_gone(route.vm_id, "failed" if route.state == "provisioning" else "torn_down")
-                log_event("unfinished_undone", level=logging.WARNING, vm_id=route.vm_id, was=route.state)
-        if self._store.undo or self._store.is_new:
+        for phone, route in list(self.routes.routes.items()):
+            if route.state not in ("provisioning", "deleting"):
+                continue
+            reason = "failed" if route.state == "provisioning" else "torn_down"
+            error = (
+                "the gateway was restarted while it was being set up, so it is undone; ask again"
+            )
+            if reason == "failed":
+                self._remember_failed(phone, route, error)
+            self.routes.begin_undo(phone, reason, error if reason == "failed" else "")
+            await self.on_gone(route.vm_id, phone, reason)
+            log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
+        if self.routes.undo or self.routes.is_new:
             with contextlib.suppress(StoreError):
-                await self._store.commit()
-        for vm_id in list(self._store.undo):
-            self._start_undo(vm_id)
+                await self.routes.commit()
+        self.undo.start_all()
 
     async def drain(self) -> None:
         """Take no more orders; wait for those under way (the caller bounds the wait)."""
-        self.draining = True
-        if tasks := [job.task for job in self.jobs.values() if job.task]:
+        self.is_draining = True
+        tasks = [entry.task for entry in self.running.values() if entry.task]
+        if tasks:
             await asyncio.wait(tasks)
 
-    # Telling
-
-    def describe(self, phone: str, route: Route) -> Json:
-        """The VM record."""
-        steps = {"steps": route.extra["steps"], "from_pool": bool(route.extra.get("from_pool"))} if "steps" in route.extra else {}  # known once it is ready
-        return {"vm_id": route.vm_id, "machine_id": route.machine_id or None, "vm_url": route.vm_url or None, "phone_number": phone, "region": route.region or None,
-                "image": route.image or None, "state": route.state, "step": route.step or None, "created_at": route.created_at or None, "last_error": route.last_error or None} | steps
-
-    def look_up(self, vm_id: str) -> Json:
+    def record(self, vm_id: str) -> Json:
         """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
-        if found := self._store.find(vm_id):
-            return self.describe(*found)
-        vm_id = next((known for known, entry in self._store.undo.items() if entry.get("machine_id") == vm_id), vm_id)
-        if (failed := self.failed.get(vm_id)) and failed[0] > self._clock.monotonic() - FAILED_KEPT_S:
-            return failed[1]
-        if entry := self._store.undo.get(vm_id):
-            known = {name: value for name, value in entry.items() if isinstance(value, str)}
-            record = self.describe(str(entry.get("phone_number") or ""), Route.from_json(known | {"vm_id": vm_id}))
-            return record | {"state": "failed" if entry.get("reason") == "failed" else "deleting"}
-        raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-
-
-class Pool:
-    """Keeps POOL_SIZE machines ready that never ran: image on the host, not booted, so that a user's first boot takes seconds and is the machine's own first."""
-
-    AT_ONCE = 3
-    LOOK_S = 60.0
-
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, provisioner: Provisioner) -> None:
-        self._settings, self._clock, self._store, self._fly, self._provisioner = settings, clock, store, fly, provisioner
-
-    async def run(self) -> None:
-        """Fill, and look through it every minute and at every claim; when Fly is full or away, wait up to 5 minutes."""
-        for vm_id, entry in list(self._store.pool.items()):
-            if entry.get("state") != "ready":
-                await self._provisioner.discard_pooled(vm_id, "an earlier process was making it")
-        failures, changed = 0, self._provisioner.pool_changed
-        while True:
-            changed.clear()
-            await self._sort()
-            missing = min(self._settings.pool_size - len(self._store.pool), self.AT_ONCE)
-            made = await asyncio.gather(*(self._fill() for _ in range(missing))) if not self._provisioner.closed else []
-            failures = 0 if all(made) else failures + 1
-            if failures:
-                await self._clock.sleep(self._clock.uniform(1, min(300.0, 5 * 2.0 ** min(failures, 10))))
-            elif not made:
-                with contextlib.suppress(TimeoutError):
-                    async with time_limit(self._clock, self.LOOK_S):
-                        await changed.wait()
-
-    async def _sort(self) -> None:
-        """Destroy what does not fit any more or is not at rest, forget what vanished."""
-        kept = 0
-        for vm_id, entry in list(self._store.pool.items()):
-            if entry.get("state") != "ready":
-                continue
-            if kept >= self._settings.pool_size or entry.get("shape") != pool_shape(self._settings):
-                await self._provisioner.discard_pooled(vm_id, "not wanted any more")
-                continue
-            kept += 1
-            try:
-                machine = await self._fly.get_machine(vm_id, str(entry.get("machine_id")))
-            except UpstreamNotFound:
-                await self._provisioner.discard_pooled(vm_id, "Fly does not know it")
-            except UpstreamError as error:
-                log_event("pool_not_seen", level=logging.WARNING, vm_id=vm_id, error=str(error))
-            else:
-                if machine.state not in POOL_STATES or not machine.host_ok:
-                    await self._provisioner.discard_pooled(vm_id, f"it is {machine.state}" if machine.host_ok else "its host is not well")
-
-    async def _fill(self) -> bool:
-        """Make one machine, recorded before each call like any other; whether it is ready now."""
-        job = self._provisioner.new_job(Order(phone="", credentials={}))
-        self._store.pool[job.vm_id] = replace(self._provisioner.blank(job), state="filling", extra={"shape": pool_shape(self._settings)}).to_json()
-        try:
-            async with time_limit(self._clock, self._settings.provision_timeout_s):
-                await self._store.commit()
-                await self._provisioner.take(job, self._provisioner.into_pool)
-            self._store.pool[job.vm_id] |= {"state": "ready", "step": ""}
-            await self._store.commit()
-        except Exception as error:  # also one that nobody foresaw must not end the filling
-            log_event("pool_not_filled", level=logging.WARNING, vm_id=job.vm_id, step=job.step, error=str(error) or type(error).__name__)
-            if not job.step or isinstance(error, NameTaken):
-                self._store.pool.pop(job.vm_id, None)
-            await self._provisioner.discard_pooled(job.vm_id, "was not finished")
-            return False
-        log_event("pool_filled", vm_id=job.vm_id, region=self._store.pool.get(job.vm_id, {}).get("region"))
-        return True
+        if found := self.routes.find(vm_id):
+            return describe(*found)
+        for known, entry in self.routes.undo.items():
+            if entry.get("machine_id") == vm_id:
+                vm_id = known
+        if self.failed.is_fresh(vm_id, self.clock.monotonic()):
+            return self.failed[vm_id]
+        undone = self.routes.undo.get(vm_id)
+        if undone is None:
+            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
+        texts = {name: value for name, value in undone.items() if isinstance(value, str)}
+        record = describe(texts.get("phone_number", ""), Route.from_json(texts | {"vm_id": vm_id}))
+        return record | {"state": "failed" if undone.get("reason") == "failed" else "deleting"}
 
 
 # --- Relay ---
+#
+# Inbox takes texts in, Runner hands them to VMs, Sender hands what is to be told to Twilio. All three work
+# on RelayState: one VmState per VM, in memory, and the MessageStore beneath it.
 
-SEEN_S, SEEN_LEAST, SEEN_MOST = 86_400.0, 20_000, 1_000_000
+# What the gateway itself tells an owner.
+NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
+SETTING_UP = "Your VM is being set up. Your text is kept."
+QUEUE_FULL = 'Your queue is full ({n} waiting). This text was not kept: "{text}"'
+TOO_FAST = "More than {n} texts a minute. This text was not kept; wait a minute."
+VM_AWAY = "Your VM is restarting... Your text is kept and will run when it is back."
+AWAY_TOO_LONG = "Not run, your VM was away too long: {texts}"
+AWAY_TWICE = 'Your VM went away twice while running this; not tried again: "{text}"'
+NO_ANSWER = 'No answer after {s:g} s; it may still be running: "{text}"'
+VM_ERROR = 'Your VM answered with an error ({status}): "{text}"'
+DONE = "Done, no output."
+EXIT_CODE = "Exit code {n}, no output."
+UNREADABLE = "Your VM's answer could not be read."
+VM_GONE = "Your VM is gone."
+SET_UP_FAILED = "Your VM could not be set up."
+NOT_RUN = " Not run: {texts}"
+SIGN_UP = " Sign up: {url}"
+WELCOME = "Your VM is ready. Text me anything."
+STILL_WORKING = "Still working on it."
+IMAGE_AS_LINK = "An image that could not be sent as a picture message; for a day it is here: {url}"
+RESTART_BEGUN = "Your VM is being restarted. What waits will run when it is back."
+COMMANDS_HELP = """cockpit status: how your VM is
+cockpit restart: restart it
+cockpit queue: what runs and waits
+cockpit cancel: drop what waits
+Anything else goes to your VM."""
+
+COMMAND = re.compile(r"\s*cockpit (status|restart|queue|cancel|help)\s*", re.IGNORECASE)
+# Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
+# sender is opted out.
+KEYWORDS = {
+    **dict.fromkeys("STOP STOPALL UNSUBSCRIBE CANCEL END QUIT REVOKE OPTOUT".split(), "STOP"),
+    **dict.fromkeys(("START", "UNSTOP", "YES"), "START"),
+    **dict.fromkeys(("HELP", "INFO"), "HELP"),
+}
+# Callbacks come in any order: a status that does not come later here than one already told says nothing new.
+STATUS_ORDER = (
+    "accepted scheduled",
+    "queued",
+    "sending",
+    "sent",
+    "delivered undelivered failed canceled",
+    "read",
+)
+STATUS_RANKS = {name: rank for rank, names in enumerate(STATUS_ORDER) for name in names.split()}
+VM_RETURN = Backoff(base_s=0.25, cap_s=4)
+VM_BUSY = Backoff(base_s=0.25, cap_s=10)
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
-UNKNOWN_NOTICE_S = 3600.0
-LINK_S = 86_400.0
-LIST_OVERLAP_S = 900.0
-LOOP_GUARD_S = 30.0  # 14107: Twilio counts texts that follow each other within this time
-HOMELESS_S = 3600.0  # how long messages of a VM without a route are kept: Fly may yet tell whose it is
+UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
-UNASKED_LIMITS = ((60.0, 20), (86_400.0, 300))  # a VM's own messages: seconds, how many
-# Twilio acts on these by itself when they are the whole of a text; YES is an answer to an agent unless its sender is opted out.
-KEYWORDS = {**dict.fromkeys(("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"), "STOP"),
-            **dict.fromkeys(("START", "UNSTOP", "YES"), "START"), **dict.fromkeys(("HELP", "INFO"), "HELP")}
-# Callbacks come in any order: a status of no higher rank than one already told says nothing new.
-RANKS = {"accepted": 0, "scheduled": 0, "queued": 1, "sending": 2, "sent": 3, "delivered": 4, "undelivered": 4, "failed": 4, "canceled": 4, "read": 5}
-IMAGE_IN_WORDS = "An image that could not be sent as a picture message; for a day it is here: {url}"
-NOTICES = {
-    "N1": "This number has no cockpit VM yet. Sign up: {url}",
-    "N2": "Your VM is being set up. Your text is kept.",
-    "N3": 'Your queue is full ({n} waiting). This text was not kept: "{text}"',
-    "N4": "More than {n} texts a minute. This text was not kept; wait a minute.",
-    "N5": "Your VM is restarting... Your text is kept and will run when it is back.",
-    "N6": "Not run, your VM was away too long: {texts}",
-    "N7": 'Your VM went away twice while running this; not tried again: "{text}"',
-    "N8": 'No answer after {s} s; it may still be running: "{text}"',
-    "N9": 'Your VM answered with an error ({status}): "{text}"',
-    "N10": "Done, no output.",
-    "N10 exit": "Exit code {n}, no output.",
-    "N11": "Your VM's answer could not be read.",
-    "N12": "Your VM is gone. Not run: {texts}",
-    "N13": "Your VM could not be set up. Not run: {texts}",
-    "N14": "Your VM is ready. Text me anything.",
-    "N15": "Still working on it.",
-}
-
-
+VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 TRACES_KEPT = 10_000
-LOG_GATHER_S = 0.05
+
+END_TEXT = "DELETE FROM texts WHERE sid = ?"
+UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
+END_OUTBOUND = "DELETE FROM outbound WHERE id = ?"
+UPDATE_OUTBOUND = "UPDATE outbound SET sent = ?, in_words = ? WHERE id = ?"
+NOTE_SENT = "INSERT OR IGNORE INTO sent VALUES (?, ?)"
+FORGET_VM = "DELETE FROM vms WHERE vm_id = ?"
+SET_MARK = "INSERT OR REPLACE INTO marks VALUES (?, ?)"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trace:
-    """One text's way through the gateway, without its words; steps in seconds since its receipt, None while not reached."""
+    """One text's way through the gateway, without its words; seconds since its receipt, None: not reached."""
 
-    sid: str = ""
-    vm_id: str = ""
-    request_id: str = ""
-    received: float = 0.0  # wall clock
-    began: float = 0.0  # monotonic, the same moment
+    sid: str
+    vm_id: str
+    request_id: str
+    received: float  # wall clock
+    began: float  # monotonic, the same moment
     outcome: str = "waiting"
-    journaled: float | None = None
+    stored: float | None = None
     handed_over: float | None = None
     answered: float | None = None
     sent: float | None = None
     delivered: float | None = None
     attempts: int = 0
     parts: int = 0
-    errors: list[tuple[float, str]] | None = None
+    errors: list[tuple[float, str]] = field(default_factory=list)
 
     def to_json(self) -> Json:
-        steps = [("received", 0.0), *((name, getattr(self, name)) for name in ("journaled", "handed_over", "answered", "sent", "delivered"))]
-        return {"message_sid": self.sid, "vm_id": self.vm_id or None, "request_id": self.request_id or None, "outcome": self.outcome, "attempts": self.attempts, "parts": self.parts,
-                "steps": [{"step": name, "at": self._at(passed), "ms": round(passed * 1000, 1)} for name, passed in steps if passed is not None],
-                "errors": [{"at": self._at(passed), "error": words} for passed, words in self.errors or ()]}
+        names = ("stored", "handed_over", "answered", "sent", "delivered")
+        reached = [("received", 0.0), *((name, getattr(self, name)) for name in names)]
+        steps = [
+            {"step": name, "at": utc_millis(self.received + s), "ms": round(s * 1000, 1)}
+            for name, s in reached
+            if s is not None
+        ]
+        return {
+            "message_sid": self.sid,
+            "vm_id": self.vm_id or None,
+            "request_id": self.request_id or None,
+            "outcome": self.outcome,
+            "attempts": self.attempts,
+            "parts": self.parts,
+            "steps": steps,
+            "errors": [{"at": utc_millis(self.received + s), "error": e} for s, e in self.errors],
+        }
 
-    def _at(self, passed: float) -> str:
-        return rfc3339(self.received + passed)
-
-
-VERB = re.compile(r"\s*cockpit (status|restart|queue|cancel|help)\s*", re.IGNORECASE)
-VERBS_HELP = """cockpit status: how your VM is
-cockpit restart: restart it
-cockpit queue: what runs and waits
-cockpit cancel: drop what waits
-Anything else goes to your VM."""
+    def note_error(self, now: float, error: str) -> None:
+        """`now`: monotonic. The last ten are kept."""
+        self.errors = [*self.errors[-9:], (now - self.began, error)]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Text:
-    """An accepted text on its way to its VM. Wall-clock seconds: they must survive a restart."""
+    """An accepted text on its way to its VM; wall-clock seconds, for they must survive a restart."""
 
     sid: str
+    vm_id: str
     body: str
     arrived: float
-    since: float = 0.0  # when it arrived, by `Relay.steady_now`
-    channel: str = ""  # "whatsapp:" or nothing
-    ours: str = ""  # the address it was sent to, from which it is answered
-    media: tuple[tuple[str, str], ...] = ()
-    run_noted: bool = False  # the journal says it was handed over
-    reached: bool = False  # it perhaps reached the VM
-    cut_at: float = 0.0
-    cuts: int = 0
+    reply_to: Address
+    media: Sequence[Sequence[str]] = ()
+    handed_over: bool = False  # so says the store
+    may_have_reached: bool = False
+    drops: int = 0  # in a row
+    dropped_at: float = 0.0
     busy_since: float | None = None  # monotonic
     attempts: int = 0
-    trace: Trace = field(default_factory=Trace)
+    trace: Trace
+
+    def added(self) -> Change:
+        row = self.sid, self.vm_id, self.arrived, self.body, to_json(self.media), *self.reply_to
+        return ADD_TEXT, (*row, self.handed_over, self.drops, self.dropped_at)
+
+    def updated(self) -> Change:
+        return UPDATE_TEXT, (self.handed_over, self.drops, self.dropped_at, self.sid)
+
+    def ended(self) -> Change:
+        return END_TEXT, (self.sid,)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -3250,1270 +4388,1346 @@ class Outbound:
     """Something to tell an owner: words in parts, then images of the VM, each a message of its own."""
 
     id: str
-    parts: list[str]
-    at: float
-    images: tuple[str, ...] = ()
-    channel: str = ""
-    ours: str = ""
+    vm_id: str
+    phone: str  # its recipient, also when the VM is gone
+    reply_to: Address
+    parts: Sequence[str]
+    images: Sequence[str] = ()
+    created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
-    in_words: list[int] = field(default_factory=list)  # which of them go as words and a link: they were refused as pictures
-    once_more: bool = False  # Twilio stopped it before: there is no third time
-    hold_until: float = 0.0  # wall clock: its lane sends nothing before
-    resumed: bool = False  # an earlier process may have sent it
+    in_words: list[int] = field(default_factory=list)  # pictures that go as a link
+    is_resumed: bool = False  # an earlier process may have sent it
     traces: Sequence[Trace] = ()  # of the texts it answers
+
+    @property
+    def size(self) -> int:
+        return len(self.parts) + len(self.images)
+
+    def added(self) -> Change:
+        row = self.id, self.vm_id, self.phone, *self.reply_to, to_json(self.parts)
+        return ADD_OUTBOUND, (
+            *row,
+            to_json(self.images),
+            self.created_at,
+            self.sent,
+            to_json(self.in_words),
+        )
+
+    def updated(self) -> Change:
+        if self.sent >= self.size:
+            return self.ended()
+        return UPDATE_OUTBOUND, (self.sent, to_json(self.in_words), self.id)
+
+    def ended(self) -> Change:
+        return END_OUTBOUND, (self.id,)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Lane:
-    """What is on its way to and from one VM: a run lane and a send lane, both in order."""
+class VmState:
+    """What is known of one VM, and what is on its way to and from it. What `KEPT` names outlives a restart."""
 
     vm_id: str
-    phone: str
+    phone: str  # empty while no route tells it
+    away_since: float | None = None
+    error: str = ""  # why its owner did not hear something
+    reply_to: Address = USUAL_ADDRESS  # where its owner last texted from
+    opted_out: dict[str, bool] = field(default_factory=dict)  # by channel
+    opted_at: dict[str, float] = field(default_factory=dict)
+    vm_messages: list[tuple[float, int]] = field(default_factory=list)  # when, how many of Twilio's
+    answered_at: float = 0.0  # the end of the last text it finished
+    owes_restart: bool = False  # asked for by text, not yet begun
+
     waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
     outbox: deque[Outbound] = field(default_factory=deque)
-    accepting: int = 0
+    accepting: int = 0  # texts being stored
     runner: asyncio.Task[None] | None = None
     sender: asyncio.Task[None] | None = None
-    handing_over: bool = False
-    handed_at: float = 0.0  # monotonic
-    alive_at: float = 0.0  # wall clock: the VM's last sign of life on /command
-    probes: int = 0
-    asked_fly_at: float = float("-inf")  # monotonic
     waker: asyncio.Task[None] | None = None
-    busy_noted_at: float = 0.0
-    told_setup: bool = False
-    hold_until: float = 0.0  # wall clock: Twilio's loop guard wants a pause
-    still_at: float = 0.0  # monotonic: when its owner hears that the command still runs
+    is_handing_over: bool = False
+    is_paused: bool = False  # being changed: it is handed nothing
+    closing_notice: str = ""  # it is no more: what whoever waits here is told
+    was_told_of_setup: bool = False
+    last_text: float | None = None
+    last_call_failed: bool = False
+    handed_over_at: float = NEVER  # monotonic: its last command, while its answer is missing
+    probes: int = 0
+    asked_fly_at: float = NEVER  # monotonic
+    still_at: float = NEVER  # monotonic: when its owner hears that the command still runs
     still_told: int = 0
-    gone: str = ""  # the notice that whoever waits here gets, once the VM is no more
+
+    KEPT = (
+        "away_since",
+        "error",
+        "reply_to",
+        "opted_out",
+        "opted_at",
+        "vm_messages",
+        "answered_at",
+        "owes_restart",
+    )
+
+    def put(self) -> Change:
+        return PUT_VM, (self.vm_id, to_json({name: getattr(self, name) for name in self.KEPT}))
+
+    def restore(self, record: Json, now: float) -> None:
+        """Nothing lies in the future, whoever set the clock."""
+        for name in self.KEPT:
+            if name in record:
+                setattr(self, name, record[name])
+        self.reply_to = Address(*self.reply_to)
+        self.answered_at = min(self.answered_at, now)
 
     def is_idle(self) -> bool:
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
 
+    @property
+    def running(self) -> Text | None:
+        """The text that its VM has in hand."""
+        return self.waiting[0] if self.waiting and self.is_handing_over else None
 
-class Memory:
-    """What outlives the messages themselves: SIDs seen and what was said to them, outages told, opt-outs, the addresses last used."""
+    def queued(self) -> list[Text]:
+        """The texts that wait, without the one that runs."""
+        return [text for text in self.waiting if text is not self.running]
 
-    def __init__(self) -> None:
-        self.seen: OrderedDict[str, float] = OrderedDict()
-        self.said: dict[str, str] = {}
-        self.away: dict[str, float] = {}  # vm_id: since when
-        self.mark = 0.0  # up to when Twilio's list was read
-        self.muted: dict[str, bool] = {}  # channel and vm_id of those who opted out
-        self.opted: OrderedDict[str, float] = OrderedDict()  # when they last said STOP or START
-        self.pairs: dict[str, Json] = {}  # vm_id: channel and our address of its owner's last text, where they are not the usual ones
-        self.unasked: dict[str, deque[float]] = {}  # vm_id: when it last texted its owner by itself
-        self.errors: OrderedDict[str, str] = OrderedDict()  # vm_id: why its owner did not hear something
 
-    def remember(self, sid: str, at: float, say: str = "") -> None:
-        """SIDs are kept for 24 h, at least 20,000 and at most 1,000,000 of them."""
-        self.seen[sid] = at
-        if say:
-            self.said[sid] = say
-        while len(self.seen) > SEEN_LEAST:
-            oldest = next(iter(self.seen))
-            if len(self.seen) <= SEEN_MOST and self.seen[oldest] > at - SEEN_S:
-                break
-            self.said.pop(oldest, None)
-            self.mark = max(self.mark, self.seen.pop(oldest) + LIST_OVERLAP_S)  # what is forgotten is not to be fetched again
+def quoted(*texts: Text | InboundMessage) -> str:
+    """The starts of texts, for a notice."""
+    return ", ".join(f'"{clean_text(text.body)[:80]}"' for text in texts)
 
-    def line(self) -> Iterable[bytes]:
-        """All of it as one line of the journal, whose SIDs are put into words only as they are written: a million at once would take a second."""
-        rest = {"k": "state", "said": self.said, "away": self.away, "muted": self.muted, "opted": self.opted, "pairs": self.pairs,
-                "unasked": {vm_id: list(times) for vm_id, times in self.unasked.items()}, "errors": self.errors, "mark": self.mark}
-        head, sids, times = dump_tight(rest)[:-1].encode(), list(self.seen), list(self.seen.values())
 
-        def pieces() -> Iterable[bytes]:
-            yield head + b',"seen":['
-            for start in range(0, len(sids), 1000):
-                some = [[sid, int(at)] for sid, at in zip(sids[start:start + 1000], times[start:start + 1000], strict=True)]
-                yield (b"," if start else b"") + dump_tight(some)[1:-1].encode()
-            yield b"]}\n"
-        return pieces()
-
-    def restore(self, record: Json) -> None:
-        self.seen.update((sid, at) for sid, at in record.get("seen", ()))
-        self.said.update(record.get("said", {}))
-        self.mark = max(self.mark, float(record.get("mark", 0)))
-        for name in ("away", "muted", "opted", "pairs", "errors"):
-            getattr(self, name).update(record.get(name, {}))
-        for vm_id, times in record.get("unasked", {}).items():
-            self.unasked[vm_id] = deque(times, maxlen=UNASKED_LIMITS[-1][1])
-
-    def use_pair(self, vm_id: str, pair: Json) -> None:
-        """The channel and our address of an owner's last text; nothing is kept of the usual ones."""
-        if pair:
-            self.pairs[vm_id] = pair
-        elif vm_id in self.pairs:
-            del self.pairs[vm_id]
-
-    def spoke(self, vm_id: str, at: float) -> None:
-        """A VM texted its owner unasked."""
-        self.unasked.setdefault(vm_id, deque(maxlen=UNASKED_LIMITS[-1][1])).append(at)
-
-    def mute(self, who: str, muted: bool, at: float) -> None:
-        """Nobody who opted out is texted until they text START."""
-        self.opted[who] = at
-        self.opted.move_to_end(who)
-        if len(self.opted) > 10_000:
-            self.opted.popitem(last=False)
-        if muted:
-            self.muted[who] = True
-        else:
-            self.muted.pop(who, None)
-
-    def note_error(self, vm_id: str, words: str) -> None:
-        """Remember what is wrong with reaching a VM's owner; no words: nothing is."""
-        self.errors.pop(vm_id, None)
-        if words:
-            self.errors[vm_id] = words
-        while len(self.errors) > 10_000:
-            self.errors.popitem(last=False)
-
-    def forget(self, vm_id: str) -> None:
-        """A VM is gone (that its owner opted out stays true)."""
-        for kept in (self.away, self.pairs, self.unasked, self.errors):
-            kept.pop(vm_id, None)
-
-    def forget_gone(self, is_known: Callable[[str], object]) -> None:
-        """After a replay: the journal's older lines tell of VMs that are gone since."""
-        for vm_id in {*self.away, *self.pairs, *self.unasked, *self.errors}:
-            if not is_known(vm_id):
-                self.forget(vm_id)
-
-
-class Relay:
-    """Carries texts to VMs and answers back: journaled before they are acknowledged, in order per phone, phones in parallel.
-
-    Journal records (key `k`), none with a phone number: `in` a text accepted (`run`: and handed over), `run` handed over, `held` surely not
-    handed over, `cut` its connection broke, `busy` the VM said 409, `out` something to tell, completing the texts `re` (`unheard`: without
-    a word of the VM; `away`: it opens an outage), `sent` parts Twilio took, `words` an image that was refused as a picture, `done` given
-    up, `seen` a text refused, `mute` an owner opted out or in, `error` what is wrong with reaching one, `claimed` SIDs of what was sent,
-    `mark` Twilio's list was read, `back` an outage over, `state` all that is remembered.
-    """
-
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, journal: Journal, vms: VmClient, twilio: TwilioClient, owner: Owner,
-                 metrics: Metrics, *, wake: Callable[[str, str], Awaitable[None]], restart: Callable[[str], object]) -> None:
-        self._settings, self._clock, self._store, self._journal = settings, clock, store, journal
-        self._vms, self._twilio, self._owner, self._metrics, self._wake, self._restart = vms, twilio, owner, metrics, wake, restart
-        self.memory, self._began, self._wall_ahead = Memory(), clock.now(), clock.now() - clock.monotonic()
-        self.lanes: dict[str, Lane] = {}
-        self._queued_at_mark = -1
-        self._homeless: dict[str, Lane] = {}  # what the journal held for VMs that have no route (yet)
-        self._accepting: dict[str, asyncio.Future[str]] = {}
-        self._told_unknown: OrderedDict[str, float] = OrderedDict()
-        self._recent: OrderedDict[str, deque[float]] = OrderedDict()
-        self._told_fast: dict[str, float] = {}
-        self._failing: set[str] = set()  # VMs whose last call failed
-        self._perhaps_running: dict[str, float] = {}  # vm_id: when its last command was handed over whose answer is missing (monotonic)
-        self.closed = ""  # why nobody can be called unknown now
-        self._held: set[str] = set()  # VMs that are handed nothing: they are being changed
-        self.last_errors = self.memory.errors
-        self._ranks: OrderedDict[str, int] = OrderedDict()  # of the last status told of a message; a restart may count one twice
-        self._sent_as: OrderedDict[str, Sequence[Trace]] = OrderedDict()  # by the SID of an answer's message, for the word that it was delivered
-        self._watcher: asyncio.Task[None] | None = None
-        # A VM's links and callbacks are of use only where Twilio can reach them.
-        self._callback = "" if is_loopback(urlsplit(settings.public_url).hostname or "") else f"{settings.public_url}/sms/status?vm="
-        self.draining = False
-        self.traces: OrderedDict[str, Trace] = OrderedDict()
-        self._done: list[Trace] = []  # to be logged
-        self.last_texts: dict[str, float] = {}  # vm_id: when its last text came, wall clock
-        journal.snapshot, journal.is_idle = self._snapshot, lambda: not self.lanes
-
-    # Taking texts in
-
-    async def accept(self, message: InboundMessage) -> str:
-        """Take a text in, once; returns the words of the webhook's answer. Raises StoreError when it cannot be journaled."""
-        if message.sid in self.memory.seen:
-            self._metrics.texts.add("repeated")
-            return self.memory.said.get(message.sid, "")
-        if (first := self._accepting.get(message.sid)) is not None:
-            return await asyncio.shield(first)
-        if self.draining:
-            raise Refusal("draining", "this gateway is shutting down; the text will be fetched from Twilio's list")
-        verdict = self._accepting[message.sid] = asyncio.get_running_loop().create_future()
-        try:
-            say = await self._take(message)
-            verdict.set_result(say)
-            return say
-        except BaseException as error:
-            verdict.set_exception(error if isinstance(error, CockpitError) else StoreError("not journaled"))
-            verdict.exception()  # whoever waits sees it; if nobody does, that is no accident
-            raise
-        finally:
-            del self._accepting[message.sid]
-
-    def _trace(self, sid: str, vm_id: str, received: float) -> Trace:
-        trace = self.traces[sid] = Trace(sid=sid, vm_id=vm_id, request_id=REQUEST_ID.get(), received=received,
-                                         began=self._clock.monotonic() - max(0.0, self._clock.now() - received))
-        if len(self.traces) > TRACES_KEPT:
-            self.traces.popitem(last=False)
-        return trace
-
-    def _turn_away(self, message: InboundMessage, outcome: str) -> None:
-        self._metrics.texts.add(outcome)
-        self._trace(message.sid, "", self._clock.now()).outcome = outcome
-        log_event("text_refused", message_sid=message.sid, phone=mask_phone(message.sender), outcome=outcome)
-
-    async def _take(self, message: InboundMessage) -> str:
-        channel, phone = ("whatsapp:", message.sender[9:]) if message.sender.startswith("whatsapp:") else ("", message.sender)
-        route = self._store.routes.get(phone)
-        who = channel + route.vm_id if route else ""
-        if word := self._keyword(message, who):
-            return await self._take_keyword(message, who, word)
-        verb = VERB.fullmatch(message.body) if route else None
-        refusal = (None if message.fetched else self._limit(message, phone)) if verb else self._refuse(message, phone, route)
-        if route is None and self.closed:
-            raise Refusal("fly_unavailable", self.closed)  # not taken, so that it is fetched from Twilio's list later
-        if refusal is not None or route is None:
-            say = "" if who in self.memory.muted else refusal or ""
-            await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)} | ({"say": say} if say else {}))
-            self.memory.remember(message.sid, message.arrived, say)
-            return say
-        if verb:
-            return await self._take_verb(message, channel, phone, verb[1].lower())
-        lane = self._lane(route.vm_id, phone)
-        trace = self._trace(message.sid, route.vm_id, message.arrived)
-        text = Text(sid=message.sid, body=message.body, arrived=message.arrived, channel=channel, ours=message.recipient, media=message.media, trace=trace, since=self._since(message.arrived))
-        # When nothing is before it the hand-over follows at once, so one line, one fsync, tells both.
-        text.run_noted = route.state == "ready" and lane.is_idle() and route.vm_id not in self.memory.away and route.vm_id not in self._held
-        lane.accepting += 1
-        try:
-            await self._journal.append(self._in_record(lane, text))
-        except StoreError:
-            self._metrics.texts.add("not_journaled")
-            raise
-        finally:
-            lane.accepting -= 1
-            self._retire(lane)
-        self.memory.remember(message.sid, message.arrived)
-        self.memory.use_pair(lane.vm_id, self._addresses(channel, message.recipient))
-        trace.journaled = self._clock.monotonic() - trace.began
-        self.last_texts[lane.vm_id] = message.arrived
-        self._metrics.texts.add("accepted")
-        self._metrics.note_text()
-        await self._enqueue(lane, text, route)
-        return ""
-
-    def _keyword(self, message: InboundMessage, who: str) -> str:
-        """STOP, START or HELP when Twilio answers this text itself, else nothing."""
-        word = message.body.strip().upper() if len(message.body) < 40 else ""
-        if word == "YES" and who not in self.memory.muted:
-            return ""
-        return KEYWORDS.get(message.opt_out.upper()) or KEYWORDS.get(word, "")
-
-    async def _take_keyword(self, message: InboundMessage, who: str, word: str) -> str:
-        """Record an opt-out or opt-in; nothing is said, Twilio does that."""
-        record: Json = {"k": "seen", "sid": message.sid, "at": message.arrived}
-        # What the list tells late does not undo what was said since.
-        if who and word != "HELP" and not (message.fetched and message.arrived < self.memory.opted.get(who, 0.0)):
-            record |= {"who": who, "muted": word == "STOP"}
-        await self._journal.append(record)
-        self.memory.remember(message.sid, message.arrived)
-        if "who" in record:
-            self.memory.mute(who, record["muted"], message.arrived)
-            if word == "START":
-                self._remember_error(who.removeprefix("whatsapp:"), "")
-            log_event("opted_out" if word == "STOP" else "opted_in", vm_id=who, message_sid=message.sid)
-        self._metrics.texts.add("keyword")
-        return ""
-
-    async def _take_verb(self, message: InboundMessage, channel: str, phone: str, verb: str) -> str:
-        """The gateway's own verbs: answered at once and past the run lane, so that they work with the VM dead."""
-        await self._journal.append({"k": "seen", "sid": message.sid, "at": int(message.arrived)})
-        self.memory.remember(message.sid, message.arrived)
-        self._metrics.texts.add("verb")
-        if (route := self._store.routes.get(phone)) is None:  # torn down meanwhile
-            return ""
-        lane = self._lane(route.vm_id, phone)
-        self.memory.use_pair(lane.vm_id, self._addresses(channel, message.recipient))
-        running = lane.waiting[0] if lane.waiting and lane.handing_over else None
-        waiting = [text for text in lane.waiting if text is not running]
-        log_event("verb", vm_id=lane.vm_id, message_sid=message.sid, verb=verb)
-        if verb == "cancel" and waiting:
-            # At once, so that none of them is handed over while the journal writes; what runs, runs on.
-            lane.waiting = deque([running] if running else [])
-            await self._finish(lane, waiting, [f"Not run: {len(waiting)} texts dropped." if len(waiting) > 1 else "Not run: 1 text dropped."], "cancelled")
-            return ""
-        now = f'Running: "{quoted(running.body)}"' if running else "Nothing is running."
-        if verb == "queue":
-            words = "\n".join([now, *(f'{place}. "{quoted(text.body)}"' for place, text in enumerate(waiting, 1))])
-        elif verb == "restart":
-            words = self._restart_by_verb(route)
-        else:
-            words = {"help": VERBS_HELP, "cancel": f"Nothing is waiting. {now}", "status": f"{self._condition(route)} {now} {len(waiting)} waiting."}[verb]
-        await self._tell(lane, words)
-        return ""
-
-    def _restart_by_verb(self, route: Route) -> str:
-        try:
-            self._restart(route.vm_id)
-        except Refusal as refusal:
-            return f"Not restarted: {refusal.detail}"
-        return "Your VM is being restarted. What waits will run when it is back."
-
-    def _condition(self, route: Route) -> str:
-        """How a VM is, in words for its owner."""
-        if route.state != "ready":
-            return {"provisioning": f"Your VM is being set up ({route.step or 'begun'}).", "failed": "Your VM is gone."}.get(route.state, f"Your VM is {route.state}.")
-        if route.vm_id in self._held:
-            return "Your VM is being restarted."
-        if (since := self.memory.away.get(route.vm_id)) is not None:
-            return f"Your VM has been away for {max(0, int(self._clock.now() - since))} s."
-        return "Your VM is ready."
-
-    async def _enqueue(self, lane: Lane, text: Text, route: Route) -> None:
-        if lane.gone:
-            await self._finish(lane, [text], [self._quote(lane.gone, [text])], "gone")
-            return
-        self.lanes[lane.vm_id] = lane
-        lane.waiting.append(text)
-        self._start_running(lane)
-        if route.state == "provisioning" and not lane.told_setup:
-            lane.told_setup = True
-            self._owner.start(self._tell(lane, NOTICES["N2"], text), "tell N2")
-
-    def _refuse(self, message: InboundMessage, phone: str, route: Route | None) -> str | None:
-        """What to say to a text that is not taken; None when it is."""
-        if route is None:
-            if not PHONE.fullmatch(phone) or phone == self._settings.twilio_phone_number:
-                self._turn_away(message, "ignored")
-                return ""
-            self._turn_away(message, "unknown")
-            return self._invite(phone)
-        if route.state == "failed":
-            self._turn_away(message, "gone")
-            return self._quote("N12", [message])
-        lane = self.lanes.get(route.vm_id)
-        waiting = max(0, len(lane.waiting) + lane.accepting - (lane.runner is not None and route.state != "provisioning")) if lane else 0
-        if waiting >= self._settings.queue_limit:
-            self._turn_away(message, "queue_full")
-            return NOTICES["N3"].format(n=waiting, text=quoted(message.body))
-        return None if message.fetched else self._limit(message, phone)
-
-    def _invite(self, phone: str) -> str:
-        now = self._clock.monotonic()
-        if not self._settings.onboarding_url or self._told_unknown.get(phone, float("-inf")) > now - UNKNOWN_NOTICE_S:
-            return ""
-        self._told_unknown[phone] = now
-        self._told_unknown.move_to_end(phone)
-        while len(self._told_unknown) > 10_000:
-            self._told_unknown.popitem(last=False)
-        return NOTICES["N1"].format(url=self._settings.onboarding_url)
-
-    def _limit(self, message: InboundMessage, phone: str) -> str | None:
-        """TEXT_LIMIT within any minute; the notice once a minute."""
-        limit, now = self._settings.text_limit, self._clock.monotonic()
-        if not limit:
-            return None
-        times = self._recent.setdefault(phone, deque(maxlen=limit))
-        self._recent.move_to_end(phone)
-        if len(times) < limit or times[0] <= now - 60:
-            times.append(now)
-            if len(self._recent) > 10_000:
-                oldest, _ = self._recent.popitem(last=False)
-                self._told_fast.pop(oldest, None)
-            return None
-        self._turn_away(message, "too_fast")
-        if self._told_fast.get(phone, float("-inf")) > now - 60:
-            return ""
-        self._told_fast[phone] = now
-        return NOTICES["N4"].format(n=limit)
-
-    def _quote(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
-        """A notice about texts that were not run; those that end together share it."""
-        words = NOTICES[notice].format(texts=", ".join(f'"{quoted(text.body)}"' for text in texts)) if texts else NOTICES[notice].partition(" Not run")[0]
-        if notice == "N12" and self._settings.onboarding_url:
-            words += f" Sign up: {self._settings.onboarding_url}"
-        return words
-
-    # Lanes
-
-    def _lane(self, vm_id: str, phone: str) -> Lane:
-        lane = self.lanes.get(vm_id)
-        if lane is None:
-            lane = self.lanes[vm_id] = Lane(vm_id=vm_id, phone=phone)
-        return lane
-
-    def _retire(self, lane: Lane) -> None:
-        if lane.is_idle() and self.lanes.get(lane.vm_id) is lane:
-            del self.lanes[lane.vm_id]
-            if not self.lanes:
-                self._journal.tidy()
-
-    def _start_running(self, lane: Lane) -> None:
-        if lane.runner is None and not self.draining and not lane.gone:
-            lane.runner = self._owner.start(self._run(lane))
-
-    def _start_sending(self, lane: Lane) -> None:
-        # A run lane with nothing more to run goes on as the send lane: one task less per text.
-        if lane.sender is None and not (lane.handing_over and not lane.waiting):
-            lane.sender = self._owner.start(self._send(lane))
-
-    # Running
-
-    async def _run(self, lane: Lane) -> None:
-        """The run lane: one text at a time, in order; ends when nothing waits (no await between that look and its end)."""
-        REQUEST_ID.set("")  # it outlives the request that happened to start it
-        try:
-            while lane.waiting and not self.draining:
-                route = self._store.routes.get(lane.phone)
-                if route is None or route.vm_id != lane.vm_id or route.state == "provisioning" or lane.vm_id in self._held:
-                    return
-                await self._hand_over(lane, route, lane.waiting[0])
-            lane.runner = None
-            if lane.outbox and lane.sender is None:
-                lane.sender = asyncio.current_task()
-                await self._send(lane)
-        finally:
-            if lane.runner is asyncio.current_task():
-                lane.runner = None
-            if lane.outbox:
-                self._start_sending(lane)
-            self._retire(lane)
-
-    async def _hand_over(self, lane: Lane, route: Route, text: Text) -> None:
-        """One attempt to run the first text, or one wait for the VM's return."""
-        if text.cuts >= 2:
-            await self._finish(lane, [text], [NOTICES["N7"].format(text=quoted(text.body))], "crashed")
-            return
-        if not text.attempts and self._is_expired(lane, text):
-            await self._expire(lane)
-            return
-        if not await self._is_open(lane, route, text):
-            return
-        self._start_watching(lane)
-        lane.handed_at = self._clock.monotonic()
-        text.attempts += 1
-        self._note_hand_over(text.trace)
-        try:
-            answer = await self._vms.command(route, text.sid, text.body, self._media(lane.vm_id, text))
-        except VmAway as error:
-            await self._goes_away(lane, text, error)
-        except VmBusy:
-            await self._wait_while_busy(lane, text)
-        except VmSilent:
-            self._failing.add(lane.vm_id)
-            await self._finish(lane, [text], [NOTICES["N8"].format(s=f"{self._settings.vm_command_timeout_s:g}", text=quoted(text.body))], "silent")
-        except VmFailed as error:
-            self._sign_of_life(lane, ends_outage=error.status < 500)
-            await self._finish(lane, [text], [NOTICES["N9"].format(status=error.status, text=quoted(text.body))], "failed")
-        else:
-            self._sign_of_life(lane)
-            await self._finish(lane, [text], words_of(answer), "answered", answer.images)
-        finally:
-            lane.handing_over = False
-
-    async def _is_open(self, lane: Lane, route: Route, text: Text) -> bool:
-        """Whether the first text may go now: its VM is back, and the journal says that it goes."""
-        if lane.vm_id in self.memory.away and not await self._returns(lane, route, text):
-            return False
-        if not text.run_noted:
-            text.run_noted = True
-            await self._on_disk({"k": "run", "sid": text.sid})
-        # A VM that was changed while this waited is looked at again; the text may have been cancelled.
-        return lane.vm_id not in self._held and self._store.routes.get(lane.phone) is route and bool(lane.waiting) and lane.waiting[0] is text
-
-    def _note_hand_over(self, trace: Trace) -> None:
-        trace.attempts += 1
-        if trace.handed_over is None:
-            trace.handed_over = self._clock.monotonic() - trace.began
-            self._metrics.text_handover.observe(trace.handed_over)
-
-    def _note_error(self, trace: Trace, words: str) -> None:
-        trace.errors = [*(trace.errors or ())[-9:], (self._clock.monotonic() - trace.began, words)]
-
-    def _media(self, vm_id: str, text: Text) -> list[Json]:
-        """Links by which the VM can open a text's pictures; only what lies at Twilio's own address gets one."""
-        origin = self._settings.twilio_url
-        return [{"url": self._link(vm_id, url.removeprefix(origin), self._clock.now()), "content_type": kind} for url, kind in text.media if url.startswith(origin + "/")]
-
-    def _link(self, vm_id: str, what: str, since: float) -> str:
-        return f"{self._settings.public_url}/media/{sign_link(self._settings.secrets[0], vm_id, what, since + LINK_S)}"
-
-    def _start_watching(self, lane: Lane) -> None:
-        lane.handing_over, lane.still_at, lane.still_told = True, self._clock.monotonic() + STILL_AFTER_S, 0
-        if self._watcher is None and self._settings.vm_command_timeout_s > STILL_AFTER_S:
-            self._watcher = self._owner.start(self._watch())
-
-    async def _watch(self) -> None:
-        """Tell the owners of commands that run long (N15), for all lanes; ends when nothing runs."""
-        try:
-            while times := [lane.still_at for lane in self.lanes.values() if lane.handing_over]:
-                await self._clock.sleep(min(STILL_AFTER_S, max(1.0, min(times) - self._clock.monotonic())))
-                for lane in list(self.lanes.values()):
-                    # Behind anything still to be sent it would only come late.
-                    if lane.handing_over and lane.still_at <= self._clock.monotonic() and not lane.outbox and lane.waiting:
-                        lane.still_told += 1
-                        lane.still_at += STILL_EVERY_S if lane.still_told < STILL_MOST else float("inf")
-                        await self._tell(lane, NOTICES["N15"], lane.waiting[0])
-        finally:
-            self._watcher = None
-
-    def _sign_of_life(self, lane: Lane, *, ends_outage: bool = True) -> None:
-        """The VM answered on /command: from now on what is behind it waits; below 500 that ends an outage."""
-        lane.alive_at, lane.probes = self.steady_now(), 0
-        if not ends_outage:
-            return
-        if self._failing:
-            self._failing.discard(lane.vm_id)
-            self._perhaps_running.pop(lane.vm_id, None)
-        if self.memory.away.pop(lane.vm_id, None) is not None:
-            self._journal.note({"k": "back", "vm": lane.vm_id})
-            log_event("vm_back", vm_id=lane.vm_id)
-
-    async def _goes_away(self, lane: Lane, text: Text, error: VmAway) -> None:
-        log_event("vm_away", level=logging.WARNING, vm_id=lane.vm_id, message_sid=text.sid, error=str(error), attempt=text.attempts)
-        self._note_error(text.trace, str(error))
-        now = self.steady_now()
-        self._failing.add(lane.vm_id)
-        if error.reached:
-            self._perhaps_running[lane.vm_id] = lane.handed_at
-            if error.cut or not text.reached:  # a proxy's 502, again and again, does not prolong the wait
-                text.cut_at = now
-            text.reached = True
-            text.cuts += error.cut
-            await self._on_disk({"k": "cut", "sid": text.sid, "n": text.cuts, "at": text.cut_at})
-        elif not text.reached:
-            text.run_noted = False
-            self._journal.note({"k": "held", "sid": text.sid})
-        if lane.vm_id not in self.memory.away:
-            self.memory.away[lane.vm_id] = now
-            self._metrics.outages.add()
-            await self._tell(lane, NOTICES["N5"], text, away=True)
-
-    async def _returns(self, lane: Lane, route: Route, text: Text) -> bool:
-        """Wait until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
-        while lane.vm_id not in self._held and lane.waiting and lane.waiting[0] is text:
-            left = self._deadline(lane, text) - self.steady_now()
-            if left <= 0:
-                await self._expire(lane)
-                return False
-            self._ask_fly(lane, route)
-            lane.probes += 1
-            pause = self._clock.uniform(0, min(4.0, 0.25 * 2 ** min(lane.probes, 10)))
-            await self._clock.sleep(min(pause, left) + 0.001)
-            if await self._vms.is_healthy(route):
-                return True
-        return False
-
-    def _ask_fly(self, lane: Lane, route: Route) -> None:
-        """A machine that is stopped or suspended does not come back by itself. Fly may take minutes to say: nobody waits for it."""
-        now = self._clock.monotonic()
-        if now - lane.asked_fly_at < ASK_FLY_EVERY_S or (lane.waker is not None and not lane.waker.done()):
-            return
-
-        async def wake() -> None:
-            try:
-                await self._wake(route.vm_id, route.machine_id)
-            except UpstreamError as error:
-                log_event("wake_failed", level=logging.WARNING, vm_id=lane.vm_id, error=str(error))
-        lane.asked_fly_at, lane.waker = now, self._owner.start(wake())
-
-    async def _wait_while_busy(self, lane: Lane, text: Text) -> None:
-        """409: wait without a notice, which does not count as the VM being away."""
-        self._sign_of_life(lane)
-        now = self._clock.monotonic()
-        if text.busy_since is None:
-            text.busy_since, text.attempts = now, 1
-        if now - text.busy_since > BUSY_LIMIT_S:
-            await self._finish(lane, [text], [NOTICES["N9"].format(status=409, text=quoted(text.body))], "failed")
-            return
-        if lane.alive_at - lane.busy_noted_at > 60:
-            lane.busy_noted_at = lane.alive_at
-            self._journal.note({"k": "busy", "vm": lane.vm_id, "at": lane.alive_at})
-        await self._clock.sleep(self._clock.uniform(0.05, min(10.0, 0.25 * 2 ** min(text.attempts, 10))))
-        lane.alive_at = self.steady_now()  # nor does this pause, should the VM be away behind it
-
-    def steady_now(self) -> float:
-        """The wall clock as it was at the start, moved on by the monotonic one: nobody who sets a clock makes a text wait too long or not at all."""
-        return self._wall_ahead + self._clock.monotonic()
-
-    def _deadline(self, lane: Lane, text: Text) -> float:
-        # A gateway's restart is not a cut: what was handed over before it waits for its VM from then on.
-        return max((text.cut_at or self._began) if text.reached else text.since, lane.alive_at) + self._settings.vm_away_limit_s
-
-    def _since(self, arrived: float) -> float:
-        """A wall-clock second of the past by `steady_now`; one of the future is now."""
-        return self.steady_now() - max(0.0, self._clock.now() - arrived)
-
-    def _is_expired(self, lane: Lane, text: Text) -> bool:
-        return self._deadline(lane, text) <= self.steady_now()
-
-    async def _expire(self, lane: Lane) -> None:
-        """The first text's time is over; those behind it are judged in the same moment and share the notice."""
-        first = lane.waiting[0]
-        if first.reached:
-            await self._finish(lane, [first], [NOTICES["N8"].format(s=f"{self._settings.vm_away_limit_s:g}", text=quoted(first.body))], "silent")
-        late = [text for text in lane.waiting if not text.reached and self._is_expired(lane, text)]
-        if late:
-            await self._finish(lane, late, split_text(self._quote("N6", late)), "expired")
-
-    # Finishing and telling
-
-    async def _on_disk(self, record: Json) -> None:
-        """Journal a change of a message that is in already: a full disk does not stop it, the journal is written anew later."""
-        with contextlib.suppress(StoreError):
-            await self._journal.append(record)
-
-    async def _finish(self, lane: Lane, texts: list[Text], parts: list[str], outcome: str, images: tuple[str, ...] = ()) -> None:
-        """Journal the texts' end and what their owner is told, then queue it for sending."""
-        last = texts[-1]
-        out = Outbound(id=texts[0].sid, parts=parts, images=images, at=self._clock.now(), channel=last.channel, ours=last.ours, traces=[text.trace for text in texts])
-        for trace in out.traces:
-            trace.outcome, trace.parts, trace.answered = outcome, len(parts) + len(images), self._clock.monotonic() - trace.began
-            if outcome != "answered":
-                self._metrics.note_text(failed=True)
-        record = self._out_record(lane.vm_id, out) | {"re": [text.sid for text in texts]}
-        await self._on_disk(record if outcome in ("answered", "failed") else record | {"unheard": True})
-        for text in texts:
-            if text in lane.waiting:
-                lane.waiting.remove(text)
-        self._metrics.texts_finished.add(outcome, by=len(texts))
-        self._queue_out(lane, out)
-
-    async def _tell(self, lane: Lane, words: str, about: Text | None = None, *, away: bool = False) -> None:
-        """A notice: about a text from where that came, else where the owner last texted."""
-        pair = {"channel": about.channel, "ours": about.ours} if about else self.memory.pairs.get(lane.vm_id, {})
-        out = Outbound(id=f"n-{self._clock.random_id()}", parts=split_text(words), at=self._clock.now(), **pair)
-        await self._on_disk(self._out_record(lane.vm_id, out) | ({"away": True} if away else {}))
-        self._queue_out(lane, out)
-
-    def _queue_out(self, lane: Lane, out: Outbound) -> None:
-        lane = self.lanes.setdefault(lane.vm_id, lane)
-        lane.outbox.append(out)
-        lane.hold_until = max(lane.hold_until, out.hold_until)
-        self._start_sending(lane)
-
-    # Sending
-
-    async def _send(self, lane: Lane) -> None:
-        """The send lane: in journal order, the next after Twilio took the last."""
-        REQUEST_ID.set("")
-        try:
-            while lane.outbox:
-                await self._deliver(lane, lane.outbox[0])
-                lane.outbox.popleft()
-        finally:
-            lane.sender = None
-            self._retire(lane)
-
-    async def _deliver(self, lane: Lane, out: Outbound) -> None:
-        while out.sent < len(out.parts) + len(out.images):
-            while (pause := lane.hold_until - self._clock.now()) > 0:
-                await self._clock.sleep(min(pause, LOOP_GUARD_S))
-            if obstacle := self._obstacle(lane, out):
-                self._give_up(lane, out, obstacle)
-                return
-            sms = self._sms(lane, out)
-            try:
-                sid = await self._twilio.deliver(sms, out.at if out.resumed else None, is_wanted=lambda: not self._obstacle(lane, out))
-            except UpstreamError as error:
-                if not sms.media or act_on(error) != "as_text":
-                    if act_on(error) == "opted_out":
-                        self._mute(out.channel + lane.vm_id)
-                    self._give_up(lane, out, f"{explain_code(error.code)} ({error})" if error.code in RULINGS else str(error))
-                    return
-                out.in_words.append(out.sent)
-                await self._on_disk({"k": "words", "id": out.id, "n": out.sent})  # before they go: a look-up after a kill must look for them
-                continue
-            out.sent += 1
-            self._metrics.messages_sent.add("sent")
-            if self._callback and out.traces:
-                self._sent_as[sid] = out.traces
-                if len(self._sent_as) > TRACES_KEPT:
-                    self._sent_as.popitem(last=False)
-            self._journal.note({"k": "sent", "id": out.id, "n": out.sent, "sid": sid})
-        for trace in out.traces:
-            self._note_sent(trace)
-
-    def _obstacle(self, lane: Lane, out: Outbound) -> str:
-        """Why something may not be told any more, or nothing."""
-        owner = self._store.routes.get(lane.phone)
-        if owner is not None and owner.vm_id != lane.vm_id:
-            return "the number has another VM, perhaps another owner"
-        return explain_code("21610") if out.channel + lane.vm_id in self.memory.muted else ""
-
-    def _note_sent(self, trace: Trace) -> None:
-        """The one log line of a text with which all is well."""
-        trace.sent = passed = self._clock.monotonic() - trace.began
-        if trace.outcome == "answered":
-            self._metrics.text_answer.observe(passed)
-            self._metrics.recent_answers.append(passed)
-        self._done.append(trace)
-        if len(self._done) == 1:
-            # Logged together a moment later: a line of its own would cost each text a tenth of all its work.
-            asyncio.get_running_loop().call_later(LOG_GATHER_S, self.log_done)
-
-    def log_done(self) -> None:
-        """Write the log lines of the texts that ended since the last time."""
-        done, self._done = self._done, []
-        if not done:
-            return
-        log_lines("text_done", ("vm_id", "phone", "message_sid", "request_id", "outcome", "attempts", "parts", "ms_to_hand_over", "ms_to_answer", "ms_to_sent"), [
-            (trace.vm_id, mask_phone(found[0]) if (found := self._store.find(trace.vm_id)) else None, trace.sid, trace.request_id, trace.outcome, trace.attempts, trace.parts,
-             in_ms(trace.handed_over), in_ms(trace.answered), in_ms(trace.sent))
-            for trace in done])
-
-    def _sms(self, lane: Lane, out: Outbound) -> Sms:
-        """The next message of what is to be told; its callback says whose it is and, if it is a picture, which."""
-        body, media, about = "", "", lane.vm_id + ("&again=1" if out.once_more else "")
-        if out.sent < len(out.parts):
-            body = out.parts[out.sent]
-        else:
-            image = out.images[out.sent - len(out.parts)]
-            media, about = self._link(lane.vm_id, image, out.at), f"{about}&image={image}"
-        if out.sent in out.in_words:
-            body, media, about = IMAGE_IN_WORDS.format(url=media), "", lane.vm_id
-        return Sms(sender=out.ours or out.channel + self._settings.twilio_phone_number, recipient=out.channel + lane.phone, body=body, media=media,
-                   callback=self._callback and self._callback + about)
-
-    def _give_up(self, lane: Lane, out: Outbound, words: str) -> None:
-        log_event("send_failed", level=logging.ERROR, vm_id=lane.vm_id, message_sid=out.id, error=words)
-        self._remember_error(lane.vm_id, words)
-        self._metrics.messages_sent.add("failed")
-        for trace in out.traces:
-            trace.outcome = "send_failed"
-            self._note_error(trace, words)
-        self._journal.note({"k": "done", "id": out.id})
-
-    def _mute(self, who: str) -> None:
-        """Twilio says that they opted out."""
-        now = self._clock.now()
-        self.memory.mute(who, True, now)
-        self._journal.note({"k": "mute", "who": who, "muted": True, "at": now})
-
-    def note_listed(self, until: float) -> None:
-        """Twilio's list was read; a text that came by itself says nothing of those that may have been missed before it."""
-        self.memory.mark = max(self.memory.mark, until)
-        if self._journal.queued != self._queued_at_mark:  # an idle gateway writes nothing; after a kill it reads a longer, empty stretch of the list
-            self._journal.note({"k": "mark", "at": until})
-            self._queued_at_mark = self._journal.queued
-
-    def _remember_error(self, vm_id: str, words: str) -> None:
-        if self.memory.errors.get(vm_id, "") != words:
-            self.memory.note_error(vm_id, words)
-            self._journal.note({"k": "error", "vm": vm_id, "words": words})
-
-    # What became of what was sent
-
-    async def on_status(self, fields: Mapping[str, str], about: Mapping[str, str]) -> None:
-        """One of Twilio's callbacks, which come out of order, twice, and before the create's own answer; `about` is what `_sms` put into its address."""
-        sid, status = fields.get("MessageSid", ""), fields.get("MessageStatus", "")
-        if RANKS.get(status, -1) <= self._ranks.get(sid, -1):
-            return
-        self._ranks[sid] = RANKS[status]
-        if len(self._ranks) > SEEN_LEAST:
-            self._ranks.popitem(last=False)
-        self._metrics.deliveries.add(status)
-        found, to = self._store.find(about.get("vm", "")), fields.get("To", "")
-        if found is None or found[0] != to.removeprefix("whatsapp:") or RANKS[status] < RANKS["delivered"]:
-            return
-        if status in ("delivered", "read"):
-            for trace in self._sent_as.get(sid, ()):
-                trace.delivered = self._clock.monotonic() - trace.began
-            if to.removesuffix(found[0]) + found[1].vm_id not in self.memory.muted:
-                self._remember_error(found[1].vm_id, "")
-        elif sid not in self.memory.seen:
-            await self._undelivered(self._lane(found[1].vm_id, found[0]), sid, fields, about)
-
-    async def _undelivered(self, lane: Lane, sid: str, fields: Mapping[str, str], about: Mapping[str, str]) -> None:
-        """A message that Twilio took and could not deliver: what its code asks for is done once, also across restarts."""
-        self.memory.remember(sid, self._clock.now())
-        code, image, channel = fields.get("ErrorCode", ""), about.get("image", ""), "whatsapp:" if fields.get("To", "").startswith("whatsapp:") else ""
-        act, words = RULINGS[code].act if code in RULINGS else "final", ""
-        again = act == "once_more" and not about.get("again")
-        log_event("undelivered", level=logging.WARNING, vm_id=lane.vm_id, message_sid=sid, error=explain_code(code))
-        self._remember_error(lane.vm_id, explain_code(code))
-        self._metrics.twilio_errors.add(code if code in RULINGS else "other")
-        for trace in self._sent_as.get(sid, ()):
-            self._note_error(trace, explain_code(code))
-        if act == "opted_out":
-            self._mute(channel + lane.vm_id)
-        elif act == "mend":
-            self._twilio.trouble = f"texts do not arrive: {explain_code(code)}"
-        elif IMAGE_PATH.fullmatch(image) and act == "as_text":
-            words, image = IMAGE_IN_WORDS.format(url=self._link(lane.vm_id, image, self._clock.now())), ""
-        elif again and not image:
-            with contextlib.suppress(UpstreamError):
-                words = await retry(lambda: self._twilio.body_of(sid), Retry(), self._clock)
-        if words or (again and IMAGE_PATH.fullmatch(image)):
-            now = self._clock.now()
-            out = Outbound(id=f"a-{sid}", parts=[words] if words else [], images=() if words else (image,), at=now, channel=channel, ours=fields.get("From", ""),
-                           once_more=again, hold_until=now + LOOP_GUARD_S if again else 0.0)
-            await self._on_disk(self._out_record(lane.vm_id, out) | {"seen": sid})
-            self._queue_out(lane, out)
-        else:
-            self._journal.note({"k": "seen", "sid": sid, "at": int(self._clock.now())})
-        self._retire(lane)
-
-    async def say_unasked(self, vm_id: str, phone: str, words: str, images: tuple[str, ...]) -> str:
-        """A VM texts its own owner; returns the message's id once it is journaled. Raises Refusal and StoreError."""
-        if self.draining:
-            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
-        pair, now = self.memory.pairs.get(vm_id, {}), self._clock.now()
-        if pair.get("channel", "") + vm_id in self.memory.muted:
-            raise Refusal("wrong_state", "the owner of this VM opted out of texts (STOP); nothing is sent until they text START")
-        times = self.memory.unasked.get(vm_id, ())  # no more of them than a day allows
-        for seconds, most in UNASKED_LIMITS:
-            recent = [at for at in times if now - seconds < at <= now]
-            if len(recent) >= most:
-                raise Refusal("too_many", f"a VM may text its owner {most} times in {seconds:g} s", retry_after_s=int(recent[-most] + seconds - now) + 1)
-        self.memory.spoke(vm_id, now)
-        out = Outbound(id=f"v-{self._clock.random_id()}", parts=split_text(words) if words else [], images=images, at=now, **pair)
-        await self._journal.append(self._out_record(vm_id, out) | {"unasked": True})
-        lane = self._lane(vm_id, phone)
-        lane.still_at = max(lane.still_at, self._clock.monotonic() + STILL_EVERY_S)
-        self._queue_out(lane, out)
-        self._metrics.unasked.add()
-        return out.id
-
-    # What happens to VMs
-
-    async def vm_ready(self, vm_id: str, *, welcome: bool = False) -> None:
-        """What waited for a VM to be set up runs now."""
-        if welcome and (found := self._store.find(vm_id)):
-            await self._tell(self._lane(vm_id, found[0]), NOTICES["N14"])
-        if lane := self.lanes.get(vm_id):
-            lane.alive_at = self.steady_now()
-            self._start_running(lane)
-
-    async def hold(self, vm_id: str, patience_s: float) -> None:
-        """Hand nothing more to a VM until `release`; what it is running has so long to end."""
-        self._held.add(vm_id)
-        deadline = self._clock.monotonic() + patience_s
-        while (lane := self.lanes.get(vm_id)) and lane.handing_over and self._clock.monotonic() < deadline:
-            await self._clock.sleep(0.1)
-
-    def release(self, vm_id: str, alive_at: float = 0.0) -> None:
-        """Go on with a VM that was held; `alive_at`: when it was seen well (`steady_now`), from which its texts' waiting counts."""
-        self._held.discard(vm_id)
-        if lane := self.lanes.get(vm_id):
-            lane.alive_at = max(lane.alive_at, alive_at)
-            if lane.waiting:
-                self._start_running(lane)
-
-    async def vm_gone(self, vm_id: str, reason: str) -> None:
-        """Nothing that belongs to a VM outlives it: its owner reads what was not run. `reason`: `failed` to be set up, `torn_down`, or `vanished`."""
-        notice = "N13" if reason == "failed" else "N12"
-        if reason == "vanished" and not self.waiting(vm_id) and (found := self._store.find(vm_id)):
-            await self._tell(self._lane(vm_id, found[0]), self._quote(notice, []))
-        self.memory.forget(vm_id)
-        self.last_texts.pop(vm_id, None)
-        self._failing.discard(vm_id)
-        self._perhaps_running.pop(vm_id, None)
-        lane = self.lanes.get(vm_id)
-        if lane is None:
-            return
-        lane.gone = notice
-        if lane.runner is not None:
-            lane.runner.cancel()
-            await asyncio.wait({lane.runner})
-            lane.runner = None  # one that had not begun yet did not say so itself
-        if texts := list(lane.waiting):
-            await self._finish(lane, texts, split_text(self._quote(notice, texts)), "gone")
-
-    # Journal records, there and back
-
-    def _in_record(self, lane: Lane, text: Text) -> Json:
-        record: Json = {"k": "in", "sid": text.sid, "vm": lane.vm_id, "at": text.arrived, "body": text.body}
-        if text.run_noted:
-            record["run"] = True
-        if text.media:
-            record["media"] = text.media
-        return record | self._addresses(text.channel, text.ours)
-
-    def _out_record(self, vm_id: str, out: Outbound) -> Json:
-        record = {"k": "out", "id": out.id, "vm": vm_id, "at": out.at, "parts": out.parts}
-        for name, value in (("images", out.images), ("sent", out.sent), ("in_words", out.in_words), ("once_more", out.once_more), ("hold_until", out.hold_until)):
-            if value:
-                record[name] = value
-        return record | self._addresses(out.channel, out.ours)
-
-    def _addresses(self, channel: str, ours: str) -> Json:
-        usual = ours in ("", channel + self._settings.twilio_phone_number)
-        return ({"channel": channel} if channel else {}) | ({} if usual else {"ours": ours})
-
-    def _snapshot(self) -> Iterable[Json | Iterable[bytes]]:
-        yield self.memory.line()
-        lanes = [*self.lanes.values(), *self._homeless.values()]
-        if any(lane.outbox for lane in lanes):  # what was sent must not be taken for what was not
-            yield {"k": "claimed", "sids": self._twilio.last_claimed()}
-        for lane in lanes:
-            if lane.alive_at:
-                yield {"k": "busy", "vm": lane.vm_id, "at": lane.alive_at}
-            for out in lane.outbox:
-                yield self._out_record(lane.vm_id, out)
-            for text in lane.waiting:
-                yield self._in_record(lane, text)
-                if text.cut_at:
-                    yield {"k": "cut", "sid": text.sid, "n": text.cuts, "at": text.cut_at}
-
-    async def resume(self, records: Iterable[Json]) -> None:
-        """Rebuild the lanes from the journal; `start` sets them going. What belongs to a VM that is gone is not carried over."""
-        replay = Replay(self.memory, self._clock.now())
-        for record in records:
-            replay.apply(record)
-        for sid in replay.claimed:
-            self._twilio.claim(sid)
-        for vm_id, (texts, outs) in replay.by_vm().items():
-            found = self._store.find(vm_id)
-            phone = found[0] if found else str(self._store.undo.get(vm_id, {}).get("phone_number") or "")
-            lane = self._lane(vm_id, phone) if phone else self._homeless.setdefault(vm_id, Lane(vm_id=vm_id, phone=""))
-            lane.alive_at = replay.alive.get(vm_id, 0.0)
-            for text in texts:
-                text.trace, text.since = self._trace(text.sid, vm_id, text.arrived), self._since(text.arrived)
-            self._metrics.texts.add("resumed", by=len(texts))
-            lane.waiting.extend(texts)
-            if any(text.reached for text in texts):
-                self._perhaps_running[vm_id] = self._clock.monotonic()
-            lane.outbox.extend(outs)
-            lane.hold_until = min(self._clock.now() + LOOP_GUARD_S, max((out.hold_until for out in outs), default=0.0))
-        # Only now that all lanes are there: what this journals may lead to a rewrite of the journal from them.
-        for lane in list(self.lanes.values()):
-            found = self._store.find(lane.vm_id)
-            if not found or (found[1].state == "failed" and lane.waiting):
-                await self.vm_gone(lane.vm_id, "vanished" if found else str(self._store.undo[lane.vm_id].get("reason")))
-        if self._homeless:
-            log_event("journal_of_unknown_vms", level=logging.WARNING, vms=len(self._homeless), texts=sum(len(lane.waiting) for lane in self._homeless.values()))
-            self._owner.start(self._forget_homeless())
-        else:
-            self.memory.forget_gone(self._store.find)
-
-    def start(self) -> None:
-        """Set going what the journal held."""
-        for lane in list(self.lanes.values()):
-            self._set_going(lane)
-
-    def _set_going(self, lane: Lane) -> None:
-        if lane.waiting:
-            self._start_running(lane)
-        if lane.outbox:
-            self._start_sending(lane)
-
-    def house(self) -> None:
-        """Routes were found: what the journal held for their VMs goes on."""
-        for vm_id, lane in list(self._homeless.items()):
-            if found := self._store.find(vm_id):
-                del self._homeless[vm_id]
-                lane.phone = found[0]
-                self.lanes[vm_id] = lane
-                self._set_going(lane)
-
-    async def _forget_homeless(self) -> None:
-        await self._clock.sleep(HOMELESS_S)
-        for vm_id, lane in self._homeless.items():
-            log_event("journal_of_gone_vm", level=logging.WARNING, vm_id=vm_id, texts=len(lane.waiting), answers=len(lane.outbox))
-        self._homeless.clear()
-        self.memory.forget_gone(self._store.find)
-
-    async def drain(self) -> None:
-        """Take in nothing more, hand over nothing more; wait for what is in a VM's or Twilio's hands (the caller bounds the wait)."""
-        self.draining = True
-        for lane in self.lanes.values():
-            if lane.runner is not None and not lane.handing_over:
-                lane.runner.cancel()
-        while tasks := [task for lane in self.lanes.values() for task in (lane.runner, lane.sender) if task]:
-            await asyncio.wait(tasks)
-
-    # Telling
-
-    def waiting(self, vm_id: str = "") -> int:
-        """Texts not yet finished, of one VM or of all."""
-        lanes = [lane] if (lane := self.lanes.get(vm_id)) else [] if vm_id else list(self.lanes.values())
-        return sum(len(lane.waiting) for lane in lanes)
-
-    def oldest_waiting_s(self) -> float:
-        """Age of the text that waits longest, 0 when none does."""
-        return max(0.0, self._clock.now() - min((lane.waiting[0].arrived for lane in self.lanes.values() if lane.waiting), default=float("inf")))
-
-    def away_count(self) -> int:
-        return len(self.memory.away)
-
-    def last_call_failed(self, vm_id: str) -> bool:
-        return vm_id in self._failing or vm_id in self.memory.away
-
-    def may_be_running(self, vm_id: str) -> bool:
-        """Whether a command that was handed over may still be running there, so that a restart would cut it."""
-        lane = self.lanes.get(vm_id)
-        return bool(lane and lane.handing_over) or self._clock.monotonic() - self._perhaps_running.get(vm_id, float("-inf")) < self._settings.vm_command_timeout_s
-
-    def away_since(self, vm_id: str) -> float | None:
-        """Wall-clock second since which the VM is away, or None."""
-        return self.memory.away.get(vm_id)
-
-
-class Backfill:
-    """Fetches the texts that arrived while nobody listened from Twilio's list, and hands them in at the same door."""
-
-    AT_START_S = 5.0
-
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, twilio: TwilioClient, relay: Relay) -> None:
-        self._settings, self._clock, self._store, self._twilio, self._relay = settings, clock, store, twilio, relay
-
-    async def at_start(self) -> None:
-        """Before the door opens: whatever Twilio tells within 5 s."""
-        with contextlib.suppress(TimeoutError):
-            async with time_limit(self._clock, self.AT_START_S):
-                await self.once()
-
-    async def run(self) -> None:
-        """Again every BACKFILL_S, until Twilio says that this account may not list."""
-        while not self._twilio.cannot_list:
-            await self._clock.sleep(self._settings.backfill_s)
-            await self.once()
-
-    async def once(self) -> None:
-        """One look at the lists of our number and of its WhatsApp sender."""
-        began, memory = self._clock.now(), self._relay.memory
-        memory.mark = memory.mark or began - self._settings.vm_away_limit_s + LIST_OVERLAP_S
-        since = memory.mark - LIST_OVERLAP_S
-        try:
-            found = [message for channel in ("", "whatsapp:") for message in await self._list(channel + self._settings.twilio_phone_number, since)]
-            for message in sorted(found, key=lambda message: message.arrived):
-                await self._relay.accept(message)
-        except UpstreamRejected as error:
-            self._twilio.give_up_listing(error)
-        except (UpstreamError, Refusal, StoreError) as error:
-            log_event("backfill_failed", level=logging.WARNING, error=str(error))
-        else:
-            if not self._relay.closed:  # else routes are missing by which texts are known
-                self._relay.note_listed(began)
-
-    async def _list(self, ours: str, since: float) -> list[InboundMessage]:
-        """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date, so ours is applied besides."""
-        messages = []
-        async for told in self._twilio.list_messages({"To": ours, "DateSent>": timestamp(since)}, pages=20):
-            sid, sender, sent = str(told.get("sid") or ""), str(told.get("from") or ""), read_date(told)
-            if told.get("direction") != "inbound" or not sid or sid in self._relay.memory.seen or sent is None or sent < since - 1:
-                continue
-            route = self._store.routes.get(sender.removeprefix("whatsapp:"))
-            if route is not None and timestamp(sent) >= route.created_at:
-                media = await self._twilio.media_of(sid) if str(told.get("num_media") or "0") != "0" else ()
-                messages.append(InboundMessage(sid=sid, sender=sender, recipient=ours,
-                                               body=str(told.get("body") or ""), arrived=min(sent, self._clock.now()), media=media, fetched=True))
-        return messages[::-1]
-
-
-class Replay:
-    """The journal's records applied one after the other."""
-
-    def __init__(self, memory: Memory, now: float) -> None:
-        self.memory, self.now = memory, now
-        self.texts: dict[str, tuple[str, Text]] = {}
-        self.outs: dict[str, tuple[str, Outbound]] = {}
-        self.alive: dict[str, float] = {}
-        self.claimed: list[str] = []
-
-    def apply(self, record: Json) -> None:
-        """Apply one record; a record of an unknown kind is passed over."""
-        apply = getattr(self, f"_on_{record.get('k')}", None)
-        if apply is not None:
-            try:
-                apply(record)
-            except (KeyError, TypeError, ValueError) as error:
-                log_event("journal_record_unusable", level=logging.ERROR, kind=record.get("k"), error=type(error).__name__)
-
-    def _on_state(self, record: Json) -> None:
-        self.memory.restore(record)
-
-    def _on_seen(self, record: Json) -> None:
-        self.memory.remember(record["sid"], record["at"], record.get("say", ""))
-        if "who" in record:
-            self._on_mute(record)
-
-    def _on_mute(self, record: Json) -> None:
-        self.memory.mute(record["who"], record["muted"], float(record.get("at", 0)))
-
-    def _on_mark(self, record: Json) -> None:
-        self.memory.mark = max(self.memory.mark, record["at"])
-
-    def _on_error(self, record: Json) -> None:
-        self.memory.note_error(record["vm"], record["words"])
-
-    def _on_claimed(self, record: Json) -> None:
-        self.claimed.extend(record["sids"])
-
-    def _on_in(self, record: Json) -> None:
-        text = Text(sid=record["sid"], body=record["body"], arrived=min(record["at"], self.now), channel=record.get("channel", ""), ours=record.get("ours", ""),
-                    media=tuple((url, kind) for url, kind in record.get("media", ())))
-        self._handed(text, bool(record.get("run")))
-        self.texts[text.sid] = (record["vm"], text)
-        self.memory.use_pair(record["vm"], {name: record[name] for name in ("channel", "ours") if name in record})
-        self.memory.remember(text.sid, text.arrived)
-
-    def _handed(self, text: Text, handed: bool) -> None:
-        text.run_noted = text.reached = handed
-
-    def _on_run(self, record: Json) -> None:
-        if record["sid"] in self.texts:
-            self._handed(self.texts[record["sid"]][1], True)
-
-    def _on_held(self, record: Json) -> None:
-        if record["sid"] in self.texts:
-            self._handed(self.texts[record["sid"]][1], False)
-
-    def _on_cut(self, record: Json) -> None:
-        if record["sid"] in self.texts:
-            text = self.texts[record["sid"]][1]
-            text.run_noted = text.reached = True
-            text.cuts, text.cut_at = record["n"], min(record["at"], self.now)
-
-    def _on_busy(self, record: Json) -> None:
-        self.alive[record["vm"]] = min(record["at"], self.now)
-
-    def _on_out(self, record: Json) -> None:
-        fields = {name: record[name] for name in ("channel", "ours", "sent", "in_words", "once_more", "hold_until") if name in record}
-        out = Outbound(id=record["id"], parts=record["parts"], at=record["at"], images=tuple(record.get("images", ())), resumed=True, **fields)
-        self.outs[out.id] = (record["vm"], out)
-        for sid in record.get("re", ()):
-            self.texts.pop(sid, None)
-            if not record.get("unheard"):
-                self.alive[record["vm"]] = min(record["at"], self.now)
-        if record.get("away"):
-            self.memory.away[record["vm"]] = record["at"]
-        if record.get("unasked"):
-            self.memory.spoke(record["vm"], record["at"])
-        if "seen" in record:
-            self.memory.remember(record["seen"], record["at"])
-
-    def _on_sent(self, record: Json) -> None:
-        if record.get("sid"):
-            self.claimed.append(record["sid"])
-        if entry := self.outs.get(record["id"]):
-            entry[1].sent = max(entry[1].sent, record["n"])
-            if entry[1].sent >= len(entry[1].parts) + len(entry[1].images):
-                del self.outs[record["id"]]
-
-    def _on_words(self, record: Json) -> None:
-        if entry := self.outs.get(record["id"]):
-            entry[1].in_words.append(record["n"])
-
-    def _on_done(self, record: Json) -> None:
-        self.outs.pop(record["id"], None)
-
-    def _on_back(self, record: Json) -> None:
-        self.memory.away.pop(record["vm"], None)
-
-    def by_vm(self) -> dict[str, tuple[list[Text], list[Outbound]]]:
-        """What is in flight, per VM and in order."""
-        grouped: dict[str, tuple[list[Text], list[Outbound]]] = {}
-        for vm_id, text in self.texts.values():
-            grouped.setdefault(vm_id, ([], []))[0].append(text)
-        for vm_id, out in self.outs.values():
-            grouped.setdefault(vm_id, ([], []))[1].append(out)
-        return grouped
-
-
-def in_ms(seconds: float | None) -> int | None:
-    return None if seconds is None else int(seconds * 1000 + 0.5)
+def about(notice: str, text: Text | InboundMessage, **values: object) -> str:
+    """A notice about one text."""
+    return notice.format(text=quoted(text)[1:-1], **values)
 
 
 def words_of(answer: Answer) -> list[str]:
     """A VM's answer as parts for a phone."""
-    if answer.unreadable:
-        return [NOTICES["N11"]]
+    if answer.is_unreadable:
+        return [UNREADABLE]
     if answer.text.strip():
         return split_text(answer.text)
-    if answer.images and not answer.exit_code:
-        return []
-    return [NOTICES["N10 exit"].format(n=answer.exit_code) if answer.exit_code else NOTICES["N10"]]
+    if answer.exit_code:
+        return [EXIT_CODE.format(n=answer.exit_code)]
+    return [] if answer.images else [DONE]
+
+
+def deadline(text: Text, vm: VmState, began: float, limit_s: float) -> float:
+    """Until when a text waits for its VM (wall clock): from its arrival, or from its cut if it may have reached it.
+
+    `began`: the gateway's start. A restart of it is not a cut: what was handed over before waits from then on.
+    """
+    since = (text.dropped_at or began) if text.may_have_reached else text.arrived
+    return max(since, vm.answered_at) + limit_s
+
+
+class RelayState:
+    """The messages in flight and what is known of each VM: in memory, and in the store beneath."""
+
+    def __init__(self, store: MessageStore, clock: Clock, routes: RouteStore) -> None:
+        self.store = store
+        self.clock = clock
+        self.routes = routes
+        self.began = clock.now()
+        self.vms: dict[str, VmState] = {}
+        self.traces: Recent[Trace] = Recent(TRACES_KEPT)
+        self.marks: dict[str, float] = {}
+        self.is_draining = False
+        self.closed_because = ""  # why nobody can be called unknown now
+
+    def vm(self, vm_id: str, phone: str) -> VmState:
+        if vm_id not in self.vms:
+            self.vms[vm_id] = VmState(vm_id=vm_id, phone=phone)
+        return self.vms[vm_id]
+
+    def retire(self, vm: VmState) -> None:
+        """Forget a VM that is gone once nothing of it is left to be told."""
+        if vm.closing_notice and vm.is_idle() and self.vms.get(vm.vm_id) is vm:
+            del self.vms[vm.vm_id]
+            self.store.note((FORGET_VM, (vm.vm_id,)))
+
+    def trace(self, sid: str, vm_id: str, received: float) -> Trace:
+        began = self.clock.monotonic() - max(0.0, self.clock.now() - received)
+        request_id = REQUEST_ID.get()
+        return Trace(sid=sid, vm_id=vm_id, request_id=request_id, received=received, began=began)
+
+    def remember(self, trace: Trace) -> None:
+        self.traces.put(trace.sid, trace, trace.began)
+
+    def set_mark(self, name: str, at: float) -> Change:
+        self.marks[name] = at
+        return SET_MARK, (name, at)
+
+    async def load(self) -> list[str]:
+        """At start: read everything; returns the SIDs of messages lately sent. Raises StoreError."""
+        read, now = self.store.read, self.clock.now()
+        self.marks = {row["name"]: row["value"] for row in await read("SELECT * FROM marks")}
+        if "begun" not in self.marks:
+            await self.store.save(self.set_mark("begun", now))
+        for row in await read("SELECT * FROM vms"):
+            self._loaded_vm(row["vm_id"]).restore(parse_json(row["record"]) or {}, now)
+        for row in await read("SELECT * FROM texts ORDER BY rowid"):
+            self._loaded_vm(row["vm_id"]).waiting.append(self._loaded_text(row, now))
+        for row in await read("SELECT * FROM outbound ORDER BY rowid"):
+            out = self._loaded_outbound(row)
+            self._loaded_vm(out.vm_id).outbox.append(out)
+        for vm in list(self.vms.values()):
+            if not vm.phone and vm.is_idle():  # long gone
+                vm.closing_notice = VM_GONE
+                self.retire(vm)
+        return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
+
+    def _loaded_vm(self, vm_id: str) -> VmState:
+        found, undone = self.routes.find(vm_id), self.routes.undo.get(vm_id, {})
+        return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
+
+    def _loaded_text(self, row: Row, now: float) -> Text:
+        arrived, handed_over = min(row["arrived"], now), bool(row["handed_over"])
+        trace = self.trace(row["sid"], row["vm_id"], arrived)
+        self.remember(trace)
+        return Text(
+            sid=row["sid"],
+            vm_id=row["vm_id"],
+            body=row["body"],
+            arrived=arrived,
+            reply_to=Address(row["channel"], row["number"]),
+            media=json.loads(row["media"]),
+            handed_over=handed_over,
+            may_have_reached=handed_over,
+            drops=row["drops"],
+            dropped_at=min(row["dropped_at"], now),
+            trace=trace,
+        )
+
+    @staticmethod
+    def _loaded_outbound(row: Row) -> Outbound:
+        names = ("id", "vm_id", "phone", "created_at", "sent")
+        lists = {name: json.loads(row[name]) for name in ("parts", "images", "in_words")}
+        return Outbound(
+            **{name: row[name] for name in names},
+            **lists,
+            reply_to=Address(row["channel"], row["number"]),
+            is_resumed=True,
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class Sender:
+    """The send lane of each VM: in the order they were stored, the next after Twilio took the last."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    keyring: Keyring
+    twilio: TwilioClient
+    state: RelayState
+    tasks: Tasks
+    metrics: Metrics
+    # By the SID of an answer's message, for the report that it was delivered.
+    sent_as: Recent[Sequence[Trace]] = field(default_factory=lambda: Recent(TRACES_KEPT))
+
+    # What is to be told
+
+    def outbound(
+        self,
+        vm: VmState,
+        parts: Sequence[str],
+        text: Text | None = None,
+        images: Sequence[str] = (),
+        **more: Any,
+    ) -> Outbound:
+        """Something to tell: about a text where that came from, else where the owner last texted."""
+        more.setdefault("id", f"n-{self.clock.random_id()}")
+        return Outbound(
+            vm_id=vm.vm_id,
+            phone=vm.phone,
+            reply_to=text.reply_to if text else vm.reply_to,
+            parts=parts,
+            images=images,
+            created_at=self.twilio.now(),
+            **more,
+        )
+
+    async def notify(
+        self, vm: VmState, notice: str, *changes: Change, text: Text | None = None
+    ) -> None:
+        """Tell a notice of our own."""
+        out = self.outbound(vm, split_text(notice), text)
+        await self.state.store.save(out.added(), *changes)
+        self.queue(vm, out)
+
+    async def finish(
+        self,
+        vm: VmState,
+        texts: Sequence[Text],
+        parts: list[str],
+        outcome: str,
+        images: Sequence[str] = (),
+    ) -> None:
+        """End these texts with what their owner is told, in one transaction."""
+        traces = [text.trace for text in texts]
+        out = self.outbound(vm, parts, texts[-1], images, id=texts[0].sid, traces=traces)
+        self.note_ended(texts, outcome, out.size)
+        await self.state.store.save(*(text.ended() for text in texts), out.added(), vm.put())
+        for text in texts:
+            if text in vm.waiting:
+                vm.waiting.remove(text)
+        self.queue(vm, out)
+
+    def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
+        now = self.clock.monotonic()
+        for text in texts:
+            text.trace.outcome = outcome
+            text.trace.parts = parts
+            text.trace.answered = now - text.trace.began
+            if outcome != "answered":
+                self.metrics.note_text(failed=True)
+        self.metrics.texts_finished.add(outcome, by=len(texts))
+
+    def queue(self, vm: VmState, out: Outbound) -> None:
+        """Send it after what is queued already; the store has it."""
+        vm = self.state.vms.setdefault(vm.vm_id, vm)
+        vm.outbox.append(out)
+        self.start(vm)
+
+    # Sending it
+
+    def start(self, vm: VmState) -> None:
+        # A run lane with nothing more to run goes on as the send lane: a task less per text.
+        is_ending = not vm.waiting and vm.runner is asyncio.current_task()
+        if vm.sender is None and vm.outbox and not is_ending:
+            vm.sender = self.tasks.start(self.run(vm))
+
+    async def run(self, vm: VmState) -> None:
+        if vm.sender not in (None, asyncio.current_task()):
+            return
+        vm.sender = asyncio.current_task()
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
+        try:
+            while vm.outbox:
+                await self._deliver(vm, vm.outbox[0])
+                vm.outbox.popleft()
+        finally:
+            vm.sender = None
+            self.state.retire(vm)
+
+    async def _deliver(self, vm: VmState, out: Outbound) -> None:
+        def is_wanted() -> bool:
+            return not self._obstacle(vm, out)
+
+        while out.sent < out.size:
+            if obstacle := self._obstacle(vm, out):
+                return self._give_up(vm, out, obstacle)
+            sms = self._sms(out)
+            attempted_at = out.created_at if out.is_resumed else None
+            try:
+                sid = await self.twilio.deliver(sms, attempted_at, is_wanted=is_wanted)
+            except UpstreamError as error:
+                action = action_for(error)
+                if action == "as_link" and sms.media:
+                    out.in_words.append(out.sent)
+                    # Before it goes: a look-up after a kill must look for these words.
+                    await self.state.store.save(out.updated())
+                    continue
+                if action == "opted_out":
+                    self.opt_out(vm, out.reply_to.channel)
+                explained = f"{explain_code(error.code)} " if error.code in TWILIO_ERRORS else ""
+                return self._give_up(vm, out, f"{explained}({error})" if explained else str(error))
+            out.sent += 1
+            self.metrics.messages_sent.add("sent")
+            if self.callback and out.traces:
+                self.sent_as.put(sid, out.traces, 0)
+            self.state.store.note(
+                out.updated(), *([(NOTE_SENT, (sid, self.clock.now()))] if sid else [])
+            )
+        for trace in out.traces:
+            self._note_sent(trace)
+        return None
+
+    def _obstacle(self, vm: VmState, out: Outbound) -> str:
+        """Why something may not be told any more, or nothing."""
+        route = self.routes.routes.get(out.phone)
+        if route is not None and route.vm_id != out.vm_id:
+            return "the number has another VM, perhaps another owner"
+        return explain_code("21610") if vm.opted_out.get(out.reply_to.channel) else ""
+
+    @functools.cached_property
+    def callback(self) -> str:
+        """Where Twilio reports what became of a message, without the vm_id; nothing where it cannot call."""
+        public_url = self.settings.gateway.public_url
+        is_local = is_loopback(urlsplit(public_url).hostname or "")
+        return "" if is_local else f"{public_url}/sms/status?vm="
+
+    def _sms(self, out: Outbound) -> Sms:
+        """The next message of what is to be told."""
+        body, media = "", ""
+        if out.sent < len(out.parts):
+            body = out.parts[out.sent]
+        else:
+            media = self.link(out.vm_id, out.images[out.sent - len(out.parts)], out.created_at)
+        if out.sent in out.in_words:
+            body, media = IMAGE_AS_LINK.format(url=media), ""
+        channel, number = out.reply_to
+        sender = number or channel + self.settings.twilio.phone_number
+        callback = self.callback and self.callback + out.vm_id
+        return Sms(sender, channel + out.phone, body, media, callback)
+
+    def link(self, vm_id: str, path: str, since: float) -> str:
+        """An address under which a picture can be fetched for a day."""
+        return (
+            f"{self.settings.gateway.public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
+        )
+
+    def _give_up(self, vm: VmState, out: Outbound, reason: str) -> None:
+        log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
+        self.note_error(vm, reason)
+        self.metrics.messages_sent.add("failed")
+        for trace in out.traces:
+            trace.outcome = "send_failed"
+            trace.note_error(self.clock.monotonic(), reason)
+        self.state.store.note(out.ended())
+
+    def note_error(self, vm: VmState, reason: str) -> None:
+        """Remember why an owner did not hear something; nothing: they hear again."""
+        if vm.error != reason:
+            vm.error = reason
+            self.state.store.note(vm.put())
+
+    def opt_out(self, vm: VmState, channel: str) -> None:
+        """Twilio says that they opted out."""
+        vm.opted_out[channel], vm.opted_at[channel] = True, self.clock.now()
+        self.state.store.note(vm.put())
+
+    def _note_sent(self, trace: Trace) -> None:
+        """The one log line of a text with which all is well."""
+        passed_s = trace.sent = self.clock.monotonic() - trace.began
+        if trace.outcome == "answered":
+            self.metrics.text_answer.observe(passed_s)
+            self.metrics.recent_answers.append(passed_s)
+        found = self.routes.find(trace.vm_id)
+        log_event(
+            "text_done",
+            vm_id=trace.vm_id,
+            phone=mask_phone(found[0]) if found else None,
+            message_sid=trace.sid,
+            request_id=trace.request_id,
+            outcome=trace.outcome,
+            attempts=trace.attempts,
+            parts=trace.parts,
+            ms_to_hand_over=in_ms(trace.handed_over),
+            ms_to_answer=in_ms(trace.answered),
+            ms_to_sent=in_ms(passed_s),
+        )
+
+
+def in_ms(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+@dataclass(kw_only=True, eq=False)
+class Runner:
+    """The run lane of each VM: one text at a time, in order; outages and deadlines."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    vms: VmClient
+    state: RelayState
+    sender: Sender
+    tasks: Tasks
+    metrics: Metrics
+    wake: Callable[[str, str], Awaitable[None]]  # (vm_id, machine_id): starts a machine that rests
+    watcher: asyncio.Task[None] | None = None
+
+    # The lane
+
+    def is_free(self, vm: VmState, route: Route) -> bool:
+        """Whether a text that came now would be handed over at once."""
+        is_well = route.state == "ready" and vm.away_since is None and not vm.is_paused
+        return is_well and not (vm.waiting or vm.accepting or vm.runner)
+
+    def start(self, vm: VmState) -> None:
+        is_over = self.state.is_draining or vm.closing_notice or vm.is_paused
+        if vm.waiting and vm.runner is None and not is_over and self._route(vm):
+            vm.runner = self.tasks.start(self._run(vm))
+
+    def _route(self, vm: VmState) -> Route | None:
+        """The route of a VM that can be handed a text."""
+        found = self.routes.find(vm.vm_id)
+        if found is None or found[1].state == "provisioning":
+            return None
+        vm.phone = found[0]
+        return found[1]
+
+    async def _run(self, vm: VmState) -> None:
+        """Ends when nothing waits (no await between that look and its end)."""
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
+        try:
+            while vm.waiting and not (vm.is_paused or self.state.is_draining):
+                route = self._route(vm)
+                if route is None:
+                    break
+                await self.hand_over(vm, route, vm.waiting[0])
+            vm.runner = None
+            await self.sender.run(vm)
+        finally:
+            if vm.runner is asyncio.current_task():
+                vm.runner = None
+                self.sender.start(vm)
+            self.state.retire(vm)
+
+    async def stop(self, vm: VmState) -> None:
+        """Give up what is in the VM's hands; it is not finished by that."""
+        if vm.runner is not None:
+            vm.runner.cancel()
+            await asyncio.wait({vm.runner})
+            vm.runner = None  # one that had not begun yet did not say so itself
+
+    async def pause(self, vm: VmState, patience_s: float) -> None:
+        """Hand the VM nothing more until `resume`; what it is running has so long to end."""
+        vm.is_paused = True
+        if vm.runner is not None and vm.is_handing_over:
+            with contextlib.suppress(TimeoutError):
+                async with self.clock.time_limit(patience_s):
+                    await asyncio.wait({vm.runner})
+
+    async def resume(self, vm: VmState, *, answered_at: float = 0.0) -> None:
+        """Go on with a VM; `answered_at` (wall clock): when it was seen well, what it ran before is cut off."""
+        if answered_at:
+            await self.stop(vm)
+            vm.answered_at = max(vm.answered_at, answered_at)
+        vm.is_paused = False
+        self.start(vm)
+
+    # One text
+
+    async def hand_over(self, vm: VmState, route: Route, text: Text) -> None:
+        """One attempt to run the first text, or one wait for the VM's return."""
+        limits = self.settings.limits
+        if text.drops >= 2:
+            return await self._finish(vm, text, "crashed", about(AWAY_TWICE, text))
+        if not text.attempts and self._deadline(vm, text) <= self.clock.now():
+            return await self._expire(vm)
+        if not await self._may_hand_over(vm, route, text):
+            return None
+        self._note_hand_over(vm, text)
+        try:
+            answer = await self.vms.command(route, text.sid, text.body, self._media(text))
+        except VmAway as error:
+            await self._on_unreachable(vm, route, text, error)
+        except VmBusy:
+            await self._wait_while_busy(vm, text)
+        except VmSilent:
+            vm.last_call_failed = True
+            notice = about(NO_ANSWER, text, s=limits.vm_command_timeout_s)
+            await self._finish(vm, text, "silent", notice)
+        except VmFailed as error:
+            self._record_answer(vm, ends_outage=error.status < 500)
+            await self._finish(vm, text, "failed", about(VM_ERROR, text, status=error.status))
+        else:
+            self._record_answer(vm)
+            await self.sender.finish(vm, [text], words_of(answer), "answered", answer.images)
+        finally:
+            vm.is_handing_over = False
+
+    async def _finish(self, vm: VmState, text: Text, outcome: str, notice: str) -> None:
+        await self.sender.finish(vm, [text], [notice], outcome)
+
+    async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
+        """Whether the first text may go now: its VM is back, and the store says that it goes."""
+        if vm.away_since is not None and not await self._wait_for_return(vm, route, text):
+            return False
+        if not text.handed_over:
+            text.handed_over = True
+            await self.state.store.save(text.updated())
+        # A VM that was changed while this waited is looked at again; the text may have been cancelled.
+        is_first = bool(vm.waiting) and vm.waiting[0] is text
+        return is_first and not vm.is_paused and self._route(vm) is route
+
+    def _note_hand_over(self, vm: VmState, text: Text) -> None:
+        now, trace = self.clock.monotonic(), text.trace
+        vm.is_handing_over = True
+        vm.handed_over_at = now
+        vm.still_at, vm.still_told = now + STILL_AFTER_S, 0
+        if self.watcher is None and self.settings.limits.vm_command_timeout_s > STILL_AFTER_S:
+            self.watcher = self.tasks.start(self._watch())
+        text.attempts += 1
+        trace.attempts += 1
+        if trace.handed_over is None:
+            trace.handed_over = now - trace.began
+            self.metrics.text_handover.observe(trace.handed_over)
+
+    def _media(self, text: Text) -> list[Json]:
+        """Links by which the VM opens a text's pictures; only what lies at Twilio's own address gets one."""
+        origin, links = self.settings.twilio.api_url, []
+        for url, kind in text.media:
+            if url.startswith(origin + "/"):
+                link = self.sender.link(text.vm_id, url.removeprefix(origin), self.clock.now())
+                links.append({"url": link, "content_type": kind})
+        return links
+
+    async def _watch(self) -> None:
+        """Tell the owners of commands that run long; ends when nothing runs."""
+        vms = self.state.vms
+        try:
+            while times := [vm.still_at for vm in vms.values() if vm.is_handing_over]:
+                pause_s = max(1.0, min(times) - self.clock.monotonic())
+                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
+                for vm in list(vms.values()):
+                    # Behind anything still to be sent it would only come late.
+                    if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
+                        vm.still_told += 1
+                        vm.still_at += STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
+                        await self.sender.notify(vm, STILL_WORKING, text=vm.running)
+        finally:
+            self.watcher = None
+
+    # How its VM is
+
+    def _record_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
+        """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
+        vm.answered_at = self.clock.now()
+        vm.probes = 0
+        if ends_outage:
+            vm.last_call_failed, vm.handed_over_at = False, NEVER
+            if vm.away_since is not None:
+                vm.away_since = None
+                self.state.store.note(vm.put())
+                log_event("vm_back", vm_id=vm.vm_id)
+
+    async def _on_unreachable(self, vm: VmState, route: Route, text: Text, error: VmAway) -> None:
+        text.trace.note_error(self.clock.monotonic(), str(error))
+        vm.last_call_failed = True
+        about_it = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": text.attempts}
+        log_warning("vm_unreachable", **about_it, error=str(error))
+        if not error.may_have_reached:
+            if not text.may_have_reached:
+                text.handed_over = False
+                self.state.store.note(text.updated())
+            return await self._announce_outage(vm, text)
+        is_healthy = await self.vms.is_healthy(route)
+        is_drop = (
+            error.is_drop or is_healthy
+        )  # a proxy's 502 counts only against a VM that is there
+        if is_drop or not text.may_have_reached:  # 502s again and again do not prolong the wait
+            text.dropped_at = self.clock.now()
+        text.may_have_reached = True
+        text.drops += is_drop
+        await self.state.store.save(text.updated())
+        if is_healthy:  # the road may be at fault: the text goes again at once, under its key
+            return None
+        return await self._announce_outage(vm, text)
+
+    async def _announce_outage(self, vm: VmState, text: Text) -> None:
+        """Once per outage, also across restarts."""
+        if vm.away_since is None:
+            vm.away_since = self.clock.now()
+            self.metrics.outages.add()
+            await self.sender.notify(vm, VM_AWAY, vm.put(), text=text)
+
+    async def _wait_for_return(self, vm: VmState, route: Route, text: Text) -> bool:
+        """Until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
+        while vm.waiting and vm.waiting[0] is text and not vm.is_paused:
+            left_s = self._deadline(vm, text) - self.clock.now()
+            if left_s <= 0:
+                await self._expire(vm)
+                return False
+            self._ask_fly(vm, route)
+            vm.probes += 1
+            await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
+            if await self.vms.is_healthy(route):
+                return True
+        return False
+
+    def _ask_fly(self, vm: VmState, route: Route) -> None:
+        """A machine that rests does not come back by itself. Fly may take minutes to say: nobody waits for it."""
+        now = self.clock.monotonic()
+        if now - vm.asked_fly_at < ASK_FLY_EVERY_S or vm.waker is not None:
+            return
+
+        async def wake() -> None:
+            try:
+                await self.wake(route.vm_id, route.machine_id)
+            except UpstreamError as error:
+                log_warning("wake_failed", vm_id=vm.vm_id, error=str(error))
+            finally:
+                vm.waker = None
+
+        vm.asked_fly_at, vm.waker = now, self.tasks.start(wake())
+
+    async def _wait_while_busy(self, vm: VmState, text: Text) -> None:
+        """409: wait without a notice, which does not count as the VM being away."""
+        self._record_answer(vm)
+        text.drops = 0  # the VM lived through it
+        now = self.clock.monotonic()
+        if text.busy_since is None:
+            text.busy_since, text.attempts = now, 1
+        if now - text.busy_since > BUSY_LIMIT_S:
+            return await self._finish(vm, text, "failed", about(VM_ERROR, text, status=409))
+        if text.attempts % 10 == 1:
+            self.state.store.note(vm.put())
+        await VM_BUSY.pause(self.clock, text.attempts)
+        vm.answered_at = self.clock.now()  # nor does this pause, should the VM be away behind it
+        return None
+
+    # Deadlines
+
+    def _deadline(self, vm: VmState, text: Text) -> float:
+        return deadline(text, vm, self.state.began, self.settings.limits.vm_away_limit_s)
+
+    async def _expire(self, vm: VmState) -> None:
+        """The first text's time is over; those behind it are judged in the same moment and share the notice."""
+        first, now = vm.waiting[0], self.clock.now()
+        if first.may_have_reached:
+            notice = about(NO_ANSWER, first, s=self.settings.limits.vm_away_limit_s)
+            await self._finish(vm, first, "silent", notice)
+        waiting = [text for text in vm.waiting if not text.may_have_reached]
+        late = [text for text in waiting if self._deadline(vm, text) <= now]
+        if late:
+            parts = split_text(AWAY_TOO_LONG.format(texts=quoted(*late)))
+            await self.sender.finish(vm, late, parts, "expired")
+
+
+@dataclass(kw_only=True, eq=False)
+class OwnerCommands:
+    """What an owner asks the gateway itself, by text: answered at once, past the run lane, with the VM dead too."""
+
+    clock: Clock
+    routes: RouteStore
+    state: RelayState
+    sender: Sender
+    check_restart: Callable[[str], object]  # raises Refusal
+    restart: Callable[[str], Awaitable[None]]  # returns once it is on disk; raises Refusal
+
+    @staticmethod
+    def match(body: str) -> str:
+        """The command that a text is, or nothing."""
+        found = COMMAND.fullmatch(body)
+        return found[1].lower() if found else ""
+
+    async def run(self, vm: VmState, message: InboundMessage, command: str) -> str | None:
+        """Do it once: its effect and its answer share a transaction with its SID.
+
+        None when it is new, else the reply of that time; raises StoreError.
+        """
+        log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
+        waiting = vm.queued()
+        now = about('Running: "{text}"', vm.running) if vm.running else "Nothing is running."
+        match command:
+            case "cancel" if waiting:
+                return await self._cancel(vm, message, waiting)
+            case "cancel":
+                reply = f"Nothing is waiting. {now}"
+            case "restart":
+                return await self._begin_restart(vm, message)
+            case "queue":
+                lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
+                reply = "\n".join([now, *lines])
+            case "status":
+                reply = f"{self._condition(vm)} {now} {len(waiting)} waiting."
+            case _:
+                reply = COMMANDS_HELP
+        return await self._reply(vm, message, reply)
+
+    async def _reply(
+        self, vm: VmState, message: InboundMessage, reply: str, *changes: Change
+    ) -> str | None:
+        out = self.sender.outbound(vm, split_text(reply))
+        changes = (out.added(), vm.put(), *changes)
+        known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
+        if known is None:
+            self.sender.queue(vm, out)
+        return known
+
+    def _condition(self, vm: VmState) -> str:
+        """How a VM is, in words for its owner."""
+        route = self.routes.routes.get(vm.phone)
+        if route is None or route.state == "failed":
+            return VM_GONE
+        if route.state == "provisioning":
+            return f"Your VM is being set up ({route.step or 'begun'})."
+        if vm.is_paused:
+            return "Your VM is being restarted."
+        if vm.away_since is not None:
+            return f"Your VM has been away for {max(0, int(self.clock.now() - vm.away_since))} s."
+        return f"Your VM is {route.state}."
+
+    async def _cancel(
+        self, vm: VmState, message: InboundMessage, waiting: list[Text]
+    ) -> str | None:
+        count = "1 text" if len(waiting) == 1 else f"{len(waiting)} texts"
+        # At once, so that none of them is handed over while the store writes.
+        vm.waiting = deque([vm.running] if vm.running else [])
+        known: str | None = ""
+        try:
+            ends = [text.ended() for text in waiting]
+            known = await self._reply(vm, message, f"Not run: {count} dropped.", *ends)
+        finally:
+            if known is None:
+                self.sender.note_ended(waiting, "cancelled", 1)
+            else:  # not stored, or a repetition
+                first = [vm.waiting.popleft()] if vm.running else []
+                vm.waiting.extendleft(reversed(first + waiting))
+        return known
+
+    async def _begin_restart(self, vm: VmState, message: InboundMessage) -> str | None:
+        try:
+            self.check_restart(vm.vm_id)
+        except Refusal as refusal:
+            return await self._reply(vm, message, f"Not restarted: {refusal.detail}")
+        vm.owes_restart = True
+        known: str | None = ""
+        try:
+            known = await self._reply(vm, message, RESTART_BEGUN)
+        finally:
+            vm.owes_restart = known is None
+        if known is None:
+            await self.do_owed(vm)
+        return known
+
+    async def do_owed(self, vm: VmState) -> None:
+        """Begin the restart that was asked for; its own record on disk takes over from ours."""
+        try:
+            await self.restart(vm.vm_id)
+        except (Refusal, StoreError) as error:
+            await self.sender.notify(vm, f"Not restarted: {error}")
+        vm.owes_restart = False
+        self.state.store.note(vm.put())
+
+
+@dataclass(kw_only=True, eq=False)
+class Inbox:
+    """Takes texts in: once, if they are allowed, and stored before they are acknowledged."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    state: RelayState
+    sender: Sender
+    runner: Runner
+    commands: OwnerCommands
+    tasks: Tasks
+    metrics: Metrics
+    invited: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
+    recent_texts: Recent[deque[float]] = field(default_factory=lambda: Recent(10_000))  # monotonic
+    told_too_fast: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=60))
+
+    async def accept(self, message: InboundMessage) -> str:
+        """Take a text in, once; returns the webhook's reply. Raises StoreError when it cannot be stored."""
+        if self.state.is_draining:
+            reason = "this gateway is shutting down; the text will be fetched from Twilio's list"
+            raise Refusal("draining", reason)
+        route = self.routes.routes.get(message.phone)
+        vm = self.state.vm(route.vm_id, message.phone) if route else None
+        if word := self._keyword(message, vm):
+            return await self._accept_keyword(message, vm, word)
+        command = self.commands.match(message.body) if vm else ""
+        refused = self._judge(message, route, vm, is_command=bool(command))
+        if route is None and self.state.closed_because:
+            # Not taken, so that it is fetched from Twilio's list later.
+            raise Refusal("fly_unavailable", self.state.closed_because)
+        if refused:
+            return await self._refuse(message, vm, *refused)
+        assert vm is not None and route is not None
+        if command:
+            vm.reply_to = self._address(message)
+            known = await self.commands.run(vm, message, command)
+        else:
+            known = await self._accept_text(message, route, vm)
+        if known is not None and (times := self.recent_texts.get(message.phone)):
+            times.pop()  # a repetition does not count
+        return self._acknowledge("command" if command else "accepted", known)
+
+    def _acknowledge(self, outcome: str, known: str | None) -> str:
+        """The reply: of the first time, if this SID was known."""
+        self.metrics.texts.add(outcome if known is None else "repeated")
+        return known or ""
+
+    def _address(self, message: InboundMessage) -> Address:
+        is_usual = message.recipient in ("", message.channel + self.settings.twilio.phone_number)
+        return Address(message.channel, "" if is_usual else message.recipient)
+
+    # STOP, START, HELP
+
+    @staticmethod
+    def _keyword(message: InboundMessage, vm: VmState | None) -> str:
+        """STOP, START or HELP when Twilio answers this text itself, else nothing."""
+        word = message.body.strip().upper() if len(message.body) < 40 else ""
+        if word == "YES" and not (vm and vm.opted_out.get(message.channel)):
+            return ""
+        return KEYWORDS.get(message.opt_out.upper()) or KEYWORDS.get(word, "")
+
+    async def _accept_keyword(self, message: InboundMessage, vm: VmState | None, word: str) -> str:
+        """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
+        changes: list[Change] = []
+        # What the list tells late does not undo what was said since.
+        is_late = (
+            message.is_fetched and vm and message.arrived < vm.opted_at.get(message.channel, 0.0)
+        )
+        if vm and word != "HELP" and not is_late:
+            vm.opted_out[message.channel] = word == "STOP"
+            vm.opted_at[message.channel] = message.arrived
+            if word == "START":
+                vm.error = ""
+            changes.append(vm.put())
+            event = "opted_out" if word == "STOP" else "opted_in"
+            log_event(event, vm_id=vm.vm_id, message_sid=message.sid)
+        known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
+        return self._acknowledge("keyword", known)
+
+    # Texts that are not taken
+
+    def _judge(
+        self, message: InboundMessage, route: Route | None, vm: VmState | None, *, is_command: bool
+    ) -> tuple[str, str] | None:
+        """Why a text is not taken, and what its sender reads; None when it is."""
+        limits, phone = self.settings.limits, message.phone
+        if route is None or vm is None:
+            is_number = PHONE.fullmatch(phone) and phone != self.settings.twilio.phone_number
+            return ("unknown", self._invitation(phone)) if is_number else ("ignored", "")
+        if not is_command:
+            if route.state == "failed":
+                return "gone", self.closing_words(VM_GONE, [message])
+            queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)
+            if queued >= limits.queue_limit:
+                return "queue_full", about(QUEUE_FULL, message, n=queued)
+        if message.is_fetched or self._is_within_rate(phone):
+            return None
+        now = self.clock.monotonic()
+        reply = (
+            "" if self.told_too_fast.is_fresh(phone, now) else TOO_FAST.format(n=limits.text_limit)
+        )
+        if reply:
+            self.told_too_fast.put(phone, None, now)
+        return "too_fast", reply
+
+    def _invitation(self, phone: str) -> str:
+        url, now = self.settings.gateway.onboarding_url, self.clock.monotonic()
+        if not url or self.invited.is_fresh(phone, now):
+            return ""
+        self.invited.put(phone, None, now)
+        return NO_VM_YET.format(url=url)
+
+    def _is_within_rate(self, phone: str) -> bool:
+        """TEXT_LIMIT within any minute."""
+        limit, now = self.settings.limits.text_limit, self.clock.monotonic()
+        if not limit:
+            return True
+        times = self.recent_texts.get(phone) or deque(maxlen=limit)
+        if len(times) == limit and times[0] > now - 60:
+            return False
+        times.append(now)
+        self.recent_texts.put(phone, times, now)
+        return True
+
+    def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
+        """What is told of a VM that is no more, and of texts that were not run."""
+        words = notice + NOT_RUN.format(texts=quoted(*texts)) if texts else notice
+        url = self.settings.gateway.onboarding_url
+        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
+
+    async def _refuse(
+        self, message: InboundMessage, vm: VmState | None, outcome: str, reply: str
+    ) -> str:
+        """Remembered like any other, so that it does not come back by Twilio's list."""
+        if vm and vm.opted_out.get(message.channel):
+            reply = ""
+        known = await self.state.store.commit_once(message.sid, message.arrived, reply)
+        self._acknowledge(outcome, known)
+        if known is not None:
+            return known
+        trace = self.state.trace(message.sid, "", self.clock.now())
+        trace.outcome = outcome
+        self.state.remember(trace)
+        phone = mask_phone(message.sender)
+        log_event("text_refused", message_sid=message.sid, phone=phone, outcome=outcome)
+        return reply
+
+    # Texts that are taken
+
+    async def _accept_text(self, message: InboundMessage, route: Route, vm: VmState) -> str | None:
+        """None when its SID is new, else the reply of that time; raises StoreError."""
+        reply_to = self._address(message)
+        text = Text(
+            sid=message.sid,
+            vm_id=vm.vm_id,
+            body=message.body,
+            arrived=message.arrived,
+            reply_to=reply_to,
+            media=message.media,
+            # When nothing is before it the hand-over follows at once, so one transaction tells both.
+            handed_over=self.runner.is_free(vm, route),
+            trace=self.state.trace(message.sid, vm.vm_id, message.arrived),
+        )
+        changes = [text.added()]
+        if vm.reply_to != reply_to:
+            vm.reply_to = reply_to
+            changes.append(vm.put())
+        vm.accepting += 1
+        try:
+            known = await self.state.store.commit_once(text.sid, text.arrived, "", *changes)
+        except StoreError:
+            self.metrics.texts.add("not_stored")
+            raise
+        finally:
+            vm.accepting -= 1
+        if known is None:
+            await self._enqueue(text, route, vm)
+        return known
+
+    async def _enqueue(self, text: Text, route: Route, vm: VmState) -> None:
+        self.state.remember(text.trace)
+        text.trace.stored = self.clock.monotonic() - text.trace.began
+        self.metrics.note_text()
+        vm.last_text = text.arrived
+        vm.waiting.append(text)
+        if vm.closing_notice:  # torn down while it was stored
+            parts = split_text(self.closing_words(vm.closing_notice, [text]))
+            return await self.sender.finish(vm, [text], parts, "gone")
+        self.runner.start(vm)
+        if route.state == "provisioning" and not vm.was_told_of_setup:
+            vm.was_told_of_setup = True
+            self.tasks.start(self.sender.notify(vm, SETTING_UP, text=text))
+        return None
+
+
+@dataclass(kw_only=True, eq=False)
+class DeliveryReports:
+    """What Twilio reports of messages it took: out of order, twice, and before the create's own answer."""
+
+    clock: Clock
+    routes: RouteStore
+    twilio: TwilioClient
+    state: RelayState
+    sender: Sender
+    metrics: Metrics
+    ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))  # of a message's last status
+
+    def handle(self, form: Mapping[str, str], vm_id: str) -> None:
+        """One callback; `vm_id` is what its address named."""
+        sid, status = form.get("MessageSid", ""), form.get("MessageStatus", "")
+        rank = STATUS_RANKS.get(status, -1)
+        if rank <= self.ranks.get(sid, -1):
+            return
+        now = self.clock.monotonic()
+        self.ranks.put(sid, rank, now)
+        self.metrics.deliveries.add(status)
+        found, recipient = self.routes.find(vm_id), form.get("To", "")
+        phone = recipient.removeprefix(WHATSAPP)
+        if found is None or found[0] != phone or rank < STATUS_RANKS["delivered"]:
+            return
+        vm, channel = self.state.vm(vm_id, phone), recipient.removesuffix(phone)
+        traces = self.sender.sent_as.get(sid, ())
+        if status in ("delivered", "read"):
+            for trace in traces:
+                trace.delivered = now - trace.began
+            if not vm.opted_out.get(channel):
+                self.sender.note_error(vm, "")
+            return
+        reason = self._undelivered(vm, sid, form.get("ErrorCode", ""), channel)
+        for trace in traces:
+            trace.note_error(now, reason)
+
+    def _undelivered(self, vm: VmState, sid: str, code: str, channel: str) -> str:
+        """It is not sent again: its cause stands in the VM's record."""
+        reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
+        log_warning("undelivered", vm_id=vm.vm_id, message_sid=sid, error=reason)
+        self.metrics.twilio_errors.add(code if policy else "other")
+        if policy and policy.action == "opted_out":
+            self.sender.opt_out(vm, channel)
+        elif policy and policy.action == "retry_and_alert":
+            self.twilio.trouble = f"texts do not arrive: {reason}"
+        self.sender.note_error(vm, reason)
+        return reason
+
+
+@dataclass(kw_only=True, eq=False)
+class Relay:
+    """The parts of the relay as one: what happens to VMs, and its start and end."""
+
+    clock: Clock
+    routes: RouteStore
+    twilio: TwilioClient
+    state: RelayState
+    inbox: Inbox
+    runner: Runner
+    sender: Sender
+    commands: OwnerCommands
+    reports: DeliveryReports
+    tasks: Tasks
+    metrics: Metrics
+    command_timeout_s: float
+
+    @property
+    def vms(self) -> dict[str, VmState]:
+        return self.state.vms
+
+    @property
+    def is_draining(self) -> bool:
+        return self.state.is_draining
+
+    # Start and end
+
+    async def load(self) -> None:
+        """Read what was in flight; `start` sets it going. Raises StoreError."""
+        for sid in await self.state.load():
+            self.twilio.note_sent(sid)
+        if waiting := self.waiting():
+            self.metrics.texts.add("resumed", by=waiting)
+        for vm in list(self.vms.values()):
+            found, undone = self.routes.find(vm.vm_id), self.routes.undo.get(vm.vm_id)
+            if undone or (found and found[1].state == "failed" and vm.waiting):
+                await self.vm_gone(vm.vm_id, vm.phone, str((undone or {}).get("reason")))
+            if any(text.may_have_reached for text in vm.waiting):
+                vm.handed_over_at = self.clock.monotonic()
+        if unrouted := [vm for vm in self.vms.values() if not vm.phone and vm.waiting]:
+            log_warning("texts_of_unknown_vms", texts=sum(len(vm.waiting) for vm in unrouted))
+            self.tasks.start(self._forget_unrouted(unrouted))
+
+    def start(self) -> None:
+        """Set going what was in flight."""
+        for vm in list(self.vms.values()):
+            self.tasks.start(self._start_vm(vm))
+
+    async def _start_vm(self, vm: VmState) -> None:
+        if vm.owes_restart:
+            await self.commands.do_owed(vm)
+        self.runner.start(vm)
+        self.sender.start(vm)
+        self.state.retire(vm)
+
+    def resume_unrouted(self) -> None:
+        """Routes were found: the texts of their VMs go on."""
+        for vm in list(self.vms.values()):
+            self.runner.start(vm)
+
+    async def _forget_unrouted(self, vms: Sequence[VmState]) -> None:
+        await self.clock.sleep(UNROUTED_S)
+        for vm in vms:
+            if not self.routes.find(vm.vm_id):
+                log_warning("texts_of_gone_vm", vm_id=vm.vm_id, texts=len(vm.waiting))
+                self.state.store.note(*(text.ended() for text in vm.waiting))
+                vm.waiting.clear()
+                vm.closing_notice = VM_GONE
+                self.state.retire(vm)
+
+    async def drain(self) -> None:
+        """Take in and hand over nothing more; wait for what is in a VM's or Twilio's hands (bounded by the caller)."""
+        self.state.is_draining = True
+        for vm in self.vms.values():
+            if vm.runner is not None and not vm.is_handing_over:
+                vm.runner.cancel()
+        while tasks := [
+            task for vm in self.vms.values() for task in (vm.runner, vm.sender) if task
+        ]:
+            await asyncio.wait(tasks)
+
+    # What happens to VMs
+
+    async def vm_ready(self, vm_id: str, welcome: bool = False) -> None:
+        """What waited for a VM to be set up runs now."""
+        if found := self.routes.find(vm_id):
+            vm = self.state.vm(vm_id, found[0])
+            vm.answered_at = self.clock.now()
+            if welcome:
+                await self.sender.notify(vm, WELCOME)
+            self.runner.start(vm)
+
+    async def vm_gone(self, vm_id: str, phone: str, reason: str) -> None:
+        """Nothing that belongs to a VM outlives it: its owner reads what was not run.
+
+        `reason`: `failed` to be set up, `torn_down`, or `vanished`.
+        """
+        if vm_id not in self.vms and reason != "vanished":
+            return
+        vm = self.state.vm(vm_id, phone)
+        vm.closing_notice = SET_UP_FAILED if reason == "failed" else VM_GONE
+        await self.runner.stop(vm)
+        vm.away_since = None
+        texts = list(vm.waiting)
+        words = self.inbox.closing_words(vm.closing_notice, texts)
+        if texts:
+            await self.sender.finish(vm, texts, split_text(words), "gone")
+        elif reason == "vanished":
+            await self.sender.notify(vm, words)
+        self.state.retire(vm)
+
+    async def accept_vm_message(
+        self, vm_id: str, phone: str, words: str, images: Sequence[str]
+    ) -> str:
+        """A VM texts its own owner; returns the message's id once it is stored. Raises Refusal and StoreError."""
+        vm, parts = self.state.vm(vm_id, phone), split_text(words) if words else []
+        if self.is_draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        if vm.opted_out.get(vm.reply_to.channel):
+            reason = "the owner of this VM opted out of texts (STOP); nothing is sent until they text START"
+            raise Refusal("wrong_state", reason)
+        self._count_vm_message(vm, len(parts) + len(images))
+        out = self.sender.outbound(vm, parts, images=images, id=f"v-{self.clock.random_id()}")
+        await self.state.store.commit(out.added(), vm.put())
+        vm.still_at = max(vm.still_at, self.clock.monotonic() + STILL_EVERY_S)
+        self.sender.queue(vm, out)
+        self.metrics.vm_messages.add()
+        return out.id
+
+    def _count_vm_message(self, vm: VmState, cost: int) -> None:
+        """Raises Refusal when that would be more of Twilio's messages than a VM may cause."""
+        now = self.clock.now()
+        for seconds, most in VM_MESSAGE_LIMITS:
+            recent = [(at, count) for at, count in vm.vm_messages if now - seconds < at <= now]
+            if sum(count for _, count in recent) + cost > most:
+                wait_s = int(recent[0][0] + seconds - now) + 1 if recent else int(seconds)
+                reason = (
+                    f"a VM may text {most} messages in {seconds:g} s, parts and pictures counted"
+                )
+                raise Refusal("too_many", reason, retry_after_s=wait_s)
+        vm.vm_messages = [*recent, (now, cost)]
+
+    # Questions
+
+    def waiting(self, vm_id: str = "") -> int:
+        """Texts not yet finished, of one VM or of all."""
+        return sum(len(vm.waiting) for vm in self.vms.values() if vm_id in ("", vm.vm_id))
+
+    def oldest_waiting_s(self) -> float:
+        """Age of the text that waits longest, 0 when none does."""
+        now = self.clock.now()
+        return max([0.0, *(now - vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting)])
+
+    def away_count(self) -> int:
+        return sum(vm.away_since is not None for vm in self.vms.values())
+
+    def may_be_running(self, vm_id: str) -> bool:
+        """Whether a command that was handed over may still run there, so that a restart would cut it."""
+        vm = self.vms.get(vm_id)
+        if vm is None:
+            return False
+        age_s = self.clock.monotonic() - vm.handed_over_at
+        return vm.is_handing_over or age_s < self.command_timeout_s
+
+
+@dataclass(kw_only=True, eq=False)
+class Backfill:
+    """Fetches texts that arrived while nobody listened from Twilio's list, and hands them in at the same door."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    twilio: TwilioClient
+    state: RelayState
+    inbox: Inbox
+    long_at: float = NEVER  # monotonic: the last long look
+    changes_at_mark: int = -1
+
+    OVERLAP_S = 900.0
+    LONG_S = 86_400.0  # lists have been seen hours late
+    LONG_EVERY_S = 3600.0
+
+    async def at_start(self) -> None:
+        """Before the door opens: whatever Twilio tells within 5 s."""
+        with contextlib.suppress(TimeoutError):
+            async with self.clock.time_limit(5):
+                await self.once()
+
+    async def run(self) -> None:
+        """Again every BACKFILL_S, until Twilio says that this account may not list."""
+        while not self.twilio.cannot_list:
+            await self.clock.sleep(self.settings.limits.backfill_s)
+            await self.once()
+
+    async def once(self) -> None:
+        """One look at the lists of our number and of its WhatsApp sender."""
+        began, until = self.clock.monotonic(), self.twilio.now()
+        is_long = began - self.long_at >= self.LONG_EVERY_S
+        since = self._since(until, is_long=is_long)
+        number = self.settings.twilio.phone_number
+        try:
+            found = await self._list(number, since) + await self._list(WHATSAPP + number, since)
+            for message in sorted(found, key=lambda message: message.arrived):
+                await self.inbox.accept(message)
+        except UpstreamRejected as error:
+            self.twilio.give_up_listing(error)
+        except (UpstreamError, Refusal, StoreError) as error:
+            log_warning("backfill_failed", error=str(error))
+        else:
+            if not self.state.closed_because:  # else routes are missing by which texts are known
+                self.long_at = began if is_long else self.long_at
+                self._set_mark(until)
+
+    def _since(self, now: float, *, is_long: bool) -> float:
+        """From when on to list; never from before this database was begun less VM_AWAY_LIMIT_S."""
+        marks = self.state.marks
+        first = min(marks["begun"], now) - self.settings.limits.vm_away_limit_s
+        since = min(marks["listed"], now) - self.OVERLAP_S if "listed" in marks else first
+        return max(first, min(since, now - self.LONG_S) if is_long else since)
+
+    def _set_mark(self, until: float) -> None:
+        """An idle gateway writes nothing: after a kill it reads a longer, empty stretch of the list."""
+        change, store = self.state.set_mark("listed", until), self.state.store
+        if store.changes != self.changes_at_mark:
+            store.note(change)
+            self.changes_at_mark = store.changes
+
+    async def _list(self, recipient: str, since: float) -> list[InboundMessage]:
+        """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date."""
+        query = {"To": recipient, "DateSent>": utc_seconds(since)}
+        listed = [entry async for entry in self.twilio.list_messages(query, pages=20)]
+        inbound = [entry for entry in listed if entry.get("direction") == "inbound"]
+        known = await self.state.store.known([str(entry.get("sid")) for entry in inbound])
+        return [
+            await self._message(entry, recipient)
+            for entry in reversed(inbound)
+            if str(entry.get("sid")) not in known and self._is_ours(entry, since)
+        ]
+
+    def _is_ours(self, entry: Json, since: float) -> bool:
+        """Whether it is young enough, and not older than its sender's route."""
+        at = listed_at(entry)
+        route = self.routes.routes.get(str(entry.get("from")).removeprefix(WHATSAPP))
+        if at is None or route is None or not entry.get("sid"):
+            return False
+        return at >= since - 1 and utc_seconds(at + self.twilio.api.ahead_s) >= route.created_at
+
+    async def _message(self, entry: Json, recipient: str) -> InboundMessage:
+        """One that cannot be read whole holds up no other: it is taken without its pictures."""
+        sid = str(entry["sid"])
+        media: Sequence[Sequence[str]] = ()
+        if str(entry.get("num_media") or "0") != "0":
+            try:
+                media = await self.twilio.media_of(sid)
+            except UpstreamRejected as error:
+                log_warning("media_not_listed", message_sid=sid, error=str(error))
+        arrived = (listed_at(entry) or 0.0) + self.twilio.api.ahead_s
+        return InboundMessage(
+            sid=sid,
+            sender=str(entry.get("from")),
+            recipient=recipient,
+            body=str(entry.get("body") or ""),
+            arrived=min(arrived, self.clock.now()),
+            media=media,
+            is_fetched=True,
+        )
 
 
 # --- Fleet ---
 
-# How long a text that is being run has to end before its VM is restarted for a change; an upgrade waits for all of it.
+# How long a text that is being run has to end before its VM is changed; an upgrade waits for all of it.
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
-
-
+AT_ONCE = 20
 SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
-DELETIONS_AN_HOUR = 5
-AT_ONCE = 20
-HEAL_AT_START_S = 3.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
-    """What a machine says of whose it is; a VM can write its own metadata, so only `key_id`, the secret its owner mark verifies with, is proof."""
-
-    machine: Machine
-    gateway_id: str
-    phone: str
-    key_id: str
-
-    def route(self, settings: Settings) -> Route:
-        machine = self.machine
-        return Route(vm_id=machine.app, machine_id=machine.id, vm_url=place(settings, machine.app, machine), region=machine.region, image=machine.image,
-                     state="ready", created_at=timestamp(machine.created_at or 0), key_id=self.key_id)
-
-
-def read_claim(machine: Machine, settings: Settings) -> Claim | None:
-    """The claim of a machine that carries our host's stamp."""
-    host, _, gateway_id = machine.metadata.get("cockpit_gateway", "").rpartition("/")
-    if host != gateway_host(settings) or not gateway_id:
-        return None
-    phone, mark = machine.metadata.get("cockpit_phone", ""), machine.metadata.get("cockpit_owner", "").encode()
-    proof = [root for root in settings.secrets if PHONE.fullmatch(phone) and hmac.compare_digest(owner_mark(root, machine.app, phone).encode(), mark)]
-    return Claim(machine=machine, gateway_id=gateway_id, phone=phone, key_id=fingerprint(proof[0]) if proof else "")
-
-
-@dataclass(slots=True, kw_only=True)
-class Census:
-    """What Fly holds for our host: proven claims by gateway and phone, and in words what is left out."""
-
-    claims: dict[str, dict[str, Claim]] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
-    unasked: list[str] = field(default_factory=list)
-
-    def choose(self, wanted: str, own: str) -> str:
-        """The gateway_id to go on as: the one asked for, else the file's own, else the only one; raises StoreError when that is not clear."""
-        if wanted or own in self.claims:
-            if (wanted or own) not in self.claims:
-                raise StoreError(f"Fly holds no VM of the gateway {wanted}; it holds: {self._named() or 'none'}")
-            return wanted or own
-        if len(self.claims) > 1:
-            raise StoreError(f"Fly holds VMs of several gateways of this host: {self._named()}; say which is this one: python cockpit.py restore --gateway ID")
-        return next(iter(self.claims), "")
-
-    def _named(self) -> str:
-        return ", ".join(f"{gateway_id} ({len(claims)} VMs)" for gateway_id, claims in sorted(self.claims.items()))
-
-
-async def take_census(fly: FlyClient, settings: Settings, clock: Clock) -> Census:
-    """Ask Fly for all that carries our host's stamp; an app counts only when Fly, asked for it, knows it. Raises UpstreamError."""
-    apps = await fly.list_apps()
-    machines, unasked = await fly.list_org_machines()
-    census, several = Census(unasked=unasked), Counter[tuple[str, str]]()
-    claims = [claim for machine in machines if machine.app in apps and not machine.state.startswith("destroy") and (claim := read_claim(machine, settings))]
-    limit = asyncio.Semaphore(AT_ONCE)
-
-    async def is_there(claim: Claim) -> bool:
-        async with limit:
-            with contextlib.suppress(UpstreamNotFound):
-                return bool(await retry(lambda: fly.get_app(claim.machine.app), fly.retry, clock))
-        return False
-    there = await asyncio.gather(*map(is_there, claims))
-    claims = [claim for claim, known in zip(claims, there, strict=True) if known]
-    several.update((claim.gateway_id, claim.phone) for claim in claims if claim.key_id)
-    for claim in claims:
-        if not claim.key_id:
-            pooled = "cockpit_pool" in claim.machine.metadata
-            census.skipped.append(f"{claim.machine.app}: " + ("it waited in a pool, whose machines are made anew; a sweep destroys it" if pooled else
-                                                             "its owner mark does not verify with COCKPIT_SECRET"))
-        elif several[claim.gateway_id, claim.phone] > 1:
-            census.skipped.append(f"{claim.machine.app}: not the only VM that claims {mask_phone(claim.phone)}")
-        else:
-            census.claims.setdefault(claim.gateway_id, {})[claim.phone] = claim
-    return census
+ADOPT_AT_START_S = 3.0
+ADOPT_LATER = Backoff(base_s=2, cap_s=300)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Change:
-    """A restart, rotation or upgrade on its way."""
+class VmChange:
+    """A restart, rotation or upgrade of one VM on its way."""
 
     vm_id: str
+    phone: str
     what: str
+    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
+    is_resumed: bool = False  # begun by an earlier process
     task: asyncio.Task[None] | None = None
 
     async def outcome(self) -> None:
@@ -4521,340 +5735,667 @@ class Change:
         assert self.task is not None
         await asyncio.wait({self.task})
         if self.task.cancelled():
-            raise Refusal("torn_down", f"{self.vm_id} was deleted during the {self.what}", vm_id=self.vm_id)
+            reason = f"{self.vm_id} was deleted during the {self.what}"
+            raise Refusal("torn_down", reason, vm_id=self.vm_id)
         self.task.result()
 
 
-class Fleet:
-    """Keeps VMs in order: changes each by one hand at a time while its texts wait, and holds the routes against what Fly has."""
+@dataclass(kw_only=True, eq=False)
+class VmChanges:
+    """Changes a VM while its texts wait: one change at a time, on disk before Fly is asked."""
 
-    def __init__(self, settings: Settings, clock: Clock, store: RouteStore, fly: FlyClient, vms: VmClient, provisioner: Provisioner, relay: Relay, owner: Owner) -> None:
-        self._settings, self._clock, self._store, self._fly, self._vms = settings, clock, store, fly, vms
-        self._provisioner, self._relay, self._owner = provisioner, relay, owner
-        self.changes: dict[str, Change] = {}
-        self.troubles: list[str] = []
-        self._seen: set[tuple[str, str]] = set()  # what the last sweep saw and did not act on: (what, vm_id)
-        self._sick: dict[str, int] = {}  # sweeps in a row
-        self._restarted: dict[str, float] = {}  # monotonic, as are the next
-        self._deleted: deque[float] = deque(maxlen=DELETIONS_AN_HOUR)
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    blueprint: Blueprint
+    readiness: Readiness
+    keyring: Keyring
+    relay: Relay
+    tasks: Tasks
+    running: dict[str, VmChange] = field(default_factory=dict)
 
-    # Changing one VM
-
-    def begin(self, vm_id: str, what: str, credentials: Mapping[str, str] | None = None) -> Change:
+    def begin(
+        self, vm_id: str, what: str, credentials: Mapping[str, str] | None = None
+    ) -> VmChange:
         """Take on a `restart`, `rotate` or `upgrade`; raises Refusal when the VM is not ready for it."""
-        record = self._provisioner.look_up(vm_id)
-        change = Change(vm_id=record["vm_id"], what=what)
-        if record["state"] != "ready" or change.vm_id in self.changes:
-            state = f"in the middle of a {self.changes[change.vm_id].what}" if change.vm_id in self.changes else record["state"]
-            raise Refusal("wrong_state", f"{change.vm_id} is {state}; this needs it to be ready", vm_id=change.vm_id)
-        if self._provisioner.draining:
+        phone, route = self.check(vm_id)
+        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials or {})
+        self.routes.put(phone, replace(route, change=what))
+        log_event(f"{what}_begun", vm_id=route.vm_id)
+        return self._start(change)
+
+    def check(self, vm_id: str) -> tuple[str, Route]:
+        """The phone and route of a VM that can be changed now; raises Refusal."""
+        found = self.routes.find(vm_id)
+        if found is None and vm_id not in self.routes.undo:
+            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
+        state = found[1].state if found else "deleting"
+        vm_id = found[1].vm_id if found else vm_id
+        if other := self.running.get(vm_id):
+            state = f"in the middle of a {other.what}"
+        if found is None or state != "ready":
+            reason = f"{vm_id} is {state}; this needs it to be ready"
+            raise Refusal("wrong_state", reason, vm_id=vm_id)
+        if self.relay.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
-        self.changes[change.vm_id] = change
-        change.task = self._owner.start(self._change(change, record["phone_number"], credentials or {}), f"{what} {change.vm_id}")
-        log_event(f"{what}_begun", vm_id=change.vm_id)
+        return found
+
+    def _start(self, change: VmChange) -> VmChange:
+        self.relay.state.vm(change.vm_id, change.phone).is_paused = True
+        self.running[change.vm_id] = change
+        name = f"{change.what} {change.vm_id}"
+        change.task = self.tasks.start(self._run(change), name)
         return change
 
-    async def _change(self, change: Change, phone: str, credentials: Mapping[str, str]) -> None:
-        vm_id, alive_at, trouble = change.vm_id, 0.0, f"{change.what}: cut off, ask for it again"
+    async def begin_restart(self, vm_id: str) -> None:
+        """Begin one and return once that is on disk; raises Refusal and StoreError."""
+        self.begin(vm_id, "restart")
+        await self.routes.commit()
+
+    def resume_all(self) -> None:
+        """At start: end what an earlier process began."""
+        for phone, route in self.routes.routes.items():
+            if route.change in PATIENCE_S and route.state == "ready":
+                change = VmChange(
+                    vm_id=route.vm_id, phone=phone, what=route.change, is_resumed=True
+                )
+                log_event("change_resumed", vm_id=route.vm_id, what=route.change)
+                self._start(change)
+
+    async def _run(self, change: VmChange) -> None:
+        """Cancelled by a shutdown it stays on disk: the next start ends it."""
+        vm_id, answered_at = change.vm_id, 0.0
+        vm = self.relay.state.vm(vm_id, change.phone)
         try:
-            await self._relay.hold(vm_id, min(PATIENCE_S[change.what], self._settings.vm_command_timeout_s))
-            if change.what == "restart":
-                await self._restart(vm_id)
-            elif change.what == "rotate":
-                await self._settle(vm_id, await self._replace_config(phone, vm_id, credentials))
-            else:
-                await self._upgrade(phone, vm_id)
-            alive_at, trouble = self._relay.steady_now(), ""
+            await self.routes.commit()
+            patience_s = min(PATIENCE_S[change.what], self.settings.limits.vm_command_timeout_s)
+            await self.relay.runner.pause(vm, 0.0 if change.is_resumed else patience_s)
+            await self._do(change)
+            answered_at = self.clock.now()
+            await self._end(change, "")
         except (CockpitError, TimeoutError) as error:
-            refusal = self._explain(change, error)
-            trouble = f"{change.what}: {refusal.detail}"
+            refusal = self._refusal(change, error)
+            await self._end(change, f"{change.what}: {refusal.detail}")
             raise refusal from error
         finally:
-            self.changes.pop(vm_id, None)
-            self._relay.release(vm_id, alive_at)
-            with contextlib.suppress(StoreError):
-                await self._note(vm_id, last_error=trouble)
-            log_event(f"{change.what}_{'failed' if trouble else 'done'}", vm_id=vm_id, error=trouble)
+            self.running.pop(vm_id, None)
+            await self.relay.runner.resume(vm, answered_at=answered_at)
 
-    def _explain(self, change: Change, error: Exception) -> Refusal:
-        if isinstance(error, Refusal):
-            return error
-        if isinstance(error, UpstreamError):
-            return told_of_fly(error, vm_id=change.vm_id)
-        if isinstance(error, StoreError):
-            return Refusal("storage", str(error), vm_id=change.vm_id)
-        return Refusal("vm_unhealthy", f"{change.vm_id} did not answer /health within {self._settings.provision_timeout_s:g} s (PROVISION_TIMEOUT_S) of the {change.what}", vm_id=change.vm_id)
+    async def _end(self, change: VmChange, trouble: str) -> None:
+        event = f"{change.what}_{'failed' if trouble else 'done'}"
+        log_event(event, vm_id=change.vm_id, error=trouble)
+        with contextlib.suppress(StoreError):
+            await self.routes.update(change.vm_id, change="", old_image="", last_error=trouble)
 
-    async def _note(self, vm_id: str, **changes: str) -> None:
-        """Change a route that is still there, on disk."""
-        if (found := self._store.find(vm_id)) and (noted := replace(found[1], **changes)) != found[1]:  # type: ignore[arg-type]
-            self._store.put(found[0], noted)
-            await self._store.commit()
+    def _refusal(self, change: VmChange, error: Exception) -> Refusal:
+        if not isinstance(error, TimeoutError):
+            return refusal_for(error, vm_id=change.vm_id)
+        limit = f"{self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
+        reason = f"{change.vm_id} did not answer /health within {limit} of the {change.what}"
+        return Refusal("vm_unhealthy", reason, vm_id=change.vm_id)
+
+    async def _do(self, change: VmChange) -> None:
+        match change.what:
+            case "restart":
+                await self._restart(change.vm_id)
+            case "rotate":
+                await self._wait_until_ready(change.vm_id, await self._replace_config(change))
+            case "upgrade" if change.is_resumed:
+                await self._end_upgrade(change)
+            case "upgrade":
+                await self._upgrade(change)
 
     def _route(self, vm_id: str) -> Route:
-        if found := self._store.find(vm_id):
+        if found := self.routes.find(vm_id):
             return found[1]
         raise Refusal("torn_down", f"{vm_id} was deleted meanwhile", vm_id=vm_id)
 
     async def _machine(self, vm_id: str) -> Machine:
-        machine = await self._fly.get_machine(vm_id, self._route(vm_id).machine_id)
+        machine = await self.fly.get_machine(vm_id, self._route(vm_id).machine_id)
         if not machine.host_ok or not machine.config:
-            raise Refusal("fly_unavailable", "Fly does not reach the host this VM is on; try again later", retry_after_s=60, vm_id=vm_id)
+            reason = "Fly does not reach the host this VM is on; try again later"
+            raise Refusal("fly_unavailable", reason, retry_after_s=60, vm_id=vm_id)
         return machine
 
     async def _restart(self, vm_id: str) -> None:
         machine = await self._machine(vm_id)
-        await self._fly.restart_machine(vm_id, machine)
-        # Right after the call Fly may still show the old `started`: only an event after the last one counts.
-        await self._settle(vm_id, machine, machine.last_event)
+        await self.fly.restart_machine(vm_id, machine)
+        # Right after the call Fly may still show the old `started`: only a later event counts.
+        await self._wait_until_ready(vm_id, machine, machine.last_event)
 
-    async def _replace_config(self, phone: str, vm_id: str, credentials: Mapping[str, str], image: str = "") -> Machine:
-        """Set secrets, ours renewed among them, and send the whole fresh config back, for a VM reads secrets only as it boots."""
-        machine = await self._machine(vm_id)
-        version = await self._fly.set_secrets(vm_id, {**credentials, **self._provisioner.own_secrets(vm_id)})
-        config = {**machine.config, "image": image or machine.image, "metadata": {**machine.metadata, **self._provisioner.stamp(vm_id, phone)}}
-        updated = await self._fly.update_machine(vm_id, machine, config, version)
-        await self._note(vm_id, key_id=fingerprint(self._settings.secrets[0]))
+    async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
+        """Set secrets, ours renewed among them, and send the whole config back: a VM reads them as it boots."""
+        vm_id = change.vm_id
+        machine, route = await self._machine(vm_id), self._route(vm_id)
+        values = {**change.credentials, **self.blueprint.own_secrets(vm_id)}
+        version = await self.fly.set_secrets(vm_id, values)
+        stamp = self.blueprint.metadata(vm_id, change.phone, route.pairing)
+        config = {
+            **machine.config,
+            "image": image or machine.image,
+            "metadata": {**machine.metadata, **stamp},
+        }
+        updated = await self.fly.update_machine(vm_id, machine, config, version)
+        key_id = self.keyring.current_id
+        await self.routes.update(vm_id, key_id=key_id, image=image or route.image)
         return updated
 
-    async def _settle(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        async with time_limit(self._clock, self._settings.provision_timeout_s):
-            await self._provisioner.wait_started(vm_id, machine, after_event)
-            await self._provisioner.wait_healthy(self._route(vm_id))
+    async def _wait_until_ready(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
+        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
+            await self.readiness.wait_started(vm_id, machine, after_event)
+            await self.readiness.wait_healthy(self._route(vm_id))
 
-    async def _upgrade(self, phone: str, vm_id: str) -> None:
-        """Move to the present VM_IMAGE; back to the old one, the very build if the tag is the same, when that is not healthy."""
-        before, image = await self._machine(vm_id), self._settings.vm_image
-        updated = await self._replace_config(phone, vm_id, {}, image)
+    async def _upgrade(self, change: VmChange) -> None:
+        """Move to the present VM_IMAGE; the image to go back to, the very build if the tag is the same, is on disk."""
+        image = self.settings.vm.image
+        before = await self._machine(change.vm_id)
+        old = before.image if before.image != image else before.build or image
+        await self.routes.update(change.vm_id, old_image=old)
+        await self._settle(change, await self._replace_config(change, image))
+
+    async def _end_upgrade(self, change: VmChange) -> None:
+        """One that an earlier process began: whichever image Fly runs by now is waited for, or taken back."""
+        old = self._route(change.vm_id).old_image
+        machine = await self._machine(change.vm_id)
+        if not old or machine.image == old:
+            reason = "the gateway was restarted before Fly took the new image; ask again"
+            raise Refusal("fly_unavailable", reason, vm_id=change.vm_id)
+        await self.routes.update(change.vm_id, image=machine.image)
+        await self._settle(change, machine)
+
+    async def _settle(self, change: VmChange, machine: Machine) -> None:
+        """Wait for the new image; back to the old one when that is not healthy."""
+        vm_id, image = change.vm_id, machine.image
         try:
-            await self._settle(vm_id, updated)
+            await self._wait_until_ready(vm_id, machine)
         except (CockpitError, TimeoutError) as error:
-            old = before.image if before.image != image else before.build or image
-            log_event("upgrade_undone", level=logging.WARNING, vm_id=vm_id, image=image, back_to=old, error=str(error))
-            await self._settle(vm_id, await self._replace_config(phone, vm_id, {}, old))
-            raise Refusal("vm_unhealthy", f"{vm_id} did not become healthy on {image}; it is back on {old}", vm_id=vm_id) from error
-        await self._note(vm_id, image=image)
+            old = self._route(vm_id).old_image
+            log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
+            await self._wait_until_ready(vm_id, await self._replace_config(change, old))
+            reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
+            raise Refusal("vm_unhealthy", reason, vm_id=vm_id) from error
 
-    # Holding the routes against Fly
+    async def vm_gone(self, vm_id: str, phone: str, reason: str) -> None:
+        """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
+        change = self.running.get(vm_id)
+        if change and change.task:
+            change.task.cancel()
+        await self.relay.vm_gone(vm_id, phone, reason)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """What Fly shows: the organisation's apps, their machines, and the regions it could not ask."""
+
+    apps: set[str]
+    machines: Mapping[str, Sequence[Machine]]  # by app
+    missing_regions: Sequence[str] = ()
+
+
+async def fetch_inventory(fly: FlyClient) -> Inventory:
+    """Raises UpstreamError."""
+    apps = await fly.list_apps()
+    listed, missing = await fly.list_org_machines()
+    machines: dict[str, list[Machine]] = defaultdict(list)
+    for machine in listed:
+        machines[machine.app].append(machine)
+    return Inventory(apps=apps, machines=machines, missing_regions=missing)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Here:
+    """What the gateway itself knows: the file, and what is under way."""
+
+    routes: Mapping[str, Route]
+    other_apps: set[str]  # being undone, set up, or gone within the hour
+    changing: set[str]
+    suspects: set[str]  # VMs whose last call failed
+    gateway_id: str
+    app_prefix: str
+
+
+class Action(NamedTuple):
+    """Something a sweep wants done; each is checked against Fly once more before it is."""
+
+    kind: str
+    vm_id: str
+    phone: str = ""
+    machine: Machine | None = None
+
+
+class Findings(NamedTuple):
+    """What a sweep concludes: actions, what was seen once (to be acted on if it stays), and what to report."""
+
+    actions: list[Action]
+    seen: set[tuple[str, str]]
+    alerts: list[str]
+
+
+@dataclass(kw_only=True, eq=False)
+class Comparison:
+    """Compares what Fly shows with what the gateway knows, without any I/O.
+
+    What Fly shows once may be its lists lagging: nothing is given up or adopted that two sweeps did not see.
+    """
+
+    fly: Inventory
+    here: Here
+    seen_before: set[tuple[str, str]]
+    blueprint: Blueprint
+    result: Findings = field(default_factory=lambda: Findings([], set(), []))
+
+    def findings(self) -> Findings:
+        if self.fly.missing_regions:
+            regions = ", ".join(self.fly.missing_regions)
+            reason = "nothing is concluded from what is missing"
+            self.result.alerts.append(f"Fly could not ask its regions {regions}: {reason}")
+        known = set(self.here.other_apps)
+        for phone, route in self.here.routes.items():
+            known.add(route.vm_id)
+            if route.vm_id not in self.here.changing:
+                self._compare_route(phone, route)
+        self._sort_unknown(known)
+        return self.result
+
+    def _do(self, kind: str, vm_id: str, phone: str = "", machine: Machine | None = None) -> None:
+        self.result.actions.append(Action(kind, vm_id, phone, machine))
+
+    def _do_if_seen_twice(
+        self, kind: str, vm_id: str, phone: str = "", machine: Machine | None = None
+    ) -> None:
+        self.result.seen.add((kind, vm_id))
+        if (kind, vm_id) in self.seen_before:
+            self._do(kind, vm_id, phone, machine)
+
+    def _compare_route(self, phone: str, route: Route) -> None:
+        machines = self.fly.machines.get(route.vm_id, ())
+        own = next((m for m in machines if m.id == route.machine_id), None)
+        if route.state == "ready" and own is not None and route.vm_id in self.fly.apps:
+            self._compare_machine(phone, route, own)
+        elif route.state in ("ready", "failed"):
+            proven = [m for m in machines if self._proves(m, phone)]
+            if len(proven) == 1:
+                self._do_if_seen_twice("take_over", route.vm_id, phone, proven[0])
+            elif route.state == "ready" and not self.fly.missing_regions:
+                self._do_if_seen_twice("give_up", route.vm_id, phone)
+
+    def _proves(self, machine: Machine, phone: str) -> bool:
+        owned = self.blueprint.ownership(machine)
+        is_there = machine.app in self.fly.apps and machine.state not in STATES_THAT_FAILED
+        return bool(owned and owned.key_id and owned.phone == phone and is_there)
+
+    def _compare_machine(self, phone: str, route: Route, machine: Machine) -> None:
+        if machine.state in RESTING:
+            self._do("start", route.vm_id, phone, machine)
+        elif machine.state == "started" and route.vm_id in self.here.suspects:
+            self._do("probe", route.vm_id, phone, machine)
+        if machine.image and machine.image != route.image:
+            self._do_if_seen_twice("note_image", route.vm_id, phone, machine)
+        wanted = self.blueprint.metadata(route.vm_id, phone, route.pairing)
+        names = ("cockpit_gateway", "cockpit_phone", "cockpit_pairing")
+        is_stamped = all(machine.metadata.get(name) == wanted[name] for name in names)
+        if machine.config and not (is_stamped and self._proves(machine, phone)):
+            self._do_if_seen_twice("stamp", route.vm_id, phone, machine)
+
+    def _sort_unknown(self, known: set[str]) -> None:
+        """Apps nobody here knows: adopted when they prove whose they are, else reported; none is deleted."""
+        owned: list[Ownership] = []
+        foreign: list[str] = []
+        for app, machines in self.fly.machines.items():
+            if app in known:
+                continue
+            stamps = [self.blueprint.ownership(machine) for machine in machines]
+            first = stamps[0]
+            is_ours = all(stamp and stamp.gateway_id == self.here.gateway_id for stamp in stamps)
+            if first and is_ours and first.key_id and first.phone not in self.here.routes:
+                owned.append(first)
+            elif self._has_prefix(app) or any(stamps):
+                foreign.append(app)
+        self._adopt_or_report(owned)
+        self._report(foreign, "that no route leads to")
+        bare = [app for app in self.fly.apps - set(self.fly.machines) if app not in known]
+        bare = [app for app in bare if self._has_prefix(app)]
+        self.result.seen.update(("bare", app) for app in bare)
+        lasting = [app for app in bare if ("bare", app) in self.seen_before]
+        self._report(lasting, "without a machine")
+
+    def _has_prefix(self, app: str) -> bool:
+        return app.startswith(self.here.app_prefix + "-")
+
+    def _adopt_or_report(self, owned: Sequence[Ownership]) -> None:
+        counts = Counter(one.phone for one in owned)
+        for one in owned:
+            if counts[one.phone] == 1:
+                self._do_if_seen_twice("adopt", one.machine.app, one.phone, one.machine)
+        for phone, count in counts.items():
+            if count > 1:
+                who = f"{count} VMs claim {mask_phone(phone)}, which has no route"
+                self.result.alerts.append(f"{who}: delete the wrong one at Fly")
+
+    def _report(self, apps: Sequence[str], which: str) -> None:
+        if not apps:
+            return
+        some = sorted(apps)[:5]
+        more = ", ..." if len(apps) > 5 else ""
+        remedy = f"if nobody needs them: fly apps destroy {some[0]}"
+        line = f"{len(apps)} apps {which} are not touched: {', '.join(some)}{more}; {remedy}"
+        self.result.alerts.append(line)
+
+
+@dataclass(kw_only=True, eq=False)
+class Reconciler:
+    """Holds the routes against Fly every RECONCILE_S, and carries out what the comparison finds."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    vms: VmClient
+    blueprint: Blueprint
+    provisioner: Provisioner
+    undo: Undo
+    changes: VmChanges
+    relay: Relay
+    alerts: list[str] = field(default_factory=list)
+    seen: set[tuple[str, str]] = field(default_factory=set)
+    sick: dict[str, int] = field(default_factory=dict)  # sweeps in a row without /health
+    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=RESTART_AGAIN_S))
 
     async def run(self) -> None:
-        """Sweep every RECONCILE_S; while Fly refuses us, up to 5 minutes apart."""
+        """While Fly refuses us, up to 5 minutes apart."""
         refusals = 0
+        every_s = self.settings.limits.reconcile_s
         while True:
-            every = self._settings.reconcile_s
-            await self._clock.sleep(max(every, min(REFUSED_CAP_S, every * 2 ** refusals)))
+            backed_off_s = min(300.0, every_s * 2.0**refusals)
+            await self.clock.sleep(max(every_s, backed_off_s))
             try:
                 await self.sweep()
-            except CockpitError as error:
-                refusals = min(refusals + 1, 10) if self._fly.trouble else 0
-                self.troubles = [] if self._fly.trouble else [f"Fly could not be compared with the routes: {error}"]
-                log_event("sweep_failed", level=logging.DEBUG if self._fly.trouble else logging.WARNING, error=str(error))
-            except Exception:
-                log.exception("sweep_failed")
-            else:
                 refusals = 0
+            except CockpitError as error:
+                is_refused = bool(self.fly.trouble)  # which has a log line and an alert of its own
+                refusals = min(refusals + 1, 10) if is_refused else 0
+                words = f"Fly could not be compared with the routes: {error}"
+                self.alerts = [] if is_refused else [words]
+                level = logging.DEBUG if is_refused else logging.WARNING
+                log_event("sweep_failed", level=level, error=str(error))
+            except Exception as error:
+                log_error("sweep_failed", exc_info=error)
 
     async def sweep(self) -> None:
-        """One comparison. What Fly shows once may be its lists lagging: nothing is given up or deleted that was not seen on two sweeps."""
-        apps = await self._fly.list_apps()
-        machines, unasked = await self._fly.list_org_machines()
-        by_app: dict[str, list[Machine]] = {}
-        for machine in machines:
-            by_app.setdefault(machine.app, []).append(machine)
-        seen: set[tuple[str, str]] = set()
-        troubles = [f"Fly could not ask its regions {', '.join(unasked)}: nothing is concluded from what is missing"] if unasked else []
-        await self._tend(by_app)
-        if not unasked:
-            await self._find_vanished(apps, by_app, seen)
-        await self._sort_strangers(apps, by_app, seen, troubles)
-        self._seen, self.troubles = seen, troubles
-
-    async def _each(self, work: Iterable[Coroutine[Any, Any, None]]) -> None:
-        """A few at a time; the failure of one is logged and left to the next sweep."""
+        """One comparison and what follows from it; raises UpstreamError."""
+        inventory = await fetch_inventory(self.fly)
+        here = self._here()
+        findings = Comparison(
+            fly=inventory, here=here, seen_before=self.seen, blueprint=self.blueprint
+        ).findings()
+        self.seen = findings.seen
+        self.alerts = findings.alerts
+        probed = {action.vm_id for action in findings.actions if action.kind == "probe"}
+        self.sick = {vm_id: count for vm_id, count in self.sick.items() if vm_id in probed}
         limit = asyncio.Semaphore(AT_ONCE)
 
-        async def one(item: Coroutine[Any, Any, None]) -> None:
+        async def carry_out(action: Action) -> None:
             async with limit:
                 try:
-                    await item
-                except CockpitError as error:
-                    log_event("sweep_step_failed", level=logging.WARNING, error=str(error))
-        await asyncio.gather(*map(one, work))
+                    await self._carry_out(action)
+                except CockpitError as error:  # left to the next sweep
+                    log_warning(
+                        "sweep_step_failed",
+                        vm_id=action.vm_id,
+                        action=action.kind,
+                        error=str(error),
+                    )
 
-    async def _tend(self, by_app: Mapping[str, list[Machine]]) -> None:
-        """Start what stopped; look after what does not answer."""
-        work, suspects = [], set()
-        for route in self._store.routes.values():
-            machine = next((machine for machine in by_app.get(route.vm_id, ()) if machine.id == route.machine_id), None)
-            if route.state != "ready" or machine is None or route.vm_id in self.changes:
-                continue
-            if machine.state in ("stopped", "suspended"):
-                work.append(self._fly.wake(route.vm_id, route.machine_id))
-            elif machine.state == "started" and self._relay.last_call_failed(route.vm_id):
-                suspects.add(route.vm_id)
-                work.append(self._look_after(route))
-        self._sick = {vm_id: sweeps for vm_id, sweeps in self._sick.items() if vm_id in suspects}
-        await self._each(work)
+        await asyncio.gather(*map(carry_out, findings.actions))
 
-    async def _look_after(self, route: Route) -> None:
-        """Restart a VM that hangs: three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
-        if await self._vms.is_healthy(route):
-            self._sick.pop(route.vm_id, None)
+    def _here(self) -> Here:
+        vms = self.relay.vms.values()
+        others = {*self.routes.undo, *self.provisioner.running, *self.undo.confirmed}
+        return Here(
+            routes=dict(self.routes.routes),
+            other_apps=others,
+            changing=set(self.changes.running),
+            suspects={vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None},
+            gateway_id=self.routes.gateway_id,
+            app_prefix=self.settings.vm.app_prefix,
+        )
+
+    async def _carry_out(self, action: Action) -> None:
+        route = self.routes.routes.get(action.phone)
+        if action.kind == "adopt":
+            if route is None:
+                await self.adopt(action)
             return
-        self._sick[route.vm_id] = self._sick.get(route.vm_id, 0) + 1
-        now = self._clock.monotonic()
-        if self._sick[route.vm_id] < SICK_SWEEPS or now - self._restarted.get(route.vm_id, float("-inf")) < RESTART_AGAIN_S or self._relay.may_be_running(route.vm_id):
+        if route is None or route.vm_id != action.vm_id or action.vm_id in self.changes.running:
             return
-        self._restarted = {vm_id: at for vm_id, at in self._restarted.items() if now - at < RESTART_AGAIN_S} | {route.vm_id: now}
-        log_event("hung_vm_restarted", level=logging.WARNING, vm_id=route.vm_id)
-        self.begin(route.vm_id, "restart")
+        match action.kind:
+            case "start":
+                await self.fly.wake(route.vm_id, route.machine_id)
+            case "probe":
+                await self._restart_if_hung(route)
+            case "note_image":
+                image = (await self.fly.get_machine(route.vm_id, route.machine_id)).image
+                await self.routes.update(route.vm_id, image=image or route.image)
+            case "stamp":
+                await self._stamp(action.phone, route)
+            case "take_over":
+                await self._take_over(action, route)
+            case "give_up":
+                await self._give_up(action.phone, route)
 
-    async def _find_vanished(self, apps: set[str], by_app: Mapping[str, list[Machine]], seen: set[tuple[str, str]]) -> None:
-        missing = [(phone, route) for phone, route in self._store.routes.items() if route.state == "ready" and route.vm_id not in self.changes
-                   and not (route.vm_id in apps and any(machine.id == route.machine_id for machine in by_app.get(route.vm_id, ())))]
-        seen.update(("vanished", route.vm_id) for _, route in missing)
-        await self._each(self._give_up(phone, route) for phone, route in missing if ("vanished", route.vm_id) in self._seen)
+    async def _restart_if_hung(self, route: Route) -> None:
+        """Three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
+        vm_id, now = route.vm_id, self.clock.monotonic()
+        if await self.vms.is_healthy(route):
+            self.sick.pop(vm_id, None)
+            return
+        self.sick[vm_id] = self.sick.get(vm_id, 0) + 1
+        is_fresh = self.restarted.is_fresh(vm_id, now)
+        if self.sick[vm_id] < SICK_SWEEPS or is_fresh or self.relay.may_be_running(vm_id):
+            return
+        self.restarted.put(vm_id, None, now)
+        log_warning("hung_vm_restarted", vm_id=vm_id)
+        self.changes.begin(vm_id, "restart")
 
-    async def _give_up(self, phone: str, route: Route) -> None:
-        """A VM that Fly, asked for it, does not know either is gone: its owner is told once, its number is free for another."""
+    async def _stamp(self, phone: str, route: Route) -> None:
+        """Write the stamp anew: it is of the first version, its secret is gone, or the VM rewrote it."""
+        stamp = self.blueprint.metadata(route.vm_id, phone, route.pairing)
+        for name, value in stamp.items():
+            await self.fly.set_metadata(route.vm_id, route.machine_id, name, value)
+        log_event("stamp_renewed", vm_id=route.vm_id)
+
+    async def _proven(self, action: Action) -> Ownership | None:
+        """Whose the machine is as Fly tells it now, asked for this very one."""
+        assert action.machine is not None
         try:
-            machine = await self._fly.get_machine(route.vm_id, route.machine_id)
-        except UpstreamNotFound:
-            machine = None
-        if (machine and (machine.state != "destroyed" or not machine.host_ok)) or self._store.routes.get(phone) is not route:
-            return
-        log_event("vm_vanished", level=logging.ERROR, vm_id=route.vm_id, phone=mask_phone(phone))
-        self._store.put(phone, replace(route, state="failed", last_error="its machine is gone from Fly"))
-        await self._store.commit()
-        await self.vm_gone(route.vm_id, "vanished")
-
-    def _is_known(self, app: str) -> bool:
-        return bool(self._store.find(app)) or app in self._store.undo or app in self._store.pool or app in self._provisioner.jobs
-
-    async def _sort_strangers(self, apps: set[str], by_app: Mapping[str, list[Machine]], seen: set[tuple[str, str]], troubles: list[str]) -> None:
-        """Apps in no section of the file: ours are adopted when they prove whose they are, else deleted; others are only reported."""
-        ours, foreign = [], []
-        for app, machines in by_app.items():
-            if self._is_known(app):
-                continue
-            claims = [read_claim(machine, self._settings) for machine in machines]
-            if all(claim and claim.gateway_id == self._store.gateway_id for claim in claims) and claims[0]:
-                ours.append(claims[0])
-            elif app.startswith(self._settings.vm_app_prefix + "-") or any(claims):
-                foreign.append(app)
-        claimed = Counter(claim.phone for claim in ours if self._is_owed(claim))
-        for claim in ours:
-            if self._is_owed(claim) and claimed[claim.phone] > 1:
-                troubles.append(f"{claimed[claim.phone]} VMs claim {mask_phone(claim.phone)}, which has no route: delete the wrong one at Fly")
-                continue
-            what = "adopt" if self._is_owed(claim) else "orphan"
-            seen.add((what, claim.machine.app))
-            if (what, claim.machine.app) in self._seen:
-                await self._each([self._adopt(claim) if what == "adopt" else self._delete_orphan(claim, troubles)])
-        bare = sorted(app for app in apps - set(by_app) if app.startswith(self._settings.vm_app_prefix + "-") and not self._is_known(app))
-        seen.update(("bare", app) for app in bare)
-        for which, words in ((sorted(foreign), "with another stamp or none"), ([app for app in bare if ("bare", app) in self._seen], "without a machine")):
-            if which:
-                troubles.append(f"{len(which)} apps {words} are not touched: {', '.join(which[:5])}{', ...' if len(which) > 5 else ''}")
-
-    def _is_owed(self, claim: Claim) -> bool:
-        """Whether a machine proves to belong to a phone that has no route."""
-        return bool(claim.key_id) and claim.phone not in self._store.routes
-
-    async def _fresh(self, claim: Claim) -> Claim | None:
-        """The claim as Fly tells it now, asked for this very machine; None when it is gone, out of reach or known meanwhile."""
-        app = claim.machine.app
-        try:
-            await self._fly.get_app(app)
-            machine = replace(await self._fly.get_machine(app, claim.machine.id), app=app)
+            await self.fly.get_app(action.vm_id)
+            machine = await self.fly.get_machine(action.vm_id, action.machine.id)
         except UpstreamNotFound:
             return None
-        now = read_claim(machine, self._settings)
-        return now if now and machine.host_ok and now.gateway_id == self._store.gateway_id and not self._is_known(app) else None
+        owned = self.blueprint.ownership(machine)
+        is_proof = owned and owned.key_id and owned.phone == action.phone and machine.host_ok
+        return owned if is_proof else None
 
-    async def _adopt(self, claim: Claim) -> None:
-        vm_id = claim.machine.app
-        if self._clock.monotonic() - self._provisioner.gone.get(vm_id, float("-inf")) < 3600 or not (now := await self._fresh(claim)) or not self._is_owed(now):
+    async def adopt(self, action: Action) -> None:
+        owned = await self._proven(action)
+        is_wanted = owned is not None and owned.gateway_id == self.routes.gateway_id
+        if owned is None or not is_wanted or action.phone in self.routes.routes:
             return
-        self._store.put(now.phone, now.route(self._settings))
-        self._relay.house()
-        log_event("vm_adopted", level=logging.WARNING, vm_id=vm_id, phone=mask_phone(now.phone))
-        await self._store.commit()
+        self.routes.put(action.phone, self.blueprint.adopted_route(owned))
+        self.relay.resume_unrouted()
+        phone = mask_phone(action.phone)
+        log_warning("vm_adopted", vm_id=action.vm_id, phone=phone)
+        await self.routes.commit()
 
-    async def _delete_orphan(self, claim: Claim, troubles: list[str]) -> None:
-        created, now = claim.machine.created_at, self._clock.monotonic()
-        if created is None or self._clock.now() - created <= 2 * self._settings.provision_timeout_s:
+    async def _take_over(self, action: Action, route: Route) -> None:
+        """A machine that replaced ours in our own app, or came back in it, is ours when it proves so."""
+        owned = await self._proven(action)
+        if owned is None or self.routes.routes.get(action.phone) is not route:
             return
-        if len(self._deleted) == DELETIONS_AN_HOUR and now - self._deleted[0] < 3600:
-            words = f"VMs of ours without a route are left alone for now, since {DELETIONS_AN_HOUR} were deleted within the hour: look why there are so many"
-            troubles.extend([words] if words not in troubles else [])
-            return
-        if not (fresh := await self._fresh(claim)) or self._is_owed(fresh):
-            return
-        self._deleted.append(now)
-        log_event("orphan_deleted", level=logging.WARNING, vm_id=claim.machine.app)
-        await self._provisioner.discard(claim.machine.app)
+        found = self.blueprint.adopted_route(owned)
+        changed = replace(
+            route,
+            machine_id=found.machine_id,
+            vm_url=found.vm_url,
+            region=found.region,
+            image=found.image or route.image,
+            key_id=found.key_id,
+            state="ready",
+            last_error="",
+        )
+        self.routes.put(action.phone, changed)
+        log_warning("machine_taken_over", vm_id=route.vm_id, was=route.state)
+        await self.routes.commit()
+        await self.relay.vm_ready(route.vm_id)
 
-    # A lost disk
-
-    async def heal(self) -> None:
-        """Adopt what Fly holds for our host, for an empty file may be a lost disk; while Fly is out of reach make no VM, and try on."""
+    async def _give_up(self, phone: str, route: Route) -> None:
+        """A VM that Fly, asked for it, does not know either is gone: its owner is told once, its number is free."""
         try:
-            async with time_limit(self._clock, HEAL_AT_START_S):
+            machine = await self.fly.get_machine(route.vm_id, route.machine_id)
+            if machine.state != "destroyed" or not machine.host_ok:
+                return
+        except UpstreamNotFound:
+            pass
+        if self.routes.routes.get(phone) is not route:
+            return
+        log_error("vm_vanished", vm_id=route.vm_id, phone=mask_phone(phone))
+        changed = replace(route, state="failed", last_error="its machine is gone from Fly")
+        self.routes.put(phone, changed)
+        await self.routes.commit()
+        await self.changes.vm_gone(route.vm_id, phone, "vanished")
+
+
+@dataclass(kw_only=True, eq=False)
+class Adoption:
+    """A start without routes may be a lost disk: what Fly holds for our host and proves whose it is is adopted."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    blueprint: Blueprint
+    reconciler: Reconciler
+    provisioner: Provisioner
+    relay: Relay
+    tasks: Tasks
+
+    async def at_start(self) -> None:
+        """While Fly is out of reach no VM is made, and it is tried on."""
+        try:
+            async with self.clock.time_limit(ADOPT_AT_START_S):
                 await self._adopt_all()
-        except UpstreamRejected as error:  # it would refuse the next VM as well, and that answer says more than ours
-            log_event("adoption_refused", level=logging.WARNING, error=str(error))
-        except (UpstreamError, TimeoutError) as error:
-            self._close(f"routes.json is empty and Fly cannot be asked yet what it holds for this gateway ({error or 'no answer in time'})")
-            self._owner.start(self._heal_later(), "adopt VMs")
+        except UpstreamRejected as error:
+            # It would refuse the next VM as well, and that answer says more than ours.
+            log_warning("adoption_refused", error=str(error))
+        except (CockpitError, TimeoutError) as error:
+            self._close(error)
+            self.tasks.start(self._retry_later(), "adopt VMs")
 
-    def _close(self, words: str) -> None:
-        self._provisioner.closed = self._relay.closed = words
+    def _close(self, error: Exception) -> None:
+        reason = str(error) or "no answer in time"
+        words = (
+            f"routes.json is empty and what Fly holds for this gateway is not adopted yet: {reason}"
+        )
+        self.provisioner.closed_because = words
+        self.relay.state.closed_because = words
 
-    async def _heal_later(self) -> None:
-        pause = 2.0
-        while self._provisioner.closed:
-            await self._clock.sleep(pause)
-            pause = min(REFUSED_CAP_S, pause * 2)
+    async def _retry_later(self) -> None:
+        failures = 0
+        while True:
+            failures += 1
+            await ADOPT_LATER.pause(self.clock, failures)
             try:
                 await self._adopt_all()
-                self._close("")
             except CockpitError as error:
-                self._close(f"the VMs that Fly holds for this gateway are not adopted yet: {error}")
+                self._close(error)
+                continue
+            self.provisioner.closed_because = self.relay.state.closed_because = ""
+            return
 
     async def _adopt_all(self) -> None:
-        census = await take_census(self._fly, self._settings, self._clock)
-        if census.unasked:
-            raise UpstreamUnavailable("fly", "list org machines", words=f"the regions {', '.join(census.unasked)} were not asked")
-        for words in census.skipped:
-            log_event("vm_not_adopted", level=logging.WARNING, why=words)
-        if chosen := census.choose("", self._store.gateway_id):
-            self._store.adopt(chosen, {phone: claim.route(self._settings) for phone, claim in census.claims[chosen].items()})
-            self._relay.house()
-            log_event("vms_adopted", level=logging.WARNING, vms=len(census.claims[chosen]), gateway_id=chosen)
-            with contextlib.suppress(StoreError):
-                await self._store.commit()
+        """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
+        inventory = await fetch_inventory(self.fly)
+        if inventory.missing_regions:
+            words = f"the regions {', '.join(inventory.missing_regions)} were not asked"
+            raise UpstreamUnavailable("fly", "list org machines", words)
+        proofs = self._proofs(inventory)
+        gateway_id = self._choose({owned.gateway_id for owned in proofs})
+        ours = [owned for owned in proofs if owned.gateway_id == gateway_id]
+        counts = Counter(owned.phone for owned in ours)
+        self.routes.gateway_id = gateway_id or self.routes.gateway_id
+        limit = asyncio.Semaphore(AT_ONCE)
 
-    async def vm_gone(self, vm_id: str, reason: str) -> None:
-        """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
-        if (change := self.changes.get(vm_id)) and change.task:
-            change.task.cancel()
-        await self._relay.vm_gone(vm_id, reason)
+        async def adopt(owned: Ownership) -> None:
+            if counts[owned.phone] > 1:
+                reason = f"not the only VM that claims {mask_phone(owned.phone)}"
+                log_warning("vm_not_adopted", vm_id=owned.machine.app, reason=reason)
+                return
+            async with limit:
+                action = Action("adopt", owned.machine.app, owned.phone, owned.machine)
+                await self.reconciler.adopt(action)
+
+        await asyncio.gather(*map(adopt, ours))
+
+    def _proofs(self, inventory: Inventory) -> list[Ownership]:
+        """A stamp without proof counts for nothing, but is told of."""
+        proofs = []
+        for app in inventory.apps & set(inventory.machines):
+            for machine in inventory.machines[app]:
+                owned = self.blueprint.ownership(machine)
+                if owned is None or machine.state in STATES_THAT_FAILED:
+                    continue
+                if owned.key_id:
+                    proofs.append(owned)
+                else:
+                    reason = "its owner mark does not verify with COCKPIT_SECRET"
+                    log_warning("vm_not_adopted", vm_id=app, reason=reason)
+        return proofs
+
+    def _choose(self, found: set[str]) -> str:
+        """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
+        for wanted in (self.settings.gateway.gateway_id, self.routes.gateway_id):
+            if wanted in found:
+                return wanted
+        named = ", ".join(sorted(found))
+        if self.settings.gateway.gateway_id and found:
+            raise StoreError(
+                f"Fly holds no VM of GATEWAY_ID {self.settings.gateway.gateway_id}; it holds those of {named}"
+            )
+        if len(found) > 1:
+            raise StoreError(
+                f"Fly holds VMs of several gateways of this host: set GATEWAY_ID to one of {named}"
+            )
+        return next(iter(found), "")
 
 
 # --- HTTP ---
 
 PROVISION_BODY_BYTES = 512 * 1024
-SMS_BODY_BYTES = 64 * 1024
 MESSAGE_BODY_BYTES = 256 * 1024
-PICTURES = {b"\x89PNG\r\n\x1a\n": "image/png", b"\xff\xd8\xff": "image/jpeg", b"GIF87a": "image/gif", b"GIF89a": "image/gif"}
-XML_HEADERS = CIMultiDict({"Content-Type": "text/xml; charset=utf-8"})
+SMS_BODY_BYTES = 64 * 1024
+BODY_S = 10.0
 CREDENTIAL_BYTES = 8 * 1024
 STREAM_BEAT_S = 15.0
+SILENCE_S = 60.0
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
-RESERVED = re.compile(r"PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_).*")
-REQUEST_IDS = re.compile(r"[A-Za-z0-9._-]{8,64}")
+RESERVED = re.compile(
+    "PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_|OPENSSL_).*"
+)
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+FLY_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+PICTURES = {
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF87a": "image/gif",
+    b"GIF89a": "image/gif",
+}
+PICTURE_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "sandbox; default-src 'none'",
+    "Cache-Control": "private",
+}
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -4863,79 +6404,99 @@ class Gateway:
 
     settings: Settings
     clock: Clock
-    store: RouteStore
-    journal: Journal
+    keyring: Keyring
+    routes: RouteStore
+    messages: MessageStore
     fly: FlyClient
     twilio: TwilioClient
     vms: VmClient
     relay: Relay
     provisioner: Provisioner
-    fleet: Fleet
-    owner: Owner
+    changes: VmChanges
+    reconciler: Reconciler
+    tasks: Tasks
     metrics: Metrics
-    burst: Burst
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
 SETTINGS = web.AppKey("settings", Settings)
+CLOCK = web.AppKey("clock", Clock)
 METRICS = web.AppKey("metrics", Metrics)
+
+# Errors and keys
 
 
 def problem_of(refusal: Refusal) -> Json:
     """An RFC 9457 problem document."""
-    return {"type": "about:blank", "title": HTTPStatus(refusal.status).phrase, "status": refusal.status, "detail": refusal.detail, "code": refusal.code, **refusal.members}
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(refusal.status).phrase,
+        "status": refusal.status,
+        "detail": refusal.detail,
+        "code": refusal.code,
+        **refusal.members,
+    }
 
 
-def problem(refusal: Refusal) -> web.Response:
-    return web.Response(body=dump(problem_of(refusal)).encode(), status=refusal.status, content_type="application/problem+json", headers=refusal.headers)
+def problem_response(refusal: Refusal) -> web.Response:
+    return web.Response(
+        body=to_json(problem_of(refusal)).encode(),
+        status=refusal.status,
+        content_type="application/problem+json",
+        headers=refusal.headers,
+    )
 
 
-def refusal_of(error: Exception) -> Refusal:
-    """What a caller is told of an error."""
-    if isinstance(error, Refusal):
-        return error
-    if isinstance(error, StoreError):
-        return Refusal("storage", str(error))
-    if isinstance(error, UpstreamError):
-        return told_of_fly(error)
+def refusal_for_request(error: Exception) -> Refusal:
+    """What a caller is told of an error, also of aiohttp's own."""
     if isinstance(error, web.HTTPMethodNotAllowed):
         allowed = ", ".join(sorted(error.allowed_methods))
-        return Refusal("method_not_allowed", f"{error.method} is not possible here; allowed: {allowed}", headers={"Allow": allowed})
+        reason = f"{error.method} is not possible here; allowed: {allowed}"
+        return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
     if isinstance(error, web.HTTPException):
         code = {404: "not_found", 413: "too_large"}.get(error.status, "malformed")
         return Refusal(code, error.text or error.reason)
-    raise error
+    return refusal_for(error)
 
 
 @web.middleware
-async def answer_errors(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    """The one place where errors become answers; each request has an id here, Fly's or a new one, which its log lines and its answer carry."""
+async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """The one place where errors become answers; each request has an id here, Fly's or a new one."""
     given = request.headers.get("Fly-Request-Id", "")
-    REQUEST_ID.set(given if REQUEST_IDS.fullmatch(given) else f"{random.getrandbits(64):016x}")
+    REQUEST_ID.set(given if FLY_REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}")
     resource = request.match_info.route.resource
-    call, response = resource.canonical if resource is not None else "unknown", None
+    call = resource.canonical if resource is not None else "unknown"
     try:
         if request.path.startswith("/provision"):  # also what has no such path or method
             require_key(request)
         response = await handler(request)
-    except (CockpitError, web.HTTPException) as error:
-        refusal = refusal_of(error)
-        response = problem(refusal)
-        request.app[METRICS].refusals.add(call, refusal.code)
-        if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
-            log_event("request_refused", level=logging.WARNING, method=request.method, call=call, status=refusal.status, code=refusal.code, error=scrub(refusal.detail))
-    except Exception:
-        log.exception("request_failed", extra={"names": ("method", "call"), "rows": [(request.method, call)]})
-        response = problem(Refusal("internal", "something went wrong here; the log says what"))
+    except Exception as error:
+        response = answer_error(request, call, error)
+        error.__traceback__ = None  # it leads to this frame, which holds the request and its body
     if not response.prepared:
         response.headers["X-Request-Id"] = REQUEST_ID.get()
+        if not request.content.is_eof():  # nothing more is read of a refused body
+            response.force_close()
     return response
 
 
-def event_stream(headers: Mapping[str, str] | None = None) -> web.StreamResponse:
-    """An answer of server-sent events, to be prepared and written to."""
-    own = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Request-Id": REQUEST_ID.get()}
-    return web.StreamResponse(headers={**own, **(headers or {})})
+def answer_error(request: web.Request, call: str, error: Exception) -> web.Response:
+    try:
+        refusal = refusal_for_request(error)
+    except Exception as unforeseen:
+        log_error("request_failed", exc_info=unforeseen, method=request.method, call=call)
+        return problem_response(Refusal("internal", "something went wrong here; the log says what"))
+    request.app[METRICS].refusals.add(call, refusal.code)
+    if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
+        log_warning(
+            "request_refused",
+            method=request.method,
+            call=call,
+            status=refusal.status,
+            code=refusal.code,
+            error=redact(refusal.detail),
+        )
+    return problem_response(refusal)
 
 
 def bearer_of(request: web.Request) -> str:
@@ -4943,46 +6504,62 @@ def bearer_of(request: web.Request) -> str:
     return bearer.strip() if scheme.lower() == "bearer" else ""
 
 
-def is_bearer(request: web.Request, keys: Iterable[str]) -> bool:
+def has_key(request: web.Request, keys: Iterable[str]) -> bool:
     """Whether the caller sent one of `keys`; every one is compared, in constant time."""
     given = bearer_of(request) or request.headers.get("X-API-Key", "")
-    digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
-    return any([hmac.compare_digest(hashlib.sha256(key.encode()).digest(), digest) for key in keys])
+    encoded = given.encode("utf-8", "surrogateescape")
+    matches = [hmac.compare_digest(key.encode(), encoded) for key in keys]
+    return any(matches)
+
+
+def unauthorized(remedy: str) -> Refusal:
+    return Refusal("unauthorized", remedy, headers={"WWW-Authenticate": "Bearer"})
 
 
 def require_key(request: web.Request) -> None:
     """Refuse a caller without the API key."""
-    if not is_bearer(request, request.app[SETTINGS].api_keys):
-        raise Refusal("unauthorized", "send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`", headers={"WWW-Authenticate": "Bearer"})
+    if not has_key(request, request.app[SETTINGS].gateway.api_keys):
+        raise unauthorized("send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+
+
+# Bodies
 
 
 async def read_body(request: web.Request, limit: int, content_type: str) -> bytes:
-    """The body of a request of this type and at most this size; raises Refusal."""
+    """The body of a request of this type and at most this size, counted while it is read; raises Refusal."""
     if request.content_type != content_type:
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
-    if (request.content_length or 0) <= limit:
-        with contextlib.suppress(web.HTTPRequestEntityTooLarge):
-            try:
-                raw = await request.read()
-            except (web.RequestPayloadError, ConnectionError):
-                raise Refusal("malformed", "the body does not arrive as its headers say") from None
-            if len(raw) <= limit:
-                return raw
+    if "Content-Encoding" in request.headers:  # what is packed may unfold to any size
+        raise Refusal("unsupported_media_type", "send the body as it is, without Content-Encoding")
+    body = b""
+    try:
+        if request.content.is_eof():  # it came together with its head, as small ones do
+            body = await request.content.read(limit + 1)
+            if len(body) <= limit:
+                return body
+        elif (request.content_length or 0) <= limit:
+            async with request.app[CLOCK].time_limit(BODY_S):
+                async for chunk in request.content.iter_any():
+                    body += chunk
+                    if len(body) > limit:
+                        break
+                else:
+                    return body
+    except TimeoutError:
+        raise Refusal("malformed", f"the body did not arrive within {BODY_S:g} s") from None
+    except (web.RequestPayloadError, ConnectionError):
+        raise Refusal("malformed", "the body does not arrive as its headers say") from None
     raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
 
 
 async def read_json(request: web.Request, limit: int) -> Json:
-    raw = await read_body(request, limit, "application/json")
-    try:
-        body = json.loads(raw)
-    except (ValueError, RecursionError):
-        body = None
+    body = parse_json(await read_body(request, limit, "application/json"))
     if not isinstance(body, dict):
         raise Refusal("malformed", "the body must be a JSON object")
     return body
 
 
-class Faults:
+class FieldErrors:
     """Collects what is wrong with a request's fields, so that all is told at once."""
 
     def __init__(self) -> None:
@@ -4993,7 +6570,7 @@ class Faults:
 
     def unknown(self, body: Json, known: Iterable[str]) -> None:
         for name in sorted(set(body) - set(known)):
-            self.add(scrub(name)[:100], "is not a field of this request; leave it out")
+            self.add(redact(name)[:100], "is not a field of this request; leave it out")
 
     def credential(self, name: str, value: object) -> None:
         if not isinstance(value, str) or not value:
@@ -5005,108 +6582,170 @@ class Faults:
 
     def check(self) -> None:
         if self.errors:
-            fields = ", ".join(error["field"] for error in self.errors)
-            raise Refusal("invalid_request", f"these fields are not valid: {fields}", errors=self.errors)
+            names = ", ".join(error["field"] for error in self.errors)
+            reason = f"these fields are not valid: {names}"
+            raise Refusal("invalid_request", reason, errors=self.errors)
 
 
-def check_credentials(body: Json, faults: Faults) -> dict[str, str]:
+def check_credentials(body: Json, errors: FieldErrors) -> dict[str, str]:
     """The environment variables that `github_token` and `api_keys` ask for."""
     credentials: dict[str, str] = {}
     if "github_token" in body:
-        faults.credential("github_token", body["github_token"])
+        errors.credential("github_token", body["github_token"])
         credentials["GITHUB_TOKEN"] = body["github_token"]
     keys = body.get("api_keys", {})
     if not isinstance(keys, dict) or ("api_keys" in body and not 1 <= len(keys) <= 50):
-        faults.add("api_keys", "must be an object of 1 to 50 environment variables, such as {\"ANTHROPIC_API_KEY\": \"...\"}")
+        form = 'must be an object of 1 to 50 environment variables, such as {"ANTHROPIC_API_KEY": "..."}'
+        errors.add("api_keys", form)
         return credentials
     for name, value in keys.items():
-        label = f"api_keys.{scrub(name)[:100]}"
+        label = f"api_keys.{redact(name)[:100]}"
         if not VARIABLE.fullmatch(name):
-            faults.add(label, "must be named like an environment variable: A-Z, 0-9 and _, a letter first")
+            form = "must be named like an environment variable: A-Z, 0-9 and _, a letter first"
+            errors.add(label, form)
         elif RESERVED.fullmatch(name):
-            faults.add(label, "is a reserved name; choose another")
+            errors.add(label, "is a reserved name; choose another")
         else:
-            faults.credential(label, value)
+            errors.credential(label, value)
     return credentials | keys
 
 
-def parse_order(body: Json, settings: Settings) -> Order:
-    """A provisioning request, checked field by field; raises Refusal invalid_request naming each that is wrong."""
-    faults = Faults()
-    faults.unknown(body, ("phone_number", "github_token", "api_keys", "region", "welcome"))
-    for name in ("phone_number", "github_token", "api_keys"):
-        if name not in body:
-            faults.add(name, "is required")
-    phone, given = "", body.get("phone_number", "+10000000")
+def check_phone(given: object, settings: Settings, errors: FieldErrors) -> str:
     try:
         if not isinstance(given, str):
-            raise ValueError("must be a text such as \"+15551234567\"")
+            raise ValueError('must be a text such as "+15551234567"')
         phone = normalise_phone(given)
-        if phone == settings.twilio_phone_number:
+        if phone == settings.twilio.phone_number:
             raise ValueError("is this gateway's own number; give the engineer's")
     except ValueError as error:
-        faults.add("phone_number", str(error))
-    credentials = check_credentials(body, faults)
+        errors.add("phone_number", str(error))
+        return ""
+    return phone
+
+
+def parse_order(body: Json, settings: Settings) -> Order:
+    """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
+    errors = FieldErrors()
+    required = ("phone_number", "github_token", "api_keys")
+    errors.unknown(body, (*required, "region", "welcome"))
+    for name in required:
+        if name not in body:
+            errors.add(name, "is required")
+    phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
+    credentials = check_credentials(body, errors)
     region, welcome = body.get("region"), body.get("welcome")
-    if region is not None and not (isinstance(region, str) and re.fullmatch(r"[a-z]{2,5}", region)):
-        faults.add("region", "must be a Fly region code such as iad")
+    if region is not None and not (isinstance(region, str) and re.fullmatch("[a-z]{2,5}", region)):
+        errors.add("region", "must be a Fly region code such as iad")
     if welcome is not None and not isinstance(welcome, bool):
-        faults.add("welcome", "must be true or false")
-    faults.check()
+        errors.add("welcome", "must be true or false")
+    errors.check()
     return Order(phone=phone, credentials=credentials, region=region or "", welcome=bool(welcome))
 
 
-def show(gateway: Gateway, record: Json) -> Json:
-    """The VM record with what only the relay knows."""
-    if record["state"] == "ready" and (change := gateway.fleet.changes.get(record["vm_id"])):
-        record = record | {"state": "away", "step": change.what}
-    elif record["state"] == "ready" and gateway.relay.away_since(record["vm_id"]) is not None:
-        record = record | {"state": "away"}
-    return record | {"last_error": record["last_error"] or gateway.relay.last_errors.get(record["vm_id"])}
+def json_response(
+    body: Json, *, status: int = 200, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    return web.Response(
+        body=to_json(body).encode(),
+        status=status,
+        content_type="application/json",
+        headers={"Cache-Control": "no-store", **(headers or {})},
+    )
 
 
-def json_response(body: Json, *, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
-    return web.Response(body=dump(body).encode(), status=status, content_type="application/json", headers={"Cache-Control": "no-store", **(headers or {})})
+def event_stream(headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+    """An answer of server-sent events, to be prepared and written to."""
+    own = {
+        "Content-Type": "text/event-stream; charset=utf-8",
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",
+        "X-Request-Id": REQUEST_ID.get(),
+    }
+    return web.StreamResponse(headers={**own, **(headers or {})})
+
+
+def server_sent(event: str, data: Json) -> bytes:
+    return f"event: {event}\ndata: {to_json(data)}\n\n".encode()
+
+
+# VMs
+
+
+def vm_record(gateway: Gateway, vm_id: str) -> Json:
+    """The VM record with what only the relay knows; raises Refusal."""
+    record = gateway.provisioner.record(vm_id)
+    vm = gateway.relay.vms.get(record["vm_id"])
+    change = gateway.changes.running.get(record["vm_id"])
+    if record["state"] == "ready" and change:
+        record |= {"state": "away", "step": change.what}
+    elif record["state"] == "ready" and vm and vm.away_since is not None:
+        record |= {"state": "away"}
+    if vm and vm.error and not record["last_error"]:
+        record |= {"last_error": vm.error}
+    return record
+
+
+def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
+    """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
+    undone = routes.undo.items()
+    deleting = [
+        vm_id for vm_id, entry in undone if vm_id > after and entry.get("reason") != "failed"
+    ]
+    return sorted(routes.page(after, limit) + deleting)[:limit]
 
 
 def wants_no_wait(request: web.Request) -> bool:
     """Whether the caller asked to be answered at once (RFC 7240)."""
-    return any(part.strip().lower() == "respond-async" for header in request.headers.getall("Prefer", []) for part in re.split("[,;]", header))
+    preferences = ",".join(request.headers.getall("Prefer", []))
+    return "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]
+
+
+def accepted(gateway: Gateway, vm_id: str) -> web.Response:
+    """202 for who does not wait: the record tells how it goes."""
+    headers = {"Location": f"/provision/{vm_id}", "Preference-Applied": "respond-async"}
+    return json_response(vm_record(gateway, vm_id), status=202, headers=headers)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
-    job = gateway.provisioner.begin(parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings))
-    location = {"Location": f"/provision/{job.vm_id}"}
+    order = parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings)
+    provisioning = gateway.provisioner.begin(order)
+    vm_id = provisioning.vm_id
+    location = {"Location": f"/provision/{vm_id}"}
     if "text/event-stream" in request.headers.get("Accept", "").lower():
-        return await stream_steps(request, job, location)
+        return await stream_steps(request, provisioning, location)
     if wants_no_wait(request):
-        await gateway.store.commit()  # 202 is a promise: it is kept across a crash
-        return json_response(show(gateway, gateway.provisioner.look_up(job.vm_id)), status=202, headers={**location, "Preference-Applied": "respond-async"})
-    record = show(gateway, gateway.provisioner.describe(job.order.phone, await job.outcome()))
-    return json_response(record, status=201, headers=location)
+        await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
+        return accepted(gateway, vm_id)
+    await provisioning.outcome()
+    return json_response(vm_record(gateway, vm_id), status=201, headers=location)
 
 
-async def stream_steps(request: web.Request, job: Job, headers: Mapping[str, str]) -> web.StreamResponse:
-    """Each step of a provisioning as it ends, as server-sent events, a comment line when nothing happens for 15 s; a dropped stream stops nothing."""
-    gateway, told = request.app[GATEWAY], 0
+async def stream_steps(
+    request: web.Request, provisioning: Provisioning, headers: Mapping[str, str]
+) -> web.StreamResponse:
+    """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
+    gateway = request.app[GATEWAY]
     response = event_stream(headers)
-    assert job.task is not None
+    sent = 0
+    assert provisioning.task is not None
     with contextlib.suppress(ConnectionError):
         await response.prepare(request)
         while True:
-            for step, seconds in list(job.seconds.items())[told:]:
-                told += 1
+            provisioning.moved.clear()
+            for step, seconds in list(provisioning.seconds.items())[sent:]:
+                sent += 1
                 await response.write(server_sent("step", {"step": step, "seconds": seconds}))
-            if job.task.done():
+            if provisioning.task.done():
                 break
-            beat = asyncio.ensure_future(gateway.clock.sleep(STREAM_BEAT_S))
-            awaited: set[asyncio.Future[Any]] = {job.task, job.moved, beat}
-            if (await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED))[0] == {beat}:
+            try:
+                async with gateway.clock.time_limit(STREAM_BEAT_S):
+                    await provisioning.moved.wait()
+            except TimeoutError:
                 await response.write(b": still working\n\n")
-            beat.cancel()
         try:
-            last = server_sent("ready", show(gateway, gateway.provisioner.describe(job.order.phone, await job.outcome())))
+            await provisioning.outcome()
+            last = server_sent("ready", vm_record(gateway, provisioning.vm_id))
         except Refusal as refusal:
             last = server_sent("failed", problem_of(refusal))
         await response.write(last)
@@ -5114,180 +6753,184 @@ async def stream_steps(request: web.Request, job: Job, headers: Mapping[str, str
     return response
 
 
-def server_sent(event: str, told: Json) -> bytes:
-    return f"event: {event}\ndata: {dump(told)}\n\n".encode()
-
-
-def vm_ids_after(store: RouteStore, after: str, limit: int) -> list[str]:
-    """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
-    deleting = [vm_id for vm_id, entry in store.undo.items() if vm_id > after and entry.get("reason") != "failed"]
-    vm_ids = store.page(after, limit)
-    return sorted(vm_ids + deleting)[:limit] if deleting else vm_ids
-
-
 async def get_provisions(request: web.Request) -> web.Response:
-    gateway, faults = request.app[GATEWAY], Faults()
+    gateway, errors = request.app[GATEWAY], FieldErrors()
     raw, after = request.query.get("limit", "100"), request.query.get("after", "")
-    if not re.fullmatch(r"[0-9]{1,4}", raw) or not 1 <= int(raw) <= 1000:
-        faults.add("limit", "must be a whole number from 1 to 1000")
-    faults.check()
+    if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= 1000:
+        errors.add("limit", "must be a whole number from 1 to 1000")
+    errors.check()
     limit = int(raw)
-    vm_ids = vm_ids_after(gateway.store, after, limit + 1)
-    vms = [show(gateway, gateway.provisioner.look_up(vm_id)) for vm_id in vm_ids[:limit]]
-    return json_response({"vms": vms, "next": vm_ids[limit - 1] if len(vm_ids) > limit else None})
+    vm_ids = vm_ids_after(gateway.routes, after, limit + 1)
+    following = vm_ids[limit - 1] if len(vm_ids) > limit else None
+    vms = [vm_record(gateway, vm_id) for vm_id in vm_ids[:limit]]
+    return json_response({"vms": vms, "next": following})
 
 
 async def get_provision(request: web.Request) -> web.Response:
-    gateway = request.app[GATEWAY]
-    return json_response(show(gateway, gateway.provisioner.look_up(request.match_info["vm_id"])))
+    return json_response(vm_record(request.app[GATEWAY], request.match_info["vm_id"]))
 
 
 async def delete_provision(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    vm_id = gateway.provisioner.look_up(request.match_info["vm_id"])["vm_id"]
+    vm_id = gateway.provisioner.record(request.match_info["vm_id"])["vm_id"]
     # A caller who hangs up must not leave the teardown half-way.
-    if await asyncio.shield(gateway.owner.start(gateway.provisioner.tear_down(vm_id), "tear down")):
+    teardown = gateway.tasks.start(gateway.provisioner.tear_down(vm_id), "tear down")
+    if await asyncio.shield(teardown):
         return web.Response(status=204)
-    return json_response(show(gateway, gateway.provisioner.look_up(vm_id)), status=202)
+    return json_response(vm_record(gateway, vm_id), status=202)
 
 
-async def change_vm(request: web.Request, what: str, credentials: Mapping[str, str] | None = None) -> web.Response:
-    """Restart, rotate or upgrade a VM; with `Prefer: respond-async` the record's `step` says how long it lasts and `last_error` how it ended."""
+async def change_vm(
+    request: web.Request, what: str, credentials: Mapping[str, str] | None = None
+) -> web.Response:
+    """Restart, rotate or upgrade a VM."""
     gateway = request.app[GATEWAY]
-    change = gateway.fleet.begin(request.match_info["vm_id"], what, credentials)
+    change = gateway.changes.begin(request.match_info["vm_id"], what, credentials)
     if wants_no_wait(request):
-        headers = {"Location": f"/provision/{change.vm_id}", "Preference-Applied": "respond-async"}
-        return json_response(show(gateway, gateway.provisioner.look_up(change.vm_id)), status=202, headers=headers)
+        await gateway.routes.commit()
+        return accepted(gateway, change.vm_id)
     await change.outcome()
-    return json_response(show(gateway, gateway.provisioner.look_up(change.vm_id)))
+    return json_response(vm_record(gateway, change.vm_id))
 
 
 async def patch_provision(request: web.Request) -> web.Response:
-    body, faults = await read_json(request, PROVISION_BODY_BYTES), Faults()
-    faults.unknown(body, ("github_token", "api_keys"))
-    credentials = check_credentials(body, faults)
+    body, errors = await read_json(request, PROVISION_BODY_BYTES), FieldErrors()
+    errors.unknown(body, ("github_token", "api_keys"))
+    credentials = check_credentials(body, errors)
     if not body:
-        faults.add("api_keys", "or github_token must be given")
-    faults.check()
+        errors.add("api_keys", "or github_token must be given")
+    errors.check()
     return await change_vm(request, "rotate", credentials)
+
+
+# Texts
 
 
 async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     """The form of a webhook that Twilio signed for our account; raises Refusal."""
     settings = request.app[SETTINGS]
+    twilio = settings.twilio
     raw = await read_body(request, SMS_BODY_BYTES, "application/x-www-form-urlencoded")
     try:
         pairs = parse_form(raw)
     except ValueError:
         raise Refusal("malformed", "the body is not a form in UTF-8") from None
     header = request.headers.get("X-Twilio-Signature")
-    url = settings.public_url + request.raw_path
+    url = settings.gateway.public_url + request.raw_path
+    matches = [is_signed(token, url, pairs, header) for token in twilio.auth_tokens]
     # A webhook signed with a SharedKey names it in this header; none is configured here.
-    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any([is_signed(token, url, pairs, header) for token in settings.twilio_auth_tokens]):
-        raise Refusal("bad_signature", "not signed by Twilio for this URL; PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's")
-    if ("AccountSid", settings.twilio_account_sid) not in pairs:
+    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any(matches):
+        remedy = "PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's"
+        raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
+    if ("AccountSid", twilio.account_sid) not in pairs:
         raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
 
 
-class EmptyTwiml(web.StreamResponse):
-    """TwiML that says nothing, for a caller who stays connected: written as it is, which spares a twentieth of all work per text."""
-
-    keep_alive = True
-    _head = f"HTTP/1.1 200 OK\r\nContent-Type: {XML_HEADERS['Content-Type']}\r\nContent-Length: {len(EMPTY_TWIML)}\r\nX-Request-Id: "
-
-    def __init__(self, burst: Burst) -> None:
-        super().__init__()
-        self._burst = burst
-
-    async def prepare(self, request: web.BaseRequest) -> None:
-        transport: Any = request.transport
-        if transport is None:
-            raise ConnectionResetError("the caller is gone")
-        self._burst.add(transport, f"{self._head}{self.headers['X-Request-Id']}\r\nDate: {rfc822_formatted_time()}\r\n\r\n{EMPTY_TWIML}".encode())
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        await asyncio.sleep(0)  # until it is written: the next request of the same connection must not be answered before
-
-
-async def post_sms(request: web.Request) -> web.StreamResponse:
+async def post_sms(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     message = parse_inbound(await read_webhook(request), gateway.clock.now())
-    say = await gateway.relay.accept(message)
-    if not say and request.version == aiohttp.HttpVersion11 and request.keep_alive:
-        return EmptyTwiml(gateway.burst)
-    return web.Response(body=twiml(say).encode(), headers=XML_HEADERS)
+    reply = await gateway.relay.inbox.accept(message)
+    return web.Response(body=twiml(reply).encode(), content_type="text/xml", charset="utf-8")
 
 
 async def post_sms_status(request: web.Request) -> web.Response:
-    fields = dict(reversed(await read_webhook(request)))
-    await request.app[GATEWAY].relay.on_status(fields, request.query)
+    form = dict(reversed(await read_webhook(request)))
+    request.app[GATEWAY].relay.reports.handle(form, request.query.get("vm", ""))
     return web.Response(status=204)
 
 
 def require_vm(request: web.Request) -> tuple[str, Route]:
     """The phone and route of the VM whose token this request carries; raises Refusal."""
-    gateway, given = request.app[GATEWAY], bearer_of(request).encode("utf-8", "surrogateescape")
-    vm_id = given.partition(b".")[0].decode("utf-8", "replace")
-    matches = [hmac.compare_digest(vm_token(root, vm_id).encode(), given) for root in gateway.settings.secrets]
-    found = gateway.store.find(vm_id) if any(matches) else None
+    gateway = request.app[GATEWAY]
+    vm_id = gateway.keyring.vm_of_token(bearer_of(request))
+    found = gateway.routes.find(vm_id) if vm_id else None
     if found is None or found[1].vm_id != vm_id or found[1].state in ("failed", "deleting"):
-        raise Refusal("unauthorized", "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`; it is refused once the VM is gone", headers={"WWW-Authenticate": "Bearer"})
+        remedy = "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`"
+        raise unauthorized(f"{remedy}; it is refused once the VM is gone")
     return found
 
 
 async def post_messages(request: web.Request) -> web.Response:
     """A VM texts its own owner, unasked."""
-    (phone, route), faults = require_vm(request), Faults()
+    (phone, route), errors = require_vm(request), FieldErrors()
     body = await read_json(request, MESSAGE_BODY_BYTES)
-    faults.unknown(body, ("text", "images"))
-    words, given = body.get("text", ""), body.get("images", [])
+    errors.unknown(body, ("text", "images"))
+    words, listed = body.get("text", ""), body.get("images", [])
     if not isinstance(words, str):
-        faults.add("text", "must be a text")
-    paths = [image.get("url") if isinstance(image, dict) else image for image in given] if isinstance(given, list) else [None]
-    if len(paths) > MAX_IMAGES or not all(isinstance(path, str) and IMAGE_PATH.fullmatch(path) for path in paths):
-        faults.add("images", f'must be at most {MAX_IMAGES} images of this VM, such as [{{"url": "/images/chart.png"}}]')
-    faults.check()
-    if not (words := clean_text(words).strip("\n")).strip() and not paths:
-        faults.add("text", "must hold something to say, unless there are images")
-        faults.check()
-    message = await request.app[GATEWAY].relay.say_unasked(route.vm_id, phone, words if words.strip() else "", tuple(map(str, paths)))
-    return json_response({"id": message}, status=202)
+        errors.add("text", "must be a text")
+    paths = []
+    for image in listed if isinstance(listed, list) else [None]:
+        path = image.get("url") if isinstance(image, dict) else image
+        paths.append(path if isinstance(path, str) else "")
+    if len(paths) > MAX_IMAGES or not all(map(IMAGE_PATH.fullmatch, paths)):
+        form = '[{"url": "/images/chart.png"}]'
+        errors.add("images", f"must be at most {MAX_IMAGES} images of this VM, such as {form}")
+    errors.check()
+    words = clean_text(words).strip("\n")
+    if not words.strip() and not paths:
+        errors.add("text", "must hold something to say, unless there are images")
+        errors.check()
+    relay = request.app[GATEWAY].relay
+    words = words if words.strip() else ""
+    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths))
+    return json_response({"id": message_id}, status=202)
+
+
+async def get_message(request: web.Request) -> web.Response:
+    require_key(request)
+    trace = request.app[GATEWAY].relay.state.traces.get(request.match_info["sid"])
+    if trace is None:
+        reason = f"no text with this SID among the last {TRACES_KEPT} since this gateway started"
+        raise Refusal("not_found", reason)
+    return json_response(trace.to_json())
 
 
 async def get_media(request: web.Request) -> web.StreamResponse:
-    """An image of a VM for Twilio to fetch, or a phone's picture for its VM: whoever holds the link may read it."""
+    """An image of a VM for Twilio to fetch, or a phone's picture for its VM: whoever holds the link may."""
     gateway = request.app[GATEWAY]
-    vm_id, what = read_link(request.match_info["signed"], gateway.settings.secrets, gateway.clock.now())
-    found = gateway.store.find(vm_id)
+    vm_id, path = gateway.keyring.open_link(request.match_info["signed"], gateway.clock.now())
+    found = gateway.routes.find(vm_id)
     if found is None or found[1].state in ("failed", "deleting"):
         raise Refusal("not_found", "the VM that this link is about is gone")
-    is_image = IMAGE_PATH.fullmatch(what) is not None
-    response = web.StreamResponse(headers={"X-Content-Type-Options": "nosniff", "Content-Security-Policy": "sandbox; default-src 'none'", "Cache-Control": "private"})
+    is_image = IMAGE_PATH.fullmatch(path) is not None
+    response = web.StreamResponse(headers=PICTURE_HEADERS)
     try:
-        async with gateway.vms.open_image(found[1], what) if is_image else gateway.twilio.open_media(what) as source:
+        opened = (
+            gateway.vms.open_image(found[1], path) if is_image else gateway.twilio.open_media(path)
+        )
+        async with opened as source:
             await pass_on(request, source, response, pictures_only=is_image)
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
+    except (aiohttp.ClientError, OSError) as error:
         if not response.prepared:
-            raise Refusal("vm_unreachable", "the image cannot be fetched just now; try again in a minute") from error
-        log_event("media_cut", level=logging.WARNING, vm_id=vm_id, error=type(error).__name__)
+            reason = "the image cannot be fetched just now; try again in a minute"
+            raise Refusal("vm_unreachable", reason) from error
+        log_warning("media_cut", vm_id=vm_id, error=type(error).__name__)
         if request.transport is not None:
             request.transport.abort()  # the only way to tell that it is not whole
     return response
 
 
-async def pass_on(request: web.Request, source: aiohttp.ClientResponse, response: web.StreamResponse, *, pictures_only: bool) -> None:
-    """Stream what is fetched, at most 5 MB of it, as what its first bytes say it is; raises Refusal when there is nothing to show."""
+async def pass_on(
+    request: web.Request,
+    source: aiohttp.ClientResponse,
+    response: web.StreamResponse,
+    *,
+    pictures_only: bool,
+) -> None:
+    """Stream what is fetched, at most 5 MB of it, as what its first bytes say it is; raises Refusal."""
     size = source.content_length
-    if source.status != HTTPStatus.OK or "Content-Encoding" in source.headers or (size or 0) > MAX_IMAGE_BYTES:
+    is_packed = "Content-Encoding" in source.headers
+    if source.status != HTTPStatus.OK or is_packed or (size or 0) > MAX_IMAGE_BYTES:
         raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
     chunk = b""
     while len(chunk) < 8 and (more := await source.content.readany()):
         chunk += more
-    kind = next((kind for start, kind in PICTURES.items() if chunk.startswith(start)), "")
-    if not kind and pictures_only:
+    kinds = [kind for start, kind in PICTURES.items() if chunk.startswith(start)]
+    if not kinds and pictures_only:
         raise Refusal("not_found", "this is not a PNG, JPEG or GIF image")
-    response.content_type, response.content_length = kind or "application/octet-stream", size
+    response.content_type = kinds[0] if kinds else "application/octet-stream"
+    response.content_length = size
     await response.prepare(request)
     sent = 0
     while chunk and request.method != "HEAD":
@@ -5298,1208 +6941,2145 @@ async def pass_on(request: web.Request, source: aiohttp.ClientResponse, response
         chunk = await source.content.readany()
 
 
+# How it is
+
+
 def vms_by_state(gateway: Gateway) -> dict[str, int]:
     """How many VMs there are in each state."""
-    known, away = gateway.store.states, gateway.relay.away_count()
-    return {"ready": max(0, known["ready"] - away), "away": away, "provisioning": known["provisioning"], "deleting": len(gateway.store.undo), "failed": known["failed"]}
+    known, away = gateway.routes.states, gateway.relay.away_count()
+    return {
+        "ready": max(0, known["ready"] - away),
+        "away": away,
+        "provisioning": known["provisioning"],
+        "deleting": len(gateway.routes.undo),
+        "failed": known["failed"],
+    }
 
 
-def troubles_of(gateway: Gateway) -> list[str]:
-    """What is not well, in words, without numbers of phones."""
-    troubles = [words for words in (gateway.store.trouble, gateway.journal.trouble, gateway.twilio.trouble, gateway.fly.trouble, gateway.provisioner.closed) if words] + gateway.fleet.troubles
-    if gateway.store.undo:
-        troubles.append(f"{len(gateway.store.undo)} VMs are being deleted; Fly has not confirmed yet")
-    return troubles
+class Alert(NamedTuple):
+    """What is not well: its kind for everybody, its words for who has the API key."""
+
+    kind: str
+    words: str
+
+
+def alerts(gateway: Gateway) -> list[Alert]:
+    found = [
+        Alert("disk", gateway.routes.trouble),
+        Alert("disk", gateway.messages.trouble),
+        Alert("twilio", gateway.twilio.trouble),
+        Alert("fly", gateway.fly.trouble),
+        Alert("routes", gateway.provisioner.closed_because),
+        *(Alert("fly", words) for words in gateway.reconciler.alerts),
+    ]
+    now = gateway.clock.monotonic()
+    for kind, api in (("fly", gateway.fly.api), ("twilio", gateway.twilio.api)):
+        silent_s = now - api.silent_since if api.silent_since is not None else 0.0
+        if silent_s > SILENCE_S:
+            found.append(Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s"))
+    if count := len(gateway.routes.undo):
+        found.append(Alert("fly", f"{count} VMs are being deleted; Fly has not confirmed yet"))
+    return [alert for alert in found if alert.words]
 
 
 async def get_metrics(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    if gateway.settings.metrics_token and not is_bearer(request, [gateway.settings.metrics_token]):
-        raise Refusal("unauthorized", "send METRICS_TOKEN as `Authorization: Bearer TOKEN`", headers={"WWW-Authenticate": "Bearer"})
+    token = gateway.settings.gateway.metrics_token
+    if token and not has_key(request, [token]):
+        raise unauthorized("send METRICS_TOKEN as `Authorization: Bearer TOKEN`")
     relay = gateway.relay
-    gauges: list[tuple[str, str, str, Mapping[str, float]]] = [
-        ("vms", "VMs by state.", "state", vms_by_state(gateway)),
-        ("texts_waiting", "Texts accepted and not yet finished.", "", {"": relay.waiting()}),
-        ("oldest_waiting_seconds", "Age of the text that waits longest.", "", {"": relay.oldest_waiting_s()}),
-        ("pool", "Machines of the pool by state.", "state", Counter(str(entry.get("state")) for entry in gateway.store.pool.values())),
-        ("journal_bytes", "Size of the journal.", "", {"": gateway.journal.size}),
-        ("troubles", "Troubles that /health names.", "", {"": len(troubles_of(gateway))}),
-        ("draining", "1 while shutting down.", "", {"": relay.draining}),
+    gauges = [
+        Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
+        Gauge("texts_waiting", "Texts accepted and not yet finished.", {"": relay.waiting()}),
+        Gauge(
+            "oldest_waiting_seconds",
+            "Age of the text that waits longest.",
+            {"": relay.oldest_waiting_s()},
+        ),
+        Gauge("troubles", "Troubles that /health names.", {"": len(alerts(gateway))}),
+        Gauge("draining", "1 while shutting down.", {"": relay.is_draining}),
     ]
-    return web.Response(text=gateway.metrics.expose(gauges), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8", "Cache-Control": "no-store"})
-
-
-async def get_message(request: web.Request) -> web.Response:
-    require_key(request)
-    trace = request.app[GATEWAY].relay.traces.get(request.match_info["sid"])
-    if trace is None:
-        raise Refusal("not_found", f"no text with this SID among the last {TRACES_KEPT} since this gateway started")
-    return json_response(trace.to_json())
+    headers = {
+        "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
+        "Cache-Control": "no-store",
+    }
+    return web.Response(text=gateway.metrics.expose(gauges), headers=headers)
 
 
 async def get_health(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    body = {"status": "draining" if gateway.relay.draining else "ok", "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
-            "waiting": gateway.relay.waiting(), "troubles": troubles_of(gateway)}
-    if gateway.store.pool:
-        body["pool"] = Counter(str(entry.get("state")) for entry in gateway.store.pool.values())
-    return json_response(body, status=503 if gateway.relay.draining else 200)
+    is_draining = gateway.relay.is_draining
+    found = alerts(gateway)
+    is_known = has_key(request, gateway.settings.gateway.api_keys)
+    kinds = sorted({alert.kind for alert in found})
+    body = {
+        "status": "draining" if is_draining else "ok",
+        "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
+        "waiting": gateway.relay.waiting(),
+        "troubles": [alert.words for alert in found] if is_known else kinds,
+    }
+    return json_response(body, status=503 if is_draining else 200)
 
 
-# --- Operator's page ---
+# --- Page ---
 
-ROWS = 200  # of the table, at a time
-TICK_S = 2.0
-SCAN_SHARE = 20.0  # sorting or filtering a large fleet may take one part in this many of the process's time
-SCAN_STEP = 100
-NUMERIC_COLUMNS = ("waiting", "last_text", "away_since")
-COLUMNS = ("vm_id", "state", "region", "image", *NUMERIC_COLUMNS, "last_error")
+FEED_EVERY_S = 2.0
+ROWS_MAX = 1_000  # further VMs are counted, not listed
+ROWS_A_TURN = 100  # rows made before other tasks get the event loop
+PAGE = web.AppKey("page", tuple[str, dict[str, str]])
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class View:
-    """Which rows of the fleet an operator looks at; `after` is the sort value and vm_id of the row before them."""
-
-    sort: str = "vm_id"
-    descending: bool = False
-    needle: str = ""
-    after: tuple[Any, str] | None = None
-
-    @property
-    def is_plain(self) -> bool:
-        return self.sort == "vm_id" and not self.descending and not self.needle
-
-    def rank(self, row: Json) -> tuple[Any, str]:
-        return row[self.sort] or (0 if self.sort in NUMERIC_COLUMNS else ""), row["vm_id"]
-
-    def first(self, rows: Iterable[Json]) -> list[Json]:
-        """The rows of this page, and one more if there are more."""
-        behind = [row for row in rows if self.after is None or (self.rank(row) < self.after if self.descending else self.rank(row) > self.after)]
-        return (heapq.nlargest if self.descending else heapq.nsmallest)(ROWS + 1, behind, key=self.rank)
-
-
-def parse_view(query: Mapping[str, str]) -> View:
-    """Raises Refusal naming what is not a view."""
-    faults, after = Faults(), None
-    sort = query.get("sort", "vm_id")
-    if sort not in COLUMNS:
-        faults.add("sort", f"must be one of {', '.join(COLUMNS)}")
-    if raw := query.get("after"):
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            value, vm_id = json.loads(raw)
-            if isinstance(vm_id, str) and (type(value) in (int, float) if sort in NUMERIC_COLUMNS else isinstance(value, str)):
-                after = (value, vm_id)
-        if after is None:
-            faults.add("after", "must be the `next` of the page before")
-    faults.check()
-    return View(sort=sort, descending=query.get("desc") == "1", needle=query.get("filter", "").strip().lower()[:100], after=after)
-
-
-def row_of(gateway: Gateway, vm_id: str) -> tuple[Json, str] | None:
-    """One VM as the table shows it, and the words a filter finds it by (its whole number too); None when it is gone."""
-    try:
-        record = show(gateway, gateway.provisioner.look_up(vm_id))
-    except Refusal:
-        return None
-    row = {name: record[name] or "" for name in ("vm_id", "state", "step", "region", "image", "last_error")}
-    row |= {"phone": mask_phone(record["phone_number"]), "waiting": gateway.relay.waiting(vm_id), "last_text": gateway.relay.last_texts.get(vm_id),
-            "away_since": gateway.relay.away_since(vm_id)}
-    return row, " ".join([record["phone_number"], *(str(row[name]) for name in ("phone", "vm_id", "state", "region", "image", "last_error"))]).lower()
-
-
-async def pick_rows(gateway: Gateway, view: View) -> Json:
-    """A page of the table. In plain order it costs its own rows only; otherwise the fleet is gone through a little at a time."""
-    store, best, matching = gateway.store, list[Json](), 0
-    vm_ids = vm_ids_after(store, view.after[1] if view.after else "", ROWS + 1) if view.is_plain else vm_ids_after(store, "", sys.maxsize)
-    for start in range(0, len(vm_ids), SCAN_STEP):
-        rows = [found[0] for vm_id in vm_ids[start:start + SCAN_STEP] if (found := row_of(gateway, vm_id)) and view.needle in found[1]]
-        matching += len(rows)
-        best = view.first(best + rows)
-        await gateway.clock.sleep(0)
-    if view.is_plain:
-        matching = sum(vms_by_state(gateway).values())
-    return {"rows": best[:ROWS], "matching": matching, "next": dump(list(view.rank(best[ROWS - 1]))) if len(best) > ROWS else None}
-
-
-def sum_up(gateway: Gateway) -> Json:
+def fleet_summary(gateway: Gateway) -> Json:
     """What the page's tiles, chart and notes show."""
-    settings, metrics, relay = gateway.settings, gateway.metrics, gateway.relay
-    return {"at": gateway.clock.now(), "mode": "production" if settings.production else "local", "number": mask_phone(settings.twilio_phone_number),
-            "has_phone": settings.twilio_is_local, "can_kill": settings.fly_is_local, "regions": settings.vm_regions, "vms": vms_by_state(gateway), "pool": len(gateway.store.pool),
-            "texts_a_minute": round(metrics.texts_a_minute(), 1), "median_s": metrics.quantile(0.5), "p99_s": metrics.quantile(0.99), "waiting": relay.waiting(),
-            "oldest_s": relay.oldest_waiting_s(), "hour": metrics.last_hour(), "troubles": troubles_of(gateway)}
+    settings = gateway.settings
+    metrics = gateway.metrics
+    relay = gateway.relay
+    return {
+        "at": gateway.clock.now(),
+        "mode": "production" if settings.gateway.is_production else "local",
+        "number": mask_phone(settings.twilio.phone_number),
+        "can_kill": settings.fly.is_local,
+        "regions": settings.vm.regions,
+        "vms": vms_by_state(gateway),
+        "texts_a_minute": round(metrics.texts_a_minute(), 1),
+        "median_s": metrics.quantile(0.5),
+        "p99_s": metrics.quantile(0.99),
+        "waiting": relay.waiting(),
+        "oldest_s": relay.oldest_waiting_s(),
+        "hour": metrics.last_hour(),
+        "troubles": [alert.words for alert in alerts(gateway)],
+    }
+
+
+def row_of(gateway: Gateway, vm_id: str) -> Json:
+    """One VM as the table shows it, its number masked; raises Refusal when it is gone."""
+    record = vm_record(gateway, vm_id)
+    vm = gateway.relay.vms.get(vm_id)
+    names = ("vm_id", "state", "step", "region", "image", "last_error")
+    row: Json = {name: record[name] or "" for name in names}
+    row["phone"] = mask_phone(record["phone_number"])
+    row["waiting"] = gateway.relay.waiting(vm_id)
+    row["last_text"] = vm.last_text if vm else None
+    row["away_since"] = vm.away_since if vm else None
+    return row
+
+
+async def fleet_table(gateway: Gateway) -> Json:
+    """The first 1,000 VMs in order of vm_id, and how many there are in all."""
+    rows = list[Json]()
+    for at, vm_id in enumerate(vm_ids_after(gateway.routes, "", ROWS_MAX)):
+        if at % ROWS_A_TURN == 0:
+            await gateway.clock.sleep(0)
+        with contextlib.suppress(Refusal):  # torn down since the ids were read
+            rows.append(row_of(gateway, vm_id))
+    return {"rows": rows, "total": sum(vms_by_state(gateway).values())}
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
-    """The page's live feed: `fleet` every 2 s, `table` when it changed; both once, as JSON, for who does not accept a stream."""
+    """The page's live feed: `fleet` every 2 s, `table` when it changed; for who polls, both once, as JSON."""
     require_key(request)
-    gateway, view = request.app[GATEWAY], parse_view(request.query)
+    gateway = request.app[GATEWAY]
     if "text/event-stream" not in request.headers.get("Accept", "").lower():
-        return json_response({"fleet": sum_up(gateway), "table": await pick_rows(gateway, view)})
-    response, shown, scan_at = event_stream(), b"", float("-inf")
+        table = await fleet_table(gateway)
+        return json_response({"fleet": fleet_summary(gateway), "table": table})
+    response = event_stream()
+    sent = b""
     with contextlib.suppress(ConnectionError):
         await response.prepare(request)
-        while not gateway.relay.draining:
-            await response.write(server_sent("fleet", sum_up(gateway)))
-            if (began := gateway.clock.monotonic()) >= scan_at:
-                table = server_sent("table", await pick_rows(gateway, view))
-                scan_at = began + (gateway.clock.monotonic() - began) * SCAN_SHARE
-                if table != shown:
-                    await response.write(shown := table)
-            await gateway.clock.sleep(TICK_S)
+        while not gateway.relay.is_draining:
+            await response.write(server_sent("fleet", fleet_summary(gateway)))
+            event = server_sent("table", await fleet_table(gateway))
+            if event != sent:
+                await response.write(event)
+                sent = event
+            await gateway.clock.sleep(FEED_EVERY_S)
     return response
 
 
 async def get_page(request: web.Request) -> web.Response:
-    hint = "In local mode it is: local" if "local" in request.app[SETTINGS].api_keys else "It is what COCKPIT_API_KEY holds where this gateway runs."
-    return web.Response(text=PAGE.replace("{hint}", hint), content_type="text/html", headers=PAGE_HEADERS)
-
-
-PAGE_STYLE = r"""
-:root{color-scheme:light dark;--bg:#f5f6f8;--card:#fff;--ink:#16191f;--dim:#5f6875;--line:#e3e6eb;--soft:#eef0f4;--go:#2457d6;--go-ink:#fff;--ok:#137a48;--warn:#985b00;--bad:#c02b38;--bubble:#e7eaf0}
-@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161a21;--ink:#e8ebf0;--dim:#98a2b1;--line:#272d37;--soft:#1e232c;--go:#7da2ff;--go-ink:#0b1020;--ok:#4cc78a;--warn:#e5a94a;--bad:#ff7d87;--bubble:#262c37}}
-*{box-sizing:border-box}[hidden]{display:none!important}
-body{margin:0;background:var(--bg);color:var(--ink);font:14px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums}
-h1,h2,p,dl,dd,ol,ul{margin:0;padding:0}h2{font-size:15px;font-weight:650}ol,ul{list-style:none}
-code,.mono{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:12px}
-button,input,select{font:inherit;color:inherit;border:1px solid var(--line);border-radius:8px;background:var(--card);padding:7px 11px;min-width:0}
-input,select{width:100%}input::placeholder{color:var(--dim);opacity:.75}
-button{flex:none;cursor:pointer;font-weight:550;white-space:nowrap}button:hover{background:var(--soft)}button:disabled{opacity:.45;cursor:default}
-button.go{background:var(--go);border-color:var(--go);color:var(--go-ink)}button.go:hover{filter:brightness(1.08)}
-button.bad{color:var(--bad)}button.flat{border-color:transparent;background:none;font-weight:500}button.flat:hover{background:var(--soft)}button.small{padding:3px 8px;font-size:13px}
-:focus-visible{outline:2px solid var(--go);outline-offset:2px}
-.dim{color:var(--dim)}.error{color:var(--bad)}.row{display:flex;gap:8px;align-items:center}.grow{flex:1}
-.card{background:var(--card);border:1px solid var(--line);border-radius:12px}
-header{display:flex;gap:12px;align-items:center;padding:12px 24px;background:var(--card);border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
-header h1{font-size:17px;font-weight:700;letter-spacing:-.02em;display:flex;gap:8px;align-items:center}header svg{color:var(--go)}
-.badge{font-size:12px;font-weight:600;color:var(--dim);background:var(--soft);border-radius:99px;padding:2px 9px}
-#status{display:flex;gap:7px;align-items:center;color:var(--dim);font-size:13px}
-#status::before,.state::before{content:"";width:8px;height:8px;border-radius:50%;background:var(--dim);flex:none}#status.live::before{background:var(--ok)}#status.poll::before{background:var(--warn)}#status.lost::before{background:var(--bad)}
-#gate{max-width:380px;margin:14vh auto 0;padding:28px}#gate h2{font-size:20px;margin-bottom:4px}#gate form{display:grid;gap:10px;margin-top:18px}
-#board{max-width:1560px;margin:0 auto;padding:20px 24px 48px;display:grid;gap:16px;grid-template-columns:minmax(0,1fr)}
-#troubles{border-color:var(--warn);padding:10px 16px}#troubles li::before{content:"! ";color:var(--warn);font-weight:700}
-#tiles{display:grid;gap:12px;grid-template-columns:repeat(4,minmax(0,1fr)) minmax(280px,1.9fr)}
-.tile{padding:13px 16px}.tile dt{color:var(--dim);font-size:13px}.tile dd{font-size:26px;font-weight:650;letter-spacing:-.02em;line-height:1.25}.tile small{display:block;font-size:12.5px;font-weight:400;letter-spacing:0;color:var(--dim);min-height:18px}
-#chart{display:block;width:100%;height:56px}#chart .t{fill:var(--go)}#chart .f{fill:var(--bad)}#chart .o{fill:var(--line)}
-#work{display:grid;gap:16px;grid-template-columns:minmax(0,1fr);align-items:start}#work.two{grid-template-columns:minmax(0,1fr) 360px}
-.bar{display:flex;gap:10px;align-items:center;padding:12px 16px;border-bottom:1px solid var(--line)}.bar input{max-width:280px}
-.scroll{overflow-x:auto;border-radius:0 0 11px 11px}table{border-collapse:collapse;width:100%}th{text-align:left;font-weight:500;padding:0}th button{border:0;background:none;color:var(--dim);font-size:12.5px;padding:8px 6px;border-radius:0;width:100%;text-align:left}
-th:first-child button,td:first-child{padding-left:16px}th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}th[aria-sort] button{color:var(--ink)}
-td{padding:9px 6px;border-top:1px solid var(--line);vertical-align:middle}td:last-child{padding-right:12px}td b{font-weight:600;display:block;white-space:nowrap}td .mono{color:var(--dim);white-space:nowrap}
-.cut{max-width:170px;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.state{display:inline-flex;gap:7px;align-items:center;white-space:nowrap}tbody tr:hover td{background:color-mix(in srgb,var(--soft) 55%,var(--card))}
-.state.ready::before{background:var(--ok)}.state.away::before,.state.deleting::before{background:var(--warn)}.state.failed::before{background:var(--bad)}.state.provisioning::before{background:var(--go);animation:pulse 1.2s infinite}
-@keyframes pulse{50%{opacity:.25}}@media(prefers-reduced-motion:reduce){*{animation:none!important}}
-td{white-space:nowrap}td.acts{position:sticky;right:0;background:var(--card)}.acts div{display:flex;justify-content:flex-end}.acts button{font-weight:500;padding:3px 6px}.acts button:not(.bad):not(:hover){color:var(--dim)}.none{padding:44px 16px;text-align:center;color:var(--dim)}.none b{display:block;color:var(--ink);font-size:15px;margin-bottom:3px}
-.foot{display:flex;gap:8px;align-items:center;padding:10px 16px;border-top:1px solid var(--line);color:var(--dim)}
-#phone{display:flex;flex-direction:column;height:clamp(440px,calc(100vh - 222px),720px);position:sticky;top:76px}#phone .bar{padding:12px;gap:8px}#thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:3px}
-#thread li{max-width:84%;padding:7px 12px;border-radius:16px;white-space:pre-wrap;overflow-wrap:anywhere;background:var(--bubble);align-self:flex-start}#thread li.in{background:var(--go);color:var(--go-ink);align-self:flex-end}
-#thread li.note{background:none;border:1px dashed var(--line);color:var(--dim)}#thread li.none{background:none;align-self:center;color:var(--dim);padding-top:30px}#thread img{display:block;max-width:100%;border-radius:9px;margin:5px 0 3px}
-#thread time{display:block;font-size:11px;opacity:.7;margin-top:1px}#thread li.in time{text-align:right}#phone form{display:flex;gap:8px;padding:12px;border-top:1px solid var(--line)}
-dialog{border:1px solid var(--line);border-radius:14px;background:var(--card);color:var(--ink);padding:22px;width:min(480px,calc(100vw - 24px));box-shadow:0 20px 60px #0005}dialog::backdrop{background:#0007}
-dialog form,.stack{display:grid;gap:13px}label{display:grid;gap:4px;font-weight:550}fieldset{border:0;padding:0;margin:0;min-width:0}legend{padding:0;font-weight:550;margin-bottom:4px}label input,label select{font-weight:400}label .dim,.help{font-weight:400;font-size:12.5px}label.check{display:flex;gap:8px;align-items:center;font-weight:400}label.check input{width:auto}
-.pair{display:grid;grid-template-columns:1fr 1.2fr;gap:8px}.ends{display:flex;gap:8px;justify-content:flex-end;margin-top:4px}
-#steps{display:grid;gap:1px}#steps li{display:flex;gap:9px;padding:4px 0;color:var(--dim)}#steps li::before{content:"○";width:14px}#steps li.done,#steps li.now{color:var(--ink)}#steps li.done::before{content:"✓";color:var(--ok)}#steps li.now::before{content:"●";color:var(--go);animation:pulse 1.2s infinite}#steps li.bad::before{content:"✕";color:var(--bad)}#steps span{margin-left:auto}
-#toast{position:fixed;left:12px;right:12px;margin:auto;width:fit-content;bottom:22px;max-width:min(620px,calc(100vw - 24px));z-index:9;background:var(--ink);color:var(--bg);padding:11px 16px;border-radius:10px;box-shadow:0 8px 30px #0004}
-@media(max-width:1400px){#work.two{grid-template-columns:minmax(0,1fr) 326px}.cut{max-width:104px}}
-@media(max-width:1180px){#tiles{grid-template-columns:repeat(4,minmax(0,1fr))}#hour{grid-column:1/-1}#work.two{grid-template-columns:minmax(0,1fr)}#phone{position:static;height:520px}}
-@media(max-width:720px){header{padding:10px 14px;gap:8px}#number,#mode{display:none}#board{padding:14px 12px 40px;gap:12px}#tiles{grid-template-columns:1fr 1fr;gap:8px}.tile{padding:10px 13px}.tile dd{font-size:22px}
-.bar{flex-wrap:wrap}.bar input{max-width:none;flex:1}table,thead,tbody,tr,td{display:block;border:0}thead tr{display:flex;flex-wrap:wrap;padding:0 8px}th:first-child button{padding-left:6px}th[aria-sort] button{font-weight:650}tbody tr{padding:12px 14px;border-top:1px solid var(--line);display:grid;grid-template-columns:1fr 1fr;gap:5px 12px}
-td,td:first-child,td:last-child{padding:0}td:empty{display:none}td[data-name]::before{content:attr(data-name);display:block;color:var(--dim);font-size:11.5px}td.acts{position:static;grid-column:1/-1;margin:2px -7px 0}.acts div{justify-content:flex-start}td:first-child::before,td:nth-child(2)::before{display:none!important}.cut{max-width:100%}}
-"""
-
-PAGE_BODY = """
-<header><h1><svg width="22" height="22" viewBox="0 0 24 24" fill="none" stroke="currentColor" stroke-width="2" stroke-linecap="round" aria-hidden="true"><path d="M3 15a9 9 0 0 1 18 0"/><path d="M12 15l4-5"/><path d="M7 19h10"/></svg>cockpit</h1>
-<span id="mode" class="badge" hidden></span><span id="number" class="dim" hidden></span><span class="grow"></span><span id="status" role="status" hidden></span>
-<button id="new" class="go" hidden>New VM</button><button id="out" class="flat" hidden>Sign out</button></header>
-<main id="gate" class="card"><h2>Sign in</h2><p class="dim">The page keeps the key in this tab only.</p>
-<form id="enter"><label>API key<input id="key" type="password" autocomplete="off" required aria-describedby="why hint"></label>
-<p id="hint" class="help dim">{hint}</p><p id="why" class="error" role="alert" hidden></p><button class="go">Open</button></form></main>
-<main id="board" hidden><ul id="troubles" class="card" aria-label="Troubles" hidden></ul>
-<dl id="tiles"><div class="tile card"><dt>VMs</dt><dd><span id="t-vms">–</span><small id="t-states"></small></dd></div>
-<div class="tile card"><dt>Texts a minute</dt><dd><span id="t-rate">–</span><small id="t-total"></small></dd></div>
-<div class="tile card"><dt>Text to answer</dt><dd><span id="t-median">–</span><small id="t-p99"></small></dd></div>
-<div class="tile card"><dt>Waiting</dt><dd><span id="t-waiting">–</span><small id="t-oldest"></small></dd></div>
-<div class="tile card" id="hour"><dt id="hour-title">Last hour</dt><dd><svg id="chart" role="img" viewBox="0 0 360 56" preserveAspectRatio="none"></svg></dd></div></dl>
-<div id="work"><section class="card" aria-labelledby="fleet"><div class="bar"><h2 id="fleet">VMs</h2><span id="count" class="dim"></span><span class="grow"></span>
-<input id="filter" type="search" placeholder="Filter: number, VM, state, image" aria-label="Filter the VMs"></div>
-<div class="scroll"><table><thead><tr id="heads"></tr></thead><tbody id="rows"></tbody></table></div><p id="none" class="none" hidden></p>
-<div class="foot" id="foot" hidden><span id="range"></span><span class="grow"></span><button id="back" class="small">Previous</button><button id="next" class="small">Next</button></div></section>
-<section id="phone" class="card" aria-labelledby="phone-title" hidden><div class="bar"><h2 id="phone-title">Phone</h2><input id="from" list="known" inputmode="tel" aria-label="The phone's number" placeholder="+1 555 010 0199">
-<datalist id="known"></datalist><button id="kill" class="small bad" title="End the process of this number's VM">Kill VM</button></div>
-<ol id="thread" role="log" aria-label="Texts" tabindex="0"></ol><form id="send"><input id="words" autocomplete="off" maxlength="1600" placeholder="Text your VM" aria-label="Text" required><button class="go">Send</button></form></section></div></main>
-<dialog id="make" aria-labelledby="make-title"><form id="order"><h2 id="make-title">New VM</h2>
-<label>Phone number<input id="o-phone" inputmode="tel" placeholder="+1 555 010 0199" required></label><label>GitHub token<input id="o-token" type="password" autocomplete="off" required></label>
-<fieldset class="stack"><legend>API keys</legend><div id="keys" class="stack"></div><div><button type="button" id="more" class="small flat">+ Another key</button></div></fieldset>
-<label>Region<select id="o-region"></select></label><label class="check"><input id="o-welcome" type="checkbox" checked>Text a welcome when it is ready</label>
-<p id="o-error" class="error" role="alert" hidden></p><div class="ends"><button type="button" class="flat" data-close>Cancel</button><button class="go">Set up</button></div></form>
-<div id="progress" class="stack" hidden><h2 id="p-title" role="status"></h2><ol id="steps"></ol><p id="p-words" role="status"></p><div class="ends"><button id="p-again" class="flat" hidden>Change and try again</button><button class="go" data-close>Close</button></div></div></dialog>
-<dialog id="ask" aria-labelledby="ask-title" aria-describedby="ask-words"><form method="dialog"><h2 id="ask-title"></h2><p id="ask-words"></p><div class="ends"><button class="flat" value="">Cancel</button><button id="ask-yes" class="go" value="yes"></button></div></form></dialog>
-<div id="toast" role="status" hidden></div>
-"""
-
-PAGE_SCRIPT = r"""
-'use strict';
-const $ = id => document.getElementById(id), sleep = ms => new Promise(done => setTimeout(done, ms)), plural = (n, word) => `${n.toLocaleString('en')} ${word}${n === 1 ? '' : 's'}`;
-// Words from outside only ever become text: this page has no way to make markup of them.
-const h = (tag, given = {}, ...kids) => { const made = Object.assign(document.createElement(tag), given); made.append(...kids); return made; };
-const say = (node, words) => { if (node.textContent !== words) node.textContent = words; };
-const HEADS = [['vm_id', 'VM'], ['state', 'State'], ['region', 'Region'], ['image', 'Image'], ['waiting', 'Waiting'], ['last_text', 'Last text'], ['away_since', 'Away since'], ['last_error', 'Last error']];
-const STEPS = {app: 'Create the app', secrets: 'Store the credentials', address: 'Allocate an address', volume: 'Create the volume, if it has one', machine: 'Create the machine', start: 'Start it', health: 'Wait for its /health'};
-const REMEDY = {unauthorized: 'Sign in with the key that COCKPIT_API_KEY holds now.', too_many: 'Wait a few seconds, then try again.', vm_limit: 'Tear one down, or raise VM_LIMIT.',
-  storage: 'Check the disk that ROUTES_FILE is on.', fly_rejected: 'Check FLY_API_TOKEN and FLY_ORG; python cockpit.py doctor says more.', fly_unavailable: 'Fly may be having trouble: try again in a minute.',
-  no_capacity: 'Choose another region, or try again later.', vm_unhealthy: 'Check VM_IMAGE: it must answer GET /health on port 3000.', draining: 'The gateway is restarting: try again in a moment.',
-  phone_taken: 'Tear that VM down first if you want a new one.', unknown_vm: 'It was torn down meanwhile.', wrong_state: 'Wait until it is ready.', internal: 'The gateway\u2019s log says what happened.'};
-const FIELDS = {phone_number: 'The phone number', github_token: 'The GitHub token', api_keys: 'The API keys', region: 'The region'};
-let key = sessionStorage.getItem('cockpit-key') || '', feed = 0, stop = null, fleet = null, fleetAt = 0, table = null, toastTimer = 0;
-const view = {sort: 'vm_id', desc: false, filter: '', trail: []}, drawn = new Map();
-
-// Talking to the gateway
-
-async function api(path, {headers, ...rest} = {}) {
-  const answer = await fetch(path, {...rest, cache: 'no-store', headers: {Authorization: 'Bearer ' + key, ...headers}});
-  if (answer.ok) return answer;
-  let told = {}; try { told = await answer.json(); } catch { /* not our own words: the status must do */ }
-  throw Object.assign(new Error(told.detail || `the gateway answered ${answer.status}`), {status: answer.status, problem: told});
-}
-const post = (path, body, headers = {}) => api(path, {method: 'POST', body: JSON.stringify(body), headers: {'Content-Type': 'application/json', ...headers}});
-function explain(error) {
-  if (!error.status) return 'The gateway did not answer. Check that it is running and that you are connected, then try again.';
-  const faults = (error.problem.errors || []).map(fault => `${FIELDS[fault.field] || fault.field.replace('api_keys.', '')} ${fault.message}`).join('; ');
-  const words = faults || error.message, remedy = REMEDY[error.problem.code] || '';
-  return words[0].toUpperCase() + words.slice(1) + '. ' + remedy;
-}
-function toast(words) { say($('toast'), words); $('toast').hidden = false; clearTimeout(toastTimer); toastTimer = setTimeout(() => { $('toast').hidden = true; }, 7000); }
-async function* eventsOf(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader(); let text = '';
-  for (;;) {
-    const {value, done} = await reader.read(); if (done) return;
-    const blocks = (text += value).split('\n\n'); text = blocks.pop();
-    for (const block of blocks) {
-      const lines = block.split('\n'), part = name => lines.filter(line => line.startsWith(name + ': ')).map(line => line.slice(name.length + 2)).join('\n');
-      if (part('data')) yield [part('event'), JSON.parse(part('data'))];
-    }
-  }
-}
-function status(kind, words) { $('status').className = kind; say($('status'), words); }
-function query() { return new URLSearchParams({sort: view.sort, desc: view.desc ? 1 : 0, filter: view.filter, ...(view.trail.length ? {after: view.trail.at(-1)} : {})}); }
-async function follow() {  // a stream; where that does not get through, polling, with a stream tried now and then
-  const mine = ++feed; let failures = 0; if (stop) stop.abort();
-  while (mine === feed && key) {
-    const streaming = failures < 3 || failures % 6 === 0, cut = stop = new AbortController(); let guard = 0, polled = false;
-    const alive = () => { clearTimeout(guard); guard = setTimeout(() => cut.abort(), 15000); };
-    try {
-      alive();
-      const answer = await api('events?' + query(), {signal: cut.signal, headers: {Accept: streaming ? 'text/event-stream' : 'application/json'}});
-      if (streaming) for await (const [name, told] of eventsOf(answer)) { if (mine !== feed) return; alive(); failures = 0; status('live', 'Live'); take(name, told); }
-      else { const told = await answer.json(); if (mine !== feed) return; take('fleet', told.fleet); take('table', told.table); polled = true; status('poll', 'Live, every 5 s'); }
-    } catch (error) {
-      if (mine !== feed) return;
-      if (error.status === 401) return leave('That key is not accepted. ' + REMEDY.unauthorized);
-      if (error.status === 422) { view.trail = []; toast(explain(error)); }
-    } finally { clearTimeout(guard); }
-    failures++;
-    const pause = polled ? 5 : Math.min(30, 2 ** (failures - 1)) * (0.5 + Math.random() / 2);
-    if (!polled) status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
-    await sleep(pause * 1000);
-  }
-}
-function take(name, told) {
-  if (name === 'fleet') { fleet = told; fleetAt = performance.now(); drawFleet(); } else if (name === 'table') { table = told; drawTable(); }
-}
-
-// Signing in
-
-function enter() {
-  for (const id of ['new', 'out', 'status', 'board', 'mode', 'number']) $(id).hidden = false;
-  $('gate').hidden = true; status('', 'Connecting'); follow();
-}
-function leave(why = '') {
-  feed++; if (stop) stop.abort(); key = ''; sessionStorage.removeItem('cockpit-key');
-  for (const id of ['new', 'out', 'status', 'board', 'mode', 'number', 'phone']) $(id).hidden = true;
-  document.querySelectorAll('dialog[open]').forEach(open => open.close());
-  $('gate').hidden = false; say($('why'), why); $('why').hidden = !why; $('key').value = ''; $('key').focus();
-}
-$('enter').onsubmit = async event => {
-  event.preventDefault(); key = $('key').value.trim();
-  try {
-    if (!/^[\x21-\x7e]+$/.test(key)) throw Object.assign(new Error(), {status: 401});
-    await api('provision?limit=1'); sessionStorage.setItem('cockpit-key', key); enter(); $('new').focus();
-  } catch (error) { leave(error.status === 401 ? 'That key is not accepted. ' + REMEDY.unauthorized : explain(error)); }
-};
-$('out').onclick = () => leave();
-
-// Tiles and chart
-
-const clockNow = () => fleet.at + (performance.now() - fleetAt) / 1000;
-function span(seconds) {
-  if (seconds < 1) return Math.round(seconds * 1000) + ' ms';
-  if (seconds < 10) return seconds.toFixed(1) + ' s';
-  for (const [size, unit] of [[86400, 'd'], [3600, 'h'], [60, 'min']]) if (seconds >= size) return Math.floor(seconds / size) + ' ' + unit;
-  return Math.round(seconds) + ' s';
-}
-const ago = at => !at ? '' : clockNow() - at < 2 ? 'now' : span(Math.round(clockNow() - at)).replace('.0', '') + ' ago';
-function drawFleet() {
-  const vms = Object.entries(fleet.vms), total = vms.reduce((sum, [, n]) => sum + n, 0), texts = fleet.hour.reduce((sum, [n]) => sum + n, 0), failed = fleet.hour.reduce((sum, [, n]) => sum + n, 0);
-  say($('mode'), fleet.mode); say($('number'), fleet.number); say($('t-vms'), total.toLocaleString('en'));
-  say($('t-states'), [...vms, ['in the pool', fleet.pool]].filter(([, n]) => n).map(([state, n]) => `${n} ${state}`).join(' · ') || 'none yet');
-  say($('t-rate'), fleet.texts_a_minute.toLocaleString('en')); say($('t-total'), `${texts.toLocaleString('en')} in the last hour`);
-  say($('t-median'), fleet.median_s === null ? '–' : span(fleet.median_s)); say($('t-p99'), fleet.median_s === null ? 'no answers yet' : `median; p99 ${span(fleet.p99_s)}`);
-  say($('t-waiting'), fleet.waiting.toLocaleString('en')); say($('t-oldest'), fleet.waiting ? `oldest ${span(fleet.oldest_s)}` : 'nothing waits');
-  say($('hour-title'), `Last hour: ${plural(texts, 'text')}, ${plural(failed, 'failure')}`); $('chart').setAttribute('aria-label', $('hour-title').textContent);
-  const most = Math.max(8, ...fleet.hour.map(([n, bad]) => Math.max(n, bad)));
-  $('chart').replaceChildren(...fleet.hour.flatMap(([n, bad], at) => [[n, 't'], [bad, 'f']].filter(([count, kind]) => count || kind === 't').map(([count, kind]) => {
-    const bar = document.createElementNS('http://www.w3.org/2000/svg', 'rect'), high = count ? Math.max(3, count / most * 56) : 1.5;
-    for (const [name, value] of Object.entries({x: at * 6 + 0.6, y: 56 - high, width: 4.8, height: high, rx: 1, class: count ? kind : 'o'})) bar.setAttribute(name, value);
-    return bar;
-  })));
-  $('troubles').hidden = !fleet.troubles.length; $('troubles').replaceChildren(...fleet.troubles.map(words => h('li', {}, words)));
-  $('work').className = fleet.has_phone ? 'two' : ''; $('kill').hidden = !fleet.can_kill;
-  if (fleet.has_phone && $('phone').hidden) { $('phone').hidden = false; openPhone(); }
-  if (!$('o-region').length) $('o-region').append(h('option', {value: ''}, `As configured (${fleet.regions.join(', ')})`), ...fleet.regions.map(code => h('option', {value: code}, code)));
-}
-
-// Table
-
-for (const [name, title] of HEADS) $('heads').append(h('th', {scope: 'col', id: 'h-' + name}, h('button', {onclick: () => {
-  view.desc = view.sort === name ? !view.desc : ['waiting', 'last_text', 'away_since'].includes(name); view.sort = name; view.trail = []; drawHeads(); follow();
-}}, title)));
-$('heads').append(h('th', {scope: 'col'}));
-function drawHeads() { for (const [name] of HEADS) name === view.sort ? $('h-' + name).setAttribute('aria-sort', view.desc ? 'descending' : 'ascending') : $('h-' + name).removeAttribute('aria-sort'); }
-function newRow(row) {
-  const cells = HEADS.map(([, title], at) => { const cell = h('td'); if (at) cell.dataset.name = title; return cell; });
-  cells[0].append(h('b', {}, row.phone), h('span', {className: 'mono'}, row.vm_id)); cells[1].append(h('span', {className: 'state'}));
-  cells[3].className = 'mono cut'; cells[7].className = 'cut error';
-  const act = (title, how, kind = '') => h('button', {className: 'small flat ' + kind, ariaLabel: `${title} ${row.phone}`, onclick: () => how(row)}, title);
-  return h('tr', {}, ...cells, h('td', {className: 'acts'}, h('div', {}, act('Restart', restart), act('Upgrade', upgrade), act('Tear down', tearDown, 'bad'))));
-}
-function drawTable() {
-  const seen = new Set(table.rows.map(row => row.vm_id));
-  for (const [vmId, line] of drawn) if (!seen.has(vmId)) { line.remove(); drawn.delete(vmId); }
-  table.rows.forEach((row, at) => {
-    if (!drawn.has(row.vm_id)) drawn.set(row.vm_id, newRow(row));
-    const line = drawn.get(row.vm_id), cells = line.cells, state = cells[1].firstChild;
-    if ($('rows').children[at] !== line) $('rows').insertBefore(line, $('rows').children[at] || null);
-    state.className = 'state ' + row.state; say(state, row.step ? `${row.state}: ${row.step}` : row.state);
-    say(cells[2], row.region); say(cells[3], row.image.split('/').pop()); cells[3].title = row.image; say(cells[4], row.waiting ? String(row.waiting) : ''); say(cells[5], ago(row.last_text));
-    say(cells[6], ago(row.away_since)); say(cells[7], row.last_error); cells[7].title = row.last_error;
-    for (const button of cells[8].firstChild.children) button.disabled = button.textContent !== 'Tear down' && !['ready', 'away'].includes(row.state);
-  });
-  const first = view.trail.length * 200, many = first || table.next;
-  say($('count'), view.filter ? `${table.matching.toLocaleString('en')} found` : ''); $('foot').hidden = !many; $('none').hidden = table.rows.length > 0;
-  say($('range'), `${(first + 1).toLocaleString('en')}–${(first + table.rows.length).toLocaleString('en')} of ${table.matching.toLocaleString('en')}`); $('back').disabled = !first; $('next').disabled = !table.next;
-  $('none').replaceChildren(...(view.filter ? ['No VM matches this filter.'] : [h('b', {}, 'No VMs yet'), 'New VM sets one up for a phone number.']));
-}
-$('next').onclick = () => { view.trail.push(table.next); follow(); };
-$('back').onclick = () => { view.trail.pop(); follow(); };
-let typing = 0;
-$('filter').oninput = () => { clearTimeout(typing); typing = setTimeout(() => { view.filter = $('filter').value.trim(); view.trail = []; follow(); }, 250); };
-setInterval(() => { if (key && table && fleet) drawTable(); }, 1000);
-
-// Doing something to a VM: ask, do, say how it went
-
-function ask(title, words, yes, kind) {
-  say($('ask-title'), title); say($('ask-words'), words); say($('ask-yes'), yes); $('ask-yes').className = kind; $('ask').returnValue = ''; $('ask').showModal();
-  return new Promise(done => { $('ask').onclose = () => done($('ask').returnValue === 'yes'); });
-}
-async function change(row, title, words, yes, kind, call, done) {
-  if (!await ask(title, words, yes, kind)) return;
-  toast(`${row.phone}: ${yes.toLowerCase()} is under way`);
-  try { const answer = await call(); toast(`${row.phone}: ${answer.status === 202 && kind ? 'Fly has not confirmed yet; it is tried until it has.' : done}`); follow(); } catch (error) { toast(`${row.phone}: ${explain(error)}`); }
-}
-const restart = row => change(row, `Restart ${row.phone}?`, 'What runs on it now is cut off and handed over again when it is back. Texts wait.', 'Restart', 'go', () => post(`provision/${row.vm_id}/restart`, {}), 'restarted.');
-const upgrade = row => change(row, `Upgrade ${row.phone}?`, 'Moves it to the present VM_IMAGE, and back to the old one if that does not answer. Texts wait.', 'Upgrade', 'go', () => post(`provision/${row.vm_id}/upgrade`, {}), 'runs the present image.');
-const tearDown = row => change(row, `Tear down ${row.phone}?`, `Destroys ${row.vm_id} with its machine and disk, and frees the number. What waits is not run; its owner is told. This cannot be undone.`, 'Tear down', 'bad',
-  () => api(`provision/${row.vm_id}`, {method: 'DELETE'}), 'torn down.');
-
-// Setting one up
-
-function addKey(name = '') {
-  $('keys').append(h('div', {className: 'pair'}, h('input', {value: name, placeholder: 'NAME', ariaLabel: 'Name of the variable', className: 'mono'}), h('input', {type: 'password', autocomplete: 'off', placeholder: 'value', ariaLabel: 'Value of the variable'})));
-}
-addKey('ANTHROPIC_API_KEY'); $('more').onclick = () => { addKey(); $('keys').lastChild.firstChild.focus(); };
-function showOrder() { $('order').hidden = false; $('progress').hidden = true; $('o-error').hidden = true; if (!$('make').open) $('make').showModal(); $('o-phone').focus(); }
-$('new').onclick = showOrder; $('p-again').onclick = showOrder;
-for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => $('make').close();
-$('order').onsubmit = async event => {
-  event.preventDefault();
-  const pairs = [...$('keys').children].map(pair => [pair.firstChild.value.trim(), pair.lastChild.value]).filter(([name, value]) => name || value);
-  const body = {phone_number: $('o-phone').value.trim(), github_token: $('o-token').value, api_keys: Object.fromEntries(pairs), welcome: $('o-welcome').checked, ...($('o-region').value ? {region: $('o-region').value} : {})};
-  let answer; $('order').lastElementChild.lastElementChild.disabled = true;
-  try { answer = await post('provision', body, {Accept: 'text/event-stream'}); } catch (error) { say($('o-error'), explain(error)); $('o-error').hidden = false; return; } finally { $('order').lastElementChild.lastElementChild.disabled = false; }
-  $('order').hidden = true; $('progress').hidden = false; $('p-again').hidden = true; say($('p-title'), `Setting up ${body.phone_number}`); say($('p-words'), '');
-  const lines = new Map(Object.entries(STEPS).map(([step, title]) => [step, h('li', {}, title, h('span', {className: 'dim'}))])); $('steps').replaceChildren(...lines.values());
-  let began = performance.now(), now = lines.get('app'); now.className = 'now';
-  const tick = setInterval(() => now && say(now.lastChild, ((performance.now() - began) / 1000).toFixed(1) + ' s'), 100), all = performance.now();
-  try {
-    for await (const [name, told] of (answer.headers.get('Content-Type') || '').includes('json') ? [['ready', await answer.json()]] : eventsOf(answer)) {
-      if (name === 'step' && lines.has(told.step)) { now = lines.get(told.step); now.className = 'done'; say(now.lastChild, told.seconds.toFixed(told.seconds < 1 ? 3 : 1) + ' s'); now = now.nextElementSibling; began = performance.now(); if (now) now.className = 'now'; }
-      if (name === 'ready') {
-        now = null; for (const line of lines.values()) line.className = 'done';
-        say($('p-title'), `${body.phone_number} is ready`); say($('p-words'), `${told.vm_id} in ${told.region || 'its region'}, after ${span((performance.now() - all) / 1000)}. Its phone can text now.`);
-        $('o-token').value = ''; $('o-phone').value = ''; for (const pair of $('keys').children) pair.lastChild.value = ''; if (!$('phone').hidden) { $('from').value = body.phone_number; openPhone(); } follow();
-      }
-      if (name === 'failed') throw Object.assign(new Error(told.detail), {status: told.status, problem: told});
-    }
-    if (now) throw new Error();
-  } catch (error) {
-    if (now) now.className = 'bad'; say($('p-title'), `${body.phone_number} could not be set up`); $('p-again').hidden = false;
-    say($('p-words'), error.status ? `${explain(error)} What was made is being undone.` : 'The connection broke. The gateway goes on by itself: the table shows how it ends.');
-  } finally { clearInterval(tick); }
-};
-
-// The phone, in local mode
-
-let threadTimer = 0, threadShown = '', vmOf = new Map();
-const number = () => $('from').value.replace(/[ .()-]/g, '');
-async function openPhone() {
-  try { const told = await (await api('provision?limit=200')).json(); vmOf = new Map(told.vms.map(vm => [vm.phone_number, vm.vm_id])); } catch { /* the live feed says what is wrong */ }
-  $('known').replaceChildren(...[...vmOf.keys()].map(value => h('option', {value}))); if (!$('from').value) $('from').value = [...vmOf.keys()][0] || '';
-  clearTimeout(threadTimer); readThread();
-}
-async function readThread() {
-  clearTimeout(threadTimer); const phone = number(), old = threadShown;
-  try {
-    const texts = phone ? (await (await api('_local/texts?phone=' + encodeURIComponent(phone))).json()).texts : [], said = JSON.stringify([phone, texts]);
-    if (said !== threadShown && phone === number()) { threadShown = said; drawThread(phone, texts, !old.startsWith(JSON.stringify([phone]).slice(0, -1))); }
-  } catch { /* tried again */ }
-  if (key && !$('phone').hidden) { clearTimeout(threadTimer); threadTimer = setTimeout(readThread, document.hidden ? 5000 : 800); }
-}
-function drawThread(phone, texts, anew) {
-  const list = $('thread'), atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 60; if (anew) list.replaceChildren();
-  if (!texts.length) { list.replaceChildren(h('li', {className: 'none'}, phone ? 'No texts yet. Say hello.' : 'Type the number of a phone above.')); return; }
-  if (list.firstChild && list.firstChild.className === 'none') list.replaceChildren();
-  for (const text of texts.slice(list.children.length)) {
-    const when = new Date(text.at), pictures = text.media.map(url => { const at = new URL(url, location); return h('img', {src: at.pathname + at.search, alt: 'Picture from the VM', onload: () => { list.scrollTop = list.scrollHeight; }}); });
-    const note = text.direction === 'out' && /^(Your VM |Not run|No answer after|Still working)/.test(text.body);
-    list.append(h('li', {className: text.direction === 'in' ? 'in' : note ? 'note' : ''}, text.body, ...pictures, h('time', {dateTime: when.toISOString()}, when.toLocaleTimeString([], {hour: '2-digit', minute: '2-digit', second: '2-digit'}))));
-  }
-  if (atEnd || anew) list.scrollTop = list.scrollHeight;
-}
-$('from').onchange = openPhone;
-$('send').onsubmit = async event => {
-  event.preventDefault(); const body = $('words').value; if (!number()) { toast('Type the phone\u2019s number first, such as +1 555 010 0199.'); $('from').focus(); return; }
-  $('words').value = '';
-  try {
-    const told = await (await post('_local/texts', {from: number(), body})).json();
-    if (told.webhook_status !== 200) toast(`The gateway answered this text with ${told.webhook_status}. ${told.webhook_status === 503 ? REMEDY.storage : 'Its log says why.'}`);
-  } catch (error) { $('words').value = body; toast(explain(error)); }
-  await readThread(); $('words').focus();
-};
-$('kill').onclick = async () => {
-  await openPhone(); const vmId = vmOf.get(number()); if (!vmId) { toast('This number has no VM. New VM sets one up.'); return; }
-  try { await post(`_local/vms/${vmId}/kill`, {}); toast('Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.'); } catch (error) { toast(explain(error)); }
-};
-drawHeads(); if (key) enter(); else $('key').focus();
-"""
-
-PAGE = ('<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>cockpit</title>'
-        '<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns=\'http://www.w3.org/2000/svg\' viewBox=\'0 0 24 24\' fill=\'none\' stroke=\'%233b6fe0\' stroke-width=\'2.5\''
-        ' stroke-linecap=\'round\'%3E%3Cpath d=\'M3 16a9 9 0 0 1 18 0M12 16l4-5\'/%3E%3C/svg%3E">'
-        f"<style>{PAGE_STYLE}</style>{PAGE_BODY}<script>{PAGE_SCRIPT}</script></html>")
+    html, headers = request.app[PAGE]
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
 def csp_hash(inline: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(inline.encode()).digest()).decode() + "'"
+    digest = hashlib.sha256(inline.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
-PAGE_HEADERS = {
-    "Content-Security-Policy": f"default-src 'none'; script-src {csp_hash(PAGE_SCRIPT)}; style-src {csp_hash(PAGE_STYLE)}; connect-src 'self'; img-src 'self' data:; "
-                               "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cross-Origin-Opener-Policy": "same-origin", "Cache-Control": "no-store"}
+def render_page(*, with_phone: bool, hint: str) -> tuple[str, dict[str, str]]:
+    """The page, and the headers that let it run nothing but itself; `hint` says where the API key is."""
+    script = PAGE_FEED + PAGE_BOARD + PAGE_ACTIONS + (PAGE_PHONE if with_phone else "")
+    pane = PAGE_PHONE_PANE if with_phone else ""
+    body = PAGE_BODY.replace("{hint}", hint).replace("{phone}", pane)
+    html = f"{PAGE_HEAD}<style>{PAGE_STYLE}</style>{body}<script>{script}</script></html>"
+    policy = (
+        f"default-src 'none'; script-src {csp_hash(script)}; style-src {csp_hash(PAGE_STYLE)}; "
+        "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return html, {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-store",
+    }
 
 
-# --- Local mode ---
+PAGE_HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>cockpit</title>
+<link rel="icon" href="data:,">
+"""
 
-LOCAL_RESTART_S = 1.0
-LOCAL_FOLDER = "cockpit-local-"
+PAGE_STYLE = """
+:root{color-scheme:light dark;--bg:#f5f6f8;--card:#fff;--ink:#16191f;--dim:#5f6875;--line:#e3e6eb}
+:root{--soft:#eef0f4;--go:#2457d6;--go-ink:#fff;--ok:#137a48;--warn:#985b00;--bad:#c02b38}
+@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161a21;--ink:#e8ebf0;--dim:#98a2b1;--line:#272d37}}
+@media(prefers-color-scheme:dark){:root{--soft:#222833;--go:#7da2ff;--go-ink:#0b1020;--ok:#4cc78a}}
+@media(prefers-color-scheme:dark){:root{--warn:#e5a94a;--bad:#ff7d87}}
+*{box-sizing:border-box;min-width:0}
+[hidden],body:not(.in) :is(#tools,#board),.in #gate,:is(#troubles,#none,#toast):empty{display:none!important}
+body{margin:0;background:var(--bg);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
+h1,h2,p,dl,dd,ol,ul,fieldset{margin:0;padding:0;border:0;list-style:none}
+h1{font-size:17px}
+h2{font-size:15px}
+code{font:12px ui-monospace,Menlo,Consolas,monospace;color:var(--dim)}
+button,input,select{font:inherit;color:inherit;background:var(--card);padding:7px 11px}
+button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
+input,select{width:100%}
+button{flex:none;cursor:pointer;font-weight:550}
+button:hover,tbody tr:hover td{background:var(--soft)}
+button:disabled{opacity:.4}
+.go,.go:hover{background:var(--go);border-color:var(--go);color:var(--go-ink)}
+.flat{border-color:transparent;background:none}
+.small{padding:3px 7px;font-size:13px}
+.bad,.error,.last_error{color:var(--bad)}
+:focus-visible{outline:2px solid var(--go);outline-offset:2px}
+.dim,small,dt,th button{color:var(--dim);font-size:12.5px;font-weight:400}
+.card,dialog{background:var(--card);color:var(--ink)}
+.row{display:flex;flex-wrap:wrap;gap:10px;align-items:center}
+.grow{flex:1}
+.stack{display:grid;gap:14px}
+header{padding:10px 24px;background:var(--card);border-bottom:1px solid var(--line)}
+header{position:sticky;top:0;z-index:2}
+#gate{max-width:380px;margin:14vh auto 0;padding:28px}
+#board{max-width:1560px;margin:0 auto;padding:18px 24px 48px}
+#troubles{border-color:var(--warn);padding:10px 16px}
+#tiles{display:grid;gap:12px;grid-template-columns:repeat(4,1fr) 2fr}
+#tiles .card{padding:12px 16px}
+#tiles dd{font-size:25px;font-weight:650;line-height:1.3}
+#tiles small{display:block}
+#chart{display:block;width:100%;height:56px}
+.texts{fill:var(--go)}
+.failures{fill:var(--bad)}
+.idle{fill:var(--line)}
+#work{display:flex;gap:14px;align-items:start}
+#work section:first-child{flex:1}
+.bar{padding:10px 16px}
+.bar input{flex:1 1 130px;max-width:300px}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
+th{text-align:left}
+th button{border:0;padding:8px 0}
+th[aria-sort] button{color:var(--ink)}
+[aria-sort=ascending] button::after{content:" ↑"}
+[aria-sort=descending] button::after{content:" ↓"}
+th,td{padding:0 6px;white-space:nowrap}
+td{padding:8px 6px;border-top:1px solid var(--line)}
+th:first-child,td:first-child{padding-left:16px}
+td code{display:block}
+.vm_id span{font-weight:600}
+td:is(.image,.last_error) span{display:block;max-width:120px;overflow:hidden;text-overflow:ellipsis}
+td.acts{text-align:right;position:sticky;right:0;background:var(--card)}
+:is(#status,.state span)::before{content:"● ";color:var(--dim)}
+:is(#status.live,.ready .state span)::before{color:var(--ok)}
+:is(#status.poll,.away .state span,.deleting .state span)::before{color:var(--warn)}
+:is(#status.lost,.failed .state span)::before{color:var(--bad)}
+:is(.provisioning .state span)::before{color:var(--go);animation:pulse 1.2s infinite}
+:is(.asleep .state span)::before{content:"○ "}
+@keyframes pulse{50%{opacity:.25}}
+@media(prefers-reduced-motion){*{animation:none!important}}
+#none{padding:40px 16px;text-align:center}
+#phone{flex:0 0 330px;display:flex;flex-direction:column;height:min(640px,80vh)}
+#thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:4px}
+#thread:empty::before{content:"No texts yet. Choose a number and say hello.";color:var(--dim)}
+#thread li{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
+#thread li{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
+#thread .in{background:var(--go);color:var(--go-ink);align-self:flex-end}
+#thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
+#thread img{display:block;max-width:100%;border-radius:8px}
+time{display:block;font-size:11px;opacity:.75}
+#send{flex-wrap:nowrap;padding:12px}
+dialog{padding:22px;width:min(460px,94vw)}
+dialog::backdrop{background:#0007}
+label{display:grid;gap:4px;font-weight:550}
+label.row{display:flex;font-weight:400}
+label.row input{width:auto}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:8px;margin-top:6px}
+.ends{justify-content:flex-end}
+#steps li::before{content:"○ "}
+#steps .done::before{content:"✓ ";color:var(--ok)}
+#steps .now::before{content:"● ";color:var(--go)}
+#steps .broken::before{content:"✕ ";color:var(--bad)}
+#toast{position:fixed;inset:auto 12px 22px;margin:auto;width:fit-content;padding:11px 16px;z-index:9}
+#toast{background:var(--ink);color:var(--bg);border-radius:9px}
+@media(max-width:1240px){#tiles{grid-template-columns:repeat(4,1fr)}#hour{grid-column:1/-1}}
+@media(max-width:1240px){#work{flex-direction:column;align-items:stretch}#phone{flex:none;height:520px}}
+@media(max-width:720px){header,#board{padding-left:12px;padding-right:12px}#mode,#number{display:none}}
+@media(max-width:720px){#tiles{grid-template-columns:1fr 1fr;gap:8px}}
+@media(max-width:720px){table,thead,tbody,tr,td{display:block}thead tr{display:flex;flex-wrap:wrap}}
+@media(max-width:720px){tbody tr{display:grid;grid-template-columns:1fr 1fr;gap:5px;padding:12px 16px}}
+@media(max-width:720px){tbody tr{border-top:1px solid var(--line)}td,td:first-child{border:0;padding:0}}
+@media(max-width:720px){td:has(span:empty){display:none}td.acts{grid-column:1/-1;text-align:left}}
+@media(max-width:720px){td:nth-child(n+3)::before{content:attr(data-name)" ";color:var(--dim)}}
+"""
+
+PAGE_BODY = r"""
+<header class="row">
+<h1>cockpit</h1>
+<div id="tools" class="row grow">
+<span id="mode" class="dim"></span>
+<span id="number" class="dim grow"></span>
+<span id="status" class="dim" role="status"></span>
+<button id="new" class="go">New VM</button>
+<button id="out" class="flat">Sign out</button>
+</div>
+</header>
+<main id="gate" class="card">
+<form id="enter" class="stack">
+<h2>Sign in</h2>
+<p class="dim">The page keeps the key in this tab only.</p>
+<label>API key <input id="key" type="password" autocomplete="off" required aria-describedby="why hint"></label>
+<p id="hint" class="dim">{hint}</p>
+<p id="why" class="error" role="alert"></p>
+<button class="go">Open</button>
+</form>
+</main>
+<main id="board">
+<div class="stack">
+<ul id="troubles" class="card" aria-label="Troubles"></ul>
+<dl id="tiles">
+<div class="card"><dt>VMs</dt><dd id="vms">–</dd><small id="states"></small></div>
+<div class="card"><dt>Texts a minute</dt><dd id="rate">–</dd><small id="texts"></small></div>
+<div class="card"><dt>Text to answer</dt><dd id="median">–</dd><small id="p99"></small></div>
+<div class="card"><dt>Waiting</dt><dd id="waiting">–</dd><small id="oldest"></small></div>
+<div class="card" id="hour">
+<dt id="chart-title">Last hour</dt>
+<dd><svg id="chart" viewBox="0 0 360 56" preserveAspectRatio="none" aria-hidden="true"></svg></dd>
+</div>
+</dl>
+<div id="work">
+<section class="card" aria-labelledby="fleet">
+<div class="bar row">
+<h2 id="fleet">VMs</h2>
+<span id="count" class="dim grow" role="status"></span>
+<input id="filter" type="search" placeholder="Number, VM, state, image, error" aria-label="Filter the VMs">
+</div>
+<div class="scroll"><table><thead><tr id="heads"></tr></thead><tbody id="rows"></tbody></table></div>
+<p id="none" class="dim"></p>
+</section>
+{phone}</div>
+</div>
+</main>
+<dialog id="make" aria-label="New VM">
+<form id="order" class="stack">
+<h2>New VM</h2>
+<label>Phone number <input name="phone" inputmode="tel" placeholder="+1 555 010 0199" required></label>
+<label>GitHub token <input name="token" type="password" autocomplete="off" required></label>
+<fieldset>
+<legend>API keys</legend>
+<div id="keys">
+<div class="pair">
+<input name="variable" value="ANTHROPIC_API_KEY" aria-label="Name of the variable">
+<input name="value" type="password" autocomplete="off" aria-label="Value of the variable">
+</div>
+</div>
+<button type="button" id="more" class="small flat">+ Another key</button>
+</fieldset>
+<label>Region <select id="region" name="region"></select></label>
+<label class="row"><input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
+<p id="order-error" class="error" role="alert"></p>
+<div class="ends row">
+<button type="button" class="flat" data-close>Cancel</button>
+<button id="order-go" class="go">Set up</button>
+</div>
+</form>
+<div id="progress" class="stack" hidden>
+<h2 id="progress-title" role="status"></h2>
+<ol id="steps"></ol>
+<p id="progress-words" role="status"></p>
+<div class="ends row">
+<button id="again" class="flat">Change and try again</button>
+<button class="go" data-close>Close</button>
+</div>
+</div>
+</dialog>
+<dialog id="ask" aria-labelledby="ask-title" aria-describedby="ask-words">
+<form method="dialog" class="stack">
+<h2 id="ask-title"></h2>
+<p id="ask-words"></p>
+<div class="ends row">
+<button class="flat" value="">Cancel</button>
+<button id="ask-yes" value="yes"></button>
+</div>
+</form>
+</dialog>
+<div id="toast" role="status"></div>
+"""
+
+PAGE_PHONE_PANE = """<section id="phone" class="card" aria-label="Phone">
+<div class="bar row">
+<h2>Phone</h2>
+<input id="from" list="known" inputmode="tel" placeholder="+1 555 010 0199" aria-label="The phone's number">
+<datalist id="known"></datalist>
+<button id="kill" class="small bad" title="End the process of this number's VM">Kill VM</button>
+</div>
+<ol id="thread" role="log" aria-label="Texts" tabindex="0"></ol>
+<form id="send" class="row">
+<input id="words" class="grow" autocomplete="off" maxlength="1600" required aria-label="Text">
+<button class="go">Send</button>
+</form>
+</section>
+"""
+
+PAGE_FEED = r"""
+'use strict';
+const REMEDY = {
+  unauthorized: 'Sign in with the key that COCKPIT_API_KEY holds now.',
+  too_many: 'Wait a few seconds, then try again.',
+  vm_limit: 'Tear one down, or raise VM_LIMIT.',
+  storage: 'Check the disk that ROUTES_FILE is on.',
+  fly_rejected: 'Check FLY_API_TOKEN and FLY_ORG; python cockpit.py doctor says more.',
+  fly_unavailable: 'Fly may be having trouble: try again in a minute.',
+  no_capacity: 'Choose another region, or try again later.',
+  vm_unhealthy: 'Check VM_IMAGE: it must answer GET /health on port 3000.',
+  draining: 'The gateway is restarting: try again in a moment.',
+  phone_taken: 'Tear that VM down first if you want a new one.',
+  unknown_vm: 'It was torn down meanwhile.',
+  wrong_state: 'Wait until it is ready.',
+  internal: 'The gateway\u2019s log says what happened.',
+};
+const FIELDS = {
+  phone_number: 'The phone number',
+  github_token: 'The GitHub token',
+  api_keys: 'The API keys',
+  region: 'The region',
+};
+let key = sessionStorage.getItem('cockpit-key') || '';
+let feed = 0;  // raised to end the one before
+let failures = 0;
+let cut = new AbortController();
+let silence = 0;
+let toastEnd = 0;
+
+const $ = id => document.getElementById(id);
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+// Words from outside only ever become text: this page has no way to make markup of them.
+function make(tag, given, ...kids) {
+  const made = Object.assign(document.createElement(tag), given);
+  made.append(...kids);
+  return made;
+}
+function put(node, words) {
+  if (node.textContent !== words) node.textContent = words;
+}
+const say = (id, words) => put($(id), words);
+function toast(words) {
+  say('toast', words);
+  clearTimeout(toastEnd);
+  toastEnd = setTimeout(say, 7000, 'toast', '');
+}
+
+const failure = problem => Object.assign(new Error(problem.detail), {problem});
+async function api(path, options = {}) {
+  const headers = {Authorization: `Bearer ${key}`, ...options.headers};
+  const answer = await fetch(path, {cache: 'no-store', ...options, headers});
+  if (answer.ok) return answer;
+  const told = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
+  throw failure({status: answer.status, detail: `the gateway answered ${answer.status}`, ...told});
+}
+function post(path, body, accept = 'application/json') {
+  const headers = {'Content-Type': 'application/json', Accept: accept};
+  return api(path, {method: 'POST', body: JSON.stringify(body), headers});
+}
+function explain(error) {
+  if (!error.problem) return 'The gateway did not answer. Check that it is running, then try again.';
+  const {code, detail, errors = []} = error.problem;
+  const name = field => FIELDS[field] || field.replace('api_keys.', '');
+  const faults = errors.map(({field, message}) => `${name(field)} ${message}`).join('; ');
+  const words = code === 'unauthorized' ? 'that key is not accepted' : faults || detail;
+  return `${words[0].toUpperCase()}${words.slice(1)}. ${REMEDY[code] || ''}`;
+}
+
+async function* eventsOf(answer) {
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = '';
+  for (;;) {
+    const {value, done} = await reader.read();
+    if (done) return;
+    const blocks = (text + value).split('\n\n');
+    text = blocks.pop();
+    for (const block of blocks) {
+      const found = /^event: (.*)\ndata: (.*)$/.exec(block);
+      if (found) yield [found[1], JSON.parse(found[2])];
+    }
+  }
+}
+function status(kind, words) {
+  $('status').className = `dim ${kind}`;
+  say('status', words);
+}
+function expectWords() {
+  clearTimeout(silence);
+  silence = setTimeout(() => cut.abort(), 15000);
+}
+function readFeed(accept) {
+  cut = new AbortController();
+  expectWords();
+  return api('events', {headers: {Accept: accept}, signal: cut.signal});
+}
+async function stream() {
+  for await (const [name, told] of eventsOf(await readFeed('text/event-stream'))) {
+    expectWords();
+    failures = 0;
+    status('live', 'Live');
+    if (name === 'fleet') takeFleet(told);
+    if (name === 'table') takeTable(told);
+  }
+  throw new Error('the stream ended');
+}
+async function poll() {
+  const told = await (await readFeed('application/json')).json();
+  takeFleet(told.fleet);
+  takeTable(told.table);
+  status('poll', 'Live, every 5 s');
+  await sleep(5000);
+}
+async function follow() {
+  const mine = ++feed;
+  failures = 0;
+  while (mine === feed) {
+    // Where a stream does not get through, poll, and try a stream now and then.
+    const polls = failures > 2 && failures % 6;
+    failures++;
+    try {
+      await (polls ? poll() : stream());
+    } catch (error) {
+      if (mine !== feed) return;
+      if (error.problem?.status === 401) return leave(explain(error));
+      const pause = Math.min(30, 2 ** failures) * (0.25 + Math.random() / 4);
+      status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
+      await sleep(pause * 1000);
+    }
+  }
+}
+
+function enter() {
+  document.body.className = 'in';
+  status('', 'Connecting');
+  follow();
+}
+function leave(why) {
+  feed++;
+  cut.abort();
+  key = '';
+  sessionStorage.removeItem('cockpit-key');
+  for (const open of document.querySelectorAll('dialog[open]')) open.close();
+  document.body.className = '';
+  say('why', why);
+  $('key').value = '';
+  $('key').focus();
+}
+$('enter').onsubmit = async event => {
+  event.preventDefault();
+  key = encodeURI($('key').value.trim());  // a header holds ASCII only
+  try {
+    await api('provision?limit=1');
+    sessionStorage.setItem('cockpit-key', key);
+    enter();
+    $('new').focus();
+  } catch (error) {
+    leave(explain(error));
+  }
+};
+$('out').onclick = () => leave('');
+document.addEventListener('DOMContentLoaded', () => {  // the rest of the script is read by then
+  if (key) enter();
+  else $('key').focus();
+});
+"""
+
+PAGE_BOARD = r"""
+const COLUMNS = [
+  ['vm_id', 'VM', row => row.phone],
+  ['state', 'State', row => (row.step ? `${row.state}: ${row.step}` : row.state)],
+  ['region', 'Region', row => row.region],
+  ['image', 'Image', row => row.image.split('/').pop()],
+  ['waiting', 'Waiting', row => `${row.waiting || ''}`],
+  ['last_text', 'Last text', row => ago(row.last_text)],
+  ['away_since', 'Away since', row => ago(row.away_since)],
+  ['last_error', 'Last error', row => row.last_error],
+];
+const FILTERED = ['phone', 'vm_id', 'state', 'region', 'image', 'last_error'];
+const LARGEST_FIRST = ['waiting', 'last_text', 'away_since'];
+const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [10, 's']];
+const lines = new Map();  // of the table, by vm_id
+let sortedBy = '';
+let isFalling = true;
+let fleet = null;
+let fleetAt = 0;
+let table = {rows: [], total: 0};
+
+function span(seconds) {
+  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
+  if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
+  const [size, unit] = UNITS.find(([least]) => seconds >= least);
+  return `${Math.floor(seconds / (unit === 's' ? 1 : size))} ${unit}`;
+}
+function ago(at) {
+  if (!at) return '';
+  const seconds = Math.round(fleet.at - at + (performance.now() - fleetAt) / 1000);
+  return seconds < 2 ? 'now' : `${span(seconds)} ago`;
+}
+function takeFleet(told) {
+  fleet = told;
+  fleetAt = performance.now();
+  const states = Object.entries(fleet.vms).filter(([, count]) => count);
+  const texts = fleet.hour.reduce((sum, [count]) => sum + count, 0);
+  const failed = fleet.hour.reduce((sum, [, count]) => sum + count, 0);
+  const isAnswered = fleet.median_s !== null;
+  say('mode', fleet.mode);
+  say('number', fleet.number);
+  say('vms', `${states.reduce((sum, [, count]) => sum + count, 0)}`);
+  say('states', states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet');
+  say('rate', `${fleet.texts_a_minute}`);
+  say('texts', `${texts} in the last hour`);
+  say('median', isAnswered ? span(fleet.median_s) : '–');
+  say('p99', isAnswered ? `median; p99 ${span(fleet.p99_s)}` : 'no answers yet');
+  say('waiting', `${fleet.waiting}`);
+  say('oldest', fleet.waiting ? `oldest ${span(fleet.oldest_s)}` : 'nothing waits');
+  say('chart-title', `Last hour: ${texts} texts, ${failed} failures`);
+  $('troubles').replaceChildren(...fleet.troubles.map(words => make('li', {}, words)));
+  drawChart(fleet.hour);
+}
+function bar(at, count, most, kind) {
+  const high = Math.max(count ? 3 : 1.5, count / most * 56);
+  const made = document.createElementNS('http://www.w3.org/2000/svg', 'rect');
+  const shape = {x: at * 6, y: 56 - high, width: 4.8, height: high, class: kind};
+  for (const [name, value] of Object.entries(shape)) made.setAttribute(name, value);
+  return made;
+}
+function drawChart(minutes) {
+  const most = Math.max(8, ...minutes.flat());
+  const bars = minutes.map(([count], at) => bar(at, count, most, count ? 'texts' : 'idle'));
+  minutes.forEach(([, count], at) => count && bars.push(bar(at, count, most, 'failures')));
+  $('chart').replaceChildren(...bars);
+}
+
+function maskPhone(words) {  // as the gateway masks the numbers in the rows
+  const phone = `+${words.replace(/[+ .()-]/g, '')}`;
+  if (!/^\+\d{7,15}$/.test(phone)) return words;
+  const shown = Math.min(5, Math.max(2, phone.length - 7));
+  return `${phone.slice(0, shown)}***${phone.slice(-4)}`;
+}
+function compare(one, other) {
+  const [left, right] = [one[sortedBy] ?? 0, other[sortedBy] ?? 0];
+  const order = (left > right) - (left < right);
+  return isFalling ? -order : order;
+}
+function newLine(row) {
+  const line = make('tr');
+  for (const [name, title] of COLUMNS) {
+    const cell = make('td', {className: name}, make('span'));
+    cell.dataset.name = title;
+    line.append(cell);
+  }
+  line.cells[0].append(make('code', {}, row.vm_id));
+  const acts = make('td', {className: 'acts'});
+  for (const [name, {title}] of Object.entries(CHANGES)) {
+    const button = make('button', {name, className: 'small flat'}, title);
+    button.ariaLabel = `${title} ${row.phone}`;
+    button.onclick = () => change(row, name);
+    acts.append(button);
+  }
+  line.append(acts);
+  return line;
+}
+function lineOf(row) {
+  if (!lines.has(row.vm_id)) lines.set(row.vm_id, newLine(row));
+  const line = lines.get(row.vm_id);
+  line.className = row.state;
+  COLUMNS.forEach(([, , words], at) => put(line.cells[at].firstChild, words(row)));
+  line.querySelector('.image').title = row.image;
+  line.querySelector('td.last_error').title = row.last_error;
+  const isUp = ['ready', 'asleep', 'away'].includes(row.state);
+  for (const button of line.lastChild.children) button.disabled = !isUp && button.name !== 'teardown';
+  return line;
+}
+function drawTable() {
+  const {rows, total} = table;
+  const needle = $('filter').value.trim().toLowerCase();
+  const found = rows.filter(row => {
+    const words = FILTERED.map(name => row[name]).join(' ').toLowerCase();
+    return words.includes(needle) || words.includes(maskPhone(needle));
+  });
+  const wanted = found.sort(compare).map(lineOf);
+  const shown = $('rows').children;
+  if (wanted.length !== shown.length || wanted.some((line, at) => line !== shown[at])) {
+    const focused = document.activeElement;  // moving a line takes the focus from its buttons
+    $('rows').replaceChildren(...wanted);
+    focused.focus();
+  }
+  const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
+  say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
+  const empty = needle ? 'No VM matches this filter.' : 'No VMs yet. New VM sets one up for a phone number.';
+  say('none', found.length ? '' : empty);
+}
+function takeTable(told) {
+  table = told;
+  const present = new Set(table.rows.map(row => row.vm_id));
+  for (const vmId of lines.keys()) if (!present.has(vmId)) lines.delete(vmId);
+  drawTable();
+}
+function sortBy(name) {
+  isFalling = sortedBy === name ? !isFalling : LARGEST_FIRST.includes(name);
+  sortedBy = name;
+  for (const head of $('heads').children) head.removeAttribute('aria-sort');
+  $(`by-${name}`).ariaSort = isFalling ? 'descending' : 'ascending';
+  drawTable();
+}
+for (const [name, title] of COLUMNS) {
+  const button = make('button', {onclick: () => sortBy(name)}, title);
+  $('heads').append(make('th', {id: `by-${name}`, scope: 'col'}, button));
+}
+$('heads').append(make('td'));
+$('filter').oninput = drawTable;
+setInterval(() => { if (key && fleet) drawTable(); }, 1000);  // times go by
+"""
+
+PAGE_ACTIONS = r"""
+const CHANGES = {
+  restart: {
+    title: 'Restart',
+    words: 'is restarted. What it runs now is cut off and handed over again. Texts wait.',
+    done: 'it is restarted.',
+  },
+  upgrade: {
+    title: 'Upgrade',
+    words: 'moves to the present VM_IMAGE, and back if that does not answer. Texts wait.',
+    done: 'it runs the present image.',
+  },
+  teardown: {
+    title: 'Tear down',
+    words: 'is destroyed with its disk, and its number is freed. Texts that wait are not run; '
+      + 'the owner is told. This cannot be undone.',
+    done: 'it is torn down.',
+  },
+};
+const STEPS = {
+  app: 'Create the app',
+  secrets: 'Store the credentials',
+  address: 'Allocate an address',
+  volume: 'Create the volume, if it has one',
+  machine: 'Create the machine',
+  start: 'Start it',
+  health: 'Wait for its /health',
+};
+function ask(title, words, yes, kind) {
+  say('ask-title', title);
+  say('ask-words', words);
+  say('ask-yes', yes);
+  $('ask-yes').className = kind;
+  $('ask').returnValue = '';
+  $('ask').showModal();
+  return new Promise(done => {
+    $('ask').onclose = () => done($('ask').returnValue === 'yes');
+  });
+}
+async function change(row, name) {
+  const {title, words, done} = CHANGES[name];
+  const isLast = name === 'teardown';
+  const kind = isLast ? 'bad' : 'go';
+  if (!await ask(`${title} ${row.phone}?`, `${row.vm_id} ${words}`, title, kind)) return;
+  toast(`${row.phone}: ${title.toLowerCase()} is under way.`);
+  const path = `provision/${row.vm_id}`;
+  try {
+    const answer = await (isLast ? api(path, {method: 'DELETE'}) : post(`${path}/${name}`, {}));
+    const isOpen = answer.status === 202;
+    toast(`${row.phone}: ${isOpen ? 'Fly has not confirmed yet; it is tried until it has.' : done}`);
+  } catch (error) {
+    toast(`${row.phone}: ${explain(error)}`);
+  }
+}
+
+function readOrder() {
+  const form = new FormData($('order'));
+  const values = form.getAll('value');
+  const pairs = form.getAll('variable').map((name, at) => [name.trim(), values[at]]);
+  return {
+    phone_number: form.get('phone').trim(),
+    github_token: form.get('token'),
+    api_keys: Object.fromEntries(pairs.filter(([name, value]) => name || value)),
+    region: form.get('region') || undefined,
+    welcome: form.has('welcome'),
+  };
+}
+function showOrder() {
+  const codes = ['', ...(fleet?.regions || [])];
+  const options = codes.map(code => make('option', {value: code}, code || 'As configured'));
+  if ($('region').length < options.length) $('region').replaceChildren(...options);
+  $('order').hidden = false;
+  $('progress').hidden = true;
+  say('order-error', '');
+  if (!$('make').open) $('make').showModal();
+}
+function markSteps(done) {
+  [...$('steps').children].forEach((line, at) => {
+    line.className = at < done ? 'done' : at === done ? 'now' : '';
+  });
+}
+async function followOrder(phone, answer) {
+  const steps = Object.keys(STEPS);
+  const began = performance.now();
+  const isMade = answer.headers.get('Content-Type').includes('json');
+  const events = isMade ? [['ready', await answer.json()]] : eventsOf(answer);
+  for await (const [name, told] of events) {
+    if (name === 'failed') throw failure(told);
+    if (name === 'step') {
+      const at = steps.indexOf(told.step);
+      markSteps(at + 1);
+      say(`step-${told.step}`, ` ${span(told.seconds)}`);
+    }
+    if (name === 'ready') {
+      markSteps(steps.length);
+      const code = told.pairing_code;
+      const next = code ? `Text ${code} from that phone to connect it.` : 'Its phone can text now.';
+      say('progress-title', `${phone} is ready`);
+      say('progress-words', `${told.vm_id}, after ${span((performance.now() - began) / 1000)}. ${next}`);
+      return;
+    }
+  }
+  throw new Error('the stream ended');
+}
+async function showProgress(phone, answer) {
+  $('order').hidden = true;
+  $('progress').hidden = false;
+  $('again').hidden = true;
+  const steps = Object.entries(STEPS);
+  $('steps').replaceChildren(...steps.map(([step, title]) => {
+    return make('li', {}, title, make('small', {id: `step-${step}`}));
+  }));
+  markSteps(0);
+  say('progress-title', `Setting up ${phone}`);
+  say('progress-words', '');
+  try {
+    await followOrder(phone, answer);
+    $('order').reset();
+    document.dispatchEvent(new CustomEvent('vm-ready', {detail: phone}));
+  } catch (error) {
+    document.querySelector('#steps .now')?.setAttribute('class', 'broken');
+    $('again').hidden = false;
+    say('progress-title', `${phone} could not be set up`);
+    const undone = `${explain(error)} What was made is being undone.`;
+    const broken = 'The connection broke. The gateway goes on by itself: the table shows how it ends.';
+    say('progress-words', error.problem ? undone : broken);
+  }
+}
+$('order').onsubmit = async event => {
+  event.preventDefault();
+  const order = readOrder();
+  $('order-go').disabled = true;
+  try {
+    const answer = await post('provision', order, 'text/event-stream');
+    showProgress(order.phone_number, answer);
+  } catch (error) {
+    say('order-error', explain(error));
+  } finally {
+    $('order-go').disabled = false;
+  }
+};
+$('more').onclick = () => {
+  const pair = $('keys').firstElementChild.cloneNode(true);
+  for (const input of pair.children) input.value = input.defaultValue = '';
+  $('keys').append(pair);
+  pair.firstElementChild.focus();
+};
+$('new').onclick = showOrder;
+$('again').onclick = showOrder;
+for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => $('make').close();
+"""
+
+PAGE_PHONE = r"""
+const NOTICE = /^(Your (VM|queue) |Not run|No answer after|Still working)/;
+let vms = [];
+let threadOf = '';
+const number = () => $('from').value.replace(/[ .()-]/g, '');
+async function readNumbers() {  // the feed masks them
+  const known = $('known');
+  vms = (await (await api('provision?limit=200')).json()).vms;
+  const options = vms.map(vm => make('option', {value: vm.phone_number}));
+  if (options.length !== known.children.length) known.replaceChildren(...options);
+  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
+}
+function bubble({at, body, direction, media}) {
+  const urls = media.map(url => new URL(url, location));
+  const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture from the VM'}));
+  const kind = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
+  const time = new Date(at).toLocaleTimeString();
+  return make('li', {className: kind}, body, ...pictures, make('time', {}, time));
+}
+async function readThread() {
+  const list = $('thread');
+  await readNumbers();
+  const phone = number();
+  if (phone !== threadOf) list.replaceChildren();
+  threadOf = phone;
+  if (!phone) return;
+  const answer = await api(`_local/texts?phone=${encodeURIComponent(phone)}`);
+  const {texts} = await answer.json();
+  const news = texts.slice(list.children.length);
+  if (phone !== number() || !news.length) return;
+  const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
+  list.append(...news.map(bubble));
+  if (isAtEnd) list.lastChild.scrollIntoView({block: 'nearest'});
+}
+async function followThread() {
+  for (;;) {
+    $('kill').hidden = !fleet?.can_kill;
+    if (key) await readThread().catch(() => {});  // the feed says what is wrong
+    await sleep(document.hidden ? 5000 : 800);
+  }
+}
+$('send').onsubmit = async event => {
+  event.preventDefault();
+  const body = $('words').value;
+  $('words').value = '';
+  try {
+    const answer = await post('_local/texts', {from: number(), body});
+    const {webhook_status: code} = await answer.json();
+    if (code !== 200) toast(`The gateway answered this text with ${code}. Its log says why.`);
+    await readThread();
+  } catch (error) {
+    $('words').value = body;
+    toast(explain(error));
+  }
+};
+$('kill').onclick = async () => {
+  const vm = vms.find(known => known.phone_number === number());
+  if (!vm) return toast('This number has no VM. New VM sets one up.');
+  try {
+    await post(`_local/vms/${vm.vm_id}/kill`, {});
+    toast('Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.');
+  } catch (error) {
+    toast(explain(error));
+  }
+};
+document.addEventListener('vm-ready', event => { $('from').value = event.detail; });
+followThread();
+"""
+# --- Local world ---
+
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
+RESTART_PAUSE_S = 1.0
+PROXY_BYTES = 8 * 1024 * 1024
+FLY_ROOT = "/_local/fly/v1"
+FLY_BODY_BYTES = 512 * 1024
+ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
+LOCAL_SETTINGS = web.AppKey("local_settings", Settings)
+LocalHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+FlyCall = Callable[[web.Request], Awaitable[Any]]
 
 
 @web.middleware
-async def fence(request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> web.StreamResponse:
-    """Keep /_local to this machine: a tunnel or a page elsewhere must not hand anybody a shell."""
-    if request.path.startswith("/_local"):
-        host = re.sub(r":[0-9]*$", "", request.headers.get("Host", "")).lower()
-        forwarded = any(name.lower() == "forwarded" or name.lower().startswith("x-forwarded") for name in request.headers)
-        if not is_loopback(host) or forwarded or not is_loopback(request.remote or ""):
-            raise Refusal("forbidden", "/_local answers this machine only")
-        if request.method == "POST" and not request.path.startswith("/_local/twilio/") and request.can_read_body and request.content_type != "application/json":
-            raise Refusal("unsupported_media_type", "send Content-Type: application/json")
+async def loopback_only(request: web.Request, handler: LocalHandler) -> web.StreamResponse:
+    """Keep what hands out a shell to this machine: no tunnel and no page elsewhere may use it."""
+    settings = request.app[LOCAL_SETTINGS].gateway
+    is_local_path = request.path.startswith("/_local")
+    public_host = urlsplit(settings.public_url).hostname or ""
+    if is_local_path or is_loopback(public_host):
+        check_host(request, settings.port)
+    if is_local_path:
+        check_is_direct(request)
+        check_is_json(request)
     return await handler(request)
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class LocalMachine:
-    """A machine of the stand-in: a child process with its own environment, folder and port."""
+def check_host(request: web.Request, port: int) -> None:
+    """The name by which a page elsewhere got here (DNS rebinding) stands in the Host header."""
+    host = request.headers.get("Host", "")
+    name = re.sub(r":[0-9]*$", "", host).lower()
+    if not is_loopback(name):
+        url = f"http://127.0.0.1:{port}"
+        raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
 
-    id: str
-    region: str
-    config: Json
-    folder: Path
-    port: int
-    state: str = "created"
-    instance_id: str = ""
-    events: list[Json] = field(default_factory=list)  # newest first
-    created_at: str = field(default_factory=lambda: timestamp(time.time()))
-    process: asyncio.subprocess.Process | None = None
-    keeper: asyncio.Task[None] | None = None
 
-    def to_json(self) -> Json:
-        return {"id": self.id, "name": self.id, "state": self.state, "region": self.region, "instance_id": self.instance_id, "config": self.config,
-                "created_at": self.created_at, "host_status": "ok", "checks": [], "events": self.events[:20]}
+def check_is_direct(request: web.Request) -> None:
+    prefixes = ("forwarded", "x-forwarded")
+    is_forwarded = any(name.lower().startswith(prefixes) for name in request.headers)
+    if is_forwarded or not is_loopback(request.remote or ""):
+        remedy = "use http://127.0.0.1, without a proxy or tunnel"
+        raise Refusal("forbidden", f"/_local answers this machine only: {remedy}")
+
+
+def check_is_json(request: web.Request) -> None:
+    """A page elsewhere may post a form without being asked, but not JSON."""
+    takes_forms = request.path.startswith("/_local/twilio/")
+    if takes_forms or request.method != "POST" or not request.can_read_body:
+        return
+    if request.content_type != "application/json":
+        raise Refusal("unsupported_media_type", "send Content-Type: application/json")
+
+
+def has_authorization(request: web.Request, wanted: str) -> bool:
+    given = request.headers.get("Authorization", "")
+    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), wanted.encode())
+
+
+def make_private_folder(folder: Path) -> None:
+    """Make it, for this user alone (blocking); raises StoreError."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError as error:
+        raise StoreError(f"the folder {folder} cannot be made: {error.strerror}") from error
+
+
+def read_if_there(path: Path) -> bytes:
+    """A file's bytes; none when there is no file (blocking); raises StoreError."""
+    try:
+        return read_nofollow(path)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def read_stat(pid: int) -> tuple[int, int, int]:
+    """Group, session and start of a process; zeros when there is none, or no /proc (blocking).
+
+    proc(5): fields 5, 6 and 22; the second is a name and may hold anything.
+    """
+    try:
+        raw = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return 0, 0, 0
+    fields = raw.rpartition(b")")[2].split()
+    return int(fields[2]), int(fields[3]), int(fields[19])
+
+
+def signal_session(leader: int, number: int) -> None:
+    """Signal a VM's process, then the groups its agent runs in, where /proc tells them (blocking)."""
+    groups = {leader: None}
+    for entry in Path("/proc").glob("[0-9]*"):
+        group, session, _ = read_stat(int(entry.name))
+        if session == leader:
+            groups[group] = None
+    for group in groups:
+        signal_group(group, number)
+
+
+def end_leftover(pid: int, started: int) -> None:
+    """End a process of the last gateway, unless its number is another's by now (blocking)."""
+    if pid > 1 and started and read_stat(pid) == (pid, pid, started):
+        signal_session(pid, signal.SIGKILL)
+
+
+def choose_port(wanted: int) -> int:
+    """The wanted port of this machine, or any when that is taken or 0."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def open_log(folder: Path) -> int:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.open(folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LocalApp:
+    """An app: what its machines share."""
+
     name: str
-    network: str
-    secrets: dict[str, str] = field(default_factory=dict)
-    version: int = 0
+    network: str = ""
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    secrets_version: int = 0
     ips: list[Json] = field(default_factory=list)
     volumes: list[Json] = field(default_factory=list)
     machines: dict[str, LocalMachine] = field(default_factory=dict)
 
-
-def remove_left_folders() -> None:
-    """Remove what the VMs of a killed gateway left on disk: its process id stands in the folder's name."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{LOCAL_FOLDER}*"):
-        with contextlib.suppress(ValueError, PermissionError):  # not ours
-            try:
-                os.kill(int(folder.name.removeprefix(LOCAL_FOLDER).partition("-")[0]), 0)
-            except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
+    def to_record(self) -> Json:
+        record = {name: getattr(self, name) for name in APP_FIELDS}
+        record["machines"] = [machine.to_record() for machine in self.machines.values()]
+        return record
 
 
-class LocalFly:
-    """A stand-in for the Machines API that speaks HTTP; its machines are `python cockpit.py vm` processes."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class LocalMachine:
+    """A record that lasts and, while it is started, a child process that is kept running."""
 
-    def __init__(self, settings: Settings, owner: Owner) -> None:
-        self._settings, self._owner = settings, owner
-        self.apps: dict[str, LocalApp] = {}
-        remove_left_folders()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{LOCAL_FOLDER}{os.getpid()}-"))
-        self._authorization = fly_authorization(settings.fly_token)
+    app: LocalApp
+    world: LocalWorld
+    id: str = field(default_factory=lambda: secrets.token_hex(7))
+    region: str
+    config: Json
+    state: str = "created"
+    instance_id: str = field(default_factory=lambda: secrets.token_hex(13))
+    events: list[Json] = field(default_factory=list)  # newest first
+    created_at: str = field(default_factory=lambda: utc_seconds(time.time()))
+    port: int = 0
+    pid: int = 0
+    pid_started: int = 0
+    process: asyncio.subprocess.Process | None = None
+    keeper: asyncio.Task[None] | None = None
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def routes(self) -> list[web.RouteDef]:
-        root = "/_local/fly/v1"
-        app, machine = root + "/apps/{app}", root + "/apps/{app}/machines/{machine}"
-        table: list[tuple[str, str, Callable[[web.Request], Awaitable[web.StreamResponse]]]] = [
-            ("POST", root + "/apps", self._create_app), ("GET", root + "/apps", self._list_apps), ("GET", root + "/orgs/{org}/machines", self._list_org_machines),
-            ("GET", app, self._get_app), ("DELETE", app, self._delete_app), ("POST", app + "/secrets", self._set_secrets),
-            ("GET", app + "/ip_assignments", self._list_addresses), ("POST", app + "/ip_assignments", self._allocate_address),
-            ("GET", app + "/volumes", self._list_volumes), ("POST", app + "/volumes", self._create_volume), ("DELETE", app + "/volumes/{volume}", self._delete_volume),
-            ("GET", app + "/machines", self._list_machines), ("POST", app + "/machines", self._create_machine),
-            ("GET", machine, self._get_machine), ("DELETE", machine, self._delete_machine),
-            ("POST", machine, self._update_machine), ("GET", machine + "/wait", self._wait), ("POST", machine + "/{verb:start|stop|restart}", self._command),
-        ]
-        routes = [web.route(method, path, self._authorized(handler)) for method, path, handler in table]
-        return [*routes, web.route("*", "/_local/vm/{app}{path:/.*}", self._proxy), web.post("/_local/vms/{app}/kill", self._kill)]
+    def to_record(self) -> Json:
+        return {name: getattr(self, name) for name in MACHINE_FIELDS}
 
-    def _authorized(self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-        async def check(request: web.Request) -> web.StreamResponse:
-            if request.headers.get("Authorization") != self._authorization:
-                return web.json_response({"error": "unauthorized"}, status=401)
-            return await handler(request)
-        return check
+    def to_json(self) -> Json:
+        """As the Machines API shows it."""
+        shown = {name: getattr(self, name) for name in SHOWN_FIELDS}
+        shown["name"] = self.id
+        shown["app_name"] = self.app.name
+        shown["host_status"] = "ok"
+        shown["checks"] = []
+        return shown
 
-    def _app(self, request: web.Request) -> LocalApp:
-        app = self.apps.get(request.match_info["app"])
-        if app is None:
-            raise web.HTTPNotFound(text='{"error": "app not found"}')
-        return app
+    async def start(self) -> None:
+        async with self.turn:
+            if self.state == "destroyed":
+                raise Refusal("wrong_state", f"the machine {self.id} is destroyed")
+            if self.keeper is None or self.keeper.done():
+                await self._spawn()
+                self.keeper = self.world.tasks.start(self._keep(), f"keep {self.id}")
 
-    def _machine(self, request: web.Request) -> LocalMachine:
-        machine = self._app(request).machines.get(request.match_info["machine"])
-        if machine is None:
-            raise web.HTTPNotFound(text='{"error": "machine not found"}')
-        return machine
+    async def stop(self, state: str = "stopped") -> None:
+        async with self.turn:
+            await self._end()
+            self._become(state)
 
-    async def _create_app(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        if body["name"] in self.apps:
-            return web.json_response({"error": "Name has already been taken", "status": "name_taken"}, status=422)
-        self.apps[body["name"]] = LocalApp(name=body["name"], network=body.get("network", ""))
-        return web.json_response({"id": body["name"], "created_at": int(time.time() * 1000)}, status=201)
+    async def close(self) -> None:
+        """End the process; the record stays, so that the next gateway starts it again."""
+        async with self.turn:
+            await self._end()
 
-    def _app_json(self, app: LocalApp) -> Json:
-        return {"id": app.name, "name": app.name, "status": "deployed", "network": app.network, "machine_count": len(app.machines),
-                "volume_count": len(app.volumes), "organization": {"slug": self._settings.fly_org}}
+    async def kill(self) -> None:
+        """End the process as a crash would: it comes back."""
+        if self.process is not None:
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
 
-    async def _list_apps(self, request: web.Request) -> web.Response:
-        return web.json_response({"total_apps": len(self.apps), "apps": [self._app_json(app) for app in self.apps.values()]})
+    async def wait(self, state: str, version: str, after_event: str) -> None:
+        """Until it is in this state and version, and has started since that event."""
+        while (
+            self.state != state
+            or version not in ("", self.instance_id)
+            or (after_event and self.events[:1] and self.events[0]["id"] == after_event)
+        ):
+            await self.changed.wait()
 
-    async def _list_org_machines(self, request: web.Request) -> web.Response:
-        machines = [machine.to_json() | {"app_name": app.name} for app in self.apps.values() for machine in app.machines.values()]
-        return web.json_response({"machines": machines, "next_cursor": "", "error_regions": []})
+    def _become(self, state: str) -> None:
+        self.state = state
+        self.changed.set()
+        self.changed = asyncio.Event()
 
-    async def _get_app(self, request: web.Request) -> web.Response:
-        return web.json_response(self._app_json(self._app(request)))
+    async def _end(self) -> None:
+        if self.keeper is not None:
+            self.keeper.cancel()
+            await asyncio.wait({self.keeper})
+            self.keeper = None
+        if self.process is not None:
+            await self.kill()
+            await self.process.wait()
+            self.process = None
 
-    async def _delete_app(self, request: web.Request) -> web.Response:
-        app = self._app(request)
-        del self.apps[app.name]
-        for machine in app.machines.values():
-            await self._stop(machine, "destroyed")
-            shutil.rmtree(machine.folder, ignore_errors=True)
-        return web.Response(status=202)
+    async def _keep(self) -> None:
+        """The restart policy `always`."""
+        while self.process is not None:
+            leader = self.process.pid
+            code = await self.process.wait()
+            self.process = None
+            self._become("starting")
+            # What it ran does not outlive it.
+            await asyncio.to_thread(signal_session, leader, signal.SIGKILL)
+            log_event("local_vm_exited", vm_id=self.app.name, exit_code=code)
+            await asyncio.sleep(RESTART_PAUSE_S)
+            async with self.turn:
+                await self._spawn()
+            with contextlib.suppress(StoreError):
+                await self.world.save()
 
-    async def _set_secrets(self, request: web.Request) -> web.Response:
-        app = self._app(request)
-        for name, value in (await request.json())["values"].items():
-            app.secrets.pop(name, None)
-            if value is not None:
-                app.secrets[name] = value
-        app.version += 1
-        return web.json_response({"secrets": [{"name": name} for name in app.secrets], "version": app.version})
-
-    async def _list_addresses(self, request: web.Request) -> web.Response:
-        return web.json_response({"ips": self._app(request).ips})
-
-    async def _allocate_address(self, request: web.Request) -> web.Response:
-        app, kind = self._app(request), (await request.json())["type"]
-        ip = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}[kind] + str(len(app.ips) + 1)
-        app.ips.append({"ip": ip, "region": "global", "shared": kind == "shared_v4"})
-        return web.json_response(app.ips[-1])
-
-    async def _list_volumes(self, request: web.Request) -> web.Response:
-        return web.json_response(self._app(request).volumes)
-
-    async def _create_volume(self, request: web.Request) -> web.Response:
-        app, body = self._app(request), await request.json()
-        app.volumes.append({"id": "vol_" + secrets.token_hex(8), "name": body["name"], "state": "created", "region": body.get("region", "iad"), "size_gb": body.get("size_gb", 3)})
-        return web.json_response(app.volumes[-1])
-
-    async def _delete_volume(self, request: web.Request) -> web.Response:
-        app = self._app(request)
-        app.volumes = [volume for volume in app.volumes if volume["id"] != request.match_info["volume"]]
-        return web.json_response({})
-
-    async def _list_machines(self, request: web.Request) -> web.Response:
-        return web.json_response([machine.to_json() for machine in self._app(request).machines.values()])
-
-    async def _create_machine(self, request: web.Request) -> web.Response:
-        app, body = self._app(request), await request.json()
-        machine = LocalMachine(id=secrets.token_hex(7), region=str(body.get("region") or "iad").split(",")[0], config=body["config"],
-                               folder=Path(tempfile.mkdtemp(dir=self._folder)), port=free_port())
-        app.machines[machine.id] = machine
-        if body.get("skip_launch"):
-            machine.instance_id = secrets.token_hex(13)
-        else:
-            await self._start(app, machine)
-        return web.json_response(machine.to_json())
-
-    async def _delete_machine(self, request: web.Request) -> web.Response:
-        machine = self._machine(request)
-        del self._app(request).machines[machine.id]
-        await self._stop(machine, "destroyed")
-        return web.json_response({"ok": True})
-
-    async def _get_machine(self, request: web.Request) -> web.Response:
-        return web.json_response(self._machine(request).to_json())
-
-    async def _update_machine(self, request: web.Request) -> web.Response:
-        app, machine, body = self._app(request), self._machine(request), await request.json()
-        if body.get("current_version", machine.instance_id) != machine.instance_id:
-            return web.json_response({"error": "aborted: the machine has another version"}, status=409)
-        await self._stop(machine, "replacing")
-        machine.config = body["config"]
-        await self._start(app, machine)
-        return web.json_response(machine.to_json())
-
-    async def _wait(self, request: web.Request) -> web.Response:
-        machine, wanted = self._machine(request), request.query.get("state", "started")
-        deadline = time.monotonic() + float(request.query.get("timeout", "60"))
-        while machine.state != wanted or (machine.events and machine.events[0]["id"] == request.query.get("from_event_id")):
-            if time.monotonic() > deadline:
-                return web.json_response({"error": f"deadline_exceeded: machine failed to reach desired state, {wanted}, currently {machine.state}"}, status=408)
-            await asyncio.sleep(0.05)
-        return web.json_response({"ok": True, "state": machine.state, "version": machine.instance_id})
-
-    async def _command(self, request: web.Request) -> web.Response:
-        app, machine, verb = self._app(request), self._machine(request), request.match_info["verb"]
-        previous = machine.state
-        if verb in ("stop", "restart"):
-            await self._stop(machine, "stopped")
-        if verb in ("start", "restart"):
-            await self._start(app, machine)
-        return web.json_response({"ok": True, "previous_state": previous})
-
-    async def _start(self, app: LocalApp, machine: LocalMachine) -> None:
-        if machine.keeper is None:
-            machine.instance_id = secrets.token_hex(13)
-            await self._spawn(app, machine)
-            machine.keeper = self._owner.start(self._keep(app, machine), f"keep {machine.id}")
-
-    async def _spawn(self, app: LocalApp, machine: LocalMachine) -> None:
-        environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ} | app.secrets
-        command = [sys.executable, THIS_FILE, "vm", "--host", "127.0.0.1", "--port", str(machine.port), "--until-stdin-closes"]
-        if self._settings.local_agent:
-            command += ["--agent", self._settings.local_agent]
-        output = await asyncio.to_thread(os.open, machine.folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    async def _spawn(self) -> None:
         try:
-            machine.process = await asyncio.create_subprocess_exec(*command, cwd=machine.folder, env=environ, stdin=asyncio.subprocess.PIPE,
-                                                                   stdout=output, stderr=output, start_new_session=True)
+            self.port = choose_port(self.port)
+            self.process = await self._create_process()
+        except OSError as error:
+            self._become("stopped")
+            name = self.app.name
+            raise StoreError(f"the local VM {name} cannot be started: {error}") from error
+        self.pid = self.process.pid
+        _, _, self.pid_started = await asyncio.to_thread(read_stat, self.pid)
+        event = {
+            "id": secrets.token_hex(13),
+            "type": "start",
+            "status": "started",
+            "timestamp": int(time.time() * 1000),
+        }
+        self.events = [event, *self.events[:19]]
+        self._become("started")
+
+    async def _create_process(self) -> asyncio.subprocess.Process:
+        """`cockpit.py vm` in the VM's folder, with its secrets and nothing of the gateway's."""
+        command = [sys.executable, THIS_FILE, "vm", "--until-stdin-closes"]
+        command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--agent", self.world.agent]
+        environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        folder = self.world.vms_folder / self.app.name
+        output = await asyncio.to_thread(open_log, folder)
+        try:
+            return await asyncio.create_subprocess_exec(
+                *command,
+                cwd=folder,
+                env=environ | self.app.secrets,
+                # Nothing comes: it closes when the gateway ends, however that ends.
+                stdin=asyncio.subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
         finally:
             os.close(output)
-        machine.state = "started"
-        machine.events.insert(0, {"id": secrets.token_hex(13), "type": "start", "status": "started", "timestamp": int(time.time() * 1000)})
 
-    async def _keep(self, app: LocalApp, machine: LocalMachine) -> None:
-        """The restart policy `always`."""
-        while machine.process is not None:
-            code = await machine.process.wait()
-            kill_group(machine.process)  # what it ran does not outlive it
-            machine.process, machine.state = None, "starting"
-            log_event("local_vm_exited", vm_id=app.name, exit_code=code, restarts_in_s=LOCAL_RESTART_S)
-            await asyncio.sleep(LOCAL_RESTART_S)
-            await self._spawn(app, machine)
 
-    async def _stop(self, machine: LocalMachine, state: str) -> None:
-        if machine.keeper is not None:
-            machine.keeper.cancel()
-            await asyncio.wait({machine.keeper})
-            machine.keeper = None
-        machine.state = state
-        if machine.process is not None:
-            kill_group(machine.process)
-            await machine.process.wait()
-            machine.process = None
+APP_FIELDS = ("name", "network", "secrets", "secrets_version", "ips", "volumes")
+SHOWN_FIELDS = ("id", "state", "region", "instance_id", "config", "created_at", "events")
+MACHINE_FIELDS = (*SHOWN_FIELDS, "port", "pid", "pid_started")
 
-    async def _kill(self, request: web.Request) -> web.Response:
-        for machine in self._app(request).machines.values():
-            if machine.process is not None:
-                kill_group(machine.process)
-        return web.Response(status=204)
 
-    async def _proxy(self, request: web.Request) -> web.StreamResponse:
-        """Like Fly's proxy: 503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next((machine for machine in self._app(request).machines.values() if machine.process is not None), None)
-        if machine is None:
-            return web.Response(status=503, text="no machine is running")
-        headers = {name: value for name, value in request.headers.items() if name.lower() in ("authorization", "content-type", "idempotency-key")}
+class LocalWorld:
+    """The apps and machines of the stand-in for Fly; what lasts of them lies in fly.json."""
+
+    def __init__(self, folder: Path, agent: str) -> None:
+        self.agent = agent
+        self.vms_folder = folder / "vms"
+        self.tasks = Tasks()
+        self.apps: dict[str, LocalApp] = {}
+        self._file = folder / "fly.json"
+        self._disk = ThreadPoolExecutor(1, "local fly")  # one write after the other
+
+    async def hold(self, _: web.Application) -> AsyncIterator[None]:
+        """Start what was started when the last gateway ended; end it with this one."""
         try:
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session, session.request(
-                    request.method, f"http://127.0.0.1:{machine.port}{request.match_info['path']}", data=await request.read(), headers=headers) as answer:
-                return web.Response(status=answer.status, body=await answer.read(), headers={"Content-Type": answer.headers.get("Content-Type", "application/octet-stream")})
+            raw = await asyncio.to_thread(read_if_there, self._file)
+            if raw:
+                self._load(raw)
+                await self._resume()
+                await self.save()
+            yield
+        finally:
+            await asyncio.gather(*[machine.close() for machine in self.machines()])
+            await self.tasks.close()
+            await asyncio.to_thread(self._disk.shutdown)
+
+    def _load(self, raw: bytes) -> None:
+        try:
+            for record in json.loads(raw)["apps"]:
+                self._restore(record)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            remedy = "remove it to forget the local VMs"
+            raise StoreError(f"{self._file} makes no sense ({error!r}); {remedy}") from error
+
+    def _restore(self, record: Json) -> None:
+        app = LocalApp(**{name: record[name] for name in APP_FIELDS})
+        for machine in record["machines"]:
+            known = {name: machine[name] for name in MACHINE_FIELDS}
+            app.machines[machine["id"]] = LocalMachine(app=app, world=self, **known)
+        self.apps[app.name] = app
+
+    async def _resume(self) -> None:
+        starts = []
+        for machine in self.machines():
+            await asyncio.to_thread(end_leftover, machine.pid, machine.pid_started)
+            if machine.state in ("started", "starting", "replacing"):
+                starts.append(machine.start())
+        await asyncio.gather(*starts)
+
+    async def save(self) -> None:
+        """Wait until the records are on disk as they are now; raises StoreError."""
+        apps = [app.to_record() for app in self.apps.values()]
+        content = to_json({"version": 1, "apps": apps}).encode()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._disk, self._write, content)
+
+    def _write(self, content: bytes) -> None:
+        make_private_folder(self._file.parent)
+        write_atomically(self._file, [content])
+
+    async def delete_app(self, app: LocalApp) -> None:
+        """End its machines and remove its folder."""
+        del self.apps[app.name]
+        for machine in app.machines.values():
+            await machine.stop("destroyed")
+        folder = self.vms_folder / app.name
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+
+    def machines(self) -> list[LocalMachine]:
+        return [machine for app in self.apps.values() for machine in app.machines.values()]
+
+    def app(self, request: web.Request) -> LocalApp:
+        """The app that a path names."""
+        name = request.match_info["app"]
+        if name not in self.apps:
+            raise Refusal("not_found", f"there is no app {name} here")
+        return self.apps[name]
+
+    def machine(self, request: web.Request) -> LocalMachine:
+        """The machine that a path names."""
+        machine_id = request.match_info["machine"]
+        machines = self.app(request).machines
+        if machine_id not in machines:
+            raise Refusal("not_found", f"there is no machine {machine_id} here")
+        return machines[machine_id]
+
+
+class LocalProxy:
+    """The way to a local VM, as Fly's proxy is."""
+
+    HEADERS = ("Authorization", "Content-Type", "Idempotency-Key")
+
+    def __init__(self, world: LocalWorld) -> None:
+        self._world = world
+        self._session: aiohttp.ClientSession  # while `hold` runs
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.route("*", "/_local/vm/{app}{path:/.*}", self._pass_on),
+            web.post("/_local/vms/{app}/kill", self._kill),
+        ]
+
+    async def hold(self, _: web.Application) -> AsyncIterator[None]:
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),
+        ) as self._session:
+            yield
+
+    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+        """503 while nothing listens; a connection that the VM drops is dropped here too."""
+        machines = self._world.app(request).machines.values()
+        port = next((machine.port for machine in machines if machine.process), 0)
+        if not port:
+            return web.Response(status=503, text="no machine is running")
+        try:
+            return await self._fetch(request, port)
         except aiohttp.ClientConnectorError:
             return web.Response(status=503, text="the machine does not listen yet")
         except aiohttp.ClientError:
             if request.transport is not None:
                 request.transport.abort()
-            return web.Response(status=502)
+            return web.Response(status=502, text="the machine dropped the connection")
 
-    async def close(self) -> None:
-        """End every local VM."""
-        for app in self.apps.values():
-            for machine in app.machines.values():
-                await self._stop(machine, "destroyed")
-        shutil.rmtree(self._folder, ignore_errors=True)
+    async def _fetch(self, request: web.Request, port: int) -> web.Response:
+        given = request.headers
+        sent = self._session.request(
+            request.method,
+            f"http://127.0.0.1:{port}{request.match_info['path']}",
+            headers={name: given[name] for name in self.HEADERS if name in given},
+            data=await request.read(),
+            allow_redirects=False,
+        )
+        async with sent as response:
+            body = await read_at_most(response, PROXY_BYTES)
+        if body is None:
+            return web.Response(status=502, text="the machine's answer is over 8 MiB")
+        kind = response.headers.get("Content-Type", "application/octet-stream")
+        return web.Response(status=response.status, body=body, headers={"Content-Type": kind})
+
+    async def _kill(self, request: web.Request) -> web.Response:
+        require_key(request)
+        for machine in self._world.app(request).machines.values():
+            await machine.kill()
+        return web.Response(status=204)
 
 
-def kill_group(leader: asyncio.subprocess.Process) -> None:
-    """End a process and whatever it started, also when it has ended itself."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
+class LocalFly:
+    """A stand-in for the Machines API that speaks HTTP; its machines are `cockpit.py vm` processes."""
 
+    def __init__(self, settings: FlySettings, world: LocalWorld) -> None:
+        self._authorization = fly_authorization(settings.token)
+        self._org = settings.org
+        self._world = world
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    def routes(self) -> list[web.RouteDef]:
+        table: list[tuple[str, str, FlyCall]] = [
+            ("GET", "/apps", self._list_apps),
+            ("POST", "/apps", self._create_app),
+            ("GET", "/apps/{app}", self._get_app),
+            ("DELETE", "/apps/{app}", self._delete_app),
+            ("POST", "/apps/{app}/secrets", self._set_secrets),
+            ("GET", "/apps/{app}/ip_assignments", self._list_addresses),
+            ("POST", "/apps/{app}/ip_assignments", self._allocate_address),
+            ("GET", "/apps/{app}/volumes", self._list_volumes),
+            ("POST", "/apps/{app}/volumes", self._create_volume),
+            ("DELETE", "/apps/{app}/volumes/{volume}", self._delete_volume),
+            ("GET", "/apps/{app}/machines", self._list_machines),
+            ("POST", "/apps/{app}/machines", self._create_machine),
+            ("GET", "/apps/{app}/machines/{machine}", self._get_machine),
+            ("POST", "/apps/{app}/machines/{machine}", self._update_machine),
+            ("DELETE", "/apps/{app}/machines/{machine}", self._delete_machine),
+            ("GET", "/apps/{app}/machines/{machine}/wait", self._wait),
+            ("POST", "/apps/{app}/machines/{machine}/{verb:start|stop|restart}", self._command),
+            ("POST", "/apps/{app}/machines/{machine}/metadata/{key}", self._set_metadata),
+            ("GET", "/orgs/{org}/machines", self._list_org_machines),
+        ]
+        return [
+            web.route(method, FLY_ROOT + path, self._door(call)) for method, path, call in table
+        ]
+
+    def _door(self, call: FlyCall) -> LocalHandler:
+        """Lets in who has the token; what was changed is on disk before it is answered."""
+
+        async def answer(request: web.Request) -> web.StreamResponse:
+            if not has_authorization(request, self._authorization):
+                return web.json_response({"error": "unauthorized"}, status=401)
+            result = await call(request)
+            if request.method != "GET":
+                await self._world.save()
+            is_whole = isinstance(result, web.StreamResponse)
+            return result if is_whole else web.json_response(result)
+
+        return answer
+
+    def _show(self, app: LocalApp) -> Json:
+        return {
+            "id": app.name,
+            "name": app.name,
+            "network": app.network,
+            "organization": {"slug": self._org},
+        }
+
+    async def _list_apps(self, request: web.Request) -> Json:
+        apps = [self._show(app) for app in self._world.apps.values()]
+        return {"total_apps": len(apps), "apps": apps}
+
+    async def _create_app(self, request: web.Request) -> web.Response:
+        body = await read_json(request, FLY_BODY_BYTES)
+        name = body["name"]
+        if name in self._world.apps:
+            taken = {"error": "Name has already been taken", "status": "name_taken"}
+            return web.json_response(taken, status=422)
+        self._world.apps[name] = LocalApp(name=name, network=body.get("network", ""))
+        return web.json_response({"id": name}, status=201)
+
+    async def _get_app(self, request: web.Request) -> Json:
+        return self._show(self._world.app(request))
+
+    async def _delete_app(self, request: web.Request) -> web.Response:
+        await self._world.delete_app(self._world.app(request))
+        return web.Response(status=202)
+
+    async def _set_secrets(self, request: web.Request) -> Json:
+        app = self._world.app(request)
+        body = await read_json(request, FLY_BODY_BYTES)
+        merged = app.secrets | body["values"]
+        app.secrets = {name: value for name, value in merged.items() if value is not None}
+        app.secrets_version += 1
+        return {"version": app.secrets_version}
+
+    async def _list_addresses(self, request: web.Request) -> Json:
+        return {"ips": self._world.app(request).ips}
+
+    async def _allocate_address(self, request: web.Request) -> Json:
+        app = self._world.app(request)
+        body = await read_json(request, FLY_BODY_BYTES)
+        kind = body["type"]
+        address = {
+            "ip": f"{ADDRESSES[kind]}{len(app.ips) + 1}",
+            "region": "global",
+            "shared": kind == "shared_v4",
+        }
+        app.ips.append(address)
+        return address
+
+    async def _list_volumes(self, request: web.Request) -> list[Json]:
+        return self._world.app(request).volumes
+
+    async def _create_volume(self, request: web.Request) -> Json:
+        app = self._world.app(request)
+        body = await read_json(request, FLY_BODY_BYTES)
+        volume = {
+            "id": "vol_" + secrets.token_hex(8),
+            "name": body["name"],
+            "state": "created",
+            "region": body.get("region", "iad"),
+            "size_gb": body.get("size_gb", 3),
+        }
+        app.volumes.append(volume)
+        return volume
+
+    async def _delete_volume(self, request: web.Request) -> Json:
+        app = self._world.app(request)
+        volume_id = request.match_info["volume"]
+        app.volumes = [volume for volume in app.volumes if volume["id"] != volume_id]
+        return {}
+
+    async def _list_machines(self, request: web.Request) -> list[Json]:
+        app = self._world.app(request)
+        return [machine.to_json() for machine in app.machines.values()]
+
+    async def _list_org_machines(self, request: web.Request) -> Json:
+        machines = [machine.to_json() for machine in self._world.machines()]
+        return {"machines": machines, "next_cursor": "", "error_regions": []}
+
+    async def _create_machine(self, request: web.Request) -> Json:
+        app = self._world.app(request)
+        body = await read_json(request, FLY_BODY_BYTES)
+        machine = LocalMachine(
+            app=app,
+            world=self._world,
+            region=str(body.get("region") or "iad").split(",")[0],
+            config=body["config"],
+        )
+        app.machines[machine.id] = machine
+        await machine.start()
+        return machine.to_json()
+
+    async def _get_machine(self, request: web.Request) -> Json:
+        return self._world.machine(request).to_json()
+
+    async def _update_machine(self, request: web.Request) -> web.Response:
+        machine = self._world.machine(request)
+        body = await read_json(request, FLY_BODY_BYTES)
+        if body.get("current_version", machine.instance_id) != machine.instance_id:
+            error = "aborted: the machine has another version"
+            return web.json_response({"error": error}, status=409)
+        await machine.stop("replacing")
+        machine.config = body["config"]
+        machine.instance_id = secrets.token_hex(13)
+        await machine.start()
+        return web.json_response(machine.to_json())
+
+    async def _delete_machine(self, request: web.Request) -> Json:
+        machine = self._world.machine(request)
+        del machine.app.machines[machine.id]
+        await machine.stop("destroyed")
+        return {"ok": True}
+
+    async def _wait(self, request: web.Request) -> web.Response:
+        machine = self._world.machine(request)
+        query = request.query
+        state, version = query.get("state", "started"), query.get("version", "")
+        try:
+            async with asyncio.timeout(float(query.get("timeout", "60"))):
+                await machine.wait(state, version, query.get("from_event_id", ""))
+        except TimeoutError:
+            error = f"deadline_exceeded: machine is not {state}, currently {machine.state}"
+            return web.json_response({"error": error}, status=408)
+        return web.json_response({"ok": True, "state": state})
+
+    async def _command(self, request: web.Request) -> Json:
+        machine = self._world.machine(request)
+        verb = request.match_info["verb"]
+        previous_state = machine.state
+        if verb != "start":
+            await machine.stop()
+        if verb != "stop":
+            await machine.start()
+        return {"ok": True, "previous_state": previous_state}
+
+    async def _set_metadata(self, request: web.Request) -> web.Response:
+        machine = self._world.machine(request)
+        body = await read_json(request, FLY_BODY_BYTES)
+        metadata = machine.config.setdefault("metadata", {})
+        metadata[request.match_info["key"]] = body["value"]
+        return web.Response(status=204)
 
 
 class LocalTwilio:
-    """A stand-in for Twilio that speaks HTTP: takes messages over REST, signs and delivers texts to /sms, keeps the threads."""
+    """A stand-in for Twilio that speaks HTTP: takes messages, signs and delivers texts, keeps the threads.
 
-    KEPT = 10_000
+    Its messages lie in twilio.jsonl, one a line, on disk before an answer promises them.
+    """
 
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._messages: deque[Json] = deque(maxlen=self.KEPT)
-        basic = base64.b64encode(f"{settings.twilio_account_sid}:{settings.twilio_auth_tokens[0]}".encode()).decode()
-        self._authorization = f"Basic {basic}"
+    MESSAGES_KEPT = 10_000
+    PAGE = 1000
+
+    def __init__(self, settings: Settings, folder: Path) -> None:
+        self._settings = settings.twilio
+        self._webhook = settings.gateway.public_url + "/sms"  # as it is signed
+        token = settings.twilio.auth_tokens[0]
+        self._authorization = basic_auth(settings.twilio.account_sid, token)
+        self._file = folder / "twilio.jsonl"
+        self._disk = ThreadPoolExecutor(1, "local twilio")  # one write after the other
+        self._session: aiohttp.ClientSession  # while `hold` runs
+        # As Twilio shows them, and also `media` and `at`, in wall-clock seconds.
+        self.messages: deque[Json] = deque(maxlen=self.MESSAGES_KEPT)
 
     def routes(self) -> list[web.RouteDef]:
-        messages = "/_local/twilio/2010-04-01/Accounts/{account}/Messages.json"
-        return [web.post(messages, self._create), web.get(messages, self._list), web.post("/_local/texts", self._text), web.get("/_local/texts", self._thread)]
+        path = "/_local/twilio/2010-04-01/Accounts/{account}/Messages.json"
+        return [
+            web.post(path, self._create),
+            web.get(path, self._list),
+            web.post("/_local/texts", self._send_text),
+            web.get("/_local/texts", self._show_thread),
+        ]
 
-    def _refuses(self, request: web.Request) -> web.Response | None:
-        if request.headers.get("Authorization") == self._authorization and request.match_info["account"] == self._settings.twilio_account_sid:
-            return None
-        return web.json_response({"code": 20003, "message": "Authenticate", "status": 401}, status=401)
+    async def hold(self, _: web.Application) -> AsyncIterator[None]:
+        """Go on with the threads as they were."""
+        timeout = aiohttp.ClientTimeout(total=15)
+        async with aiohttp.ClientSession(timeout=timeout) as self._session:
+            await asyncio.to_thread(self._load)
+            try:
+                yield
+            finally:
+                await asyncio.to_thread(self._disk.shutdown)
 
-    def _record(self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = (), sid: str = "") -> Json:
-        now = datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S +0000")
-        message = {"sid": sid or "SM" + secrets.token_hex(16), "account_sid": self._settings.twilio_account_sid, "direction": direction, "from": sender, "to": recipient,
-                   "body": body, "media": list(media), "num_media": str(len(media)), "status": "received" if direction == "inbound" else "delivered",
-                   "date_created": now, "date_sent": now, "date_updated": now, "error_code": None}
-        self._messages.append(message)
+    def _load(self) -> None:
+        """Read the file, and write it anew without what is old or torn (blocking)."""
+        raw = read_if_there(self._file)
+        for line in raw.splitlines():
+            message = parse_json(line)
+            if isinstance(message, dict) and "at" in message:
+                self.messages.append(message)
+        if raw:
+            write_atomically(self._file, [line_of(message) for message in self.messages])
+
+    def _append(self, message: Json) -> None:
+        make_private_folder(self._file.parent)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        try:
+            handle = os.open(self._file, flags, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(line_of(message))
+        except OSError as error:
+            raise StoreError(f"{self._file} cannot be written: {error.strerror}") from error
+
+    async def _record(
+        self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = ()
+    ) -> Json:
+        """Add a message, on disk as well; raises StoreError."""
+        now = time.time()
+        date = format_datetime(datetime.fromtimestamp(now, UTC))
+        message = {
+            "sid": "SM" + secrets.token_hex(16),
+            "account_sid": self._settings.account_sid,
+            "direction": direction,
+            "from": sender,
+            "to": recipient,
+            "body": body,
+            "media": list(media),
+            "num_media": str(len(media)),
+            "status": "received" if direction == "inbound" else "delivered",
+            "error_code": None,
+            "date_created": date,
+            "date_sent": date,
+            "at": now,
+        }
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._disk, self._append, message)
+        self.messages.append(message)
         return message
 
+    def _is_authorized(self, request: web.Request) -> bool:
+        is_ours = request.match_info["account"] == self._settings.account_sid
+        return is_ours and has_authorization(request, self._authorization)
+
     async def _create(self, request: web.Request) -> web.Response:
-        if refusal := self._refuses(request):
-            return refusal
+        if not self._is_authorized(request):
+            return twilio_error(401, 20003, "Authenticate")
         form = await request.post()
-        media = [str(value) for value in form.getall("MediaUrl", [])]
-        recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
-        if not PHONE.fullmatch(recipient.removeprefix("whatsapp:")):
-            return web.json_response({"code": 21211, "message": f"Invalid 'To' Phone Number: {recipient}", "status": 400}, status=400)
+        recipient = str(form.get("To", ""))
+        body = str(form.get("Body", ""))
+        media = [str(url) for url in form.getall("MediaUrl", [])]
+        if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
+            return twilio_error(400, 21211, f"Invalid 'To' Phone Number: {recipient}")
         if utf16_units(body) > PART_UNITS:
-            return web.json_response({"code": 21617, "message": "The concatenated message body exceeds the 1600 character limit", "status": 400}, status=400)
-        return web.json_response(self._record("outbound-api", str(form.get("From", "")), recipient, body, media), status=201)
+            detail = "The concatenated message body exceeds the 1600 character limit"
+            return twilio_error(400, 21617, detail)
+        sender = str(form.get("From", ""))
+        message = await self._record("outbound-api", sender, recipient, body, media)
+        return web.json_response(message, status=201)
 
     async def _list(self, request: web.Request) -> web.Response:
-        if refusal := self._refuses(request):
-            return refusal
-        wanted = {field_name: request.query[name] for name, field_name in (("To", "to"), ("From", "from")) if name in request.query}
-        found = [message for message in reversed(self._messages) if all(message[name] == value for name, value in wanted.items())]
-        return web.json_response({"messages": found[:1000], "next_page_uri": None})
+        """The newest first, one page."""
+        if not self._is_authorized(request):
+            return twilio_error(401, 20003, "Authenticate")
+        query = request.query
+        wanted = {name.lower(): query[name] for name in ("To", "From") if name in query}
+        since = parse_utc(query.get("DateSent>", "1970-01-01T00:00:00Z"))
+        if since is None:
+            return twilio_error(400, 20001, "DateSent> must be a date")
+        listed: list[Json] = []
+        for message in reversed(self.messages):
+            if int(message["at"]) < since or len(listed) == self.PAGE:
+                break
+            if wanted.items() <= message.items():
+                listed.append(message)
+        return web.json_response({"messages": listed, "next_page_uri": None})
 
-    async def _text(self, request: web.Request) -> web.Response:
-        """Send a text as a phone would."""
-        body = await read_json(request, SMS_BODY_BYTES)
-        faults = Faults()
-        sender, words = body.get("from"), body.get("body")
+    async def _send_text(self, request: web.Request) -> web.Response:
+        """Text the gateway as a phone would."""
+        require_key(request)
+        fields = await read_json(request, SMS_BODY_BYTES)
+        sender, body = fields.get("from"), fields.get("body")
+        errors = FieldErrors()
         if not isinstance(sender, str) or not PHONE.fullmatch(sender):
-            faults.add("from", "must be a phone number such as +15551234567")
-        if not isinstance(words, str) or len(words) > PART_UNITS:
-            faults.add("body", "must be a text of at most 1600 characters")
-        faults.check()
-        settings = self._settings
-        message = self._record("inbound", str(sender), settings.twilio_phone_number, str(words))
-        form = [("ApiVersion", "2010-04-01"), ("MessageSid", message["sid"]), ("SmsMessageSid", message["sid"]), ("SmsSid", message["sid"]), ("SmsStatus", "received"),
-                ("AccountSid", settings.twilio_account_sid), ("From", str(sender)), ("To", settings.twilio_phone_number), ("Body", str(words)), ("NumMedia", "0"),
-                ("NumSegments", "1"), ("FromCity", ""), ("FromCountry", "US")]
-        headers = {"X-Twilio-Signature": twilio_signature(settings.twilio_auth_tokens[0], settings.public_url + "/sms", form), "Content-Type": "application/x-www-form-urlencoded"}
-        origin = settings.twilio_url.removesuffix("/_local/twilio")
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session, session.post(f"{origin}/sms", data=urlencode(form).encode(), headers=headers) as answer:
-            document = await answer.text()
-        for reply in re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL) if answer.status == 200 else ():
-            self._record("outbound-reply", settings.twilio_phone_number, str(sender), html.unescape(reply))
-        return json_response({"sid": message["sid"], "webhook_status": answer.status}, status=201)
+            errors.add("from", "must be a phone number such as +15551234567")
+        if not isinstance(body, str) or utf16_units(body) > PART_UNITS:
+            errors.add("body", "must be a text of at most 1600 characters")
+        errors.check()
+        sendable = str(body).encode("utf-8", "replace").decode()
+        number = self._settings.phone_number
+        message = await self._record("inbound", str(sender), number, sendable)
+        status = await self._deliver(message)
+        answer = {"sid": message["sid"], "webhook_status": status}
+        return json_response(answer, status=201)
 
-    async def _thread(self, request: web.Request) -> web.Response:
+    async def _deliver(self, message: Json) -> int:
+        """Call the webhook, signed, and record its replies; its status, 0 without an answer."""
+        form = [
+            ("MessageSid", message["sid"]),
+            ("SmsStatus", "received"),
+            ("AccountSid", message["account_sid"]),
+            ("From", message["from"]),
+            ("To", message["to"]),
+            ("Body", message["body"]),
+            ("NumMedia", "0"),
+        ]
+        token = self._settings.auth_tokens[0]
+        headers = {
+            "X-Twilio-Signature": twilio_signature(token, self._webhook, form),
+            "Content-Type": "application/x-www-form-urlencoded",
+        }
+        origin = self._settings.api_url.removesuffix("/_local/twilio")
+        content = urlencode(form).encode()
+        sent = self._session.post(f"{origin}/sms", data=content, headers=headers)
+        try:
+            async with sent as response:
+                document = await response.text()
+        except (aiohttp.ClientError, TimeoutError) as error:
+            reason = type(error).__name__
+            log_event("local_text_undelivered", level=logging.WARNING, error=reason)
+            return 0
+        replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
+        for reply in replies if response.status == 200 else ():
+            text = html.unescape(reply)
+            await self._record("outbound-reply", message["to"], message["from"], text)
+        return response.status
+
+    async def _show_thread(self, request: web.Request) -> web.Response:
         """One phone's thread, both directions, oldest first."""
+        require_key(request)
         phone = request.query.get("phone", "").replace(" ", "+")
-        texts = [{"sid": message["sid"], "direction": "in" if message["direction"] == "inbound" else "out", "from": message["from"], "to": message["to"],
-                  "body": message["body"], "media": message["media"], "at": message["date_created"]}
-                 for message in self._messages if phone in (message["from"], message["to"])]
-        return json_response({"texts": texts})
+        thread = []
+        for message in self.messages:
+            if phone in (message["from"], message["to"]):
+                shown = {name: message[name] for name in ("sid", "from", "to", "body", "media")}
+                shown["direction"] = "in" if message["direction"] == "inbound" else "out"
+                shown["at"] = utc_seconds(message["at"])
+                thread.append(shown)
+        return json_response({"texts": thread})
 
 
-class KeptAsFound:
-    """Local VMs end with the gateway, so the state files are put back as they were found, also by the next start after a crash."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._files = [path.with_name(path.name + suffix) for suffix in ("", ".journal", ".bak")]
-        self._kept, self._unfinished = path.with_name(path.name + ".found"), path.with_name(path.name + ".found.tmp")
-
-    def keep(self) -> None:
-        """Set the files aside (blocking), or first put back what an earlier run set aside; call it with the lock held."""
-        self.put_back()
-        with self._told():
-            shutil.rmtree(self._unfinished, ignore_errors=True)
-            self._unfinished.mkdir(mode=0o700)
-            for file in self._files:
-                if file.exists():
-                    shutil.copy2(file, self._unfinished)
-            self._unfinished.rename(self._kept)
-
-    def put_back(self) -> None:
-        """Restore what was set aside and remove what grew beside it (blocking)."""
-        if not self._kept.is_dir():
-            return
-        with self._told():
-            for file in self._files:
-                found = self._kept / file.name
-                if found.exists():
-                    write_atomically(file, [found.read_bytes()])
-                    file.chmod(found.stat().st_mode & 0o777)
-                else:
-                    file.unlink(missing_ok=True)
-            self._kept.rename(self._unfinished)  # in one step: half of it would tell less than was found
-            shutil.rmtree(self._unfinished)
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(f"{self._path} cannot be set aside or put back: {error.strerror}") from error
+def line_of(message: Json) -> bytes:
+    return f"{to_json(message)}\n".encode()
 
 
-class VmServer:
-    """A working server of what a VM speaks: one command at a time, answers stored so that a repeated command is not run again."""
-
-    KEPT = 100
-
-    def __init__(self, token: str, agent: str, folder: Path) -> None:
-        self._token, self._agent, self._folder = token, agent, folder
-        self._answers_file = folder / ".cockpit-vm-answers.json"
-        self._running = ""
-        self._answers: OrderedDict[str, Json] = OrderedDict()
-        with contextlib.suppress(OSError, ValueError, TypeError):
-            self._answers.update(json.loads(self._answers_file.read_bytes()))
-
-    def app(self) -> web.Application:
-        app = web.Application(client_max_size=256 * 1024)
-        app.add_routes([web.get("/health", self._health), web.post("/command", self._command), web.get("/images/{name}", self._image)])
-        return app
-
-    async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
-
-    def _check(self, request: web.Request) -> None:
-        given = request.headers.get("Authorization", "")
-        if self._token and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {self._token}".encode()):
-            raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
-
-    async def _command(self, request: web.Request) -> web.Response:
-        self._check(request)
-        try:
-            body = await request.json()
-        except ValueError:
-            body = None
-        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
-            return web.json_response({"error": 'send {"text": "..."}'}, status=400)
-        key = request.headers.get("Idempotency-Key", "")
-        if key and key in self._answers:
-            return web.json_response(self._answers[key])
-        if self._running:
-            return web.json_response({"error": "busy"}, status=409)
-        self._running = key or "unnamed"
-        # The command goes on when the caller hangs up: its answer is stored for the next time.
-        return web.json_response(await asyncio.shield(asyncio.ensure_future(self._run(key, body["text"]))))
-
-    async def _run(self, key: str, text: str) -> Json:
-        began = time.monotonic()
-        try:
-            words, images, code = await (self._run_agent(text) if self._agent else self._answer(text))
-            answer = {"text": words, "images": images, "exitCode": code, "durationMs": int((time.monotonic() - began) * 1000)}
-            if key:
-                self._answers[key] = answer
-                while len(self._answers) > self.KEPT:
-                    self._answers.popitem(last=False)
-                await asyncio.to_thread(write_atomically, self._answers_file, [dump(self._answers).encode()])
-            return answer
-        finally:
-            self._running = ""
-
-    async def _run_agent(self, text: str) -> tuple[str, list[Json], int]:
-        try:
-            process = await asyncio.create_subprocess_exec(*shlex.split(self._agent), cwd=self._folder, stdin=asyncio.subprocess.PIPE,
-                                                           stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
-        except (OSError, ValueError) as error:
-            return f"LOCAL_AGENT could not be started: {error}", [], 127
-        try:
-            output, _ = await process.communicate(text.encode())
-        finally:
-            if process.returncode is None:  # this server is ending
-                process.kill()
-        return output.decode("utf-8", "replace"), [], process.returncode or 0
-
-    async def _answer(self, text: str) -> tuple[str, list[Json], int]:
-        """The built-in agent: echoes, draws, sleeps and crashes on request."""
-        words = text.strip().lower().split()
-        if words == ["crash"]:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if words[:1] == ["sleep"] and len(words) == 2 and words[1].replace(".", "", 1).isdecimal():
-            await asyncio.sleep(min(3600.0, float(words[1])))
-            return f"Slept {words[1]} s.", [], 0
-        if words == ["image"]:
-            name = f"{secrets.token_hex(8)}.png"
-            (self._folder / "images").mkdir(exist_ok=True)
-            await asyncio.to_thread((self._folder / "images" / name).write_bytes, draw_png(160, 100))
-            return "Here is an image.", [{"type": "image/png", "url": f"/images/{name}"}], 0
-        return text, [], 0
-
-    async def _image(self, request: web.Request) -> web.StreamResponse:
-        self._check(request)
-        name = request.match_info["name"]
-        file = self._folder / "images" / name
-        if not IMAGE_PATH.fullmatch(f"/images/{name}") or not file.is_file():
-            raise web.HTTPNotFound
-        return web.FileResponse(file)
+def twilio_error(status: int, code: int, detail: str) -> web.Response:
+    problem = {"code": code, "message": detail, "status": status}
+    return web.json_response(problem, status=status)
 
 
-def draw_png(width: int, height: int) -> bytes:
-    """A small picture: a gradient with a horizon."""
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
-
-    rows = b"".join(b"\0" + b"".join(bytes((40, 60 + y, 200 - x // 2) if y < height * 0.6 else (30, 90 + x // 4, 60)) for x in range(width)) for y in range(height))
-    header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + b"\x08\x02\0\0\0"
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
-# --- Assembly ---
-
-
-async def run_gateway(app: web.Application, settings: Settings, clock: Clock) -> AsyncIterator[None]:
-    """Hold the state file for as long as the gateway runs; in local mode put it back as it was found."""
-    path = Path(await asyncio.to_thread(os.path.realpath, settings.routes_file))
-    lock = await asyncio.to_thread(StateLock, path)
-    kept = KeptAsFound(path) if settings.fly_is_local else None
+async def hold_local_folder(_: web.Application) -> AsyncIterator[None]:
+    """One gateway in one local world: two would start the same VMs."""
+    await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
     try:
-        if kept is not None:
-            await asyncio.to_thread(kept.keep)
-        async with run_parts(app, settings, clock, path):
-            yield
-    finally:
-        if kept is not None:
-            await asyncio.to_thread(kept.put_back)
-        lock.close()
-
-
-@contextlib.asynccontextmanager
-async def run_parts(app: web.Application, settings: Settings, clock: Clock, path: Path) -> AsyncIterator[None]:
-    """Bring the parts up in order, and down in the reverse."""
-    disk, owner, metrics, burst = Owner(), Owner(), app[METRICS], Burst()
-    store = await asyncio.to_thread(RouteStore, path, clock, disk)
-    if store.recovered:
-        log_event("routes_recovered", level=logging.WARNING, note=store.recovered)
-    journal = Journal(path.with_name(path.name + ".journal"), clock, disk, metrics)
-    records = await asyncio.to_thread(journal.read)
-    timeouts = aiohttp.ClientTimeout(total=60)
-    async with (
-        # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows bare addresses.
-        aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), timeout=timeouts) as fly_session,
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=100), request_class=PreparedRequest) as twilio_session,
-        aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), timeout=timeouts, connector=aiohttp.TCPConnector(limit=0), auto_decompress=False, request_class=PreparedRequest) as vm_session,
-    ):
-        fly, twilio, vms = FlyClient(fly_session, settings, clock, metrics), TwilioClient(twilio_session, settings, clock, metrics, owner, burst), VmClient(vm_session, settings, clock, owner, burst)
-
-        def restart(vm_id: str) -> None:
-            fleet.begin(vm_id, "restart")
-        relay = Relay(settings, clock, store, journal, vms, twilio, owner, metrics, wake=fly.wake, restart=restart)
-
-        async def vm_gone(vm_id: str, reason: str) -> None:
-            await fleet.vm_gone(vm_id, reason)
-        provisioner = Provisioner(settings, clock, store, fly, vms, owner, metrics, on_ready=relay.vm_ready, on_gone=vm_gone)
-        fleet = Fleet(settings, clock, store, fly, vms, provisioner, relay, owner)
-        journal.open()
-        app[GATEWAY] = Gateway(settings=settings, clock=clock, store=store, journal=journal, fly=fly, twilio=twilio, vms=vms, relay=relay, provisioner=provisioner, fleet=fleet, owner=owner,
-                               metrics=metrics, burst=burst)
-        try:
-            if settings.production and not (store.routes or store.undo or store.pool):
-                await fleet.heal()
-            await relay.resume(records)
-            await provisioner.recover()
-            if settings.reconcile_s:
-                owner.start(fleet.run(), "reconcile")
-            if settings.pool_size or store.pool:
-                owner.start(Pool(settings, clock, store, fly, provisioner).run(), "pool")
-            if settings.backfill_s and not settings.twilio_is_local:  # the stand-in ends with us: nothing was missed
-                backfill = Backfill(settings, clock, store, twilio, relay)
-                await backfill.at_start()
-                owner.start(backfill.run())
-            relay.start()
-            yield
-        finally:
-            await owner.close()
-            await journal.close()
-            await store.close()
-            await disk.close()
-
-
-async def drain(gateway: Gateway) -> None:
-    """Stop taking in, settle what fits in DRAIN_S, leave the rest to the journal and the next start."""
-    gateway.relay.draining = gateway.provisioner.draining = True
-    log_event("draining", waiting=gateway.relay.waiting(), provisioning=len(gateway.provisioner.jobs))
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(gateway.settings.drain_s):
-            await asyncio.gather(gateway.relay.drain(), gateway.provisioner.drain())
-    await gateway.owner.close()
-    gateway.relay.log_done()
-    log_event("drained", waiting=gateway.relay.waiting())
-
-
-async def end_local_vms(app: web.Application, fly: LocalFly) -> AsyncIterator[None]:
+        lock = await asyncio.to_thread(StateLock, LOCAL_FOLDER / "world")
+    except StoreError as error:
+        reason = f"another cockpit is using the folder {LOCAL_FOLDER}"
+        remedy = "stop it first, or start this one in another folder"
+        raise StoreError(f"{reason}; {remedy}") from error
     try:
         yield
     finally:
-        await fly.close()
-
-
-def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
-    """The whole gateway as an aiohttp application; nothing starts before the application does."""
-    local = settings.fly_is_local or settings.twilio_is_local
-    app = web.Application(client_max_size=PROVISION_BODY_BYTES, middlewares=[answer_errors, fence] if local else [answer_errors])
-    clock = clock or Clock()
-    app[SETTINGS], app[METRICS] = settings, Metrics(clock)
-    app.add_routes([
-        web.post("/provision", post_provision), web.get("/provision", get_provisions),
-        web.get("/provision/{vm_id}", get_provision), web.delete("/provision/{vm_id}", delete_provision), web.patch("/provision/{vm_id}", patch_provision),
-        *(web.post(f"/provision/{{vm_id}}/{what}", functools.partial(change_vm, what=what)) for what in ("restart", "upgrade")),
-        web.post("/sms", post_sms), web.post("/sms/status", post_sms_status), web.post("/messages", post_messages), web.get("/messages/{sid}", get_message),
-        web.get("/media/{signed}", get_media), web.get("/health", get_health), web.get("/metrics", get_metrics), web.get("/", get_page), web.get("/events", get_events),
-    ])
-    if local:
-        add_local_world(app, settings)
-    app.cleanup_ctx.append(functools.partial(run_gateway, settings=settings, clock=clock))
-    return app
+        lock.close()
 
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured."""
-    if settings.fly_is_local:
-        fly = LocalFly(settings, Owner())
-        app.add_routes(fly.routes())
-        app.cleanup_ctx.append(functools.partial(end_local_vms, fly=fly))
-    if settings.twilio_is_local:
-        app.add_routes(LocalTwilio(settings).routes())
+    app[LOCAL_SETTINGS] = settings
+    app.cleanup_ctx.append(hold_local_folder)
+    if settings.fly.is_local:
+        world = LocalWorld(LOCAL_FOLDER, settings.gateway.local_agent)
+        proxy = LocalProxy(world)
+        app.add_routes(LocalFly(settings.fly, world).routes())
+        app.add_routes(proxy.routes())
+        app.cleanup_ctx.extend([world.hold, proxy.hold])
+    if settings.twilio.is_local:
+        twilio = LocalTwilio(settings, LOCAL_FOLDER)
+        app.add_routes(twilio.routes())
+        app.cleanup_ctx.append(twilio.hold)
 
 
-# --- Command line ---
+# --- Assembly ---
 
 FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
+LEAST_FREE_BYTES = 100 * 1024 * 1024
+TWILIO_CONNECTIONS = 1000
+GATEWAY_PATHS = "/provision", "/sms", "/messages", "/media", "/health", "/metrics"
 
 
-def set_up_logging(settings: Settings) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sessions:
+    """aiohttp's sessions, one for each whom we call; those named fresh make a connection for each request."""
+
+    fly: aiohttp.ClientSession
+    fly_fresh: aiohttp.ClientSession
+    twilio: aiohttp.ClientSession
+    twilio_fresh: aiohttp.ClientSession
+    vms: aiohttp.ClientSession
+
+
+@contextlib.asynccontextmanager
+async def open_sessions() -> AsyncIterator[Sessions]:
+    # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
+    # bare addresses.
+    cookies = aiohttp.CookieJar(unsafe=True)
+
+    def session(limit: int, *, is_fresh: bool = False, **more: Any) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh)
+        more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
+        return aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
+
+    async with contextlib.AsyncExitStack() as stack:
+        yield Sessions(
+            fly=await stack.enter_async_context(session(100, cookie_jar=cookies)),
+            fly_fresh=await stack.enter_async_context(
+                session(100, is_fresh=True, cookie_jar=cookies)
+            ),
+            twilio=await stack.enter_async_context(session(TWILIO_CONNECTIONS)),
+            twilio_fresh=await stack.enter_async_context(
+                session(TWILIO_CONNECTIONS, is_fresh=True)
+            ),
+            vms=await stack.enter_async_context(session(0, is_fresh=True, auto_decompress=False)),
+        )
+
+
+async def run_gateway(app: web.Application) -> AsyncIterator[None]:
+    """Hold the state files for as long as the gateway runs."""
+    settings = app[SETTINGS]
+    if not settings.gateway.is_production:
+        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
+    path = Path(await asyncio.to_thread(os.path.realpath, settings.gateway.routes_file))
+    lock = await asyncio.to_thread(StateLock, path)
+    try:
+        async with run_parts(app, path):
+            yield
+    finally:
+        lock.close()
+
+
+@contextlib.asynccontextmanager
+async def run_parts(app: web.Application, path: Path) -> AsyncIterator[None]:
+    """Bring the parts up in order, and down in the reverse."""
+    settings, clock, metrics = app[SETTINGS], app[CLOCK], app[METRICS]
+    disk, tasks = Tasks(), Tasks()
+    routes = await asyncio.to_thread(RouteStore, path, clock, disk)
+    if routes.recovery_note:
+        log_warning("routes_recovered", note=routes.recovery_note)
+    messages = MessageStore(path.with_name(path.name + ".db"), clock, disk, metrics)
+    await messages.open()
+    try:
+        async with open_sessions() as sessions:
+            gateway, adoption, backfill = build(
+                settings, clock, metrics, routes, messages, sessions, tasks
+            )
+            app[GATEWAY] = gateway
+            try:
+                await move_old_journal(path, routes, messages)
+                await bring_up(gateway, adoption, backfill)
+                yield
+            finally:
+                await tasks.close()
+    finally:
+        await messages.close()
+        await routes.close()
+        await disk.close()
+
+
+def build(
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    routes: RouteStore,
+    messages: MessageStore,
+    sessions: Sessions,
+    tasks: Tasks,
+) -> tuple[Gateway, Adoption, Backfill]:
+    """Make every part, each of those above it."""
+    limits = settings.limits
+    keyring = Keyring(settings.gateway.secrets)
+    fly = FlyClient(
+        sessions.fly,
+        sessions.fly_fresh,
+        settings.fly,
+        clock,
+        metrics,
+        budget_s=limits.provision_timeout_s,
+    )
+    twilio = TwilioClient(sessions.twilio, sessions.twilio_fresh, settings.twilio, clock, metrics)
+    vms = VmClient(sessions.vms, keyring, clock, command_timeout_s=limits.vm_command_timeout_s)
+    state = RelayState(messages, clock, routes)
+    common: Json = {"settings": settings, "clock": clock, "routes": routes}
+    shared: Json = {"tasks": tasks, "metrics": metrics}
+
+    def check_restart(vm_id: str) -> None:
+        changes.check(vm_id)
+
+    async def begin_restart(vm_id: str) -> None:
+        await changes.begin_restart(vm_id)
+
+    async def vm_gone(vm_id: str, phone: str, reason: str) -> None:
+        await changes.vm_gone(vm_id, phone, reason)
+
+    sender = Sender(**common, **shared, keyring=keyring, twilio=twilio, state=state)
+    runner = Runner(**common, **shared, vms=vms, state=state, sender=sender, wake=fly.wake)
+    told: Json = {"clock": clock, "routes": routes, "state": state, "sender": sender}
+    commands = OwnerCommands(**told, check_restart=check_restart, restart=begin_restart)
+    inbox = Inbox(**common, **shared, state=state, sender=sender, runner=runner, commands=commands)
+    reports = DeliveryReports(**told, twilio=twilio, metrics=metrics)
+    relay = Relay(
+        **told,
+        **shared,
+        twilio=twilio,
+        inbox=inbox,
+        runner=runner,
+        commands=commands,
+        reports=reports,
+        command_timeout_s=limits.vm_command_timeout_s,
+    )
+    blueprint = Blueprint(settings, keyring, routes)
+    readiness = Readiness(clock=clock, fly=fly, vms=vms)
+    undo = Undo(clock=clock, routes=routes, fly=fly, tasks=tasks)
+    common |= {"fly": fly, "blueprint": blueprint}
+    provisioner = Provisioner(
+        **common,
+        **shared,
+        readiness=readiness,
+        undo=undo,
+        keyring=keyring,
+        on_ready=relay.vm_ready,
+        on_gone=vm_gone,
+    )
+    changes = VmChanges(**common, readiness=readiness, keyring=keyring, relay=relay, tasks=tasks)
+    reconciler = Reconciler(
+        **common, vms=vms, provisioner=provisioner, undo=undo, changes=changes, relay=relay
+    )
+    adoption = Adoption(
+        **common, reconciler=reconciler, provisioner=provisioner, relay=relay, tasks=tasks
+    )
+    gateway = Gateway(
+        settings=settings,
+        clock=clock,
+        keyring=keyring,
+        routes=routes,
+        messages=messages,
+        fly=fly,
+        twilio=twilio,
+        vms=vms,
+        relay=relay,
+        provisioner=provisioner,
+        changes=changes,
+        reconciler=reconciler,
+        **shared,
+    )
+    backfill = Backfill(
+        settings=settings, clock=clock, routes=routes, twilio=twilio, state=state, inbox=inbox
+    )
+    return gateway, adoption, backfill
+
+
+async def move_old_journal(path: Path, routes: RouteStore, messages: MessageStore) -> None:
+    """What the first version left in flight goes into the database, once."""
+    journal = path.with_name(path.name + ".journal")
+    try:
+        old = await asyncio.to_thread(OldJournal, journal)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(f"{journal.name} cannot be read: {error.strerror}") from error
+    phone_of = {route.vm_id: phone for phone, route in routes.routes.items()}
+    changes = list(old.changes(lambda vm_id: phone_of.get(vm_id, "")))
+    await messages.commit(*changes)
+    await asyncio.to_thread(os.replace, journal, journal.with_name(journal.name + ".moved"))
+    log_warning("journal_moved", changes=len(changes), into=messages.path.name)
+
+
+async def bring_up(gateway: Gateway, adoption: Adoption, backfill: Backfill) -> None:
+    """Go on where the last process ended, before the door opens."""
+    settings, limits = gateway.settings, gateway.settings.limits
+    if settings.gateway.is_production and not (gateway.routes.routes or gateway.routes.undo):
+        await adoption.at_start()
+    if settings.fly.is_local:
+        move_local_vms(gateway)
+    await gateway.relay.load()
+    await gateway.provisioner.recover()
+    gateway.changes.resume_all()
+    if limits.reconcile_s:
+        gateway.tasks.start(gateway.reconciler.run(), "reconcile")
+    if limits.backfill_s:
+        if not settings.twilio.is_local:
+            await backfill.at_start()
+        gateway.tasks.start(backfill.run(), "backfill")
+    gateway.tasks.start(start_relay(gateway), "start relay")
+
+
+def move_local_vms(gateway: Gateway) -> None:
+    """The stand-in's VMs are reached at our own port, which may be another than the last time."""
+    for phone, route in list(gateway.routes.routes.items()):
+        url = gateway.provisioner.blueprint.url(route.vm_id, route.machine_id, route.region)
+        gateway.routes.put(phone, replace(route, vm_url=url))
+
+
+async def start_relay(gateway: Gateway) -> None:
+    """Set going what was in flight; stand-ins are reached at our own port, which listens a moment later."""
+    port = gateway.settings.gateway.port
+    while gateway.settings.has_stand_in:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            break
+        await gateway.clock.sleep(0.05)
+    gateway.relay.start()
+
+
+async def drain(gateway: Gateway) -> None:
+    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the database and the next start."""
+    relay, provisioner = gateway.relay, gateway.provisioner
+    relay.state.is_draining = provisioner.is_draining = True
+    log_event("draining", waiting=relay.waiting(), provisioning=len(provisioner.running))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(gateway.settings.limits.drain_s):
+            await asyncio.gather(relay.drain(), provisioner.drain())
+    await gateway.tasks.close()
+    log_event("drained", waiting=relay.waiting())
+
+
+def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
+    """The whole gateway as an aiohttp application; nothing starts before the application does."""
+    is_local = settings.has_stand_in
+    middlewares = [answer_errors, loopback_only] if is_local else [answer_errors]
+    app = web.Application(middlewares=middlewares)
+    app[SETTINGS] = settings
+    app[CLOCK] = clock or Clock()
+    app[METRICS] = Metrics(app[CLOCK])
+    app[PAGE] = render_page(
+        with_phone=settings.twilio.is_local,
+        hint="In local mode it is: local"
+        if LOCAL_KEY in settings.gateway.api_keys
+        else "It is what COCKPIT_API_KEY holds where this gateway runs.",
+    )
+    vm = "/provision/{vm_id}"
+    app.add_routes(
+        [
+            web.post("/provision", post_provision),
+            web.get("/provision", get_provisions),
+            web.get(vm, get_provision),
+            web.delete(vm, delete_provision),
+            web.patch(vm, patch_provision),
+            web.post(vm + "/restart", functools.partial(change_vm, what="restart")),
+            web.post(vm + "/upgrade", functools.partial(change_vm, what="upgrade")),
+            web.post("/sms", post_sms),
+            web.post("/sms/status", post_sms_status),
+            web.post("/messages", post_messages),
+            web.get("/messages/{sid}", get_message),
+            web.get("/media/{signed}", get_media),
+            web.get("/health", get_health),
+            web.get("/metrics", get_metrics),
+            web.get("/", get_page),
+            web.get("/events", get_events),
+        ]
+    )
+    if is_local:
+        add_local_world(app, settings)
+    app.cleanup_ctx.append(run_gateway)
+    return app
+
+
+def new_runner(app: web.Application) -> web.AppRunner:
+    """aiohttp's server as we want it: bodies are never inflated, idle connections kept for 15 s."""
+    return web.AppRunner(
+        app,
+        access_log=None,
+        shutdown_timeout=0.3,
+        auto_decompress=False,
+        keepalive_timeout=15,
+        max_line_size=16 * 1024,
+        max_field_size=16 * 1024,
+    )
+
+
+# Command line
+
+
+def set_up_logging(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(LineFormatter(as_json=settings.log_format == "json"))
+    handler.setFormatter(LineFormatter(as_json=log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(leave_out_the_request)
 
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
-    """aiohttp logs a request it cannot parse word for word, and a key may be among its words: only what kind of error it was is told."""
-    if record.exc_info and isinstance(error := record.exc_info[1], HttpProcessingError | web.RequestPayloadError):
+    """aiohttp logs what it cannot parse word for word, and a key may be among it: only its kind is told."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, web.RequestPayloadError) or type(error).__module__.startswith(
+        "aiohttp.http"
+    ):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
         record.levelno, record.levelname = logging.WARNING, "WARNING"
-        record.fields = [{"error": type(error).__name__}]
+        record.fields = {"error": type(error).__name__}
     return True
 
 
 def raise_file_limit() -> None:
-    """Every command in flight holds a connection: take all the file descriptors we may have, and say when they are few."""
+    """Every command in flight holds a connection: take all the descriptors we may have, and say when they are few."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     if 0 <= soft < FILES_WANTED:
-        log_event("few_file_descriptors", level=logging.WARNING, limit=soft, wanted=FILES_WANTED,
-                  remedy="raise the limit (ulimit -n, or LimitNOFILE) for more than half as many commands at a time")
+        remedy = "raise the limit (ulimit -n, or LimitNOFILE) for more than half as many commands at a time"
+        log_warning("few_file_descriptors", limit=soft, wanted=FILES_WANTED, remedy=remedy)
 
 
 async def serve(settings: Settings) -> int:
     """Serve until SIGTERM or SIGINT; a second one ends the process at once. Returns the exit code."""
     raise_file_limit()
     app = make_app(settings)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.3)
+    runner = new_runner(app)
+    host, port = settings.gateway.host, settings.gateway.port
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     async def start() -> None:
         await runner.setup()
-        await web.TCPSite(runner, settings.host, settings.port, backlog=1024).start()
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+
     starting = asyncio.ensure_future(start())
 
     def on_signal() -> None:
         if stop.is_set():
-            os._exit(1)  # the journal holds whatever was not finished
+            os._exit(1)  # the database holds whatever was not finished
         stop.set()
         starting.cancel()  # a start that waits for a cloud does not hold up the end
 
@@ -6510,8 +9090,8 @@ async def serve(settings: Settings) -> int:
         # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
-        greet(settings)
+        gc.set_threshold(10_000, 20, 50)
+        print_banner(settings)
         await stop.wait()
         await drain(app[GATEWAY])
     except asyncio.CancelledError:
@@ -6520,56 +9100,38 @@ async def serve(settings: Settings) -> int:
         print(f"cockpit: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"cockpit: cannot listen on {settings.host}:{settings.port}: {error.strerror}; set PORT or HOST", file=sys.stderr)
+        reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
+        print(f"cockpit: {reason}", file=sys.stderr)
         return 1
     finally:
         await runner.cleanup()
     return 0
 
 
-def greet(settings: Settings) -> None:
-    log_event("serving", host=settings.host, port=settings.port, mode="production" if settings.production else "local")
-    if settings.fly_is_local or settings.twilio_is_local:
-        key = "local" if "local" in settings.api_keys else "the one in COCKPIT_API_KEY"
-        print(f"cockpit runs at http://127.0.0.1:{settings.port}/ - the API key is: {key}", flush=True)
-
-
-async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool) -> int:
-    """Serve what a VM speaks until a signal, or until the gateway that started it is gone."""
-    server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), agent, Path.cwd())
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
-    await runner.setup()
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    if until_stdin_closes:
-        loop.add_reader(0, lambda: None if os.read(0, 1024) else end_with_children())
-    try:
-        await web.TCPSite(runner, host, port).start()
-        print(f"a cockpit VM listens on {host}:{port}", flush=True)
-        await stop.wait()
-    except OSError as error:
-        print(f"cockpit vm: cannot listen on {host}:{port}: {error.strerror}; set PORT or --port", file=sys.stderr)
-        return 1
-    finally:
-        await runner.cleanup()
-    return 0
-
-
-def end_with_children() -> None:
-    """The gateway died: end, and take the agent along (this process leads its own group)."""
-    os.killpg(0, signal.SIGKILL)
-
-
-LEAST_FREE_BYTES = 100 * 1024 * 1024
+def print_banner(settings: Settings) -> None:
+    gateway = settings.gateway
+    mode = "production" if gateway.is_production else "local"
+    log_event("serving", host=gateway.host, port=gateway.port, mode=mode)
+    if settings.has_stand_in:
+        key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
+        print(
+            f"cockpit runs at http://127.0.0.1:{gateway.port}/ - the API key is: {key}", flush=True
+        )
 
 
 class Doctor:
-    """Looks at everything the gateway depends on and says of each `ok` or what to do; takes no lock and changes nothing."""
+    """Looks at what the gateway depends on and says of each `ok` or what to do; takes no lock, changes nothing."""
 
-    def __init__(self, settings: Settings, session: aiohttp.ClientSession, clock: Clock, owner: Owner) -> None:
-        self._settings, self._session, self.is_well = settings, session, True
-        self._fly, self._twilio = FlyClient(session, settings, clock, Metrics(clock)), TwilioClient(session, settings, clock, Metrics(clock), owner, Burst())
+    def __init__(self, settings: Settings, sessions: Sessions) -> None:
+        clock = Clock()
+        metrics = Metrics(clock)
+        self._settings = settings
+        self._session = sessions.twilio
+        self._fly = FlyClient(sessions.fly, sessions.fly_fresh, settings.fly, clock, metrics)
+        self._twilio = TwilioClient(
+            sessions.twilio, sessions.twilio_fresh, settings.twilio, clock, metrics
+        )
+        self.is_well = True
 
     def _say(self, verdict: str, subject: str, words: str = "") -> None:
         self.is_well &= verdict != "wrong"
@@ -6582,256 +9144,148 @@ class Doctor:
         """Look at one thing after the other."""
         self._say("ok", "settings")
         await asyncio.to_thread(self._look_at_state)
-        if self._settings.fly_is_local:
+        settings = self._settings
+        names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
+        looks: list[tuple[str, Callable[[str], Awaitable[None]]]] = []
+        if settings.fly.is_local:
             self._say("note", "Fly", "the stand-in is used; set FLY_API_TOKEN for the real one")
-        if self._settings.twilio_is_local:
-            self._say("note", "Twilio", "the stand-in is used; set TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER for the real one")
-        fly = () if self._settings.fly_is_local else (("Fly token", self._look_at_token), ("regions", self._look_at_regions), ("image", self._look_at_image))
-        twilio = () if self._settings.twilio_is_local else (("Twilio account", self._look_at_account), ("Twilio number", self._look_at_number))
-        for subject, look in (*fly, *twilio):
+        else:
+            looks.append(("Fly token", self._look_at_token))
+        if settings.twilio.is_local:
+            self._say("note", "Twilio", f"the stand-in is used; set {names} for the real one")
+        else:
+            looks.append(("Twilio account", self._look_at_account))
+            looks.append(("Twilio number", self._look_at_number))
+        for subject, look in looks:
             try:
                 await look(subject)
+            except UpstreamUnavailable as error:
+                self._say("wrong", subject, f"{error}; check the network, then try again")
             except UpstreamError as error:
                 self._say("wrong", subject, str(error))
-        await self._look_at_public_address()
+        await self._look_at_public_address("public address")
 
     def _look_at_state(self) -> None:
-        path = Path(os.path.realpath(self._settings.routes_file))
+        path = Path(os.path.realpath(self._settings.gateway.routes_file))
         try:
             with tempfile.TemporaryFile(dir=path.parent) as probe:
                 probe.write(b"cockpit")
             free = shutil.disk_usage(path.parent).free
         except OSError as error:
-            self._say("wrong", "state folder", f"{path.parent} is not writable ({error.strerror}); mount a volume there, or set ROUTES_FILE")
+            remedy = "mount a volume there, or set ROUTES_FILE"
+            reason = f"{path.parent} is not writable ({error.strerror}); {remedy}"
+            self._say("wrong", "state folder", reason)
             return
-        self._judge("state folder", f"{path.parent} has only {free // 2**20} MiB free; make room or extend the volume" if free < LEAST_FREE_BYTES else "")
+        few = f"{path.parent} has only {free // 2**20} MiB free; make room or extend the volume"
+        self._judge("state folder", few if free < LEAST_FREE_BYTES else "")
         try:
-            state, note = read_state(path)
-            self._say("note" if note else "ok", "routes", note or f"{len(state.routes)} in {path}" + (f", {len(state.pool)} machines in the pool" if state.pool else ""))
+            stored, note = read_routes(path)
+            self._say("note" if note else "ok", "routes", note or f"{len(stored.routes)} in {path}")
         except StoreError as error:
-            self._say("wrong", "routes", f"{error}; or rebuild them: python cockpit.py restore")
+            remedy = "or move it away: a start without routes adopts what Fly holds"
+            self._say("wrong", "routes", f"{error}; {remedy}")
 
     async def _look_at_token(self, subject: str) -> None:
-        remedy, org = "make one with: fly tokens create org", self._settings.fly_org
+        remedy, org = "make one with: fly tokens create org", self._settings.fly.org
         try:
             tokens = await self._fly.read_token()
-            limited = any(token.get("apps") for token in tokens)
-            orgs = {str(token.get("org_slug")) for token in tokens if token.get("org_slug")}
             await self._fly.list_apps()
         except UpstreamRejected as error:
-            self._say("wrong", subject, f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status}); {remedy}")
-            return
-        other = bool(orgs) and org not in orgs and org != "personal"
-        self._judge(subject, f"it is limited to single apps; {remedy}" if limited else f"it is for {', '.join(sorted(orgs))}; set FLY_ORG to that, or {remedy}" if other else "")
-
-    async def _look_at_regions(self, subject: str) -> None:
-        unknown = sorted(set(self._settings.vm_regions) - await self._fly.list_regions())
-        self._judge(subject, f"Fly has no region {', '.join(unknown)}; mend VM_REGION, see: fly platform regions" if unknown else "")
-
-    async def _look_at_image(self, subject: str) -> None:
-        registry, _, name = self._settings.vm_image.partition("/")
-        if not name or not re.search("[.:]", registry):
-            self._say("note", subject, "VM_IMAGE names no registry, so it is not looked up")
-            return
-        name, _, digest = name.partition("@")
-        name, _, tag = name.partition(":")
-        scheme = "http" if is_loopback(urlsplit(f"//{registry}").hostname or "") else "https"
-        headers = {"Accept": "application/vnd.oci.image.index.v1+json, application/vnd.oci.image.manifest.v1+json, "
-                             "application/vnd.docker.distribution.manifest.v2+json, application/vnd.docker.distribution.manifest.list.v2+json"}
-        if registry == "registry.fly.io":  # the token is Fly's and goes nowhere else
-            headers["Authorization"] = "Basic " + base64.b64encode(f"x:{self._settings.fly_token}".encode()).decode()
-        status = await self._status(f"{scheme}://{registry}/v2/{name}/manifests/{digest or tag or 'latest'}", headers)
-        if status == 404:
-            self._say("wrong", subject, f"{self._settings.vm_image} does not exist; push it, or mend VM_IMAGE")
+            reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
+            return self._say("wrong", subject, f"{reason}; {remedy}")
+        orgs = {str(token.get("org_slug")) for token in tokens if token.get("org_slug")}
+        if any(token.get("apps") for token in tokens):
+            self._say("wrong", subject, f"it is limited to single apps; {remedy}")
+        elif orgs and org not in orgs and org != "personal":
+            names = ", ".join(sorted(orgs))
+            self._say("wrong", subject, f"it is for {names}; set FLY_ORG to that, or {remedy}")
         else:
-            self._say("ok" if status == 200 else "note", subject, "" if status == 200 else f"not checked: its registry answered {status or 'nothing'}")
-
-    async def _status(self, url: str, headers: Mapping[str, str] | None = None) -> int:
-        """The status of a GET, 0 when there is no answer."""
-        try:
-            async with self._session.get(URL(url, encoded=True), headers=headers, allow_redirects=False, timeout=aiohttp.ClientTimeout(total=15)) as response:
-                return response.status
-        except (aiohttp.ClientError, TimeoutError, ValueError):
-            return 0
+            self._say("ok", subject)
 
     async def _look_at_account(self, subject: str) -> None:
         try:
-            state = str((await self._twilio.read_account()).get("status"))
+            account = await self._twilio.read_account()
         except UpstreamRejected as error:
-            if self._settings.twilio_api_key:  # a standard API key may not read the account itself
-                self._say("note", subject, f"not checked: TWILIO_API_KEY may not read it ({error.status})")
-                return
-            raise
+            if not self._settings.twilio.api_key:
+                raise
+            # A standard API key may not read the account itself.
+            reason = f"not checked: TWILIO_API_KEY may not read it ({error.status})"
+            return self._say("note", subject, reason)
+        state = str(account.get("status"))
         self._judge(subject, "" if state == "active" else f"it is {state}; see Twilio's console")
 
     async def _look_at_number(self, subject: str) -> None:
-        number, wanted = await self._twilio.find_number(self._settings.twilio_phone_number), f"{self._settings.public_url}/sms"
+        number = await self._twilio.find_number(self._settings.twilio.phone_number)
         if number is None:
-            self._say("wrong", subject, "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one")
-            return
-        elsewhere = number.get("sms_application_sid") or number.get("sms_url") != wanted or number.get("sms_method", "POST") != "POST"
-        self._judge(subject, f"its texts go elsewhere; set its messaging webhook to {wanted} with POST, and no TwiML application" if elsewhere else "")
+            reason = "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one"
+            return self._say("wrong", subject, reason)
+        wanted = f"{self._settings.gateway.public_url}/sms"
+        is_posted = number.get("sms_method", "POST") == "POST"
+        is_ours = (
+            number.get("sms_url") == wanted and is_posted and not number.get("sms_application_sid")
+        )
+        remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
+        self._judge(subject, "" if is_ours else f"its texts go elsewhere; {remedy}")
 
-    async def _look_at_public_address(self) -> None:
-        status = await self._status(f"{self._settings.public_url}/health")
-        # Only a note: it may well be looked at before the first deploy, or from where it cannot be seen.
-        self._say("ok" if status in (200, 503) else "note", "public address", "" if status in (200, 503) else f"{self._settings.public_url}/health answers {status or 'nothing'} from here")
-
-
-def open_clients() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(cookie_jar=aiohttp.CookieJar(unsafe=True), timeout=aiohttp.ClientTimeout(total=60))
+    async def _look_at_public_address(self, subject: str) -> None:
+        """Only a note: it may be looked at before the first deploy, or from where it cannot be seen."""
+        url, status = f"{self._settings.gateway.public_url}/health", 0
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
+            async with (
+                asyncio.timeout(15),
+                self._session.get(url, allow_redirects=False) as response,
+            ):
+                status = response.status
+        is_well = status in (200, 503)
+        reason = f"{url} answers {status or 'nothing'} from here"
+        self._say("ok" if is_well else "note", subject, "" if is_well else reason)
 
 
 async def examine(settings: Settings) -> int:
     """The command `doctor`; returns the exit code."""
-    owner = Owner()
-    try:
-        async with open_clients() as session:
-            doctor = Doctor(settings, session, Clock(), owner)
-            await doctor.examine()
-    finally:
-        await owner.close()
+    async with open_sessions() as sessions:
+        doctor = Doctor(settings, sessions)
+        await doctor.examine()
     return 0 if doctor.is_well else 1
 
 
-async def restore(settings: Settings, gateway_id: str, *, force: bool) -> int:
-    """The command `restore`: rebuild routes.json from Fly's own records, saying each step; returns the exit code."""
-    if settings.fly_is_local:
-        print("cockpit restore: the stand-in keeps no machines; set FLY_API_TOKEN", file=sys.stderr)
-        return 1
-    lock = None
+def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
+    """In local mode a COCKPIT_SECRET is made once and kept, so that local VMs know us again."""
+    if environ.get("COCKPIT_ENV") == "production" or environ.get("COCKPIT_SECRET"):
+        return environ
+    path = LOCAL_FOLDER / "secret"
     try:
-        path = Path(os.path.realpath(settings.routes_file))  # noqa: ASYNC240 - nothing else runs here
-        lock = StateLock(path)
-        await restore_routes(settings, path, gateway_id, force=force)
-    except (StoreError, UpstreamError) as error:
-        print(f"cockpit restore: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if lock is not None:
-            lock.close()
-    return 0
-
-
-async def restore_routes(settings: Settings, path: Path, gateway_id: str, *, force: bool) -> None:
-    """Raises StoreError or UpstreamError when that cannot be done; nothing is overwritten then."""
-    disk, clock = Owner(), Clock()
-    try:
-        store = RouteStore(path, clock, disk)
-    except StoreError:
-        if not force:
-            raise
-        for damaged in (path, path.with_name(path.name + ".bak")):
-            if damaged.exists():
-                os.replace(damaged, damaged.with_name(damaged.name + ".damaged"))
-                print(f"set aside as {damaged.name}.damaged: {damaged}")
-        store = RouteStore(path, clock, disk)
-    if store.routes and not force:
-        raise StoreError(f"{path} holds {len(store.routes)} routes; --force replaces them by what Fly knows")
-    async with open_clients() as session:
-        census = await take_census(FlyClient(session, settings, clock, Metrics(clock)), settings, clock)
-    if census.unasked:
-        raise StoreError(f"Fly could not ask its regions {', '.join(census.unasked)}; try again later")
-    for words in census.skipped:
-        print(f"skipped {words}")
-    chosen = census.choose(gateway_id, "" if store.is_new else store.gateway_id)
-    if not chosen:
-        raise StoreError(f"Fly holds no VM of {gateway_host(settings)} whose mark verifies; check PUBLIC_URL, COCKPIT_SECRET and FLY_ORG (nothing was written)")
-    routes = {phone: claim.route(settings) for phone, claim in census.claims[chosen].items()}
-    store.adopt(chosen, routes)
-    await store.commit()
-    await store.close()
-    for phone, route in sorted(routes.items(), key=lambda entry: entry[1].vm_id):
-        print(f"restored {route.vm_id} of {mask_phone(phone)} in {route.region}" if phone in store.routes else f"skipped {route.vm_id}: it is being deleted")
-    print(f"{len(store.routes)} routes of the gateway {chosen} are in {path}")
-
-
-class UpgradeClient:
-    """Moves all VMs to the present image through a running gateway's HTTP interface, a few at a time, until one fails."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, key: str, clock: Clock) -> None:
-        self._session, self._url, self._clock, self._failed = session, url, clock, 0
-        self._headers = {"Authorization": f"Bearer {key}", "Prefer": "respond-async"}
-
-    async def _ask(self, method: str, path: str) -> tuple[int, Json]:
-        try:
-            async with self._session.request(method, self._url + path, headers=self._headers, allow_redirects=False) as response:
-                body = json.loads(await response.read())
-                return response.status, body if isinstance(body, dict) else {}
-        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            return 0, {"detail": f"{self._url} gave no answer ({type(error).__name__}); set PUBLIC_URL, or PORT, to where the gateway listens"}
-
-    async def _vm_ids(self) -> list[str]:
-        found, after = [], ""
-        while True:
-            status, page = await self._ask("GET", f"/provision?limit=1000&after={quote(after)}")
-            if status != 200:
-                raise StoreError(str(page.get("detail") or f"the gateway answered {status}"))
-            found += [vm["vm_id"] for vm in page["vms"] if vm["state"] in ("ready", "away")]
-            if not (after := page["next"] or ""):
-                return found
-
-    async def _upgrade(self, vm_id: str) -> str:
-        """What went wrong, or nothing."""
-        status, record = await self._ask("POST", f"/provision/{vm_id}/upgrade")
-        if status == HTTPStatus.NOT_FOUND:  # torn down meanwhile
-            return ""
-        while status in (200, 202) and record.get("step"):
-            await self._clock.sleep(0.5)
-            status, record = await self._ask("GET", f"/provision/{vm_id}")
-        if status not in (200, 202):
-            return str(record.get("detail") or status)
-        error = str(record.get("last_error") or "")
-        return error if error.startswith("upgrade: ") else ""  # the relay tells its errors there too
-
-    async def run(self, at_once: int) -> int:
-        """Returns the exit code; says each VM's outcome as a line."""
-        waiting = await self._vm_ids()
-        total, done = len(waiting), 0
-
-        async def work() -> None:
-            nonlocal done
-            while waiting and not self._failed:
-                vm_id = waiting.pop(0)
-                if trouble := await self._upgrade(vm_id):
-                    self._failed += 1
-                    print(f"{vm_id}: FAILED: {trouble}", flush=True)
-                else:
-                    done += 1
-                    print(f"{vm_id}: upgraded ({done} of {total})", flush=True)
-        await asyncio.gather(*(work() for _ in range(at_once)))
-        print(f"{done} upgraded, {self._failed} failed, {len(waiting)} not tried", flush=True)
-        return 1 if self._failed else 0
-
-
-async def upgrade(at_once: int) -> int:
-    """Needs only what it takes to reach the gateway, so that it also runs elsewhere."""
-    reader = SettingsReader(os.environ)
-    gateway = read_gateway_settings(reader)
-    if problems := [problem for problem in reader.problems if problem.startswith(("PUBLIC_URL", "COCKPIT_API_KEY", "PORT"))]:
-        raise SettingsError(problems)
-    try:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
-            return await UpgradeClient(session, gateway["public_url"], gateway["api_keys"][0], Clock()).run(at_once)
-    except StoreError as error:
-        print(f"cockpit upgrade: {error}", file=sys.stderr)
-        return 1
+        secret = read_nofollow(path).decode()
+    except FileNotFoundError:
+        secret = secrets.token_hex(32)
+        make_private_folder(LOCAL_FOLDER)
+        write_atomically(path, [secret.encode()])
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return {**environ, "COCKPIT_SECRET": secret}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="cockpit.py", description="One text message to one engineer's own VM. Settings come from the environment; see README.md.")
+    parser = argparse.ArgumentParser(
+        prog="cockpit.py",
+        description="One text message to one engineer's own VM. Without a command it serves; "
+        "settings come from the environment, see README.md.",
+    )
     commands = parser.add_subparsers(dest="command")
-    vm = commands.add_parser("vm", help="serve what a VM speaks, with a built-in agent or the one given")
+    vm = commands.add_parser(
+        "vm", help="serve what a VM speaks, with a built-in agent or the one given"
+    )
     vm.add_argument("--host", default=os.environ.get("HOST") or "0.0.0.0")
     vm.add_argument("--port", type=int, default=os.environ.get("PORT") or "3000")
-    vm.add_argument("--agent", default=os.environ.get("LOCAL_AGENT", ""), help="a command: the text on its standard input, the answer on its standard output")
+    vm.add_argument(
+        "--agent",
+        default=os.environ.get("LOCAL_AGENT", ""),
+        help="a command: the text on its standard input, the answer on its standard output",
+    )
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
-    commands.add_parser("doctor", help="check settings, state folder, Fly and Twilio; each line says ok or what to do")
-    rebuild = commands.add_parser("restore", help="rebuild routes.json from Fly's own records")
-    rebuild.add_argument("--gateway", default="", metavar="ID", help="which gateway_id, when Fly knows several of this host")
-    rebuild.add_argument("--force", action="store_true", help="replace the routes that the file holds, or a file that cannot be read")
-    move = commands.add_parser("upgrade", help="move all VMs to the present VM_IMAGE through the running gateway; stops at the first failure")
-    move.add_argument("--at-once", type=int, default=3, choices=range(1, 51), metavar="N", help="so many at a time (1 to 50; default 3)")
+    commands.add_parser(
+        "doctor", help="check settings, state folder, Fly and Twilio; says ok or what to do"
+    )
     return parser.parse_args(argv)
 
 
@@ -6839,21 +9293,29 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; exit code 2 for settings that are missing or wrong."""
     arguments = parse_arguments(argv)
     if arguments.command == "vm":
-        return asyncio.run(serve_vm(arguments.host, arguments.port, arguments.agent, until_stdin_closes=arguments.until_stdin_closes))
+        return asyncio.run(
+            serve_vm(
+                arguments.host,
+                arguments.port,
+                arguments.agent,
+                until_stdin_closes=arguments.until_stdin_closes,
+            )
+        )
+    is_doctor = arguments.command == "doctor"
     try:
-        if arguments.command == "upgrade":
-            return asyncio.run(upgrade(arguments.at_once))
-        settings = Settings.from_env(os.environ)
+        settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
     except SettingsError as error:
-        if arguments.command == "doctor":
+        if is_doctor:
             print(*(f"wrong {problem}" for problem in error.problems), sep="\n")
             return 1
-        print("cockpit cannot start; mend these settings:", *(f"  {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        problems = [f"  {problem}" for problem in error.problems]
+        print("cockpit cannot start; mend these settings:", *problems, sep="\n", file=sys.stderr)
         return 2
-    set_up_logging(settings)
-    if arguments.command == "doctor":
-        return asyncio.run(examine(settings))
-    return asyncio.run(restore(settings, arguments.gateway, force=arguments.force) if arguments.command == "restore" else serve(settings))
+    except StoreError as error:
+        print(f"cockpit: {error}", file=sys.stderr)
+        return 1
+    set_up_logging(settings.gateway.log_format)
+    return asyncio.run(examine(settings) if is_doctor else serve(settings))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ import resource
 import shutil
 import signal
 import socket
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -96,7 +97,20 @@ class FakeClock:
 
     @property
     def clock(self) -> cockpit.Clock:
-        return cockpit.Clock(now=self.now, monotonic=self.monotonic, sleep=self.sleep, uniform=self.uniform)
+        return cockpit.Clock(wall=self.now, monotonic=self.monotonic, sleep=self.sleep, time_limit=self.time_limit, uniform=self.uniform)
+
+    @contextlib.asynccontextmanager
+    async def time_limit(self, seconds: float):
+        """Like asyncio.timeout, in virtual time."""
+        async with asyncio.timeout(seconds if self.live else None) as limit:
+            async def expire() -> None:
+                await self._wait(seconds)
+                limit.reschedule(asyncio.get_running_loop().time())
+            watchdog = None if self.live else asyncio.create_task(expire())
+            try:
+                yield
+            finally:
+                watchdog and watchdog.cancel()
 
     def now(self) -> float:
         return time.time() if self.live else 1_795_377_600.25 + self.elapsed + self.set_by  # 2026-11-22T20:00:00.25Z
@@ -105,10 +119,13 @@ class FakeClock:
         return time.monotonic() if self.live else 1000 + self.elapsed
 
     async def sleep(self, seconds: float) -> None:
-        self.touch()
         if self.live:
             return await asyncio.sleep(seconds)
         self.slept.append(seconds)
+        await self._wait(seconds)
+
+    async def _wait(self, seconds: float) -> None:
+        self.touch()
         awake = asyncio.get_running_loop().create_future()
         heapq.heappush(self._sleepers, (self.elapsed + max(0.0, seconds), next(self._order), awake))
         await awake
@@ -186,9 +203,9 @@ def free_port() -> int:
 class Server:
     """An app on loopback, served as in production: a handler goes on when its caller hangs up (aiohttp's TestServer would cancel it)."""
 
-    def __init__(self, app: web.Application, port: int = 0):
+    def __init__(self, app: web.Application, port: int = 0, runner: web.AppRunner | None = None):
         self.port, self.url, self.listening = port or free_port(), "", False
-        self.runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self.runner = runner or web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
 
     async def start(self) -> "Server":
         while FORKING.locked():
@@ -350,7 +367,11 @@ class Fake:
                 response = response or await self._answer(request, seen)
             elif fault:
                 response = self._scripted(fault) if fault.status else cut(request)
-            return cut(request) if self.deaf else response
+            if self.deaf or response is None:
+                return cut(request)
+            if not self.clock.live:
+                response.headers["Date"] = format_datetime(datetime.fromtimestamp(self.clock.now(), UTC), usegmt=True)
+            return response
         finally:
             self.clock.touch()
 
@@ -954,6 +975,13 @@ def settings(**changes: Any) -> dict[str, str]:
         name: str(value) for name, value in changes.items()}
 
 
+def stamp(app: str, phone: str, gateway_id: str, *, secret: str = SECRET, pairing: str = "0:paired") -> dict[str, str]:
+    """The metadata by which a machine proves whose it is, as the contract words it."""
+    mark = hmac.digest(secret.encode(), f"owner:{app}:{phone}:{gateway_id}:{pairing}".encode(), "sha256")
+    return {"cockpit_gateway": f"cockpit.example.com/{gateway_id}", "cockpit_phone": phone, "cockpit_pairing": pairing,
+            "cockpit_owner": base64.urlsafe_b64encode(mark).decode().rstrip("=")}
+
+
 def sign_up_form(phone: str = ANN, **more: Any) -> dict[str, Any]:
     return {"phone_number": phone, "github_token": GITHUB, "api_keys": {"ANTHROPIC_API_KEY": ANTHROPIC}} | more
 
@@ -1010,14 +1038,14 @@ class World:
     async def start(self, **changes: Any) -> None:
         self.environ |= {name: str(value) for name, value in changes.items()}
         app = cockpit.make_app(cockpit.Settings.from_env(self.environ | {"ROUTES_FILE": str(self.file)}), self.clock.clock)
-        self.server = Server(app)
-        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and app[cockpit.GATEWAY].journal.is_writing
+        self.server = Server(app, runner=cockpit.new_runner(app))
+        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and app[cockpit.GATEWAY].messages.is_writing
         await self.clock.run(self.server.start())
         self.twilio.gateway = self.server.url
 
     async def stop(self) -> None:
-        if self.server is not None:
-            await self.clock.run(self.server.close())
+        if self.server is not None:  # time stands still meanwhile
+            await asyncio.wait_for(self.server.close(), 10)
             self.server = None
 
     async def restart(self, **changes: Any) -> None:
@@ -1120,8 +1148,13 @@ class World:
         return json.loads(self.file.read_text())
 
     @property
-    def journal(self) -> Path:
-        return self.file.with_name(self.file.name + ".journal")
+    def database(self) -> Path:
+        return self.file.with_name(self.file.name + ".db")
+
+    def rows(self, query: str) -> list[tuple]:
+        """What the gateway's database says, as an operator would ask it."""
+        with contextlib.closing(sqlite3.connect(self.database)) as database:
+            return database.execute(query).fetchall()
 
 
 class Child:
@@ -1380,108 +1413,12 @@ async def test_fly_s_rate_limits_are_ridden_out_for_as_long_as_the_provisioning_
     assert world.fly.count("create_machine") == 16
 
 
-async def test_what_takes_too_long_is_ended_and_nothing_else(world):
-    clock, owner = world.clock, cockpit.Owner()
-    limit, ended = cockpit.TimeLimit(10, clock.clock, owner), []
-
-    async def work(name: str, seconds: float) -> None:
-        try:
-            with limit:
-                await clock.sleep(seconds)
-            with limit:  # the time of each is its own
-                await clock.sleep(seconds)
-            ended.append(name)
-        except (TimeoutError, asyncio.CancelledError) as error:
-            ended.append(f"{name} {type(error).__name__} {clock.elapsed:g} {asyncio.current_task().cancelling()}")
-
-    tasks = [asyncio.create_task(work(name, seconds)) for name, seconds in (("slow", 12), ("brisk", 9), ("stopped", 12))]
-    await clock.advance(5)
-    tasks.append(asyncio.create_task(work("later", 12)))
-    tasks[2].cancel()
-    await clock.advance(4)
-    assert ended == ["stopped CancelledError 5 1"]
-    await clock.advance(5.5)
-    assert ended[1:] == ["slow TimeoutError 10 0"]
-    await clock.advance(10)
-    assert ended[2:] == ["later TimeoutError 15 0", "brisk"]
-    await owner.close()
-
-
-async def test_a_call_that_is_late_and_cancelled_besides_stays_cancelled(world):
-    owner = cockpit.Owner()
-    limit = cockpit.TimeLimit(10, world.clock.clock, owner)
-
-    async def work() -> None:
-        with limit:
-            await world.clock.sleep(60)
-
-    task = asyncio.create_task(work())
-    await world.clock.until(lambda: limit._running)
-    task.cancel()
-    world.clock.elapsed += 10  # the watcher is due in the same turn
-    owner.start(limit._watch())
-    await asyncio.wait([task])
-    assert task.cancelled()
-    await owner.close()
-
-
-async def test_a_time_limit_hides_no_other_error_and_spends_no_cancellation_but_its_own(world):
-    owner, ended = cockpit.Owner(), []
-    limit = cockpit.TimeLimit(10, world.clock.clock, owner)
-
-    async def fails_when_cancelled() -> None:
-        with limit:
-            try:
-                await world.clock.sleep(60)
-            except asyncio.CancelledError:
-                raise ValueError from None
-
-    async def is_late_and_later_cancelled() -> None:
-        for _ in range(2):
-            try:
-                with limit:
-                    await world.clock.sleep(60)
-            except TimeoutError:
-                ended.append(world.clock.elapsed)
-
-    async def goes_on_though_cancelled() -> None:
-        with contextlib.suppress(asyncio.CancelledError):
-            await world.clock.sleep(60)
-        await is_late_and_later_cancelled()
-
-    failing, late, stubborn = (asyncio.create_task(work()) for work in (fails_when_cancelled, is_late_and_later_cancelled, goes_on_though_cancelled))
-    await world.clock.settle()
-    stubborn.cancel()
-    await world.clock.advance(15)
-    assert ended == [10, 10] and isinstance(failing.exception(), ValueError)
-    late.cancel()
-    await world.clock.advance(10)
-    assert late.cancelled() and ended == [10, 10, 20] and stubborn.done() and stubborn.cancelling() == 1
-    await owner.close()
-
-
-async def test_a_time_limit_whose_owner_was_closed_still_limits_what_comes(world):
-    owner = cockpit.Owner()
-    limit = cockpit.TimeLimit(10, world.clock.clock, owner)
-    with limit:
-        pass
-    await owner.close()
-    with pytest.raises(TimeoutError):
-        await world.clock.run(limited(limit, world.clock))
-    await owner.close()
-
-
-async def limited(limit: cockpit.TimeLimit, clock: FakeClock) -> None:
-    with limit:
-        await clock.sleep(60)
-
-
-async def test_an_owner_closes_also_when_a_task_has_just_ended():
-    owner = cockpit.Owner()
-    ended = owner.start(asyncio.sleep(0))
+async def test_tasks_close_also_when_one_has_just_ended():
+    tasks = cockpit.Tasks()
+    ended = tasks.start(asyncio.sleep(0))
     while not ended.done():
         await asyncio.sleep(0)
-    await owner.close()
+    await tasks.close()
 
 
 # --- Store ---
@@ -1594,155 +1531,6 @@ async def test_the_file_is_whole_at_every_moment(live):
     await live.spawn()
 
 
-# --- Calls out ---
-
-def http(body: bytes, *more: str) -> bytes:
-    """An answer as it goes on the wire."""
-    head = "".join(f"{line}\r\n" for line in ("HTTP/1.1 200 OK", "Content-Type: application/json", f"Content-Length: {len(body)}", *more))
-    return head.encode() + b"\r\n" + body
-
-
-class Wiretap:
-    """A server that keeps what it hears, byte for byte, and answers `answer`, piece by piece."""
-
-    def __init__(self):
-        self.heard: list[tuple[list[str], bytes]] = []  # the lines of the head, the body
-        self.connections = 0
-        self.answer: tuple[bytes, ...] = (http(b"{}"),)
-        self.serving: list[asyncio.Task] = []
-
-    async def serve(self, reader, writer):
-        self.connections += 1
-        self.serving.append(asyncio.current_task())
-        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-            while head := (await reader.readuntil(b"\r\n\r\n")).decode():
-                length = int(re.search(r"content-length: (\d+)", head, re.IGNORECASE)[1])
-                self.heard.append((head.split("\r\n")[:-2], await reader.readexactly(length)))
-                for piece in self.answer:
-                    writer.write(piece)
-                    await writer.drain()
-                    await asyncio.sleep(0)
-        writer.close()
-        with contextlib.suppress(ConnectionError):
-            await writer.wait_closed()
-
-
-@pytest.fixture
-async def wiretap():
-    tap = Wiretap()
-    async with await asyncio.start_server(tap.serve, "127.0.0.1", 0) as server:
-        tap.url = cockpit.URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a%20path?q=1")
-        async with aiohttp.ClientSession(cookie_jar=aiohttp.DummyCookieJar(), request_class=cockpit.PreparedRequest) as tap.session:
-            yield tap
-        await asyncio.gather(*tap.serving)
-
-
-LIMITS = aiohttp.ClientTimeout(total=5)
-
-
-async def ask(tap: Wiretap, limit: int = 100, **more: str) -> bytes | None:
-    call = cockpit.Call(tap.url, {"Authorization": "Bearer token", "Content-Type": "application/json"}, cockpit.Burst())
-    return await cockpit.read_at_most(await call.post(tap.session, b'{"text": "caf\xc3\xa9"}', LIMITS, more), limit)
-
-
-async def test_a_prepared_call_says_on_the_wire_what_aiohttp_itself_would_say(wiretap, monkeypatch):
-    if aiohttp.__version__.startswith("3.14."):
-        assert cockpit.PREPARES_REQUESTS
-    assert await ask(wiretap, **{"Idempotency-Key": "SM1"}) == b"{}"
-    monkeypatch.setattr(cockpit, "PREPARES_REQUESTS", False)
-    assert await ask(wiretap, **{"Idempotency-Key": "SM1"}) == b"{}"
-    (ours, our_body), (theirs, their_body) = wiretap.heard
-    assert ours[0] == theirs[0] == "POST /a%20path?q=1 HTTP/1.1"
-    assert sorted(ours) == sorted(theirs) and {"Idempotency-Key: SM1", "Authorization: Bearer token", "Accept-Encoding: identity"} <= set(ours)
-    assert our_body == their_body == b'{"text": "caf\xc3\xa9"}'
-
-
-async def test_a_session_of_prepared_requests_makes_all_others_as_aiohttp_does(wiretap):
-    async with wiretap.session.put(wiretap.url, json={"a": 1}, headers={"X-Own": "b"}) as response:
-        assert await response.json() == {}
-    (head, body), = wiretap.heard
-    assert head[0].startswith("PUT ") and "X-Own: b" in head and body == b'{"a": 1}'
-
-
-@pytest.mark.parametrize("value", ["a\r\nX-More: b", "a\nb", "a\rb", "a\0b"])
-async def test_no_header_can_break_out_of_its_line(wiretap, value):
-    with pytest.raises(ValueError, match="control character"):
-        await ask(wiretap, **{"Idempotency-Key": value})
-    assert not wiretap.heard
-
-
-@pytest.mark.parametrize("pieces", [
-    (http(b"12345"),),
-    (http(b"12345")[:-5], b"123", b"45"),
-    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"2\r\n12\r\n", b"3\r\n345\r\n0\r\n\r\n"),
-])
-async def test_an_answer_is_read_up_to_the_limit_and_its_connection_used_again(wiretap, pieces):
-    wiretap.answer = pieces
-    assert [await ask(wiretap, 5) for _ in range(3)] == [b"12345"] * 3
-    assert wiretap.connections == 1
-    assert await ask(wiretap, 4) is None
-    assert await ask(wiretap, 5) == b"12345"
-
-
-async def test_what_goes_out_in_one_turn_of_the_loop_goes_together_at_its_end_whatever_happens_to_one_of_it():
-    sent, told = [], []
-
-    class Wire:
-        def __init__(self, name: str):
-            self.name = name
-
-        def write(self, raw: bytes) -> None:
-            if self.name == "broken":
-                raise RuntimeError(self.name)
-            sent.append((self.name, raw))
-
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(str(context["exception"])))
-    burst = cockpit.Burst()
-    for name in ("a", "broken", "b"):
-        burst.add(Wire(name), b"x")
-    assert not sent
-    for _ in range(3):
-        await asyncio.sleep(0)
-    assert (sent, told) == ([("a", b"x"), ("b", b"x")], ["broken"])
-
-
-@pytest.mark.parametrize("prepared", [True, False])
-async def test_a_call_follows_no_redirect_and_keeps_to_its_own_time(wiretap, monkeypatch, prepared):
-    monkeypatch.setattr(cockpit, "PREPARES_REQUESTS", prepared and cockpit.PREPARES_REQUESTS)
-    call = cockpit.Call(wiretap.url, {}, cockpit.Burst())
-    wiretap.answer = (b"HTTP/1.1 307 Elsewhere\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n",)
-    response = await call.post(wiretap.session, b"", LIMITS, {})
-    assert (response.status, len(wiretap.heard)) == (307, 1)
-    wiretap.answer = ()
-    with pytest.raises(TimeoutError):
-        await call.post(wiretap.session, b"", aiohttp.ClientTimeout(total=0.01), {})
-
-
-class ClosingConnector(aiohttp.TCPConnector):
-    """Its connections close just before they are used."""
-
-    def __init__(self, how: str):
-        super().__init__()
-        self.how = how
-
-    async def connect(self, *given, **more):
-        connection = await super().connect(*given, **more)
-        getattr(connection.transport, self.how)()
-        while self.how == "abort" and connection.protocol.transport is not None:
-            await asyncio.sleep(0)
-        return connection
-
-
-@pytest.mark.parametrize("how", ["close", "abort"])
-@pytest.mark.skipif(not cockpit.PREPARES_REQUESTS, reason="aiohttp makes its requests itself")
-async def test_a_connection_that_closes_is_told_instead_of_written_to(wiretap, how):
-    async with aiohttp.ClientSession(connector=ClosingConnector(how), request_class=cockpit.PreparedRequest) as session:
-        call = cockpit.Call(wiretap.url, {}, cockpit.Burst())
-        with pytest.raises(aiohttp.ClientConnectionResetError):
-            await call.post(session, b"", LIMITS, {})
-    assert not wiretap.heard
-
-
 # --- Fly client ---
 
 async def test_a_provisioning_asks_fly_in_order_and_once_each(world):
@@ -1764,10 +1552,9 @@ async def test_the_machine_is_the_one_the_contract_describes(world):
     assert (port["port"], port["handlers"]) == (3000, ["http"]) and port["http_options"]["idle_timeout"] > 330 and not port.get("force_https")
     check, = config["checks"].values()
     assert (check["path"], check["port"], check.get("kind", "informational")) == ("/health", 3000, "informational")
-    owner = base64.urlsafe_b64encode(hmac.new(SECRET.encode(), f"owner:{vm.app}:{ANN}".encode(), hashlib.sha256).digest()).decode()
-    metadata = config["metadata"]
-    assert metadata["cockpit_gateway"] == f"cockpit.example.com/{world.saved['gateway_id']}" and metadata["cockpit_phone"] == ANN
-    assert metadata["cockpit_owner"].rstrip("=") == owner.rstrip("=") and metadata["cockpit_launch"]
+    metadata = dict(config["metadata"])
+    assert metadata.pop("cockpit_launch")
+    assert metadata == stamp(vm.app, ANN, world.saved["gateway_id"])
     assert GITHUB not in json.dumps(config) and ANTHROPIC not in json.dumps(config), "credentials are secrets, not configuration"
 
 
@@ -2263,264 +2050,6 @@ async def test_teardown_works_for_a_vm_that_is_away(world):
     assert not world.fly.everything
 
 
-# --- The pool ---
-
-def in_pool(world: World) -> list[str]:
-    """The machines that are ready to be claimed."""
-    return [vm_id for vm_id, entry in world.saved["pool"].items() if entry["state"] == "ready"]
-
-
-async def pooled(world: World, size: int = 2, **changes: Any) -> list[str]:
-    """A gateway whose pool is full."""
-    await world.start(POOL_SIZE=size, **changes)
-    await world.clock.until(lambda: len(in_pool(world)) == size)
-    return in_pool(world)
-
-
-async def test_a_machine_of_the_pool_never_ran_and_is_nobody_s(world):
-    entries = await pooled(world)
-    assert sorted(entries) == sorted(world.fly.apps) and not world.saved["routes"]
-    for machine in world.fly.machines:
-        assert world.fly.state(machine) == "created" and not world.fly.apps[machine.app].secrets
-        assert machine.config["metadata"]["cockpit_pool"] and not {"cockpit_phone", "cockpit_owner"} & set(machine.config["metadata"])
-
-
-async def test_a_claim_is_ready_without_waiting_for_the_image_and_the_pool_fills_again(world):
-    world.fly.pull_s, world.fly.boot_s = 6, 0.5
-    entries = await pooled(world)
-    began = world.clock.monotonic()
-    answer = await world.provision()
-    assert answer.status == 201 and world.clock.monotonic() - began < 2
-    record = answer.body
-    assert record["vm_id"] in entries and record["from_pool"] is True and list(record["steps"]) == ["secrets", "launch", "start", "health"]
-    vm = world.vms[record["vm_id"]]
-    machine, = world.fly.apps[vm.app].machines.values()
-    assert vm.env["GITHUB_TOKEN"] == GITHUB and machine.config["metadata"]["cockpit_phone"] == ANN and "cockpit_pool" not in machine.config["metadata"]
-    await world.text("hello")
-    await world.hears("ran: hello")
-    await world.clock.until(lambda: len(in_pool(world)) == 2)
-    assert vm.app not in world.saved["pool"]
-    assert 'cockpit_pool_claims_total{outcome="claimed"} 1' in (await world.call("GET", "/metrics", key=None)).text
-
-
-async def test_four_sign_ups_at_once_on_a_pool_of_two_give_four_vms(world):
-    entries = await pooled(world)
-    phones = [f"+1555600000{number}" for number in range(4)]
-    answers = await world.clock.run(asyncio.gather(*(world.ask("POST", "/provision", json=sign_up_form(phone)) for phone in phones)))
-    assert [answer.status for answer in answers] == [201] * 4
-    made = {answer.body["vm_id"] for answer in answers}
-    assert len(made) == 4 and set(entries) < made and sum(answer.body["from_pool"] for answer in answers) == 2
-    await world.clock.until(lambda: len(in_pool(world)) == 2)
-    assert len(world.fly.apps) == 6 and len(world.fly.machines) == 6
-
-
-async def test_a_torn_down_machine_never_returns_to_the_pool(world):
-    await pooled(world)
-    vm = await world.sign_up()
-    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
-    await world.clock.until(lambda: len(in_pool(world)) == 2)
-    assert vm.app not in world.fly.everything and vm.app not in world.saved["pool"] and len(world.fly.apps) == 2
-
-
-async def test_a_machine_that_fly_will_not_boot_is_replaced_the_long_way_in_the_same_app(world):
-    entry, = await pooled(world, 1, VM_VOLUME_GB=3)
-    world.fly.fails("update_machine", 412, body={"error": "failed_precondition: machine was never launched"})
-    vm = await world.sign_up()
-    assert vm.app == entry and len(world.fly.apps[vm.app].machines) == 1
-    assert (await world.call("GET", f"/provision/{vm.app}")).body["from_pool"] is False
-    made = [seen for seen in world.fly.seen if seen.name in ("create_app", "set_secrets", "create_volume") and entry in seen.path + str(seen.body)]
-    assert [seen.name for seen in made] == ["create_app", "create_volume", "set_secrets"], "nothing but the machine is made anew"
-    await world.text("hello")
-    await world.hears("ran: hello")
-    assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
-
-
-@pytest.mark.parametrize("volume_gb", [0, 3])
-async def test_a_machine_that_vanished_just_before_it_was_claimed_is_made_anew_under_its_name(world, volume_gb):
-    entry, = await pooled(world, 1, VM_VOLUME_GB=volume_gb)
-    world.fly.everything.pop(entry)
-    began = world.clock.elapsed
-    answer = await world.provision()
-    assert (answer.status, answer.body["vm_id"], answer.body["from_pool"]) == (201, entry, False) and world.clock.elapsed - began < 40
-    assert len(world.fly.apps[entry].machines) == 1 and [machine.name for machine in world.fly.apps[entry].machines.values()] == [entry]
-    await world.text("hello")
-    await world.hears("ran: hello")
-    assert 'cockpit_pool_claims_total{outcome="refused"} 1' in (await world.call("GET", "/metrics", key=None)).text
-    assert await world.call("DELETE", f"/provision/{entry}") and entry not in world.fly.apps
-
-
-async def test_a_region_the_pool_does_not_have_is_set_up_the_long_way(world):
-    entries = await pooled(world, 1)
-    answer = await world.provision(region="fra")
-    assert answer.status == 201 and answer.body["vm_id"] not in entries and answer.body["region"] == "fra" and not answer.body["from_pool"]
-    assert in_pool(world) == entries
-
-
-async def test_a_claim_that_fails_is_undone_and_does_not_go_back(world):
-    entry, = await pooled(world, 1)
-    world.fly.fails("set_secrets", 400)
-    assert (await world.provision()).status == 502
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and entry not in world.fly.everything)
-    assert not world.saved["routes"]
-
-
-@pytest.mark.parametrize("call", ["create_app", "allocate_ip", "create_machine"])
-async def test_a_kill_while_the_pool_fills_loses_no_machine_and_doubles_none(world, call):
-    gate = world.fly.holds(call, after=True)
-    await world.start(POOL_SIZE=1)
-    await world.clock.until(gate.arrived.is_set)
-    await world.crash_and_restart()
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"])
-    assert list(world.fly.everything) == in_pool(world)
-
-
-@pytest.mark.parametrize("call", ["set_secrets", "update_machine", "wait_machine"])
-async def test_a_kill_during_a_claim_leaves_no_orphan_and_a_full_pool(world, call):
-    await pooled(world, 1)
-    _, job = await world.begin(world.fly, call, after=True)
-    await world.crash_and_restart()
-    await asyncio.gather(job, return_exceptions=True)
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"])
-    assert list(world.fly.everything) == in_pool(world) and not world.saved["routes"]
-
-
-async def test_another_image_replaces_the_pool_and_size_0_removes_it(world):
-    before = await pooled(world)
-    await world.restart(VM_IMAGE="vm-image:8")
-    await world.clock.until(lambda: len(in_pool(world)) == 2 and not set(before) & set(world.fly.everything))
-    assert {machine.config["image"] for machine in world.fly.machines} == {"vm-image:8"}
-    await world.restart(POOL_SIZE=0)
-    await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"])
-    assert not world.saved["pool"]
-
-
-async def test_a_machine_made_for_other_settings_is_not_claimed_before_it_is_replaced(world):
-    fits, other = await pooled(world)
-    await world.clock.advance(10)
-    await world.stop()
-    saved = world.saved
-    saved["pool"][other]["shape"] = "made for something else"
-    world.file.write_text(json.dumps(saved))
-    gate = world.fly.holds("get_machine")  # the look through the pool stops at its first machine
-    await world.start()
-    await world.clock.until(gate.arrived.is_set)
-    assert (await world.provision(ANN)).body["vm_id"] == fits
-    assert (await world.provision(BOB)).body["vm_id"] != other
-    gate.open()
-    await world.clock.until(lambda: other not in world.fly.everything)
-
-
-async def test_a_machine_that_vanished_from_the_pool_is_replaced(world):
-    lost, kept = await pooled(world)
-    del world.fly.everything[lost]
-    await world.clock.until(lambda: len(in_pool(world)) == 2 and lost not in in_pool(world), within=300)
-    assert kept in in_pool(world)
-
-
-async def test_sweeps_leave_the_pool_alone_and_health_counts_it(world):
-    entries = await pooled(world, RECONCILE_S=60)
-    await world.clock.advance(1500)
-    assert in_pool(world) == entries == list(world.fly.apps)
-    assert (await world.call("GET", "/health", key=None)).body["pool"] == {"ready": 2}
-
-
-async def test_a_lost_disk_brings_back_vms_but_no_machine_of_the_pool(world):
-    await pooled(world, 1)
-    vm = await world.sign_up()
-    await world.clock.until(lambda: len(in_pool(world)) == 1)
-    lost, = in_pool(world)
-    await world.clock.advance(10)
-    await world.stop()
-    for file in world.file.parent.iterdir():
-        file.unlink()
-    await world.start(RECONCILE_S=60)
-    assert {route["vm_id"] for route in world.saved["routes"].values()} == {vm.app} and not world.saved["pool"].get(lost)
-    await world.clock.until(lambda: lost not in world.fly.everything and len(in_pool(world)) == 1, within=2000)
-    assert set(world.fly.everything) == {vm.app, *in_pool(world)}
-
-
-async def test_a_claim_torn_down_before_its_first_step_leaves_no_orphan(world):
-    entry, = await pooled(world, 1)
-    provisioner = world.server.runner.app[cockpit.GATEWAY].provisioner
-    provisioner.begin(cockpit.Order(phone=ANN, credentials={}))
-    assert await world.clock.run(provisioner.tear_down(entry))
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"])
-    assert entry not in world.fly.everything and list(world.fly.everything) == in_pool(world)
-
-
-async def test_a_claim_that_cannot_be_written_leaves_no_orphan(world, monkeypatch):
-    entry, = await pooled(world, 1)
-    with monkeypatch.context() as patch:
-        def full(*_):
-            raise cockpit.StoreError("disk full")
-        patch.setattr(cockpit, "write_atomically", full)
-        assert (await world.provision()).body["code"] == "storage"
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and entry not in world.fly.everything, within=300)
-    await world.clock.until(lambda: list(world.fly.everything) == in_pool(world))
-
-
-async def test_a_failure_that_nobody_foresaw_does_not_end_the_filling(world):
-    world.fly.fails("create_machine", 200, body={"id": "\ud83d", "state": "created", "region": "iad"}, after=True)  # half a character fits into no URL
-    await pooled(world, 1)
-    await world.clock.until(lambda: list(world.fly.everything) == in_pool(world))
-
-
-@pytest.mark.parametrize("gigabytes", [0, 1])
-@pytest.mark.parametrize("trouble", ["full", "host", "started"])
-async def test_a_machine_that_cannot_be_booted_for_the_first_time_is_replaced(world, trouble, gigabytes):
-    entry, = await pooled(world, 1, VM_VOLUME_GB=gigabytes)
-    machine, = world.fly.machines
-    if trouble == "full":  # which comes as 5xx too
-        world.fly.fails("update_machine", 503, body={"error": "insufficient resources", "status": "insufficient_capacity"})
-    elif trouble == "host":
-        machine.host = "unreachable"
-    else:
-        machine.rest = "started"
-    vm = await world.sign_up()
-    assert vm.app == entry and machine.id not in world.fly.apps[entry].machines and len(world.fly.apps[entry].machines) == 1
-    await world.text("hello")
-    await world.hears("ran: hello")
-
-
-async def test_other_regions_replace_the_pool_and_a_group_of_regions_is_claimed_from(world):
-    before = await pooled(world, 1)
-    await world.restart(VM_REGION="ewr")
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and not set(before) & set(world.fly.everything))
-    assert [machine.region for machine in world.fly.machines] == ["ewr"]
-    await world.restart(VM_REGION="us")
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and [machine.region for machine in world.fly.machines] == ["us"])
-    entry, = in_pool(world)
-    world.server.runner.app[cockpit.GATEWAY].store.pool[entry]["region"] = "ord"  # Fly's choice among them
-    assert (await world.provision()).body["vm_id"] == entry
-
-
-async def test_a_claim_is_reached_at_the_present_vm_url(world):
-    entry, = await pooled(world, 1)
-    template = world.saved["pool"][entry]["vm_url"].replace(entry, "{app}")
-    await world.clock.advance(10)  # by then every node of Fly knows the app
-    await world.restart(VM_URL=template.replace("127.0.0.1", "localhost"))
-    record = (await world.provision()).body
-    assert record["vm_id"] == entry and "localhost" in record["vm_url"]
-
-
-@pytest.mark.parametrize("entry", [{"state": "ready"}, {"vm_id": "cockpit-vm-aaaaaaaa", "machine_id": 5}, {"vm_id": "cockpit-vm-bbbbbbbb"}, {"vm_id": "cockpit-vm-routed"}])
-def test_a_pool_that_makes_no_sense_is_not_read(entry):
-    key = "cockpit-vm-routed" if entry.get("vm_id") == "cockpit-vm-routed" else "cockpit-vm-aaaaaaaa"
-    stored = {"version": 1, "routes": {ANN: {"vm_id": "cockpit-vm-routed"}}, "pool": {key: entry}}
-    with pytest.raises(ValueError, match="the pool's"):
-        cockpit.StoredState.parse(json.dumps(stored).encode())
-
-
-async def test_a_full_fly_is_asked_for_the_pool_less_and_less_often(world):
-    world.fly.full.add("iad")
-    await world.start(POOL_SIZE=1)
-    await world.clock.advance(600)
-    assert 2 < world.fly.count("create_machine") < 15 and not in_pool(world)
-    world.fly.full.clear()
-    await world.clock.until(lambda: len(in_pool(world)) == 1 and not world.saved["undo"], within=700)
-    assert list(world.fly.everything) == in_pool(world)
-
-
 # --- Relay ---
 
 async def test_a_text_reaches_its_vm_and_the_answer_its_phone(world):
@@ -2541,7 +2070,7 @@ async def test_a_text_arrives_unchanged(world, body):
     assert vm.ran == [body]
 
 
-async def test_two_users_reach_only_their_own_vms_in_order_and_are_answered_on_their_own_phones(world):
+async def test_two_users_reach_only_their_own_vms_and_are_answered_on_their_own_phones(world):
     await world.start()
     ann, bob = await world.sign_up(ANN), await world.sign_up(BOB)
     for n in range(5):
@@ -2603,32 +2132,6 @@ async def test_whatever_a_vm_answers_its_owner_hears_something_and_the_lane_goes
     assert (first == heard if heard else first) and second == "ran: even"
 
 
-@pytest.mark.parametrize("how", ["refused", "cut", 502, 503, 504])
-async def test_an_absent_vm_is_announced_once_and_what_waited_runs_in_order(world, how):
-    vm = await world.ready()
-    await world.leaves(vm, how)
-    for body in ("one", "two", "three"):
-        await world.text(body)
-    await world.hears(RESTARTING)
-    await world.clock.advance(40)
-    assert len(vm.asked) <= 1, "nothing is posted until /health answers"
-    assert world.fly.count("get_machine") and not world.fly.count("start_machine"), "the Machines API is asked; what runs is not started"
-    await world.returns(vm)
-    await world.hears(RESTARTING, "ran: one", "ran: two", "ran: three")
-    assert vm.ran == ["one", "two", "three"] and len({command.key for command in vm.asked}) == 3
-
-
-async def test_the_next_outage_is_announced_again(world):
-    vm = await world.ready()
-    for n in (1, 2):
-        vm.away = 503
-        await world.text(f"text {n}")
-        await world.clock.until(lambda: world.twilio.sent_to(ANN).count(RESTARTING) == n)
-        vm.away = 0
-        await world.clock.until(lambda: world.twilio.sent_to(ANN).count(f"ran: text {n}") == 1)
-    await world.hears(RESTARTING, "ran: text 1", RESTARTING, "ran: text 2")
-
-
 @pytest.mark.parametrize("state", ["stopped", "suspended"])
 async def test_a_machine_that_rests_is_started(world, state):
     world.fly.boot_s = 4.0
@@ -2643,24 +2146,50 @@ async def test_an_answer_lost_on_the_way_is_fetched_with_the_same_key_and_not_ru
     vm = await world.ready()
     vm.then({"cut": "after"})
     await world.text("deploy")
-    await world.hears(RESTARTING, "ran: deploy")
+    await world.hears("ran: deploy")
     assert vm.ran == ["deploy"] and len(vm.asked) == 2 and vm.asked[0].key == vm.asked[1].key
+
+
+@pytest.mark.parametrize("reaction", [{"cut": "before"}, {"status": 504}, {"status": 502}])
+async def test_a_text_cut_off_twice_in_a_row_is_not_tried_a_third_time(world, reaction):
+    """The VM answers /health all the while: the road may be at fault once, not twice."""
+    vm = await world.ready()
+    vm.then(reaction, reaction)
+    await world.text("rm -rf /")
+    await world.text("still there?")
+    await world.hears('Your VM went away twice while running this; not tried again: "rm -rf /"', "ran: still there?")
+    assert [command.text for command in vm.asked] == ["rm -rf /", "rm -rf /", "still there?"]
+
+
+async def test_an_answer_between_two_cuts_proves_that_the_vm_lived(world):
+    vm = await world.ready()
+    vm.then({"cut": "before"}, {"status": 409}, {"cut": "before"}, {})
+    await world.text("patience")
+    await world.hears("ran: patience")
+    assert len(vm.asked) == 4
 
 
 @pytest.mark.parametrize("reaction", [{"cut": "before"}, {"status": 504}])
 async def test_a_text_that_takes_its_vm_down_twice_is_not_tried_a_third_time(world, reaction):
     vm = await world.ready()
-    vm.then(reaction, reaction)
+    world.vms.fails("health", 503)
+    vm.then(reaction)
     await world.text("rm -rf /")
-    await world.text("still there?")
-    await world.hears(RESTARTING, 'Your VM went away twice while running this; not tried again: "rm -rf /"', "ran: still there?")
-    assert [command.text for command in vm.asked] == ["rm -rf /", "rm -rf /", "still there?"]
+    await world.hears(RESTARTING, "ran: rm -rf /")
+    world.vms.fails("health", 503)
+    world.vms.fails("health", 503)
+    vm.then(reaction, reaction)
+    await world.text("again")
+    await world.clock.until(lambda: len(world.twilio.sent) == 4)
+    assert world.twilio.sent_to(ANN)[2:] == [RESTARTING, 'Your VM went away twice while running this; not tried again: "again"']
 
 
-async def test_a_502_from_the_proxy_alone_does_not_count_against_a_text(world):
+async def test_a_502_of_a_vm_that_is_away_does_not_count_against_a_text(world):
     vm = await world.ready()
-    vm.then({"status": 502}, {"status": 502}, {"status": 502})
+    vm.away = 502
     await world.text("patience")
+    await world.clock.advance(60)
+    await world.returns(vm)
     await world.hears(RESTARTING, "ran: patience")
 
 
@@ -2669,16 +2198,6 @@ async def test_a_busy_vm_is_waited_for_without_a_word(world):
     vm.then(*[{"status": 409}] * 12)
     await world.text("when you can")
     await world.hears("ran: when you can")
-
-
-@pytest.mark.parametrize("status", [302, 400, 401, 404, 422, 500])
-async def test_another_status_is_told_to_the_owner_and_not_tried_again(world, status):
-    vm = await world.ready()
-    vm.then({"status": status, "headers": {"Location": world.vms.server.url + "/elsewhere"}})
-    await world.text("go")
-    await world.text("next")
-    await world.hears(f'Your VM answered with an error ({status}): "go"', "ran: next")
-    assert not world.vms.count("unknown"), "no redirect of a VM is followed"
 
 
 async def test_no_answer_in_time_is_told_and_the_next_text_waits_for_the_busy_vm(world):
@@ -2739,21 +2258,6 @@ async def test_an_answer_that_trickles_in_without_end_counts_as_none(world):
     assert not [words for words in world.twilio.sent_to(ANN) if words.startswith("No answer")]
     await world.clock.advance(2)
     assert world.twilio.sent_to(ANN)[-1] == 'No answer after 330 s; it may still be running: "drip"'
-
-
-async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_which(world):
-    vm = await world.ready(VM_AWAY_LIMIT_S=60)
-    vm.away = 503
-    await world.text("x" * 100)
-    await world.clock.advance(55)
-    await world.hears(RESTARTING)
-    await world.clock.advance(10)
-    _, notice = world.twilio.sent_to(ANN)
-    assert notice.startswith('Not run, your VM was away too long: "' + "x" * 79) and "x" * 81 not in notice
-    vm.away = 0
-    await world.text("fresh")
-    await world.clock.until(lambda: "ran: fresh" in world.twilio.sent_to(ANN))
-    assert vm.ran == ["fresh"]
 
 
 @pytest.mark.parametrize("set_by", [7200, -7200])
@@ -2888,14 +2392,199 @@ async def test_an_answer_that_may_have_been_sent_is_looked_up_before_it_is_sent_
     assert world.twilio.count("send") == (2 if arrived else 3)
 
 
+@pytest.mark.parametrize("how", ["refused", "cut", 502, 503, 504])
+async def test_an_absent_vm_is_announced_once_and_what_waited_runs_in_order(world, how):
+    vm = await world.ready()
+    await world.leaves(vm, how)
+    for body in ("one", "two", "three"):
+        await world.text(body)
+    await world.hears(RESTARTING)
+    await world.clock.advance(40)
+    assert len(vm.asked) <= 1, "nothing is posted until /health answers"
+    assert world.fly.count("get_machine") and not world.fly.count("start_machine"), "the Machines API is asked; what runs is not started"
+    await world.returns(vm)
+    await world.hears(RESTARTING, "ran: one", "ran: two", "ran: three")
+    assert vm.ran == ["one", "two", "three"] and len({command.key for command in vm.asked}) == 3
+
+
+@pytest.mark.parametrize("status", [302, 400, 401, 404, 422, 500])
+async def test_another_status_is_told_to_the_owner_and_not_tried_again(world, status):
+    vm = await world.ready()
+    vm.then({"status": status, "headers": {"Location": world.vms.server.url + "/elsewhere"}})
+    await world.text("go")
+    await world.text("next")
+    await world.hears(f'Your VM answered with an error ({status}): "go"', "ran: next")
+    assert not world.vms.count("unknown"), "no redirect of a VM is followed"
+
+
+async def test_a_text_that_waited_too_long_is_not_run_late_and_its_owner_reads_which(world):
+    vm = await world.ready(VM_AWAY_LIMIT_S=60)
+    vm.away = 503
+    await world.text("x" * 100)
+    await world.clock.advance(55)
+    await world.hears(RESTARTING)
+    await world.clock.advance(10)
+    _, notice = world.twilio.sent_to(ANN)
+    assert notice.startswith('Not run, your VM was away too long: "' + "x" * 79) and "x" * 81 not in notice
+    vm.away = 0
+    await world.text("fresh")
+    await world.clock.until(lambda: "ran: fresh" in world.twilio.sent_to(ANN))
+    assert vm.ran == ["fresh"]
+
+
+# Conversations: what the phone says (>), what it hears (<), what happens meanwhile (~).
+
+async def play(world: World, script: str) -> None:
+    """Plays a conversation line by line; at each `<` exactly that is heard next, at the end nothing more."""
+    vm, heard = await world.ready(), []
+    for line in [*filter(None, map(str.strip, script.splitlines())), "~ 0 s"]:
+        kind, _, words = line.partition(" ")
+        if kind != "<" and words != "a kill":
+            await world.hears(*heard)
+        match kind, words.replace("AWAY", RESTARTING).split():
+            case ">", _:
+                await world.text(words)
+            case "<", _:
+                heard.append(words.replace("AWAY", RESTARTING))
+            case "~", [seconds, "s"]:
+                await world.clock.advance(float(seconds))
+            case "~", ["vm", "answers", status]:
+                vm.away = int(status) if status.isdigit() else status
+            case "~", ["vm", "is", "back"]:
+                vm.away = 0
+            case "~", ["vm", "next", "answers", status]:
+                vm.then({"status": int(status)})
+            case "~", ["vm", "next", "cuts", "off"]:
+                vm.then({"cut": "after"})
+            case "~", ["a", "kill"]:  # wherever the gateway just is
+                await world.crash_and_restart()
+            case "~", ["gateway", "dies"]:
+                await world.crash()
+            case "~", ["gateway", "starts"]:
+                await world.start()
+            case "ran", _:
+                assert vm.ran == (re.split(r",\s*", words) if words else [])
+            case _:
+                raise AssertionError(f"what is {line!r}?")
+
+
+CONVERSATIONS = {
+    "what waited runs in order when the VM is back, announced once": """
+        ~ vm answers 503
+        > one
+        < AWAY
+        > two
+        > three
+        ~ 40 s
+        ~ vm is back
+        < ran: one
+        < ran: two
+        < ran: three
+        ran one, two, three""",
+    "the next outage is announced again": """
+        ~ vm answers 503
+        > text 1
+        < AWAY
+        ~ vm is back
+        < ran: text 1
+        ~ vm answers 503
+        > text 2
+        < AWAY
+        ~ vm is back
+        < ran: text 2""",
+    "what waited too long is not run late": """
+        ~ vm answers 503
+        > old
+        < AWAY
+        ~ 595 s
+        < Not run, your VM was away too long: "old"
+        ~ vm is back
+        > fresh
+        < ran: fresh
+        ran fresh""",
+    "the gateway's own downtime counts as waiting": """
+        ~ vm answers 503
+        > too late by then
+        < AWAY
+        ~ gateway dies
+        ~ 601 s
+        ~ vm is back
+        ~ gateway starts
+        < Not run, your VM was away too long: "too late by then"
+        ran""",
+    "an outage told once is not told again after a restart": """
+        ~ vm answers 503
+        > one
+        < AWAY
+        ~ gateway dies
+        ~ gateway starts
+        > two
+        ~ 60 s
+        ~ vm is back
+        < ran: one
+        < ran: two""",
+    "another status is told and not tried again": """
+        ~ vm next answers 500
+        > go
+        < Your VM answered with an error (500): "go"
+        > next
+        < ran: next
+        ran next""",
+    "cancel drops what waits for a VM that is away": """
+        ~ vm answers 503
+        > first
+        < AWAY
+        > cockpit cancel
+        < Not run: 1 text dropped.
+        ~ vm is back
+        > second
+        < ran: second
+        ran second""",
+    "a cut on the road to a VM that is well is not heard of": """
+        ~ vm next cuts off
+        > deploy
+        < ran: deploy
+        ran deploy""",
+    "the queue is told while the VM is away": """
+        ~ vm answers 503
+        > first
+        < AWAY
+        > cockpit status
+        < Your VM has been away for 0 s. Nothing is running. 1 waiting.
+        ~ vm is back
+        < ran: first""",
+}
+
+
+@pytest.mark.parametrize("script", CONVERSATIONS.values(), ids=CONVERSATIONS)
+async def test_conversation(world, script):
+    await play(world, script)
+
+
+def with_a_kill(script: str):
+    """The same conversation, the gateway killed and started again once, at each place in turn."""
+    lines = [line for line in map(str.strip, script.splitlines()) if line]
+    for place in range(1, len(lines) + 1):
+        killed = "\n".join([*lines[:place], "~ a kill", *lines[place:]])
+        if lines[place - 1] in ("> old", "< AWAY"):  # nobody knows any more that it was not handed over
+            killed = killed.replace('Not run, your VM was away too long: "old"', 'No answer after 600 s; it may still be running: "old"')
+        if not any(line.startswith("~ gateway") for line in lines):
+            yield killed
+
+
+@pytest.mark.parametrize("script", [killed for script in CONVERSATIONS.values() for killed in with_a_kill(script)])
+async def test_a_conversation_survives_a_kill_anywhere(world, script):
+    await play(world, script)
+
+
 # --- Answers ---
 
 # Twilio's codes and what is done about each: the whole of its dictionary that a message of ours can meet.
-ACTS = {
-    "wait": "20429 20503 21611", "mend": "20003 30002", "look_up": "20500", "once_more": "14107 30001 30008 30017 30022 63018", "opted_out": "21610",
-    "as_text": "11200 11751 12300 21612 21620 30011 30019",
-    "final": """20404 21211 21212 21266 21408 21602 21603 21604 21606 21608 21609 21614 21617 21623 21624 21635 21701 21702 21703 21704 21705
-        30003 30004 30005 30006 30007 30023 30027 30032 30034 30035 30036 30410 30450 63016"""}
+ACTIONS = {
+    "retry": "20429 20503 21611", "retry_and_alert": "20003 30002", "check_then_resend": "20500", "opted_out": "21610",
+    "as_link": "11200 11751 12300 21612 21620 21670 30011 30019",
+    "final": """14107 20404 21211 21212 21266 21408 21602 21603 21604 21606 21608 21609 21614 21617 21623 21624 21635 21701 21702 21703 21704
+        21705 30001 30003 30004 30005 30006 30007 30008 30017 30022 30023 30027 30032 30034 30035 30036 30410 30450 63016 63018"""}
 PNG, JPEG, GIF = b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 40, b"\xff\xd8\xff\xe0" + b"jpeg" * 999, b"GIF89a" + b"gif" * 99
 
 
@@ -2929,16 +2618,17 @@ def last_error(world, vm: FakeVM):
 
 
 def test_every_code_of_twilio_s_is_decided_by_the_table_and_told_in_words():
-    decided = {code: ruling.act for code, ruling in cockpit.RULINGS.items()}
-    assert decided == {code: act for act, codes in ACTS.items() for code in codes.split()}
+    decided = {code: policy.action for code, policy in cockpit.TWILIO_ERRORS.items()}
+    assert decided == {code: action for action, codes in ACTIONS.items() for code in codes.split()}
     assert all(len(cockpit.explain_code(code)) > 25 and code in cockpit.explain_code(code) for code in decided)
     assert "10DLC" in cockpit.explain_code("30034") and "register" in cockpit.explain_code("30034") and "START" in cockpit.explain_code("21610")
 
 
-@pytest.mark.parametrize("code, status, act", [("", 429, "wait"), ("", 503, "wait"), ("99999", 502, "look_up"), ("99999", 400, "final"), ("", 401, "mend")])
-def test_a_code_nobody_knows_is_decided_by_what_is_known_of_the_call(code, status, act):
-    error = cockpit.kind_of_failure(status)("twilio", "create message", status=status, code=code, maybe_done=status >= 500 and status != 503)
-    assert cockpit.act_on(error) == act
+@pytest.mark.parametrize("code, status, action", [
+    ("", 429, "retry"), ("", 503, "retry"), ("99999", 502, "check_then_resend"), ("99999", 400, "final"), ("", 401, "retry_and_alert")])
+def test_a_code_nobody_knows_is_decided_by_what_is_known_of_the_call(code, status, action):
+    error = cockpit.kind_of_failure(status)("twilio", "create message", "", status=status, code=code, may_have_happened=status >= 500 and status != 503)
+    assert cockpit.action_for(error) == action
 
 
 @pytest.mark.parametrize("code", ["21408", "30034", "21614", "30007"])
@@ -3023,7 +2713,7 @@ async def test_a_link_with_one_character_changed_is_refused(world):
     assert world.vms.count("image") == asked
 
 
-async def test_a_link_of_a_vm_that_is_gone_is_refused_and_one_of_an_image_that_is_gone_too(world):
+async def test_a_link_of_a_vm_or_an_image_that_is_gone_is_refused(world):
     await world.start()
     vm, link = await an_image(world)
     world.vms.fails("image", 404)
@@ -3069,7 +2759,7 @@ async def test_images_without_words_need_no_done_and_are_at_most_ten(world):
     assert len(world.twilio.media_sent) == 10
 
 
-async def test_images_not_yet_sent_are_sent_after_a_kill_and_those_sent_are_not_sent_again(world):
+async def test_only_images_not_yet_sent_are_sent_after_a_kill(world):
     await world.start()
     vm = await world.sign_up()
     vm.answer = shows("/images/a.png", "/images/b.png")
@@ -3101,29 +2791,34 @@ async def test_equal_answers_before_and_after_a_restart_are_not_taken_for_one_an
     await world.hears("the same", "the same")
 
 
-@pytest.mark.parametrize("code", [21612, 30011, 30019, 12300, 11200, 11751])
-async def test_a_picture_message_that_is_refused_becomes_words_and_a_link_once(world, code):
+@pytest.mark.parametrize("code", [21612, 21670])
+async def test_a_picture_that_is_refused_goes_as_words_and_a_link(world, code):
     await world.start()
     vm = await world.sign_up()
     world.vms.images["x.png"] = ("image/png", PNG)
     vm.answer = shows("/images/x.png", text="")
-    if code == 21612:  # told at once; the others by callback, which may come twice
-        world.twilio.fails("send", 400, code=code)
+    world.twilio.fails("send", 400, code=code)
     await world.text("draw")
     await world.clock.until(lambda: world.twilio.sent)
-    picture = world.twilio.messages[-1]
-    for _ in range(2 * (code != 21612)):
-        assert (await world.twilio.reports("failed", code, message=picture)).status == 204
-    await world.clock.until(lambda: PUBLIC in world.twilio.sent_to(ANN)[-1])
     words, link = world.twilio.sent_to(ANN)[-1].rsplit(" ", 1)
     assert "image" in words and (await fetch(world, link))[1] == PNG
     await world.crash_and_restart()
-    await world.twilio.reports("failed", code, message=picture)
     await world.clock.advance(100)
-    assert len(world.twilio.sent) == (1 if code == 21612 else 2)
+    assert len(world.twilio.sent) == 1
 
 
-async def test_words_in_a_picture_s_place_that_may_have_been_sent_before_a_kill_are_looked_up(world):
+@pytest.mark.parametrize("code", [30011, 30008, 14107])
+async def test_what_twilio_took_and_could_not_deliver_is_not_sent_again(world, code):
+    vm = await world.ready()
+    await world.text("hello")
+    await world.hears("ran: hello")
+    assert (await world.twilio.reports("undelivered", code)).status == 204
+    await world.clock.advance(100)
+    assert len(world.twilio.sent) == 1
+    assert str(code) in (await world.call("GET", f"/provision/{vm.app}")).body["last_error"]
+
+
+async def test_words_in_a_picture_s_place_are_looked_up_after_a_kill(world):
     await world.start()
     vm = await world.sign_up()
     vm.answer = shows("/images/x.png", text="")
@@ -3136,43 +2831,7 @@ async def test_words_in_a_picture_s_place_that_may_have_been_sent_before_a_kill_
     assert len(world.twilio.sent) == 1 and world.twilio.count("list")
 
 
-async def test_the_loop_guard_holds_up_that_phone_for_30_s_and_the_part_goes_once_more(world):
-    await world.start()
-    vm = await world.sign_up()
-    await world.text("one")
-    await world.hears("ran: one")
-    stopped = world.twilio.messages[-1]
-    await world.twilio.reports("undelivered", 14107)
-    await world.twilio.reports("undelivered", 14107)
-    began = world.clock.elapsed
-    await world.text("two")
-    await world.clock.until(lambda: len(vm.ran) == 2)
-    await world.clock.advance(began + 29 - world.clock.elapsed)
-    assert world.twilio.sent_to(ANN) == ["ran: one"] and vm.ran == ["one", "two"]
-    await world.hears("ran: one", "ran: one", "ran: two")
-    again = world.twilio.messages[-2]
-    await world.twilio.reports("undelivered", 14107, message=again)
-    await world.crash_and_restart()
-    for message in (stopped, again):
-        await world.twilio.reports("undelivered", 14107, message=message)
-    await world.clock.advance(100)
-    assert len(world.twilio.sent) == 3
-
-
-async def test_a_part_stopped_by_the_loop_guard_goes_once_more_also_after_a_kill(world):
-    await world.start()
-    vm = await world.sign_up()
-    await world.text("one")
-    await world.hears("ran: one")
-    await world.twilio.reports("undelivered", 14107)
-    began = world.clock.elapsed
-    await world.crash_and_restart()
-    await world.clock.advance(began + 29 - world.clock.elapsed)
-    assert len(world.twilio.sent) == 1
-    await world.hears("ran: one", "ran: one")
-
-
-async def test_delivery_callbacks_are_counted_in_whatever_order_they_come_and_tell_nothing_twice(world):
+async def test_delivery_callbacks_are_counted_once_in_whatever_order_they_come(world):
     await world.start()
     vm = await world.sign_up()
     answer = await world.twilio.posts("/sms/status", {"MessageSid": "SMx", "MessageStatus": "sent", "AccountSid": ACCOUNT}, signature="forged")
@@ -3230,7 +2889,7 @@ async def test_a_stop_word_is_recorded_not_run_and_nothing_is_sent_until_start(w
     await world.clock.until(lambda: vm.ran == ["one", "two", "three"])
     assert (await unasked(world, vm, text="hello?")).status == 409
     await world.clock.advance(100)
-    assert not world.twilio.count("send") and ANN not in world.journal.read_text()
+    assert not world.twilio.count("send")
     await world.text("yes")
     await world.text("yes")
     await world.hears("ran: yes")
@@ -3313,12 +2972,17 @@ async def test_a_vm_texts_its_owner_unasked_in_the_order_of_its_lane(world):
 async def test_a_vm_s_own_messages_are_limited_by_the_minute_and_by_the_day(world):
     await world.start()
     vm, other = await world.sign_up(), await world.sign_up(BOB)
-    answers = [await unasked(world, vm, text=f"{n}") for n in range(21)]
-    assert [answer.status for answer in answers] == [202] * 20 + [429] and 0 < int(answers[-1].headers["Retry-After"]) <= 61
+    long = "x" * 3000  # two parts
+    answers = [await unasked(world, vm, text=long, images=["/images/x.png"]) for n in range(14)]
+    assert [answer.status for answer in answers] == [202] * 13 + [429]
+    assert 0 < int(answers[-1].headers["Retry-After"]) <= 61
+    assert (await unasked(world, vm, text="one more is the fortieth")).status == 202
     assert (await unasked(world, other, text="mine are my own")).status == 202
-    for _ in range(14):
+    for _ in range(11):
         world.clock.elapsed += 61
-        assert {(await unasked(world, vm, text=f"{n}")).status for n in range(20)} == {202}
+        assert {(await unasked(world, vm, text=f"{n}")).status for n in range(40)} == {202}
+    world.clock.elapsed += 61
+    assert {(await unasked(world, vm, text=f"{n}")).status for n in range(20)} == {202}
     world.clock.elapsed += 61
     await world.restart()
     refused = await unasked(world, vm, text="one more")
@@ -3350,7 +3014,7 @@ async def test_only_a_vm_s_own_token_speaks_for_it_and_only_while_it_exists(worl
     assert not world.twilio.sent
 
 
-async def test_a_vm_s_own_message_leaves_from_where_its_owner_last_texted_also_after_restarts(world):
+async def test_a_vm_s_own_message_leaves_from_where_its_owner_last_texted(world):
     await world.start()
     vm = await world.sign_up()
     await world.text("hi", phone="whatsapp:" + ANN, To="whatsapp:" + NUMBER)
@@ -3433,7 +3097,7 @@ async def test_a_picture_that_arrived_while_nobody_listened_is_fetched_too(world
     assert vm.asked[0].media[0]["content_type"] == "image/gif" and (await fetch(world, vm.asked[0].media[0]["url"]))[1] == GIF
 
 
-async def test_a_command_that_runs_long_is_told_of_after_a_minute_then_every_five_at_most_six_times(world):
+async def test_a_long_command_is_told_of_after_a_minute_then_every_five_six_times(world):
     await world.start(VM_COMMAND_TIMEOUT_S=9000)
     vm = await world.sign_up()
     gate = vm.holds()
@@ -3755,18 +3419,6 @@ async def test_a_teardown_ends_a_change(world):
     assert (await world.clock.run(change)).body["code"] == "torn_down" and not world.saved["routes"]
 
 
-@beside
-async def test_all_vms_are_upgraded_a_few_at_a_time_and_the_first_failure_stops_it(live):
-    await live.spawn(PROVISION_TIMEOUT_S=2)
-    for phone in (ANN, BOB, EVE):
-        assert (await live.ask("POST", "/provision", json=sign_up_form(phone))).status == 201
-    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, free_port(), live.disks, "upgrade", "--at-once", "2")
-    assert await child.ends() == 0 and "3 upgraded, 0 failed" in child.log
-    live.fly.fails("update_machine", 422, times=9)
-    child = await Child.start({"PUBLIC_URL": live.twilio.gateway, "COCKPIT_API_KEY": KEY}, free_port(), live.disks, "upgrade", "--at-once", "1")
-    assert await child.ends() == 1 and "0 upgraded, 1 failed, 2 not tried" in child.log
-
-
 # Reconciling
 
 async def sweeps(world, times: int = 1) -> None:
@@ -3787,8 +3439,8 @@ def ours(world) -> str:
 async def test_a_foreign_machine_with_our_prefix_survives_every_sweep(world):
     await world.start(RECONCILE_S=EVERY)
     mine = await world.sign_up()
-    for name, stamp in (("cockpit-vm-aaaaaaaa", STAMP + "another0"), ("cockpit-vm-bbbbbbbb", "staging.example.com/" + world.saved["gateway_id"])):
-        world.fly.plants(name, cockpit_gateway=stamp, cockpit_phone=BOB, cockpit_owner=cockpit.owner_mark(SECRET, name, BOB))
+    for name, gateway in (("cockpit-vm-aaaaaaaa", STAMP + "another0"), ("cockpit-vm-bbbbbbbb", "staging.example.com/" + world.saved["gateway_id"])):
+        world.fly.plants(name, **stamp(name, BOB, world.saved["gateway_id"]) | {"cockpit_gateway": gateway})
     world.fly.plants("cockpit-vm-cccccccc")
     world.fly.plants("cockpit-vm-dddddddd", machines=0)
     await sweeps(world, 30)
@@ -3797,28 +3449,7 @@ async def test_a_foreign_machine_with_our_prefix_survives_every_sweep(world):
     assert all(f"cockpit-vm-{letter * 8}" in told for letter in "abcd")
 
 
-async def test_an_orphan_of_ours_goes_after_two_sweeps_and_never_young(world):
-    await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=100)
-    await world.sign_up()
-    world.fly.plants("cockpit-vm-orphaned", cockpit_gateway=ours(world), cockpit_phone=BOB, cockpit_owner="forged")
-    await sweeps(world, 10)
-    assert "cockpit-vm-orphaned" in world.fly.apps  # younger than twice PROVISION_TIMEOUT_S
-    await world.clock.advance(200)
-    assert "cockpit-vm-orphaned" not in world.fly.apps and len(world.fly.apps) == 1
-
-
-async def test_no_more_than_five_orphans_go_within_an_hour_and_health_says_so(world):
-    await world.start(RECONCILE_S=700, PROVISION_TIMEOUT_S=10)
-    await world.sign_up()
-    for number in range(8):
-        world.fly.plants(f"cockpit-vm-orphan{number}0", cockpit_gateway=ours(world))
-    await sweeps(world, 3)
-    assert len(world.fly.apps) == 4 and "5 were deleted within the hour" in await troubles(world)
-    await sweeps(world, 5)
-    assert len(world.fly.apps) == 1
-
-
-async def test_one_of_ours_that_proves_its_owner_is_adopted_after_two_sweeps_and_texts_flow(world):
+async def test_a_vm_that_proves_its_owner_is_adopted_after_two_sweeps(world):
     await world.start(RECONCILE_S=EVERY)
     vm = await world.sign_up()
     kept = world.saved
@@ -3849,7 +3480,7 @@ async def test_two_that_claim_one_number_are_left_alone_and_named_masked(world):
     await world.start(RECONCILE_S=EVERY)
     await world.sign_up()
     for name in ("cockpit-vm-claim001", "cockpit-vm-claim002"):
-        world.fly.plants(name, cockpit_gateway=ours(world), cockpit_phone=BOB, cockpit_owner=cockpit.owner_mark(SECRET, name, BOB))
+        world.fly.plants(name, **stamp(name, BOB, world.saved["gateway_id"]))
     await sweeps(world, 10)
     assert len(world.fly.apps) == 3 and set(world.saved["routes"]) == {ANN}
     told = await troubles(world)
@@ -3872,7 +3503,7 @@ async def test_an_answer_from_fly_that_makes_no_sense_deletes_nothing(world, cal
     assert not world.fly.count("delete_app") and await troubles(world)
     world.fly.heals(call)
     await sweeps(world, 3)
-    assert set(world.fly.apps) == {vm.app} and not await troubles(world)
+    assert set(world.fly.apps) == {vm.app, "cockpit-vm-orphaned"} and "fly apps destroy cockpit-vm-orphaned" in await troubles(world)
 
 
 @pytest.mark.parametrize("call, status", [("list_apps", 500), ("org_machines", 503), ("get_machine", 500), ("get_app", 500)])
@@ -3929,7 +3560,7 @@ async def test_a_machine_that_stopped_is_started_unasked(world, state):
     assert world.fly.count("start_machine") == 1 and vm.is_up()
 
 
-async def test_a_vm_that_hangs_is_restarted_after_three_sweeps_and_not_again_within_ten_minutes(world):
+async def test_a_vm_that_hangs_is_restarted_after_three_sweeps_once_in_ten_minutes(world):
     await world.start(RECONCILE_S=100, VM_COMMAND_TIMEOUT_S=30, PROVISION_TIMEOUT_S=20, VM_AWAY_LIMIT_S=6000)
     vm = await world.sign_up()
     vm.away = 503
@@ -3950,6 +3581,7 @@ async def test_a_vm_is_not_restarted_while_a_command_may_be_running_there(world)
     await world.start(RECONCILE_S=100, VM_COMMAND_TIMEOUT_S=600, VM_AWAY_LIMIT_S=6000)
     vm = await world.sign_up()
     vm.then({"cut": "after"})
+    world.vms.fails("health", 503)
     await world.text("hello")
     await world.clock.until(lambda: vm.asked)
     vm.away = 503
@@ -3969,7 +3601,7 @@ async def test_a_busy_vm_is_not_restarted(world):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_fly_refusing_us_is_named_on_health_logged_once_a_minute_and_asked_less_often(world, caplog, status):
+async def test_fly_refusing_us_is_on_health_logged_once_a_minute_and_asked_less(world, caplog, status):
     await world.start(RECONCILE_S=60)
     vm = await world.sign_up()
     world.fly.fails("create_app", status, times=10000, body={"error": "unauthorized"})
@@ -4011,7 +3643,7 @@ async def test_a_start_with_a_lost_disk_adopts_what_fly_holds(world):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_fly_that_refuses_to_list_does_not_stand_between_a_caller_and_its_own_words(world, status):
+async def test_a_fly_that_refuses_to_list_still_tells_a_caller_its_own_words(world, status):
     world.fly.fails("list_apps", status, times=100)
     await world.start()
     world.fly.fails("create_app", 422, body={"error": "Validation failed: quota of apps exceeded"})
@@ -4020,7 +3652,7 @@ async def test_a_fly_that_refuses_to_list_does_not_stand_between_a_caller_and_it
     await world.sign_up()
 
 
-async def test_with_a_lost_disk_and_fly_out_of_reach_no_vm_is_made_and_no_text_refused_for_good(world):
+async def test_a_lost_disk_with_fly_out_of_reach_makes_no_vm_and_refuses_no_text_for_good(world):
     await world.start()
     await world.sign_up()
     await world.clock.advance(5)
@@ -4031,7 +3663,7 @@ async def test_with_a_lost_disk_and_fly_out_of_reach_no_vm_is_made_and_no_text_r
     await world.start()
     answer = await world.provision(BOB)
     assert answer.status == 503 and answer.headers["Retry-After"] and answer.body["code"] == "fly_unavailable"
-    assert (await world.call("GET", "/health")).status == 200 and "Fly cannot be asked yet" in await troubles(world)
+    assert (await world.call("GET", "/health")).status == 200 and "not adopted yet" in await troubles(world)
     assert (await world.twilio.texts(ANN, "hello")).status == 503
     world.fly.heals("list_apps")
     await world.clock.until(lambda: ANN in world.saved["routes"], 600)
@@ -4039,7 +3671,7 @@ async def test_with_a_lost_disk_and_fly_out_of_reach_no_vm_is_made_and_no_text_r
 
 
 async def loses_routes_with_a_text_in_flight(world) -> FakeVM:
-    """The disk loses all but the journal, while one text runs, one waits and one answer is on its way."""
+    """The disk loses all but the database, while one text runs, one waits and one answer is on its way."""
     vm = await world.ready(RECONCILE_S=60, VM_AWAY_LIMIT_S=6000)
     await world.clock.advance(5)
     sending = world.twilio.holds("send")
@@ -4053,13 +3685,13 @@ async def loses_routes_with_a_text_in_flight(world) -> FakeVM:
     sending.open()
     running.open()
     for file in world.file.parent.iterdir():
-        if not file.name.endswith(".journal"):
+        if ".db" not in file.name:
             file.unlink()
     return vm
 
 
 @pytest.mark.parametrize("status", [503, 401])
-async def test_what_the_journal_held_for_vms_without_a_route_goes_on_once_fly_tells_whose_they_are(world, status):
+async def test_texts_of_vms_without_a_route_go_on_once_fly_tells_whose_they_are(world, status):
     vm = await loses_routes_with_a_text_in_flight(world)
     world.fly.fails("list_apps", status, times=10000)
     await world.start()
@@ -4077,7 +3709,7 @@ async def test_what_the_journal_held_for_vms_without_a_route_goes_on_once_fly_te
     assert sorted(world.twilio.sent_to(ANN)) == sorted(["ran: answered", "ran: running", "ran: waiting"])
 
 
-async def test_what_the_journal_held_for_a_vm_that_an_old_backup_lacks_goes_on_once_it_is_adopted(world):
+async def test_texts_of_a_vm_that_an_old_backup_lacks_go_on_once_it_is_adopted(world):
     vm = await world.ready(RECONCILE_S=60, VM_AWAY_LIMIT_S=6000)
     await world.sign_up(BOB)
     running = vm.holds()
@@ -4095,73 +3727,45 @@ async def test_what_the_journal_held_for_a_vm_that_an_old_backup_lacks_goes_on_o
     assert world.saved["routes"][ANN]["vm_id"] == vm.app
 
 
-async def test_what_the_journal_held_for_vms_that_nobody_knows_is_dropped_after_an_hour(world):
+async def test_texts_of_vms_that_nobody_knows_are_dropped_after_an_hour(world):
     vm = await loses_routes_with_a_text_in_flight(world)
     world.fly.everything.pop(vm.app)
     await world.start()
     await world.clock.advance(3500)
     await world.text("about somebody else", phone=BOB)
-    assert "waiting" in world.journal.read_text()
+    assert ("waiting",) in world.rows("SELECT body FROM texts")
     await world.clock.advance(200)
     await world.stop()
-    assert "waiting" not in world.journal.read_text() and vm.app not in world.journal.read_text()
+    assert not world.rows("SELECT * FROM texts")
+    assert not world.rows("SELECT * FROM vms")
 
 
 def without(route: dict, *names: str) -> dict:
     return {name: value for name, value in route.items() if name not in names}
 
 
-async def several(live) -> tuple[str, str]:
-    await live.spawn()
-    assert (await live.ask("POST", "/provision", json=sign_up_form())).status == 201
-    own = live.saved["gateway_id"]
-    await live.children[-1].ends(signal.SIGTERM)
-    live.fly.plants("cockpit-vm-other000", cockpit_gateway=STAMP + "another0", cockpit_phone=BOB, cockpit_owner=cockpit.owner_mark(SECRET, "cockpit-vm-other000", BOB))
-    return own, "another0"
-
-
-async def restore(live, capsys, gateway_id: str = "", *, force: bool = False) -> tuple[int, str]:
-    code = await cockpit.restore(cockpit.Settings.from_env(live.environ | {"ROUTES_FILE": str(live.file)}), gateway_id, force=force)
-    return code, "".join(capsys.readouterr())
-
-
-async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(live, capsys):
-    own, other = await several(live)
-    before = live.saved
-    for file in live.file.parent.iterdir():
+async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world):
+    vm = await world.ready()
+    before = world.saved
+    await world.clock.advance(5)
+    await world.stop()
+    world.fly.plants("cockpit-vm-other000", **stamp("cockpit-vm-other000", BOB, "another0"))
+    world.fly.plants("cockpit-vm-noproof0", **stamp("cockpit-vm-noproof0", EVE, "third000", secret="s" * 32))
+    for file in world.file.parent.iterdir():
         file.unlink()
-    child = await live.spawn(wait=False)
-    assert await child.ends() == 1 and own in child.log and other in child.log and "restore --gateway ID" in child.log
-    assert not live.file.exists()
-    code, said = await restore(live, capsys)
-    assert code == 1 and own in said and not live.file.exists()
-    code, said = await restore(live, capsys, own)
-    assert code == 0 and cockpit.mask_phone(ANN) in said and ANN not in said
-    assert live.saved["gateway_id"] == own
+    await world.start()
+    refused = await world.provision(EVE)
+    assert (refused.status, refused.body["code"]) == (503, "fly_unavailable")
+    assert "set GATEWAY_ID" in refused.body["detail"]
+    assert before["gateway_id"] in refused.body["detail"] and "another0" in refused.body["detail"]
+    assert "third000" not in refused.body["detail"], "a stamp without proof counts for nothing"
+    await world.restart(GATEWAY_ID=before["gateway_id"])
+    assert set(world.saved["routes"]) == {ANN}
+    assert world.saved["gateway_id"] == before["gateway_id"]
     own_time = ("steps", "created_at")
-    assert without(live.saved["routes"][ANN], *own_time) == without(before["routes"][ANN], *own_time)
-
-
-async def test_restore_overwrites_no_routes_unforced_and_waits_for_no_running_gateway(live, capsys):
-    await live.spawn()
-    assert (await live.ask("POST", "/provision", json=sign_up_form())).status == 201
-    assert (await restore(live, capsys))[0] == 1  # the lock is held
-    await live.children[-1].ends(signal.SIGTERM)
-    before = live.file.read_bytes()
-    code, said = await restore(live, capsys)
-    assert code == 1 and "--force" in said and live.file.read_bytes() == before
-    live.fly.plants("cockpit-vm-forged00", cockpit_gateway=STAMP + live.saved["gateway_id"], cockpit_phone=BOB, cockpit_owner="forged")
-    code, said = await restore(live, capsys, force=True)
-    assert code == 0 and "skipped cockpit-vm-forged00" in said and set(live.saved["routes"]) == {ANN}
-
-
-async def test_restore_writes_nothing_when_fly_knows_nothing_or_not_all(live, capsys):
-    live.fly.error_regions = ["ams"]
-    code, said = await restore(live, capsys)
-    assert code == 1 and "ams" in said and not live.file.exists()
-    live.fly.error_regions = []
-    code, said = await restore(live, capsys)
-    assert code == 1 and "no VM" in said and not live.file.exists()
+    assert without(world.saved["routes"][ANN], *own_time) == without(before["routes"][ANN], *own_time)
+    await world.text("hello")
+    await world.clock.until(lambda: vm.ran == ["hello"])
 
 
 # Doctor
@@ -4187,7 +3791,7 @@ async def test_the_doctor_names_settings_that_are_wrong(live):
 
 @pytest.mark.parametrize("changes, spoil, named", [
     ({"ROUTES_FILE": "/nowhere/routes.json"}, {}, "ROUTES_FILE"), ({"FLY_API_TOKEN": "FlyV1 fm2_wrong"}, {}, "FLY_API_TOKEN"), ({"FLY_ORG": "other"}, {}, "FLY_ORG"),
-    ({"VM_REGION": "iad,xyz"}, {}, "xyz"), ({"TWILIO_AUTH_TOKEN": "wrong"}, {}, "Twilio account"), ({"TWILIO_PHONE_NUMBER": BOB}, {}, "TWILIO_PHONE_NUMBER"),
+    ({"TWILIO_AUTH_TOKEN": "wrong"}, {}, "Twilio account"), ({"TWILIO_PHONE_NUMBER": BOB}, {}, "TWILIO_PHONE_NUMBER"),
     ({}, {"sms_url": "https://elsewhere.example.com/sms"}, "webhook"), ({}, {"sms_application_sid": "AP1"}, "webhook")])
 async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, capsys, changes, spoil, named):
     live.twilio.number |= spoil
@@ -4248,20 +3852,6 @@ async def test_cancel_drops_what_waits_and_not_what_runs(world):
     await world.crash_and_restart()
     await world.clock.advance(30)
     assert vm.ran == ["long", "fourth"]
-
-
-async def test_cancel_drops_what_waits_for_a_vm_that_is_away(world):
-    await world.start(VM_AWAY_LIMIT_S=6000)
-    vm = await world.sign_up()
-    vm.away = 503
-    await world.text("first")
-    await world.hears(RESTARTING)
-    await world.text("cockpit cancel")
-    await world.hears(RESTARTING, "Not run: 1 text dropped.")
-    vm.away = 0
-    await world.text("second")
-    await world.hears(RESTARTING, "Not run: 1 text dropped.", "ran: second")
-    assert vm.ran == ["second"]
 
 
 async def test_an_owner_restarts_a_vm_by_a_text_and_what_waited_runs_then(world):
@@ -4356,7 +3946,7 @@ async def test_the_largest_valid_sign_up_is_accepted(world):
 @pytest.mark.parametrize("method, path, more, status, code", [
     ("POST", "/provision", {"data": "{"}, 400, "malformed"), ("POST", "/provision", {"data": b"\xff\xfe"}, 400, "malformed"),
     ("POST", "/provision", {"data": "a=b", "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 415, "unsupported_media_type"),
-    ("POST", "/provision", {"data": b"no gzip", "headers": {"Content-Encoding": "gzip"}}, 400, "malformed"),
+    ("POST", "/provision", {"data": b"no gzip", "headers": {"Content-Encoding": "gzip"}}, 415, "unsupported_media_type"),
     ("POST", "/provision", {"data": b"[" * 300_000}, 400, "malformed"), ("POST", "/provision", {"data": b" " * (512 * 1024 + 1)}, 413, "too_large"),
     ("POST", "/sms", {"data": b"Body=" + b"x" * (64 * 1024), "headers": {"Content-Type": "application/x-www-form-urlencoded"}}, 413, "too_large"),
     ("GET", "/nothing/here", {}, 404, "not_found"), ("GET", "/provision/cockpit-vm-aaaaaaaa", {}, 404, "unknown_vm"), ("DELETE", "/provision/nobody", {}, 404, "unknown_vm"),
@@ -4393,7 +3983,7 @@ async def test_a_signed_webhook_is_taken_whatever_the_proxy_says(world, headers)
     await world.clock.until(lambda: vm.ran == ["hello"])
 
 
-async def test_either_token_signs_while_rotating_and_a_prefix_of_the_public_url_is_signed_too(world):
+async def test_either_token_signs_while_rotating_and_a_prefix_of_the_url_too(world):
     await world.start(TWILIO_AUTH_TOKEN=f"the-next-token,{AUTH_TOKEN}", PUBLIC_URL=PUBLIC + "/gw", TWILIO_API_KEY="SK" + "1" * 32, TWILIO_API_SECRET="s")
     form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": EVE, "To": NUMBER, "Body": "hello"}
     for token, status in (("the-next-token", 200), (AUTH_TOKEN, 200), ("s", 403)):
@@ -4431,7 +4021,7 @@ async def test_credentials_are_in_no_answer_and_no_file(world):
     said = [(await world.provision(BOB)).text, (await world.provision()).text]
     said += [(await world.call("GET", path)).text for path in ("/provision", f"/provision/{vm.app}", "/health", "/")]
     said += [(await world.call("POST", "/provision", json=sign_up_form("bad"))).text, (await world.call("POST", "/provision", json={"github_token": [GITHUB]})).text]
-    said += [file.read_text() for file in world.file.parent.iterdir()]
+    said += [file.read_bytes().decode("latin-1") for file in world.file.parent.iterdir()]
     assert not [secret for secret in (*SECRETS, vm.env["COCKPIT_TOKEN"]) if any(secret in text for text in said)]
 
 
@@ -4474,7 +4064,7 @@ async def test_a_text_is_acknowledged_in_whatever_way_the_connection_is_kept(wor
 
 
 @pytest.mark.parametrize("known", [0, 2, 4])
-async def test_texts_sent_in_one_go_are_acknowledged_in_their_order_before_what_follows_closes_the_connection(world, known):
+async def test_texts_sent_in_one_go_are_acknowledged_in_their_order(world, known):
     await world.ready()
     for n in range(known):
         await world.text(f"text {n}", MessageSid=text_form(n)["MessageSid"])
@@ -4486,14 +4076,14 @@ async def test_texts_sent_in_one_go_are_acknowledged_in_their_order_before_what_
     writer.close()
 
 
-async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_that_runs_and_no_error(world, monkeypatch, caplog):
+async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_that_runs(world, monkeypatch, caplog):
     vm = await world.ready()
     on_disk, fdatasync = threading.Event(), os.fdatasync
     monkeypatch.setattr(os, "fdatasync", lambda handle: (on_disk.wait(5), fdatasync(handle)))
     others = len(world.server.runner.server.connections)
     _, writer = await connect(world)
     writer.write(webhook(text_form(0)))
-    while not world.server.runner.app[cockpit.GATEWAY].journal.is_writing:
+    while not world.server.runner.app[cockpit.GATEWAY].messages.is_writing:
         await asyncio.sleep(0)
     writer.transport.abort()
     while len(connections := world.server.runner.server.connections) > others and all(connection.transport for connection in connections):
@@ -4576,7 +4166,7 @@ async def test_every_metric_has_help_and_type_and_the_numbers_add_up(world):
     assert now["cockpit_provision_seconds_count"] == {(("outcome", "ready"),): 1} and now["cockpit_vms"][(("state", "ready"),)] == 1
     upstream = now["cockpit_upstream_seconds_count"]
     assert upstream[(("service", "twilio"), ("operation", "create message"), ("status", "2xx"))] == 3
-    assert now["cockpit_journal_bytes"][()] > 0 and now["cockpit_journal_sync_seconds_count"][()] > 0
+    assert now["cockpit_store_changes_total"][()] > 0 and now["cockpit_store_commit_seconds_count"][()] > 0
 
 
 async def test_a_metric_with_too_many_labels_counts_the_rest_as_other():
@@ -4587,7 +4177,7 @@ async def test_a_metric_with_too_many_labels_counts_the_rest_as_other():
     counts.add('a"b\\\n')
     quoted = cockpit.Counts("Things.", "code")
     quoted.add('a"b\\\n')
-    assert list(quoted.expose("x"))[1] == r'x_total{code="a\"b\\\n"} 1'
+    assert list(quoted.expose("x"))[2] == r'x_total{code="a\"b\\\n"} 1'
 
 
 async def test_metrics_want_their_token_when_one_is_set(world):
@@ -4613,7 +4203,7 @@ async def test_a_text_is_followed_from_webhook_to_answer_by_its_sid(world):
     gate = await world.occupies(vm, "the secret plan")
     sid, path = vm.asked[0].key, f"/messages/{vm.asked[0].key}"
     steps = [step["step"] for step in (await world.call("GET", path)).body["steps"]]
-    assert steps == ["received", "journaled", "handed_over"]
+    assert steps == ["received", "stored", "handed_over"]
     await world.clock.advance(7)
     gate.open()
     await world.clock.until(lambda: world.twilio.sent_to(ANN))
@@ -4621,7 +4211,7 @@ async def test_a_text_is_followed_from_webhook_to_answer_by_its_sid(world):
     answer = await world.call("GET", path)
     way = answer.body
     assert (way["message_sid"], way["vm_id"], way["outcome"], way["attempts"], way["errors"]) == (sid, vm.app, "answered", 1, [])
-    assert [step["step"] for step in way["steps"]] == ["received", "journaled", "handed_over", "answered", "sent"]
+    assert [step["step"] for step in way["steps"]] == ["received", "stored", "handed_over", "answered", "sent"]
     assert 7000 <= way["steps"][-1]["ms"] < 8000 and way["steps"][0]["at"].endswith("Z")
     assert "secret plan" not in answer.text and ANN[-7:] not in answer.text
     assert (await world.call("GET", path, key=None)).status == 401 and (await world.call("GET", "/messages/SM404")).status == 404
@@ -4663,18 +4253,30 @@ async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
 
 async def test_log_lines_mask_whole_numbers_and_stay_one_line_in_both_formats():
     record = logging.LogRecord("cockpit", logging.INFO, "", 0, "100%s said", None, None)
-    record.names, record.rows = ("words", "n"), [(f"from {ANN}\n\"x\"", 1), ("%d", None)]
+    record.fields = {"words": f"from {ANN}\n\"x\"", "n": 1}
     for as_json in (True, False):
         text = cockpit.LineFormatter(as_json=as_json).format(record)
-        assert "+1555***4567" in text and "100%s said" in text and ANN not in text
-    lines = [json.loads(line) for line in cockpit.LineFormatter(as_json=True).format(record).splitlines()]
-    assert [(line["words"], line["n"]) for line in lines] == [('from +1555***4567\n"x"', 1), ("%d", None)]
+        assert "+1555***4567" in text
+        assert "100%s said" in text
+        assert ANN not in text
+    line = json.loads(cockpit.LineFormatter(as_json=True).format(record))
+    assert (line["words"], line["n"]) == ('from +1555***4567\n"x"', 1)
 
 
 def test_a_group_of_numbers_is_json_in_a_line_of_text_too():
     record = logging.LogRecord("cockpit", logging.INFO, "", 0, "ready", None, None)
-    record.names, record.rows = ("seconds",), [({"app": 0.1},)]
+    record.fields = {"seconds": {"app": 0.1}}
     assert cockpit.LineFormatter(as_json=False).format(record).endswith("""seconds='{"app": 0.1}'""")
+
+
+async def test_an_unforeseen_error_keeps_its_fields_and_its_trace(world, caplog):
+    await world.start()
+    world.server.runner.app[cockpit.GATEWAY].provisioner.begin = None  # a fault of ours
+    assert (await world.provision()).body["code"] == "internal"
+    record, = [record for record in caplog.records if record.getMessage() == "request_failed"]
+    line = json.loads(cockpit.LineFormatter(as_json=True).format(record))
+    assert (line["method"], line["call"]) == ("POST", "/provision")
+    assert "TypeError" in line["trace"]
 
 
 async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
@@ -4708,25 +4310,6 @@ async def test_the_live_feed_needs_the_key_and_shows_masked_numbers(world):
         assert ANN.encode() not in seen
 
 
-async def test_the_table_is_sorted_filtered_and_paged_by_the_gateway(world):
-    routes = {f"+1666{n:07d}": {"vm_id": f"cockpit-vm-{n * 7 % 450:08d}", "machine_id": f"m{n}", "vm_url": "http://127.0.0.1:9", "region": ("iad", "ewr")[n % 2], "state": "ready"}
-              for n in range(450)}
-    world.file.write_text(json.dumps({"version": 1, "gateway_id": "7h2kq9xw", "routes": routes}))
-    await world.start()
-    for sort, order in (("", lambda row: row["vm_id"]), ("sort=region&desc=1&", lambda row: (row["region"], row["vm_id"]))):
-        found, after, pages = [], None, 0
-        while pages == 0 or after:
-            table = (await world.call("GET", f"/events?{sort}" + (urlencode({"after": after}) if after else ""))).body["table"]
-            found, after, pages = found + table["rows"], table["next"], pages + 1
-        assert pages == 3 and table["matching"] == 450 and len({row["vm_id"] for row in found}) == 450
-        assert found == sorted(found, key=order, reverse="desc" in sort)
-    row, = (await world.call("GET", "/events?filter=16660000077")).body["table"]["rows"]
-    assert row["vm_id"] == routes["+16660000077"]["vm_id"]
-    for bad in ("sort=colour", 'after=[1,"x"]', "after=[", "sort=waiting&after=[\"a\",\"b\"]"):
-        answer = await world.call("GET", f"/events?{bad}")
-        assert (answer.status, answer.body["code"]) == (422, "invalid_request")
-
-
 # --- Local mode ---
 
 async def a_laptop(live: World, **environ: str) -> Child:
@@ -4753,7 +4336,7 @@ async def reads(live: World, *words: str) -> None:
 
 
 async def texts_locally(live: World, body: str) -> None:
-    answer = await live.ask("POST", "/_local/texts", key=None, json={"from": ANN, "body": body})
+    answer = await live.ask("POST", "/_local/texts", key="local", json={"from": ANN, "body": body})
     assert answer.status in (200, 201, 202), answer.text
 
 
@@ -4785,7 +4368,7 @@ async def test_the_whole_world_runs_on_a_laptop(live):
 
 
 @beside
-async def test_the_built_in_agent_draws_and_crashes_and_a_command_of_one_s_own_replaces_it(live):
+async def test_the_built_in_agent_crashes_and_a_command_of_one_s_own_replaces_it(live):
     child = await a_laptop(live)
     vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
     await texts_locally(live, "crash")
@@ -4796,28 +4379,6 @@ async def test_the_built_in_agent_draws_and_crashes_and_a_command_of_one_s_own_r
     await live.ask("POST", "/provision", key="local", json=sign_up_form())
     await texts_locally(live, "shout it")
     await reads(live, "SHOUT IT")
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@beside
-async def test_local_mode_leaves_the_state_files_as_it_found_them(live, number):
-    for suffix, found in (("", "damaged"), (".bak", '{"version": 1, "routes": {}}'), (".journal", '{"k": "unknown"}\n')):
-        (live.disks / f"routes.json{suffix}").write_text(found)
-    before = {file.name: file.read_text() for file in live.disks.glob("routes.json*")}
-    child = await a_laptop(live)
-    await live.ask("POST", "/provision", key="local", json=sign_up_form())
-    await child.ends(number)
-    if number == signal.SIGKILL:
-        assert ANN in live.disks.joinpath("routes.json").read_text()
-        await (await a_laptop(live)).ends(signal.SIGTERM)
-    assert {file.name: file.read_text() for file in live.disks.glob("routes.json*") if file.suffix != ".lock"} == before
-
-
-@beside
-async def test_an_empty_route_file_refuses_a_local_start_and_stays(live):
-    (live.disks / "routes.json").touch()
-    child = await live.adopt(await Child.start({}, free_port(), live.disks), wait=False)
-    assert await child.ends() == 1 and "routes.json" in child.log and (live.disks / "routes.json").exists()
 
 
 @beside
@@ -4833,33 +4394,40 @@ async def test_what_an_agent_started_ends_with_its_vm(live):
 
 
 @beside
-async def test_a_start_after_a_kill_cleans_up_what_local_mode_left(live):
+async def test_the_local_world_outlives_a_kill_of_the_gateway(live):
     child = await a_laptop(live)
-    await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
+    await texts_locally(live, "before the kill")
+    await reads(live, "before the kill")
     vm, = vm_processes(child)
-    left = Path(f"/proc/{vm}/cwd").resolve().parent
+    await texts_locally(live, "sleep 2")
     await child.ends(signal.SIGKILL)
-    await a_laptop(live)
-    assert str(child.process.pid) in left.name and not left.exists()
-    listed = await live.ask("GET", "/provision", key="local")
-    assert listed.status == 200 and listed.body["vms"] == [], listed.text
-    await live.clock.until(lambda: not Path(f"/proc/{vm}").exists())
+    await live.clock.until(lambda: not Path(f"/proc/{vm}/cmdline").exists() or not Path(f"/proc/{vm}/cmdline").read_text())
+    child = await a_laptop(live)
+    await reads(live, "before the kill", "Slept 2 s.")
+    assert (await live.ask("GET", f"/provision/{vm_id}", key="local")).body["phone_number"] == ANN
+    await texts_locally(live, "after the kill")
+    await reads(live, "after the kill")
+    world = live.disks / ".cockpit"
+    assert stat.S_IMODE(world.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in world.iterdir() if file.is_file()} == {0o600}
+    assert (world / "vms" / vm_id).is_dir()
 
 
-@pytest.mark.parametrize("headers", [
-    {"Host": "evil.example.com"}, {"Host": "[::1"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"}, {"Forwarded": "for=203.0.113.9"},
-    {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}], ids=str)
 @beside
-async def test_local_doors_stay_shut_for_what_comes_through_a_tunnel(live, headers):
-    port = free_port()
-    environ = {"PORT": str(port), "ROUTES_FILE": str(live.file)}
-    live.server = await Server(cockpit.make_app(cockpit.Settings.from_env(environ)), port).start()
-    live.twilio.gateway = live.server.url
-    for method, path in (("POST", "/_local/texts"), ("GET", f"/_local/texts?phone=%2B{EVE[1:]}"), ("GET", "/_local/vm/x/health")):
-        if method == "GET" and "Content-Type" in headers:
-            continue
-        answer = await live.ask(method, path, key="local", data=json.dumps({"from": EVE, "body": "hi"}), headers={"Content-Type": "application/json"} | headers)
-        assert answer.status in (403, 404, 415, 421), answer.text
+async def test_local_doors_stay_shut_for_what_comes_through_a_tunnel(live):
+    await a_laptop(live)
+    paths = [("POST", "/_local/texts"), ("GET", f"/_local/texts?phone=%2B{EVE[1:]}"), ("GET", "/_local/vm/x/health")]
+    for headers in ({"Host": "evil.example.com"}, {"Host": "[::1"}, {"X-Forwarded-For": "203.0.113.9"}, {"X-Forwarded-Host": "localhost"},
+                    {"Forwarded": "for=203.0.113.9"}, {"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        for method, path in paths if "Content-Type" not in headers else paths[:1]:
+            sent = {"Content-Type": "application/json"} | headers
+            answer = await live.ask(method, path, key="local", data=json.dumps({"from": EVE, "body": "hi"}), headers=sent)
+            assert answer.status in (403, 415), (headers, answer.text)
+    for path in ("/provision", "/health", "/"):  # a page elsewhere may point its own name at this machine
+        assert (await live.ask("GET", path, key="local", headers={"Host": "evil.example.com"})).status == 403
+    assert (await live.ask("POST", "/_local/texts", key=None, json={"from": EVE, "body": "hi"})).status == 401
+    assert (await live.ask("GET", f"/_local/texts?phone=%2B{EVE[1:]}", key=None)).status == 401
     assert "hi" not in await thread(live, EVE)
 
 
@@ -4905,7 +4473,7 @@ async def test_the_vm_command_serves_the_vm_s_half_of_the_contract(live):
 
 @pytest.mark.parametrize("answers", ["{", "5", '[["x"]]'])
 @beside
-async def test_the_vm_command_starts_whatever_its_stored_answers_look_like_and_takes_its_agent_along(live, answers):
+async def test_the_vm_command_starts_whatever_its_stored_answers_look_like(live, answers):
     (live.disks / ".cockpit-vm-answers.json").write_text(answers)
     port, agent = free_port(), live.disks / "agent"
     child = await live.adopt(await Child.start({"LOCAL_AGENT": f"sh -c 'echo $$ > {agent}; exec sleep 600'"}, port, live.disks, "vm", "--port", str(port)))
@@ -5019,7 +4587,7 @@ async def test_a_text_answered_200_survives_a_kill_and_runs_before_newer_ones(wo
     assert [body for body in world.twilio.sent_to(ANN) if body != RESTARTING] == ["ran: one", "ran: two", "ran: three"]
 
 
-async def test_a_text_in_the_vm_s_hands_goes_again_with_its_key_and_the_owner_hears_nothing_of_the_restart(world):
+async def test_a_text_in_the_vm_s_hands_goes_again_with_its_key_after_a_restart(world):
     vm = await world.ready()
     gate = vm.holds()
     await world.text("deploy")
@@ -5083,16 +4651,6 @@ async def test_only_the_parts_that_did_not_arrive_are_sent_after_a_kill(world):
     await world.hears(*parts)
 
 
-@pytest.mark.parametrize("known", [0, 1, 1000, 2500])
-def test_every_sid_remembered_comes_back_from_the_journal_s_line(known):
-    memory, again = cockpit.Memory(), cockpit.Memory()
-    memory.seen |= {f"SM{number:032x}": float(number) for number in range(known)}
-    memory.said["SM1"] = "words"
-    line = b"".join(memory.line())
-    again.restore(json.loads(line))
-    assert line.count(b"\n") == 1 and again.seen == memory.seen and again.said == memory.said
-
-
 async def test_a_sid_is_remembered_across_restarts(world):
     vm = await world.ready()
     await world.text("once", MessageSid="SM" + "1" * 32)
@@ -5102,61 +4660,6 @@ async def test_a_sid_is_remembered_across_restarts(world):
         assert (await world.text("once", MessageSid="SM" + "1" * 32)).said == ""
         await world.clock.advance(5)
     assert vm.ran == ["once"]
-
-
-async def test_the_gateway_s_own_downtime_counts_as_waiting(world):
-    vm = await world.ready()
-    vm.away = 503
-    await world.text("too late by then")
-    await world.hears(RESTARTING)
-    await world.crash()
-    await world.clock.advance(601)
-    vm.away = 0
-    await world.start()
-    await world.hears(RESTARTING, 'Not run, your VM was away too long: "too late by then"')
-    assert not vm.ran
-
-
-async def test_an_outage_told_once_is_not_told_again_after_a_restart(world):
-    vm = await world.ready()
-    vm.away = 503
-    await world.text("one")
-    await world.hears(RESTARTING)
-    await world.crash_and_restart()
-    await world.text("two")
-    await world.clock.advance(60)
-    await world.hears(RESTARTING)
-    vm.away = 0
-    await world.hears(RESTARTING, "ran: one", "ran: two")
-
-
-@pytest.mark.parametrize("tail", [b'{"half', b"\x00" * 50, b"\n", b'{"sid": "SM1", "text": "cut \xe2\x82'])
-async def test_a_torn_last_line_costs_nothing_but_itself(world, tail):
-    vm = await world.ready()
-    await world.text("before")
-    await world.hears("ran: before")
-    await world.crash()
-    with world.journal.open("ab") as journal:
-        journal.write(tail)
-    await world.start()
-    vm.away = 503
-    await world.text("after")  # the first line behind the torn one
-    await world.crash()
-    vm.away = 0
-    await world.start()
-    await world.clock.until(lambda: vm.ran == ["before", "after"])
-
-
-async def test_the_journal_is_json_lines_and_does_not_grow_for_ever(world):
-    vm = await world.ready()
-    for n in range(60):
-        await world.text(f"{n} " + "x" * 1500)
-        await world.clock.until(lambda: len(vm.ran) == n + 1)
-    await world.clock.until(lambda: world.journal.stat().st_size < 128 << 10)
-    assert all(json.loads(line) for line in world.journal.read_text().splitlines())
-    await world.text("once more", MessageSid=world.twilio.messages[0]["sid"])
-    await world.clock.advance(5)
-    assert len(vm.ran) == 60, "the SIDs survived the compaction"
 
 
 async def test_nothing_of_a_vm_that_is_gone_reaches_the_number_s_next_vm(world):
@@ -5376,20 +4879,15 @@ async def test_an_answer_still_being_sent_does_not_reach_the_number_s_next_owner
     await world.hears()
 
 
-async def test_a_text_cut_off_twice_is_not_tried_a_third_time_after_a_kill(world):
-    await world.start()
-    vm = await world.sign_up()
+async def test_a_text_cut_off_before_a_kill_and_after_it_is_not_tried_a_third_time(world):
+    vm = await world.ready()
     vm.then({"cut": "before"}, {"cut": "before"})
+    world.vms.fails("health", 503, times=1000)
     await world.text("rm -rf /")
-    words = 'Your VM went away twice while running this; not tried again: "rm -rf /"'
-    await world.hears(RESTARTING, words)
-    await world.crash()
-    lines = world.journal.read_bytes().splitlines(keepends=True)
-    last = max(n for n, line in enumerate(lines) if json.loads(line)["k"] == "cut")
-    world.journal.write_bytes(b"".join(lines[:last + 1]))  # the instant before its end was journaled
-    world.twilio.messages.clear()
-    await world.start()
-    await world.clock.until(lambda: words in world.twilio.sent_to(ANN))
+    await world.hears(RESTARTING)
+    await world.crash_and_restart()
+    world.vms.heals("health")
+    await world.hears(RESTARTING, 'Your VM went away twice while running this; not tried again: "rm -rf /"')
     assert len(vm.asked) == 2
 
 
@@ -5445,7 +4943,7 @@ async def test_what_was_known_of_a_vm_that_is_gone_does_not_come_back_with_a_res
     assert "away" not in (await world.call("GET", "/health", key=None)).body["vms"]
 
 
-async def test_a_text_missed_is_fetched_though_the_list_failed_at_first_and_newer_texts_came(world):
+async def test_a_missed_text_is_fetched_though_the_list_failed_at_first(world):
     await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
     vm = await world.sign_up()
     await world.text("before")
@@ -5487,43 +4985,6 @@ async def test_a_gateway_with_nothing_to_do_writes_nothing(world):
     assert world.twilio.count("list") > lists + 20
 
 
-async def test_the_journal_does_not_grow_from_kill_to_kill(world):
-    await world.start()
-    vm = await world.sign_up()
-    for n in range(8):
-        for m in range(8):
-            await world.text(f"{n} {m} " + "x" * 1500)
-            await world.clock.until(lambda: len(vm.ran) == 8 * n + m + 1)
-        await world.clock.advance(1)
-        await world.crash_and_restart()
-    assert world.journal.stat().st_size < 2 * (64 << 10)
-
-
-async def test_a_text_taken_in_after_a_compaction_that_failed_half_way_survives_a_kill(world, monkeypatch):
-    await world.start()
-    vm = await world.sign_up()
-    open_file, failed = os.open, []
-
-    def out_of_files(path, flags, *more, **named):
-        """The folder cannot be opened to be synced, after the new journal has taken the old one's name."""
-        if flags & os.O_DIRECTORY:
-            failed.append(path)
-            raise OSError(errno.EMFILE, "Too many open files")
-        return open_file(path, flags, *more, **named)
-
-    monkeypatch.setattr(os, "open", out_of_files)
-    while not failed:
-        await world.text(f"{len(vm.asked)} " + "x" * 1500)
-        await world.clock.settle()
-    vm.away = 503
-    await world.text("kept")
-    monkeypatch.undo()
-    await world.crash()
-    vm.away = 0
-    await world.start()
-    await world.clock.until(lambda: vm.ran[-1] == "kept")
-
-
 async def test_a_vm_is_called_gone_only_once_that_is_on_disk(world, monkeypatch):
     vm = await world.ready()
     vm.away = 503
@@ -5553,15 +5014,16 @@ async def test_a_vm_that_goes_in_the_moment_its_text_would_run_leaves_nothing_be
     await world.text("hello")
     await world.hears(RESTARTING)
     relay = world.server.runner.app[cockpit.GATEWAY].relay
-    await world.clock.run(relay.hold(vm.app, 0))
+    state = relay.vms[vm.app]
+    await world.clock.run(relay.runner.pause(state, 0))
     await world.clock.advance(30)
-    relay.release(vm.app)
-    await relay.vm_gone(vm.app, "torn_down")
+    await relay.runner.resume(state)
+    await relay.vm_gone(vm.app, ANN, "torn_down")
     await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
-    await world.clock.until(lambda: not relay.lanes, real=2)
+    await world.clock.until(lambda: not relay.vms, real=2)
 
 
-async def test_a_text_to_a_number_not_yet_known_again_is_fetched_however_late_fly_tells_whose_it_is(world):
+async def test_a_text_to_a_number_not_yet_adopted_is_fetched_however_late_it_is(world):
     await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
     vm = await world.sign_up()
     await world.stop()
@@ -5572,33 +5034,8 @@ async def test_a_text_to_a_number_not_yet_known_again_is_fetched_however_late_fl
     assert (await world.twilio.texts(ANN, "kept")).status == 503
     await world.clock.advance(1800)
     world.fly.deaf = False
-    await world.hears("ran: kept", within=300)
+    await world.hears("ran: kept", within=400)
     assert vm.ran == ["kept"]
-
-
-async def test_a_line_that_failed_takes_none_that_is_on_disk_out_of_a_rewrite(tmp_path, monkeypatch):
-    owner, clock, loop = cockpit.Owner(), cockpit.Clock(), asyncio.get_running_loop()
-    journal = cockpit.Journal(tmp_path / "journal", clock, owner, cockpit.Metrics(clock))
-    journal.open()
-    kept = journal.append({"k": "kept"})
-    time.sleep(0.05)  # noqa: ASYNC251 - so that both are told in one round of the loop
-
-    def full(handle, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "write", full)
-    failed = journal.append({"k": "failed"})
-    time.sleep(0.05)  # noqa: ASYNC251
-    monkeypatch.undo()
-    loop.call_soon(journal.append, {"k": "next"})
-    await kept
-    with pytest.raises(cockpit.StoreError):
-        await failed
-    while (tmp_path / "journal").read_text().count("next") < 1:
-        await asyncio.sleep(0.005)
-    assert "kept" in (tmp_path / "journal").read_text()
-    await owner.close()
-    await journal.close()
 
 
 # --- Never leave half a VM ---
