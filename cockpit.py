@@ -865,7 +865,8 @@ class Keyring:
 
     def __init__(self, roots: Sequence[str]) -> None:
         self._roots = {self.fingerprint(root): root for root in roots}
-        self.current_id = next(iter(self._roots))
+        self.ids = tuple(self._roots)
+        self.current_id = self.ids[0]
 
     @staticmethod
     def fingerprint(root: str) -> str:
@@ -4449,6 +4450,7 @@ class VmState:
     was_told_of_setup: bool = False
     last_text: float | None = None
     last_call_failed: bool = False
+    has_switched_key: bool = False
     handed_over_at: float = NEVER  # monotonic: its last command, while its answer is missing
     probes: int = 0
     asked_fly_at: float = NEVER  # monotonic
@@ -4921,6 +4923,8 @@ class Runner:
             notice = about(NO_ANSWER, text, s=limits.vm_command_timeout_s)
             await self._finish(vm, text, "silent", notice)
         except VmFailed as error:
+            if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(vm, route):
+                return None  # it goes again
             self._record_answer(vm, ends_outage=error.status < 500)
             await self._finish(vm, text, "failed", about(VM_ERROR, text, status=error.status))
         else:
@@ -4928,6 +4932,17 @@ class Runner:
             await self.sender.finish(vm, [text], words_of(answer), "answered", answer.images)
         finally:
             vm.is_handing_over = False
+
+    async def _switch_key(self, vm: VmState, route: Route) -> bool:
+        """After a rotation that was killed another secret's token may hold: it is tried once, and noted."""
+        others = [key_id for key_id in self.sender.keyring.ids if key_id != route.key_id]
+        if vm.has_switched_key or not others:
+            return False
+        vm.has_switched_key = True
+        log_warning("vm_key_switched", vm_id=vm.vm_id)
+        with contextlib.suppress(StoreError):
+            await self.routes.update(vm.vm_id, key_id=others[0])
+        return True
 
     async def _finish(self, vm: VmState, text: Text, outcome: str, notice: str) -> None:
         await self.sender.finish(vm, [text], [notice], outcome)
@@ -4986,7 +5001,7 @@ class Runner:
     def _record_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
         """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
         vm.answered_at = self.clock.now()
-        vm.probes = 0
+        vm.probes, vm.has_switched_key = 0, False
         if ends_outage:
             vm.last_call_failed, vm.handed_over_at = False, NEVER
             if vm.away_since is not None:
@@ -5901,7 +5916,7 @@ class VmChanges:
         if not old or machine.image == old:
             reason = "the gateway was restarted before Fly took the new image; ask again"
             raise Refusal("fly_unavailable", reason, vm_id=change.vm_id)
-        await self.routes.update(change.vm_id, image=machine.image)
+        await self.routes.update(change.vm_id, image=machine.image, key_id=self.keyring.current_id)
         await self._settle(change, machine)
 
     async def _settle(self, change: VmChange, machine: Machine) -> None:

@@ -8,8 +8,9 @@ Nothing of cockpit is replaced: `FakeFly`, `FakeTwilio` and `FakeVMs` are small 
 remember what they were asked and fail on command; `FakeClock` is the time cockpit is given, so that hours pass in milliseconds.
 `World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
 
-Sections: clock and wires · Fly · VMs · Twilio · world · settings · vocabulary · retry · store · Fly client · Twilio · provisioning ·
-relay · answers · HTTP · operator's page, metrics, logs · local mode · container and main · never lose a text · never leave half a VM
+Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's own: settings, records and keys, time, routes on disk,
+messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, fleet, HTTP, page, local world, assembly; last, what
+must hold whatever happens: never lose a text, never leave half a VM.
 """
 import asyncio
 import base64
@@ -1356,7 +1357,7 @@ def test_a_developer_may_text_a_local_vm_from_a_real_phone():
     cockpit.Settings.from_env({"PUBLIC_URL": "https://tunnel.example.com", "COCKPIT_API_KEY": KEY} | TWILIO_SETTINGS)
 
 
-# --- Vocabulary ---
+# --- Records and keys ---
 
 @pytest.mark.parametrize("typed, number", [
     ("+15551234567", "+15551234567"), ("+1 (555) 123-4567", "+15551234567"), ("+49.151.1234567", "+491511234567"), ("+1234567", "+1234567"),
@@ -1385,7 +1386,7 @@ def test_a_fly_token_goes_out_under_the_scheme_it_needs(token, header):
     assert cockpit.fly_authorization(token) == header
 
 
-# --- Retry ---
+# --- Time ---
 
 async def test_pauses_have_full_jitter_and_grow_to_a_cap(world):
     await world.start()
@@ -1421,7 +1422,7 @@ async def test_tasks_close_also_when_one_has_just_ended():
     await tasks.close()
 
 
-# --- Store ---
+# --- Routes on disk ---
 
 async def test_routes_are_private_readable_json_with_one_route_a_line(world):
     await world.start()
@@ -1531,7 +1532,136 @@ async def test_the_file_is_whole_at_every_moment(live):
     await live.spawn()
 
 
-# --- Fly client ---
+# --- Messages on disk ---
+
+async def a_store(world: World) -> cockpit.MessageStore:
+    clock = world.clock.clock
+    store = cockpit.MessageStore(world.database, clock, cockpit.Tasks(), cockpit.Metrics(clock))
+    await store.open()
+    return store
+
+
+def seen(sid: str) -> tuple[str, tuple]:
+    return "INSERT INTO seen VALUES (?, ?, '')", (sid, 2e9)
+
+
+async def test_a_row_that_sqlite_refuses_is_put_aside_alone(world):
+    store = await a_store(world)
+    await store.commit(seen("SM1"))
+    outcomes = await asyncio.gather(store.commit(seen("SM2")), store.commit(seen("SM1")), store.commit(seen("SM3")), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None), cockpit.StoreError, type(None)]
+    store.note(seen("SM1"))  # nobody waits for it: it is told in the log, and not tried again
+    await store.commit(seen("SM4"))
+    assert not store.is_writing and not store.trouble
+    await store.close()
+    assert [sid for sid, in world.rows("SELECT sid FROM seen ORDER BY sid")] == ["SM1", "SM2", "SM3", "SM4"]
+
+
+async def test_a_sid_is_taken_once_and_answered_as_the_first_time(world):
+    store = await a_store(world)
+    firsts = await asyncio.gather(*(store.commit_once("SM1", 2e9, "the reply", seen(f"SM{n}")) for n in (2, 3)))
+    assert firsts == [None, "the reply"]
+    assert await store.known(["SM1", "SM2", "SM3"]) == {"SM1", "SM2"}
+    await store.close()
+
+
+async def test_what_no_database_can_hold_is_made_storable(world):
+    store = await a_store(world)
+    await store.commit(("INSERT INTO marks VALUES (?, ?)", ("half a \ud83d pair", 2**70)))
+    assert await store.read("SELECT name FROM marks") == [{"name": "half a ? pair"}]
+    await store.close()
+
+
+async def test_a_damaged_database_is_set_aside_and_the_routes_are_kept(world):
+    vm = await world.ready()
+    await world.text("one")
+    await world.hears("ran: one")
+    await world.crash()
+    for file in world.database.parent.glob("*.db-*"):
+        file.unlink()
+    world.database.write_bytes(b"no database at all" * 1000)
+    await world.start()
+    await world.text("two")
+    await world.hears("ran: one", "ran: two")
+    assert vm.ran == ["one", "two"]
+    assert [file.name for file in world.database.parent.glob("*.damaged-*")]
+
+
+async def test_a_database_of_a_newer_version_is_left_alone(world):
+    await world.start()
+    await world.stop()
+    with contextlib.closing(sqlite3.connect(world.database)) as database:
+        database.execute("PRAGMA user_version = 7")
+    with pytest.raises(cockpit.StoreError, match="newer"):
+        await world.start()
+    world.server = None
+    assert world.rows("PRAGMA user_version") == [(7,)]
+
+
+async def test_files_of_state_are_for_their_owner_alone(world):
+    await world.ready()
+    await world.text("hello")
+    await world.hears("ran: hello")
+    modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in world.file.parent.iterdir()}
+    assert "routes.json.db" in modes
+    assert set(modes.values()) == {0o600}, modes
+
+
+async def test_sids_are_remembered_for_48_hours(world):
+    vm = await world.ready()
+    sid = "SM" + "7" * 32
+    await world.text("once", MessageSid=sid)
+    await world.hears("ran: once")
+    await world.clock.advance(47 * 3600)
+    await world.text("once", MessageSid=sid)
+    await world.text("another")
+    await world.hears("ran: once", "ran: another")
+    await world.clock.advance(2 * 3600)
+    await world.text("a third")
+    await world.hears("ran: once", "ran: another", "ran: a third")
+    assert (sid,) not in world.rows("SELECT sid FROM seen")
+    assert vm.ran == ["once", "another", "a third"]
+
+
+async def test_what_the_first_version_left_in_flight_goes_on(world):
+    vm = await world.ready()
+    await world.clock.advance(5)
+    await world.stop()
+    world.database.unlink()
+    now, sids = world.clock.now(), [f"SM{n}" + "0" * 31 for n in range(5)]
+    records = [
+        {"k": "state", "seen": [[sids[4], now - 60]], "muted": {"whatsapp:" + vm.app: True}},
+        {"k": "in", "sid": sids[0], "vm": vm.app, "at": now - 5, "body": "answered"},
+        {"k": "in", "sid": sids[1], "vm": vm.app, "at": now - 4, "body": "handed over", "run": True},
+        {"k": "in", "sid": sids[2], "vm": vm.app, "at": now - 3, "body": "waiting"},
+        {"k": "out", "id": sids[0], "vm": vm.app, "at": now - 2, "parts": ["ran: answered"], "re": [sids[0]]},
+    ]
+    journal = world.file.with_name("routes.json.journal")
+    journal.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"k": "in", "sid"')
+    await world.start()
+    await world.text("handed over", MessageSid=sids[1])
+    await world.text("seen long ago", MessageSid=sids[4])
+    await world.clock.until(lambda: len(world.twilio.sent) == 3)
+    await world.restart()
+    await world.clock.advance(60)
+    assert world.twilio.sent_to(ANN) == ["ran: answered", "ran: handed over", "ran: waiting"]
+    assert vm.ran == ["handed over", "waiting"]
+    assert world.twilio.count("list"), "what may have been sent is looked up first"
+    assert not journal.exists()
+
+
+async def test_a_database_removed_under_a_running_gateway_takes_no_text_in(world):
+    vm = await world.ready()
+    await world.text("one")
+    await world.hears("ran: one")
+    world.database.unlink()
+    answer = await world.twilio.texts(ANN, "two")
+    assert (answer.status, answer.body["code"]) == (503, "storage")
+    assert "disk" in (await world.call("GET", "/health", key=None)).body["troubles"]
+    assert vm.ran == ["one"]
+
+
+# --- Fly, as it is asked ---
 
 async def test_a_provisioning_asks_fly_in_order_and_once_each(world):
     await world.ready()
@@ -3346,6 +3476,27 @@ async def test_rotating_renews_the_vm_s_token_with_the_secret_that_signs_now(wor
     await world.hears("ran: old token", "ran: new token", "ran: the only secret")
 
 
+async def test_a_vm_that_holds_the_other_secret_s_token_is_found_out_once(world):
+    """A rotation was killed after Fly took the secrets and before the route said so."""
+    newer = "a-newer-root-of-tokens-0123456789abcdef"
+    vm = await world.ready()
+    await world.clock.advance(5)
+    await world.restart(COCKPIT_SECRET=f"{newer},{SECRET}")
+    mark = base64.urlsafe_b64encode(hmac.digest(newer.encode(), f"vm:{vm.app}".encode(), "sha256")).decode().rstrip("=")
+    vm.env["COCKPIT_TOKEN"] = f"{vm.app}.{mark}"
+    await world.text("one")
+    await world.text("two")
+    await world.hears("ran: one", "ran: two")
+    assert world.vms.objections == ["command: not this VM's token"]
+    world.vms.objections.clear()
+    vm.env["COCKPIT_TOKEN"] = "of nobody"
+    await world.text("three")
+    await world.clock.until(lambda: len(world.twilio.sent) == 3)
+    assert world.twilio.sent_to(ANN)[2] == 'Your VM answered with an error (401): "three"'
+    assert len(world.vms.objections) == 2
+    world.vms.objections.clear()
+
+
 @pytest.mark.parametrize("body, field", [({}, "api_keys"), ({"phone_number": BOB}, "phone_number"), ({"github_token": ""}, "github_token"), ({"api_keys": {"PATH": "x"}}, "api_keys.PATH")])
 async def test_a_rotation_of_nothing_or_of_anything_else_is_refused(world, body, field):
     await world.start()
@@ -3417,6 +3568,68 @@ async def test_a_teardown_ends_a_change(world):
     await world.clock.advance(5)
     assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
     assert (await world.clock.run(change)).body["code"] == "torn_down" and not world.saved["routes"]
+
+
+CHANGES = {"restart": ("POST", {}), "upgrade": ("POST", {}), "rotate": ("PATCH", {"json": {"github_token": "ghp_new"}})}
+CHANGE_CALLS = ["get_machine", "restart_machine", "set_secrets", "update_machine", "wait_machine"]
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("call", CHANGE_CALLS)
+@pytest.mark.parametrize("what", CHANGES)
+async def test_a_change_killed_anywhere_is_ended_by_the_next_start(world, what, call, after):
+    vm = await world.ready(COCKPIT_SECRET=SECRET)
+    await world.clock.advance(5)
+    newer = "a-newer-root-of-tokens-0123456789abcdef"
+    await world.restart(VM_IMAGE="vm-image:8", COCKPIT_SECRET=f"{newer},{SECRET}", RECONCILE_S=60)
+    gate = world.fly.holds(call, after=after)
+    method, more = CHANGES[what]
+    path = f"/provision/{vm.app}" + ("" if what == "rotate" else f"/{what}")
+    asked = asyncio.ensure_future(world.ask(method, path, **more))
+    with contextlib.suppress(AssertionError):
+        await world.clock.until(lambda: gate.arrived.is_set() or asked.done(), 60)
+    await world.crash_and_restart()
+    await asyncio.gather(asked, return_exceptions=True)
+    await world.clock.advance(200)
+    record = (await world.call("GET", f"/provision/{vm.app}")).body
+    route = world.saved["routes"][ANN]
+    assert record["state"] == "ready" and "change" not in route
+    assert record["image"] == world.fly.machines[0].config["image"]
+    await world.text("still mine")
+    await world.hears("ran: still mine")
+
+
+async def test_an_upgrade_killed_on_a_bad_image_goes_back(world):
+    vm = await world.ready()
+    await world.clock.advance(5)
+    await world.restart(VM_IMAGE="vm-image:8", PROVISION_TIMEOUT_S=20)
+    is_up = lambda: world.fly.machines[0].config["image"] == "vm-image:7"
+    boot = world.vms.boot
+    world.vms.boot = lambda app, started, env: boot(app, is_up, env)
+    gate = world.fly.holds("update_machine", after=True)
+    asked = asyncio.ensure_future(world.ask("POST", f"/provision/{vm.app}/upgrade"))
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await asyncio.gather(asked, return_exceptions=True)
+    await world.clock.advance(100)
+    record = (await world.call("GET", f"/provision/{vm.app}")).body
+    assert record["image"] == world.fly.machines[0].config["image"] == "vm-image:7"
+    assert "vm-image:8" in record["last_error"]
+    await world.text("still here")
+    await world.hears("ran: still here")
+
+
+async def test_a_sign_up_answered_202_and_undone_by_a_start_stays_readable(world):
+    await world.start()
+    gate = world.fly.holds("create_machine", after=True)
+    answer = await world.call("POST", "/provision", json=sign_up_form(), headers={"Prefer": "respond-async"})
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.clock.until(lambda: not world.fly.everything)
+    record = (await world.call("GET", f"/provision/{answer.body['vm_id']}")).body
+    assert record["state"] == "failed" and "restarted" in record["last_error"]
+    await world.clock.advance(3700)
+    assert (await world.call("GET", f"/provision/{answer.body['vm_id']}")).status == 404
 
 
 # Reconciling
@@ -3623,6 +3836,61 @@ async def test_fly_refusing_us_is_on_health_logged_once_a_minute_and_asked_less(
     assert "refuses" not in await troubles(world) and not world.fly.apps
 
 
+# The comparison of worlds, without any I/O
+
+GATEWAY_ID = "gateway0"
+MINE = "cockpit-vm-mine0000"
+
+
+def a_machine(app: str = MINE, phone: str = ANN, *, id: str = "m1", state: str = "started", image: str = "vm-image:7", **stamped: str) -> cockpit.Machine:
+    metadata = stamp(app, phone, GATEWAY_ID) | stamped
+    return cockpit.Machine(id=id, state=state, region="iad", app=app, image=image, config={"image": image, "metadata": metadata}, metadata=metadata)
+
+
+def a_route(**changes: str) -> cockpit.Route:
+    return cockpit.Route(**{"vm_id": MINE, "machine_id": "m1", "image": "vm-image:7", "state": "ready"} | changes)
+
+
+WORLDS = {
+    "all is well": ([a_machine()], {ANN: a_route()}, []),
+    "a machine stopped": ([a_machine(state="stopped")], {ANN: a_route()}, ["start"]),
+    "a machine was suspended": ([a_machine(state="suspended")], {ANN: a_route()}, ["start"]),
+    "a machine is gone": ([], {ANN: a_route()}, ["give_up"]),
+    "a machine was replaced in our app": ([a_machine(id="m2")], {ANN: a_route()}, ["take_over"]),
+    "a machine without proof replaced ours": ([a_machine(id="m2", cockpit_owner="forged")], {ANN: a_route()}, ["give_up"]),
+    "two machines replaced ours": ([a_machine(id="m2"), a_machine(id="m3")], {ANN: a_route()}, ["give_up"]),
+    "a VM given up is back": ([a_machine()], {ANN: a_route(state="failed")}, ["take_over"]),
+    "a VM given up stays gone": ([], {ANN: a_route(state="failed")}, []),
+    "a VM is being set up": ([], {ANN: a_route(state="provisioning")}, []),
+    "another image runs": ([a_machine(image="vm-image:8")], {ANN: a_route()}, ["note_image"]),
+    "the stamp is of the first version": ([a_machine(cockpit_pairing="")], {ANN: a_route()}, ["stamp"]),
+    "the VM rewrote whose it is": ([a_machine(cockpit_phone=EVE)], {ANN: a_route()}, ["stamp"]),
+    "nobody has a route to ours": ([a_machine()], {}, ["adopt"]),
+    "ours without proof": ([a_machine(cockpit_owner="forged")], {}, []),
+    "another gateway's": ([a_machine(cockpit_gateway="cockpit.example.com/another0")], {}, []),
+    "a second VM claims a routed number": ([a_machine(), a_machine("cockpit-vm-other000")], {ANN: a_route()}, []),
+}
+
+
+@pytest.mark.parametrize("machines, routes, actions", WORLDS.values(), ids=WORLDS)
+def test_two_sweeps_conclude_from_a_world_what_is_to_be_done(machines, routes, actions):
+    settings_ = cockpit.Settings.from_env(settings())
+
+    class Routes:
+        gateway_id = GATEWAY_ID
+    blueprint = cockpit.Blueprint(settings_, cockpit.Keyring([SECRET]), Routes())
+    fly = cockpit.Inventory(apps={machine.app for machine in machines}, machines={
+        app: [machine for machine in machines if machine.app == app] for app in {machine.app for machine in machines}})
+    here = cockpit.Here(routes=routes, other_apps=set(), changing=set(), suspects=set(), gateway_id=GATEWAY_ID, app_prefix="cockpit-vm")
+    first = cockpit.Comparison(fly=fly, here=here, seen_before=set(), blueprint=blueprint).findings()
+    assert {action.kind for action in first.actions} <= {"start", "probe"}, "Fly's lists may lag: what is seen once is not acted on"
+    second = cockpit.Comparison(fly=fly, here=here, seen_before=first.seen, blueprint=blueprint).findings()
+    assert [action.kind for action in second.actions] == actions
+    busy = cockpit.Here(routes=routes, other_apps=set(), changing={MINE}, suspects=set(), gateway_id=GATEWAY_ID, app_prefix="cockpit-vm")
+    if routes:
+        assert not cockpit.Comparison(fly=fly, here=busy, seen_before=first.seen, blueprint=blueprint).findings().actions
+
+
 # A lost disk
 
 async def test_a_start_with_a_lost_disk_adopts_what_fly_holds(world):
@@ -3697,7 +3965,7 @@ async def test_texts_of_vms_without_a_route_go_on_once_fly_tells_whose_they_are(
     await world.start()
     await world.clock.advance(100)
     assert vm.ran == ["answered", "running"]
-    await world.stop()  # a clean end writes the journal anew
+    await world.stop()
     if status == 503:
         await world.start()
     world.fly.heals("list_apps")
@@ -4093,7 +4361,7 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     assert vm.ran == ["text 0"] and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# --- Operator's page, metrics, logs ---
+# --- Page, metrics, logs ---
 
 def parse_metrics(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Prometheus text, strictly: each metric's HELP, then TYPE, then all its samples and no other's; histograms cumulative."""
@@ -4310,7 +4578,7 @@ async def test_the_live_feed_needs_the_key_and_shows_masked_numbers(world):
         assert ANN.encode() not in seen
 
 
-# --- Local mode ---
+# --- Local world ---
 
 async def a_laptop(live: World, **environ: str) -> Child:
     """`python cockpit.py` with nothing set but its port."""
@@ -4484,7 +4752,7 @@ async def test_the_vm_command_starts_whatever_its_stored_answers_look_like(live,
     await live.clock.until(lambda: not Path(f"/proc/{agent.read_text().strip()}").exists())
 
 
-# --- Container and main ---
+# --- Assembly ---
 
 async def test_production_without_its_settings_exits_2_naming_all_of_them(tmp_path):
     child = await Child.start({"COCKPIT_ENV": "production"}, 0, tmp_path)
@@ -4808,7 +5076,7 @@ async def test_shutdown_settles_what_it_can(live):
 
 
 @beside
-async def test_shutdown_leaves_the_rest_to_the_journal(live):
+async def test_shutdown_leaves_the_rest_to_the_database(live):
     child = await live.spawn(DRAIN_S=0.1)
     vm = await live.sign_up()
     gate = vm.holds()
