@@ -80,7 +80,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -4260,7 +4260,6 @@ AWAY_TWICE = 'Your VM went away twice while running this; not tried again: "{tex
 NO_ANSWER = 'No answer after {s:g} s; it may still be running: "{text}"'
 VM_ERROR = 'Your VM answered with an error ({status}): "{text}"'
 DONE = "Done, no output."
-EXIT_CODE = "Exit code {n}, no output."
 UNREADABLE = "Your VM's answer could not be read."
 VM_GONE = "Your VM is gone."
 SET_UP_FAILED = "Your VM could not be set up."
@@ -4484,8 +4483,11 @@ class VmState:
 
     @property
     def running(self) -> Text | None:
-        """The text that its VM has in hand."""
-        return self.waiting[0] if self.waiting and self.is_handing_over else None
+        """The text that its VM has in hand; one that met 409 waits for the command before it."""
+        first = self.waiting[0] if self.waiting and self.is_handing_over else None
+        return (
+            None if first and first.busy_since is not None and not first.may_have_reached else first
+        )
 
     def queued(self) -> list[Text]:
         """The texts that wait, without the one that runs."""
@@ -4506,10 +4508,11 @@ def words_of(answer: Answer) -> list[str]:
     """A VM's answer as parts for a phone."""
     if answer.is_unreadable:
         return [UNREADABLE]
+    code = f"Exit code {answer.exit_code}" if answer.exit_code else ""
     if answer.text.strip():
-        return split_text(answer.text)
-    if answer.exit_code:
-        return [EXIT_CODE.format(n=answer.exit_code)]
+        return split_text(f"{answer.text}\n{code}." if code else answer.text)
+    if code:
+        return [f"{code}, no output."]
     return [] if answer.images else [DONE]
 
 
@@ -4681,7 +4684,7 @@ class Sender:
             text.trace.outcome = outcome
             text.trace.parts = parts
             text.trace.answered = now - text.trace.began
-            if outcome != "answered":
+            if outcome not in ("answered", "cancelled"):
                 self.metrics.note_text(failed=True)
         self.metrics.texts_finished.add(outcome, by=len(texts))
 
@@ -5127,6 +5130,8 @@ class OwnerCommands:
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
         waiting = vm.queued()
         now = about('Running: "{text}"', vm.running) if vm.running else "Nothing is running."
+        if waiting and waiting[0].busy_since is not None:
+            now = "Waiting for the command before it."
         match command:
             case "cancel" if waiting:
                 return await self._cancel(vm, message, waiting)
@@ -5252,6 +5257,28 @@ class Inbox:
             times.pop()  # a repetition does not count
         return self._acknowledge("command" if command else "accepted", known)
 
+    async def accept_fetched(self, messages: Sequence[InboundMessage]) -> None:
+        """The same for texts of Twilio's list, oldest first; those beyond QUEUE_LIMIT are told together."""
+        beyond: dict[str, list[InboundMessage]] = defaultdict(list)
+        for message in messages:
+            vm = self.state.vms.get(getattr(self.routes.routes.get(message.phone), "vm_id", ""))
+            if vm and self._is_full(vm) and not self._keyword(message, vm) and not vm.opted_out:
+                beyond[vm.vm_id].append(message)
+            else:
+                await self.accept(message)
+        for vm_id, refused in beyond.items():
+            vm = self.state.vms[vm_id]
+            notice = QUEUE_FULL.format(n=len(vm.queued()), text=quoted(*refused)[1:-1])
+            out = self.sender.outbound(vm, split_text(notice))
+            seen = [(SEE, (message.sid, message.arrived, "")) for message in refused]
+            await self.state.store.commit(*seen, out.added())
+            self.sender.queue(vm, out)
+            self.metrics.texts.add("queue_full", by=len(refused))
+
+    def _is_full(self, vm: VmState) -> bool:
+        queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)
+        return queued >= self.settings.limits.queue_limit
+
     def _acknowledge(self, outcome: str, known: str | None) -> str:
         """The reply: of the first time, if this SID was known."""
         self.metrics.texts.add(outcome if known is None else "repeated")
@@ -5302,9 +5329,8 @@ class Inbox:
         if not is_command:
             if route.state == "failed":
                 return "gone", self.closing_words(VM_GONE, [message])
-            queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)
-            if queued >= limits.queue_limit:
-                return "queue_full", about(QUEUE_FULL, message, n=queued)
+            if self._is_full(vm):
+                return "queue_full", about(QUEUE_FULL, message, n=limits.queue_limit)
         if message.is_fetched or self._is_within_rate(phone):
             return None
         now = self.clock.monotonic()
@@ -5657,8 +5683,7 @@ class Backfill:
         number = self.settings.twilio.phone_number
         try:
             found = await self._list(number, since) + await self._list(WHATSAPP + number, since)
-            for message in sorted(found, key=lambda message: message.arrived):
-                await self.inbox.accept(message)
+            await self.inbox.accept_fetched(sorted(found, key=lambda message: message.arrived))
         except UpstreamRejected as error:
             self.twilio.give_up_listing(error)
         except (UpstreamError, Refusal, StoreError) as error:
@@ -7082,12 +7107,15 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
 async def fleet_table(gateway: Gateway) -> Json:
     """The first 1,000 VMs in order of vm_id, and how many there are in all."""
     rows = list[Json]()
-    for at, vm_id in enumerate(vm_ids_after(gateway.routes, "", ROWS_MAX)):
+    vm_ids = vm_ids_after(gateway.routes, "", ROWS_MAX)
+    for at, vm_id in enumerate(vm_ids):
         if at % ROWS_A_TURN == 0:
             await gateway.clock.sleep(0)
         with contextlib.suppress(Refusal):  # torn down since the ids were read
             rows.append(row_of(gateway, vm_id))
-    return {"rows": rows, "total": sum(vms_by_state(gateway).values())}
+    are_all_here = len(vm_ids) < ROWS_MAX  # the states count failed ones too, which are not listed
+    total = len(rows) if are_all_here else sum(vms_by_state(gateway).values())
+    return {"rows": rows, "total": total}
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
@@ -7146,119 +7174,103 @@ PAGE_HEAD = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>cockpit</title>
-<link rel="icon" href="data:,">
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'
+ fill='none' stroke='%233b6fe0' stroke-width='3'%3E%3Cpath d='M3 16a9 9 0 0 1 18 0M12 16l4-5'/%3E%3C/svg%3E">
 """
 
 PAGE_STYLE = """
-:root{color-scheme:light dark;--bg:#f5f6f8;--card:#fff;--ink:#16191f;--dim:#5f6875;--line:#e3e6eb}
-:root{--soft:#eef0f4;--go:#2457d6;--go-ink:#fff;--ok:#137a48;--warn:#985b00;--bad:#c02b38}
-@media(prefers-color-scheme:dark){:root{--bg:#0e1116;--card:#161a21;--ink:#e8ebf0;--dim:#98a2b1;--line:#272d37}}
-@media(prefers-color-scheme:dark){:root{--soft:#222833;--go:#7da2ff;--go-ink:#0b1020;--ok:#4cc78a}}
-@media(prefers-color-scheme:dark){:root{--warn:#e5a94a;--bad:#ff7d87}}
+:root{color-scheme:light dark;--card:Canvas;--ink:CanvasText;--go:#3b6fe0}
+:root{--ok:#22915a;--warn:#b97a14;--bad:#d8404c}
+:root{--dim:color-mix(in srgb,var(--ink) 62%,var(--card))}
+:root{--line:color-mix(in srgb,var(--ink) 14%,var(--card))}
+:root{--soft:color-mix(in srgb,var(--ink) 5%,var(--card))}
 *{box-sizing:border-box;min-width:0}
 [hidden],body:not(.in) :is(#tools,#board),.in #gate,:is(#troubles,#none,#toast):empty{display:none!important}
-body{margin:0;background:var(--bg);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
-h1,h2,p,dl,dd,ol,ul,fieldset{margin:0;padding:0;border:0;list-style:none}
-h1{font-size:17px}
-h2{font-size:15px}
-code{font:12px ui-monospace,Menlo,Consolas,monospace;color:var(--dim)}
-button,input,select{font:inherit;color:inherit;background:var(--card);padding:7px 11px}
+body{margin:0;background:var(--soft);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
+h1,h2,p,dl,dd,ol,ul{margin:0;padding:0;list-style:none;font-size:15px}
+code{display:block;font:12px ui-monospace,monospace;color:var(--dim)}
+button,input,select{font:inherit;font-weight:400;color:inherit;background:var(--card);padding:7px 11px}
 button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
-input,select{width:100%}
-button{flex:none;cursor:pointer;font-weight:550}
+input:not([type=checkbox]),select{width:100%}
+button{cursor:pointer;font-weight:550}
 button:hover,tbody tr:hover td{background:var(--soft)}
 button:disabled{opacity:.4}
-.go,.go:hover{background:var(--go);border-color:var(--go);color:var(--go-ink)}
+.go,.go:hover{background:var(--go);color:#fff}
 .flat{border-color:transparent;background:none}
-.small{padding:3px 7px;font-size:13px}
-.bad,.error,.last_error{color:var(--bad)}
-:focus-visible{outline:2px solid var(--go);outline-offset:2px}
+.acts button{padding:3px 5px;font-size:13px}
+.error,td.last_error,[name=teardown],#kill{color:var(--bad)}
+.go[name=teardown]{background:var(--bad);color:#fff}
 .dim,small,dt,th button{color:var(--dim);font-size:12.5px;font-weight:400}
-.card,dialog{background:var(--card);color:var(--ink)}
+header,.card,dialog{background:var(--card);color:var(--ink)}
 .row{display:flex;flex-wrap:wrap;gap:10px;align-items:center}
 .grow{flex:1}
 .stack{display:grid;gap:14px}
-header{padding:10px 24px;background:var(--card);border-bottom:1px solid var(--line)}
-header{position:sticky;top:0;z-index:2}
-#gate{max-width:380px;margin:14vh auto 0;padding:28px}
-#board{max-width:1560px;margin:0 auto;padding:18px 24px 48px}
+header{padding:10px 24px;border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+#gate{max-width:380px;margin:14vh auto;padding:28px}
+#board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
 #tiles{display:grid;gap:12px;grid-template-columns:repeat(4,1fr) 2fr}
-#tiles .card{padding:12px 16px}
+#tiles .card,.bar{padding:12px 16px}
 #tiles dd{font-size:25px;font-weight:650;line-height:1.3}
-#tiles small{display:block}
-#chart{display:block;width:100%;height:56px}
-.texts{fill:var(--go)}
-.failures{fill:var(--bad)}
-.idle{fill:var(--line)}
+svg{display:block;width:100%;height:56px;border-bottom:1px solid var(--line);stroke-width:4.8}
 #work{display:flex;gap:14px;align-items:start}
-#work section:first-child{flex:1}
-.bar{padding:10px 16px}
-.bar input{flex:1 1 130px;max-width:300px}
+#filter{max-width:300px}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th{text-align:left}
 th button{border:0;padding:8px 0}
-th[aria-sort] button{color:var(--ink)}
 [aria-sort=ascending] button::after{content:" ↑"}
 [aria-sort=descending] button::after{content:" ↓"}
-th,td{padding:0 6px;white-space:nowrap}
+th,td{padding:0 6px;text-align:left;white-space:nowrap}
 td{padding:8px 6px;border-top:1px solid var(--line)}
-th:first-child,td:first-child{padding-left:16px}
-td code{display:block}
+:is(th,td):first-child{padding-left:16px}
 .vm_id span{font-weight:600}
-td:is(.image,.last_error) span{display:block;max-width:120px;overflow:hidden;text-overflow:ellipsis}
-td.acts{text-align:right;position:sticky;right:0;background:var(--card)}
-:is(#status,.state span)::before{content:"● ";color:var(--dim)}
-:is(#status.live,.ready .state span)::before{color:var(--ok)}
-:is(#status.poll,.away .state span,.deleting .state span)::before{color:var(--warn)}
-:is(#status.lost,.failed .state span)::before{color:var(--bad)}
-:is(.provisioning .state span)::before{color:var(--go);animation:pulse 1.2s infinite}
-:is(.asleep .state span)::before{content:"○ "}
-@keyframes pulse{50%{opacity:.25}}
-@media(prefers-reduced-motion){*{animation:none!important}}
+td span{text-overflow:ellipsis}
+.acts{position:sticky;right:0;background:var(--card)}
+#status::before,.state span::before{content:"● ";color:var(--dim)}
+#status.live::before,.ready .state span::before{color:var(--ok)}
+#status.poll::before,:is(.away,.deleting) .state span::before{color:var(--warn)}
+#status.lost::before,.failed .state span::before{color:var(--bad)}
+.provisioning .state span::before{color:var(--go)}
+.asleep .state span::before{content:"○ "}
 #none{padding:40px 16px;text-align:center}
-#phone{flex:0 0 330px;display:flex;flex-direction:column;height:min(640px,80vh)}
+#phone{flex:0 0 310px;display:flex;flex-direction:column;height:min(640px,80vh)}
 #thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:4px}
 #thread:empty::before{content:"No texts yet. Choose a number and say hello.";color:var(--dim)}
 #thread li{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
 #thread li{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
-#thread .in{background:var(--go);color:var(--go-ink);align-self:flex-end}
+#thread .in{background:var(--go);color:#fff;align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
-#thread img{display:block;max-width:100%;border-radius:8px}
-time{display:block;font-size:11px;opacity:.75}
-#send{flex-wrap:nowrap;padding:12px}
+#thread :is(img,time){display:block;max-width:100%;font-size:11px;opacity:.9}
+:is(#phone,.pair).row{flex-wrap:nowrap}
 dialog{padding:22px;width:min(460px,94vw)}
 dialog::backdrop{background:#0007}
-label{display:grid;gap:4px;font-weight:550}
-label.row{display:flex;font-weight:400}
-label.row input{width:auto}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:8px;margin-top:6px}
-.ends{justify-content:flex-end}
+label:not(.row){display:grid;gap:4px;font-weight:550}
 #steps li::before{content:"○ "}
-#steps .done::before{content:"✓ ";color:var(--ok)}
-#steps .now::before{content:"● ";color:var(--go)}
-#steps .broken::before{content:"✕ ";color:var(--bad)}
+#steps li:is(:first-child,.done+li)::before{content:"● ";color:var(--go)}
+#steps li.done:nth-child(n)::before{content:"✓ ";color:var(--ok)}
+#steps.broken{--go:var(--bad)}
+.broken+p{color:var(--bad)}
 #toast{position:fixed;inset:auto 12px 22px;margin:auto;width:fit-content;padding:11px 16px;z-index:9}
-#toast{background:var(--ink);color:var(--bg);border-radius:9px}
+#toast{background:var(--ink);color:var(--card);border-radius:9px}
 @media(max-width:1240px){#tiles{grid-template-columns:repeat(4,1fr)}#hour{grid-column:1/-1}}
 @media(max-width:1240px){#work{flex-direction:column;align-items:stretch}#phone{flex:none;height:520px}}
-@media(max-width:720px){header,#board{padding-left:12px;padding-right:12px}#mode,#number{display:none}}
-@media(max-width:720px){#tiles{grid-template-columns:1fr 1fr;gap:8px}}
+@media(min-width:721px){:is(.image,.last_error) span{display:block;max-width:104px;overflow:hidden}}
+@media(max-width:720px){header,#board{padding:10px 12px}#mode,#number{display:none}}
+@media(max-width:720px){#tiles{grid-template-columns:1fr 1fr}tr{padding:10px}}
 @media(max-width:720px){table,thead,tbody,tr,td{display:block}thead tr{display:flex;flex-wrap:wrap}}
-@media(max-width:720px){tbody tr{display:grid;grid-template-columns:1fr 1fr;gap:5px;padding:12px 16px}}
-@media(max-width:720px){tbody tr{border-top:1px solid var(--line)}td,td:first-child{border:0;padding:0}}
-@media(max-width:720px){td:has(span:empty){display:none}td.acts{grid-column:1/-1;text-align:left}}
+@media(max-width:720px){tbody tr{border-top:1px solid var(--line)}th:first-child{padding:0 6px}}
+@media(max-width:720px){td,td:first-child{border:0;padding:1px 6px;white-space:normal}}
+@media(max-width:720px){td:has(span:empty){display:none}}
 @media(max-width:720px){td:nth-child(n+3)::before{content:attr(data-name)" ";color:var(--dim)}}
 """
 
-PAGE_BODY = r"""
+PAGE_BODY = """
 <header class="row">
 <h1>cockpit</h1>
 <div id="tools" class="row grow">
 <span id="mode" class="dim"></span>
-<span id="number" class="dim grow"></span>
-<span id="status" class="dim" role="status"></span>
+<span id="number" class="dim"></span>
+<span id="status" class="dim grow" role="status"></span>
 <button id="new" class="go">New VM</button>
 <button id="out" class="flat">Sign out</button>
 </div>
@@ -7267,7 +7279,7 @@ PAGE_BODY = r"""
 <form id="enter" class="stack">
 <h2>Sign in</h2>
 <p class="dim">The page keeps the key in this tab only.</p>
-<label>API key <input id="key" type="password" autocomplete="off" required aria-describedby="why hint"></label>
+<label>API key <input id="key" type="password" autocomplete="off" required autofocus></label>
 <p id="hint" class="dim">{hint}</p>
 <p id="why" class="error" role="alert"></p>
 <button class="go">Open</button>
@@ -7281,15 +7293,20 @@ PAGE_BODY = r"""
 <div class="card"><dt>Texts a minute</dt><dd id="rate">–</dd><small id="texts"></small></div>
 <div class="card"><dt>Text to answer</dt><dd id="median">–</dd><small id="p99"></small></div>
 <div class="card"><dt>Waiting</dt><dd id="waiting">–</dd><small id="oldest"></small></div>
-<div class="card" id="hour">
-<dt id="chart-title">Last hour</dt>
-<dd><svg id="chart" viewBox="0 0 360 56" preserveAspectRatio="none" aria-hidden="true"></svg></dd>
+<div id="hour" class="card">
+<dt id="chart">Last hour</dt>
+<dd>
+<svg viewBox="0 0 360 56" preserveAspectRatio="none" aria-hidden="true">
+<path id="good" stroke="var(--go)"/>
+<path id="failed" stroke="var(--bad)"/>
+</svg>
+</dd>
 </div>
 </dl>
 <div id="work">
-<section class="card" aria-labelledby="fleet">
+<section class="card grow" aria-label="VMs">
 <div class="bar row">
-<h2 id="fleet">VMs</h2>
+<h2>VMs</h2>
 <span id="count" class="dim grow" role="status"></span>
 <input id="filter" type="search" placeholder="Number, VM, state, image, error" aria-label="Filter the VMs">
 </div>
@@ -7299,47 +7316,35 @@ PAGE_BODY = r"""
 {phone}</div>
 </div>
 </main>
-<dialog id="make" aria-label="New VM">
+<dialog id="make" aria-labelledby="make-title">
 <form id="order" class="stack">
-<h2>New VM</h2>
+<h2 id="make-title" role="status"></h2>
+<div id="fields" class="stack">
 <label>Phone number <input name="phone" inputmode="tel" placeholder="+1 555 010 0199" required></label>
 <label>GitHub token <input name="token" type="password" autocomplete="off" required></label>
-<fieldset>
-<legend>API keys</legend>
-<div id="keys">
-<div class="pair">
+<strong>API keys</strong>
+<div id="keys" class="stack">
+<div class="pair row">
 <input name="variable" value="ANTHROPIC_API_KEY" aria-label="Name of the variable">
 <input name="value" type="password" autocomplete="off" aria-label="Value of the variable">
 </div>
 </div>
-<button type="button" id="more" class="small flat">+ Another key</button>
-</fieldset>
-<label>Region <select id="region" name="region"></select></label>
+<button type="button" id="more" class="flat">+ Another key</button>
+<label>Region <select name="region" id="region"></select></label>
 <label class="row"><input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
-<p id="order-error" class="error" role="alert"></p>
-<div class="ends row">
-<button type="button" class="flat" data-close>Cancel</button>
-<button id="order-go" class="go">Set up</button>
+<button class="go">Set up</button>
 </div>
-</form>
-<div id="progress" class="stack" hidden>
-<h2 id="progress-title" role="status"></h2>
 <ol id="steps"></ol>
-<p id="progress-words" role="status"></p>
-<div class="ends row">
-<button id="again" class="flat">Change and try again</button>
-<button class="go" data-close>Close</button>
-</div>
-</div>
+<p id="order-words" role="alert"></p>
+<button type="button" id="close" class="flat">Close</button>
+</form>
 </dialog>
 <dialog id="ask" aria-labelledby="ask-title" aria-describedby="ask-words">
 <form method="dialog" class="stack">
 <h2 id="ask-title"></h2>
 <p id="ask-words"></p>
-<div class="ends row">
-<button class="flat" value="">Cancel</button>
-<button id="ask-yes" value="yes"></button>
-</div>
+<button id="ask-yes" class="go" value="yes"></button>
+<button class="flat" value="" autofocus>Cancel</button>
 </form>
 </dialog>
 <div id="toast" role="status"></div>
@@ -7347,14 +7352,13 @@ PAGE_BODY = r"""
 
 PAGE_PHONE_PANE = """<section id="phone" class="card" aria-label="Phone">
 <div class="bar row">
-<h2>Phone</h2>
-<input id="from" list="known" inputmode="tel" placeholder="+1 555 010 0199" aria-label="The phone's number">
+<input id="from" class="grow" list="known" inputmode="tel" placeholder="+1 555 010 0199" aria-label="Number">
 <datalist id="known"></datalist>
-<button id="kill" class="small bad" title="End the process of this number's VM">Kill VM</button>
+<button id="kill" title="End the process of this number's VM">Kill VM</button>
 </div>
 <ol id="thread" role="log" aria-label="Texts" tabindex="0"></ol>
-<form id="send" class="row">
-<input id="words" class="grow" autocomplete="off" maxlength="1600" required aria-label="Text">
+<form id="send" class="bar row">
+<input id="words" class="grow" autocomplete="off" maxlength="1600" required placeholder="Text your VM">
 <button class="go">Send</button>
 </form>
 </section>
@@ -7387,7 +7391,7 @@ let key = sessionStorage.getItem('cockpit-key') || '';
 let feed = 0;  // raised to end the one before
 let failures = 0;
 let cut = new AbortController();
-let silence = 0;
+let heardAt = 0;
 let toastEnd = 0;
 
 const $ = id => document.getElementById(id);
@@ -7401,7 +7405,7 @@ function make(tag, given, ...kids) {
 function put(node, words) {
   if (node.textContent !== words) node.textContent = words;
 }
-const say = (id, words) => put($(id), words);
+const say = (id, words) => put($(id), words.toLocaleString('en'));
 function toast(words) {
   say('toast', words);
   clearTimeout(toastEnd);
@@ -7409,20 +7413,20 @@ function toast(words) {
 }
 
 const failure = problem => Object.assign(new Error(problem.detail), {problem});
-async function api(path, options = {}) {
-  const headers = {Authorization: `Bearer ${key}`, ...options.headers};
+async function api(path, options) {
+  const headers = {Authorization: `Bearer ${key}`, ...options?.headers};
   const answer = await fetch(path, {cache: 'no-store', ...options, headers});
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
-  throw failure({status: answer.status, detail: `the gateway answered ${answer.status}`, ...told});
+  throw failure({detail: `the gateway answered ${answer.status}`, ...told});
 }
 function post(path, body, accept = 'application/json') {
   const headers = {'Content-Type': 'application/json', Accept: accept};
   return api(path, {method: 'POST', body: JSON.stringify(body), headers});
 }
-function explain(error) {
-  if (!error.problem) return 'The gateway did not answer. Check that it is running, then try again.';
-  const {code, detail, errors = []} = error.problem;
+function explain({problem}) {
+  if (!problem) return 'The gateway did not answer. Check that it is running, then try again.';
+  const {code, detail, errors = []} = problem;
   const name = field => FIELDS[field] || field.replace('api_keys.', '');
   const faults = errors.map(({field, message}) => `${name(field)} ${message}`).join('; ');
   const words = code === 'unauthorized' ? 'that key is not accepted' : faults || detail;
@@ -7433,7 +7437,7 @@ async function* eventsOf(answer) {
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = '';
   for (;;) {
-    const {value, done} = await reader.read();
+    const {value, done} = await reader.read().catch(() => ({done: true}));
     if (done) return;
     const blocks = (text + value).split('\n\n');
     text = blocks.pop();
@@ -7444,21 +7448,17 @@ async function* eventsOf(answer) {
   }
 }
 function status(kind, words) {
-  $('status').className = `dim ${kind}`;
+  $('status').className = `dim grow ${kind}`;
   say('status', words);
-}
-function expectWords() {
-  clearTimeout(silence);
-  silence = setTimeout(() => cut.abort(), 15000);
 }
 function readFeed(accept) {
   cut = new AbortController();
-  expectWords();
+  heardAt = performance.now();
   return api('events', {headers: {Accept: accept}, signal: cut.signal});
 }
 async function stream() {
   for await (const [name, told] of eventsOf(await readFeed('text/event-stream'))) {
-    expectWords();
+    heardAt = performance.now();
     failures = 0;
     status('live', 'Live');
     if (name === 'fleet') takeFleet(told);
@@ -7476,6 +7476,8 @@ async function poll() {
 async function follow() {
   const mine = ++feed;
   failures = 0;
+  document.body.className = 'in';
+  status('', 'Connecting');
   while (mine === feed) {
     // Where a stream does not get through, poll, and try a stream now and then.
     const polls = failures > 2 && failures % 6;
@@ -7484,7 +7486,7 @@ async function follow() {
       await (polls ? poll() : stream());
     } catch (error) {
       if (mine !== feed) return;
-      if (error.problem?.status === 401) return leave(explain(error));
+      if (error.problem?.code === 'unauthorized') return leave(explain(error));
       const pause = Math.min(30, 2 ** failures) * (0.25 + Math.random() / 4);
       status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
       await sleep(pause * 1000);
@@ -7492,17 +7494,13 @@ async function follow() {
   }
 }
 
-function enter() {
-  document.body.className = 'in';
-  status('', 'Connecting');
-  follow();
-}
 function leave(why) {
   feed++;
   cut.abort();
   key = '';
   sessionStorage.removeItem('cockpit-key');
-  for (const open of document.querySelectorAll('dialog[open]')) open.close();
+  $('make').close();
+  $('ask').close();
   document.body.className = '';
   say('why', why);
   $('key').value = '';
@@ -7510,11 +7508,11 @@ function leave(why) {
 }
 $('enter').onsubmit = async event => {
   event.preventDefault();
-  key = encodeURI($('key').value.trim());  // a header holds ASCII only
+  key = $('key').value.trim().replace(/[^!-~]/g, '?');  // a header holds ASCII only
   try {
     await api('provision?limit=1');
     sessionStorage.setItem('cockpit-key', key);
-    enter();
+    follow();
     $('new').focus();
   } catch (error) {
     leave(explain(error));
@@ -7522,8 +7520,7 @@ $('enter').onsubmit = async event => {
 };
 $('out').onclick = () => leave('');
 document.addEventListener('DOMContentLoaded', () => {  // the rest of the script is read by then
-  if (key) enter();
-  else $('key').focus();
+  if (key) follow();
 });
 """
 
@@ -7533,65 +7530,58 @@ const COLUMNS = [
   ['state', 'State', row => (row.step ? `${row.state}: ${row.step}` : row.state)],
   ['region', 'Region', row => row.region],
   ['image', 'Image', row => row.image.split('/').pop()],
-  ['waiting', 'Waiting', row => `${row.waiting || ''}`],
+  ['waiting', 'Waiting', row => row.waiting || ''],
   ['last_text', 'Last text', row => ago(row.last_text)],
   ['away_since', 'Away since', row => ago(row.away_since)],
   ['last_error', 'Last error', row => row.last_error],
 ];
 const FILTERED = ['phone', 'vm_id', 'state', 'region', 'image', 'last_error'];
 const LARGEST_FIRST = ['waiting', 'last_text', 'away_since'];
-const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [10, 's']];
-const lines = new Map();  // of the table, by vm_id
-let sortedBy = '';
-let isFalling = true;
+const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [1, 's']];
+let sortedBy = 'vm_id';
+let isFalling = false;
 let fleet = null;
-let fleetAt = 0;
-let table = {rows: [], total: 0};
+let table = null;
+let skew = 0;  // of the gateway's clock against the browser's
 
 function span(seconds) {
   if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
   if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
-  return `${Math.floor(seconds / (unit === 's' ? 1 : size))} ${unit}`;
+  return `${Math.floor(seconds / size)} ${unit}`;
 }
 function ago(at) {
-  if (!at) return '';
-  const seconds = Math.round(fleet.at - at + (performance.now() - fleetAt) / 1000);
-  return seconds < 2 ? 'now' : `${span(seconds)} ago`;
+  const seconds = Math.round(Date.now() / 1000 + skew - at);
+  if (!at || seconds < 2) return at ? 'now' : '';
+  return `${span(seconds)} ago`;
 }
 function takeFleet(told) {
   fleet = told;
-  fleetAt = performance.now();
+  skew = fleet.at - Date.now() / 1000;
+  const codes = ['', ...fleet.regions];
+  const regions = codes.map(code => make('option', {value: code}, code || 'As configured'));
+  if (!$('region').length) $('region').append(...regions);
   const states = Object.entries(fleet.vms).filter(([, count]) => count);
-  const texts = fleet.hour.reduce((sum, [count]) => sum + count, 0);
-  const failed = fleet.hour.reduce((sum, [, count]) => sum + count, 0);
-  const isAnswered = fleet.median_s !== null;
-  say('mode', fleet.mode);
-  say('number', fleet.number);
-  say('vms', `${states.reduce((sum, [, count]) => sum + count, 0)}`);
+  const sum = counts => counts.reduce((total, count) => total + count, 0);
+  const good = fleet.hour.map(([count]) => count);
+  const failed = fleet.hour.map(([, count]) => count);
+  const most = Math.max(8, ...good, ...failed);
+  for (const name of ['mode', 'number', 'waiting']) say(name, fleet[name]);
+  say('vms', sum(Object.values(fleet.vms)));
   say('states', states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet');
-  say('rate', `${fleet.texts_a_minute}`);
-  say('texts', `${texts} in the last hour`);
-  say('median', isAnswered ? span(fleet.median_s) : '–');
-  say('p99', isAnswered ? `median; p99 ${span(fleet.p99_s)}` : 'no answers yet');
-  say('waiting', `${fleet.waiting}`);
+  say('rate', fleet.texts_a_minute);
+  say('texts', `${sum(good)} in the last hour`);
+  say('median', fleet.median_s === null ? '–' : span(fleet.median_s));
+  say('p99', fleet.median_s === null ? 'no answers yet' : `median; p99 ${span(fleet.p99_s)}`);
   say('oldest', fleet.waiting ? `oldest ${span(fleet.oldest_s)}` : 'nothing waits');
-  say('chart-title', `Last hour: ${texts} texts, ${failed} failures`);
+  say('chart', `Last hour: ${sum(good)} texts, ${sum(failed)} failures`);
+  drawBars('good', good, most);
+  drawBars('failed', failed, most);
   $('troubles').replaceChildren(...fleet.troubles.map(words => make('li', {}, words)));
-  drawChart(fleet.hour);
 }
-function bar(at, count, most, kind) {
-  const high = Math.max(count ? 3 : 1.5, count / most * 56);
-  const made = document.createElementNS('http://www.w3.org/2000/svg', 'rect');
-  const shape = {x: at * 6, y: 56 - high, width: 4.8, height: high, class: kind};
-  for (const [name, value] of Object.entries(shape)) made.setAttribute(name, value);
-  return made;
-}
-function drawChart(minutes) {
-  const most = Math.max(8, ...minutes.flat());
-  const bars = minutes.map(([count], at) => bar(at, count, most, count ? 'texts' : 'idle'));
-  minutes.forEach(([, count], at) => count && bars.push(bar(at, count, most, 'failures')));
-  $('chart').replaceChildren(...bars);
+function drawBars(id, counts, most) {
+  const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
+  $(id).setAttribute('d', bars.join(''));
 }
 
 function maskPhone(words) {  // as the gateway masks the numbers in the rows
@@ -7600,36 +7590,37 @@ function maskPhone(words) {  // as the gateway masks the numbers in the rows
   const shown = Math.min(5, Math.max(2, phone.length - 7));
   return `${phone.slice(0, shown)}***${phone.slice(-4)}`;
 }
+function isFound(row, needle) {
+  const words = FILTERED.map(name => row[name]).join(' ').toLowerCase();
+  return words.includes(needle) || words.includes(maskPhone(needle));
+}
 function compare(one, other) {
   const [left, right] = [one[sortedBy] ?? 0, other[sortedBy] ?? 0];
   const order = (left > right) - (left < right);
   return isFalling ? -order : order;
 }
 function newLine(row) {
-  const line = make('tr');
-  for (const [name, title] of COLUMNS) {
+  const cells = COLUMNS.map(([name, title]) => {
     const cell = make('td', {className: name}, make('span'));
     cell.dataset.name = title;
-    line.append(cell);
-  }
-  line.cells[0].append(make('code', {}, row.vm_id));
-  const acts = make('td', {className: 'acts'});
-  for (const [name, {title}] of Object.entries(CHANGES)) {
-    const button = make('button', {name, className: 'small flat'}, title);
+    return cell;
+  });
+  cells[0].append(make('code', {}, row.vm_id));
+  const buttons = Object.entries(CHANGES).map(([name, [title]]) => {
+    const button = make('button', {name, className: 'flat', onclick: () => ask(row, name)}, title);
     button.ariaLabel = `${title} ${row.phone}`;
-    button.onclick = () => change(row, name);
-    acts.append(button);
-  }
-  line.append(acts);
-  return line;
+    return button;
+  });
+  cells.push(make('td', {className: 'acts'}, ...buttons));
+  return make('tr', {id: `row-${row.vm_id}`}, ...cells);
 }
 function lineOf(row) {
-  if (!lines.has(row.vm_id)) lines.set(row.vm_id, newLine(row));
-  const line = lines.get(row.vm_id);
+  const line = $(`row-${row.vm_id}`) || newLine(row);
   line.className = row.state;
-  COLUMNS.forEach(([, , words], at) => put(line.cells[at].firstChild, words(row)));
-  line.querySelector('.image').title = row.image;
-  line.querySelector('td.last_error').title = row.last_error;
+  COLUMNS.forEach(([name, , words], at) => {
+    put(line.cells[at].firstChild, `${words(row)}`);
+    if (['image', 'last_error'].includes(name)) line.cells[at].title = row[name];
+  });
   const isUp = ['ready', 'asleep', 'away'].includes(row.state);
   for (const button of line.lastChild.children) button.disabled = !isUp && button.name !== 'teardown';
   return line;
@@ -7637,62 +7628,45 @@ function lineOf(row) {
 function drawTable() {
   const {rows, total} = table;
   const needle = $('filter').value.trim().toLowerCase();
-  const found = rows.filter(row => {
-    const words = FILTERED.map(name => row[name]).join(' ').toLowerCase();
-    return words.includes(needle) || words.includes(maskPhone(needle));
-  });
-  const wanted = found.sort(compare).map(lineOf);
+  const found = rows.filter(row => isFound(row, needle)).sort(compare).map(lineOf);
   const shown = $('rows').children;
-  if (wanted.length !== shown.length || wanted.some((line, at) => line !== shown[at])) {
+  if (found.length !== shown.length || found.some((line, at) => line !== shown[at])) {
     const focused = document.activeElement;  // moving a line takes the focus from its buttons
-    $('rows').replaceChildren(...wanted);
+    $('rows').replaceChildren(...found);
     focused.focus();
   }
   const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
   say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
-  const empty = needle ? 'No VM matches this filter.' : 'No VMs yet. New VM sets one up for a phone number.';
-  say('none', found.length ? '' : empty);
+  say('none', found.length ? '' : needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.');
 }
 function takeTable(told) {
   table = told;
-  const present = new Set(table.rows.map(row => row.vm_id));
-  for (const vmId of lines.keys()) if (!present.has(vmId)) lines.delete(vmId);
   drawTable();
 }
 function sortBy(name) {
   isFalling = sortedBy === name ? !isFalling : LARGEST_FIRST.includes(name);
   sortedBy = name;
-  for (const head of $('heads').children) head.removeAttribute('aria-sort');
+  for (const head of $('heads').children) head.ariaSort = null;
   $(`by-${name}`).ariaSort = isFalling ? 'descending' : 'ascending';
-  drawTable();
+  if (table) drawTable();
 }
 for (const [name, title] of COLUMNS) {
   const button = make('button', {onclick: () => sortBy(name)}, title);
   $('heads').append(make('th', {id: `by-${name}`, scope: 'col'}, button));
 }
-$('heads').append(make('td'));
-$('filter').oninput = drawTable;
-setInterval(() => { if (key && fleet) drawTable(); }, 1000);  // times go by
+$('filter').oninput = () => table && drawTable();
+setInterval(() => {
+  if (performance.now() - heardAt > 15000) cut.abort();
+  if (key && table) drawTable();  // times go by
+}, 1000);
 """
 
 PAGE_ACTIONS = r"""
 const CHANGES = {
-  restart: {
-    title: 'Restart',
-    words: 'is restarted. What it runs now is cut off and handed over again. Texts wait.',
-    done: 'it is restarted.',
-  },
-  upgrade: {
-    title: 'Upgrade',
-    words: 'moves to the present VM_IMAGE, and back if that does not answer. Texts wait.',
-    done: 'it runs the present image.',
-  },
-  teardown: {
-    title: 'Tear down',
-    words: 'is destroyed with its disk, and its number is freed. Texts that wait are not run; '
-      + 'the owner is told. This cannot be undone.',
-    done: 'it is torn down.',
-  },
+  restart: ['Restart', 'is restarted. What it runs now is cut off and handed over again. Texts wait.'],
+  upgrade: ['Upgrade', 'moves to the present VM_IMAGE, and back if that does not answer. Texts wait.'],
+  teardown: ['Tear down', 'is destroyed with its disk, and its number is freed. Texts that wait are not '
+    + 'run; the owner is told. This cannot be undone.'],
 };
 const STEPS = {
   app: 'Create the app',
@@ -7703,30 +7677,28 @@ const STEPS = {
   start: 'Start it',
   health: 'Wait for its /health',
 };
-function ask(title, words, yes, kind) {
-  say('ask-title', title);
-  say('ask-words', words);
-  say('ask-yes', yes);
-  $('ask-yes').className = kind;
+let isSettingUp = false;
+
+function ask(row, name) {
+  const [title, words] = CHANGES[name];
+  say('ask-title', `${title} ${row.phone}?`);
+  say('ask-words', `${row.vm_id} ${words}`);
+  say('ask-yes', title);
+  $('ask-yes').name = name;
   $('ask').returnValue = '';
+  $('ask').onclose = () => $('ask').returnValue && change(row, name, `${title} ${row.phone}`);
   $('ask').showModal();
-  return new Promise(done => {
-    $('ask').onclose = () => done($('ask').returnValue === 'yes');
-  });
 }
-async function change(row, name) {
-  const {title, words, done} = CHANGES[name];
-  const isLast = name === 'teardown';
-  const kind = isLast ? 'bad' : 'go';
-  if (!await ask(`${title} ${row.phone}?`, `${row.vm_id} ${words}`, title, kind)) return;
-  toast(`${row.phone}: ${title.toLowerCase()} is under way.`);
+async function change(row, name, title) {
   const path = `provision/${row.vm_id}`;
+  const isLast = name === 'teardown';
+  toast(`${title}: under way.`);
   try {
     const answer = await (isLast ? api(path, {method: 'DELETE'}) : post(`${path}/${name}`, {}));
     const isOpen = answer.status === 202;
-    toast(`${row.phone}: ${isOpen ? 'Fly has not confirmed yet; it is tried until it has.' : done}`);
+    toast(`${title}: ${isOpen ? 'Fly has not confirmed yet; it is tried until it has.' : 'done.'}`);
   } catch (error) {
-    toast(`${row.phone}: ${explain(error)}`);
+    toast(`${title}: ${explain(error)}`);
   }
 }
 
@@ -7742,89 +7714,67 @@ function readOrder() {
     welcome: form.has('welcome'),
   };
 }
-function showOrder() {
-  const codes = ['', ...(fleet?.regions || [])];
-  const options = codes.map(code => make('option', {value: code}, code || 'As configured'));
-  if ($('region').length < options.length) $('region').replaceChildren(...options);
-  $('order').hidden = false;
-  $('progress').hidden = true;
-  say('order-error', '');
-  if (!$('make').open) $('make').showModal();
+function finishStep(step, words) {
+  const line = $(`step-${step}`);
+  say(`took-${step}`, words);
+  for (let done = line; done; done = done.previousElementSibling) done.className = 'done';
 }
-function markSteps(done) {
-  [...$('steps').children].forEach((line, at) => {
-    line.className = at < done ? 'done' : at === done ? 'now' : '';
+async function followOrder(answer) {
+  const lines = Object.entries(STEPS).map(([step, title]) => {
+    return make('li', {id: `step-${step}`}, `${title} `, make('small', {id: `took-${step}`}));
   });
-}
-async function followOrder(phone, answer) {
-  const steps = Object.keys(STEPS);
-  const began = performance.now();
-  const isMade = answer.headers.get('Content-Type').includes('json');
-  const events = isMade ? [['ready', await answer.json()]] : eventsOf(answer);
-  for await (const [name, told] of events) {
-    if (name === 'failed') throw failure(told);
-    if (name === 'step') {
-      const at = steps.indexOf(told.step);
-      markSteps(at + 1);
-      say(`step-${told.step}`, ` ${span(told.seconds)}`);
-    }
-    if (name === 'ready') {
-      markSteps(steps.length);
-      const code = told.pairing_code;
-      const next = code ? `Text ${code} from that phone to connect it.` : 'Its phone can text now.';
-      say('progress-title', `${phone} is ready`);
-      say('progress-words', `${told.vm_id}, after ${span((performance.now() - began) / 1000)}. ${next}`);
-      return;
-    }
+  $('steps').replaceChildren(...lines);
+  if (answer.headers.get('Content-Type').includes('json')) return answer.json();
+  for await (const [name, told] of eventsOf(answer)) {
+    if (name === 'ready') return told;
+    if (name === 'failed') throw failure({...told, detail: `${told.detail}. What was made is being undone`});
+    if (told.step in STEPS) finishStep(told.step, span(told.seconds));
   }
-  throw new Error('the stream ended');
+  throw failure({detail: 'the connection broke; the gateway goes on by itself, as the table shows'});
 }
-async function showProgress(phone, answer) {
-  $('order').hidden = true;
-  $('progress').hidden = false;
-  $('again').hidden = true;
-  const steps = Object.entries(STEPS);
-  $('steps').replaceChildren(...steps.map(([step, title]) => {
-    return make('li', {}, title, make('small', {id: `step-${step}`}));
-  }));
-  markSteps(0);
-  say('progress-title', `Setting up ${phone}`);
-  say('progress-words', '');
-  try {
-    await followOrder(phone, answer);
-    $('order').reset();
-    document.dispatchEvent(new CustomEvent('vm-ready', {detail: phone}));
-  } catch (error) {
-    document.querySelector('#steps .now')?.setAttribute('class', 'broken');
-    $('again').hidden = false;
-    say('progress-title', `${phone} could not be set up`);
-    const undone = `${explain(error)} What was made is being undone.`;
-    const broken = 'The connection broke. The gateway goes on by itself: the table shows how it ends.';
-    say('progress-words', error.problem ? undone : broken);
-  }
+function showOrder(title, areFieldsShown) {
+  $('fields').hidden = !areFieldsShown;
+  $('steps').className = '';
+  $('steps').replaceChildren();
+  say('make-title', title);
+  say('order-words', '');
 }
 $('order').onsubmit = async event => {
   event.preventDefault();
   const order = readOrder();
-  $('order-go').disabled = true;
+  const phone = order.phone_number;
+  const began = performance.now();
+  showOrder(`Setting up ${phone}`, false);
+  isSettingUp = true;
   try {
-    const answer = await post('provision', order, 'text/event-stream');
-    showProgress(order.phone_number, answer);
+    const vm = await followOrder(await post('provision', order, 'text/event-stream'));
+    const took = span((performance.now() - began) / 1000);
+    const code = vm.pairing_code;
+    finishStep('health', '');
+    say('make-title', `${phone} is ready`);
+    const next = code ? `Text ${code} from that phone to pair it.` : 'Its phone can text now.';
+    say('order-words', `${vm.vm_id}, after ${took}. ${next}`);
+    $('order').reset();
+    document.dispatchEvent(new CustomEvent('vm-ready', {detail: phone}));
   } catch (error) {
-    say('order-error', explain(error));
-  } finally {
-    $('order-go').disabled = false;
+    $('fields').hidden = false;
+    $('steps').className = 'broken';
+    say('make-title', `${phone} could not be set up`);
+    say('order-words', explain(error));
   }
+  isSettingUp = false;
 };
+$('new').onclick = () => {
+  if (!isSettingUp) showOrder('New VM', true);
+  $('make').showModal();
+};
+$('close').onclick = () => $('make').close();
 $('more').onclick = () => {
   const pair = $('keys').firstElementChild.cloneNode(true);
   for (const input of pair.children) input.value = input.defaultValue = '';
   $('keys').append(pair);
   pair.firstElementChild.focus();
 };
-$('new').onclick = showOrder;
-$('again').onclick = showOrder;
-for (const button of document.querySelectorAll('[data-close]')) button.onclick = () => $('make').close();
 """
 
 PAGE_PHONE = r"""
@@ -7833,18 +7783,16 @@ let vms = [];
 let threadOf = '';
 const number = () => $('from').value.replace(/[ .()-]/g, '');
 async function readNumbers() {  // the feed masks them
-  const known = $('known');
   vms = (await (await api('provision?limit=200')).json()).vms;
   const options = vms.map(vm => make('option', {value: vm.phone_number}));
-  if (options.length !== known.children.length) known.replaceChildren(...options);
+  if (options.length !== $('known').children.length) $('known').replaceChildren(...options);
   if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
 }
 function bubble({at, body, direction, media}) {
   const urls = media.map(url => new URL(url, location));
-  const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture from the VM'}));
-  const kind = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
-  const time = new Date(at).toLocaleTimeString();
-  return make('li', {className: kind}, body, ...pictures, make('time', {}, time));
+  const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture'}));
+  const className = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
+  return make('li', {className}, body, ...pictures, make('time', {}, new Date(at).toLocaleTimeString()));
 }
 async function readThread() {
   const list = $('thread');
@@ -7856,10 +7804,8 @@ async function readThread() {
   const answer = await api(`_local/texts?phone=${encodeURIComponent(phone)}`);
   const {texts} = await answer.json();
   const news = texts.slice(list.children.length);
-  if (phone !== number() || !news.length) return;
-  const isAtEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
   list.append(...news.map(bubble));
-  if (isAtEnd) list.lastChild.scrollIntoView({block: 'nearest'});
+  if (news.length) list.scrollTop = list.scrollHeight;
 }
 async function followThread() {
   for (;;) {
@@ -7876,7 +7822,6 @@ $('send').onsubmit = async event => {
     const answer = await post('_local/texts', {from: number(), body});
     const {webhook_status: code} = await answer.json();
     if (code !== 200) toast(`The gateway answered this text with ${code}. Its log says why.`);
-    await readThread();
   } catch (error) {
     $('words').value = body;
     toast(explain(error));
@@ -7900,58 +7845,36 @@ followThread();
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
-PROXY_BYTES = 8 * 1024 * 1024
-FLY_ROOT = "/_local/fly/v1"
-FLY_BODY_BYTES = 512 * 1024
+FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
 ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
-LOCAL_SETTINGS = web.AppKey("local_settings", Settings)
-LocalHandler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-FlyCall = Callable[[web.Request], Awaitable[Any]]
 
 
 @web.middleware
-async def loopback_only(request: web.Request, handler: LocalHandler) -> web.StreamResponse:
-    """Keep what hands out a shell to this machine: no tunnel and no page elsewhere may use it."""
-    settings = request.app[LOCAL_SETTINGS].gateway
+async def loopback_only(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Local mode hands out a shell: no tunnel, no proxy and no page elsewhere may use it."""
+    gateway = request.app[SETTINGS].gateway
     is_local_path = request.path.startswith("/_local")
-    public_host = urlsplit(settings.public_url).hostname or ""
-    if is_local_path or is_loopback(public_host):
-        check_host(request, settings.port)
-    if is_local_path:
-        check_is_direct(request)
-        check_is_json(request)
-    return await handler(request)
-
-
-def check_host(request: web.Request, port: int) -> None:
-    """The name by which a page elsewhere got here (DNS rebinding) stands in the Host header."""
-    host = request.headers.get("Host", "")
-    name = re.sub(r":[0-9]*$", "", host).lower()
-    if not is_loopback(name):
-        url = f"http://127.0.0.1:{port}"
+    host = re.sub(r":[0-9]*$", "", request.headers.get("Host", "")).lower()
+    is_at_home = is_loopback(urlsplit(gateway.public_url).hostname or "")
+    # A page elsewhere may point its own name at this machine (DNS rebinding).
+    if (is_local_path or is_at_home) and not is_loopback(host):
+        url = f"http://127.0.0.1:{gateway.port}"
         raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
-
-
-def check_is_direct(request: web.Request) -> None:
-    prefixes = ("forwarded", "x-forwarded")
-    is_forwarded = any(name.lower().startswith(prefixes) for name in request.headers)
-    if is_forwarded or not is_loopback(request.remote or ""):
-        remedy = "use http://127.0.0.1, without a proxy or tunnel"
-        raise Refusal("forbidden", f"/_local answers this machine only: {remedy}")
-
-
-def check_is_json(request: web.Request) -> None:
-    """A page elsewhere may post a form without being asked, but not JSON."""
-    takes_forms = request.path.startswith("/_local/twilio/")
-    if takes_forms or request.method != "POST" or not request.can_read_body:
-        return
-    if request.content_type != "application/json":
-        raise Refusal("unsupported_media_type", "send Content-Type: application/json")
-
-
-def has_authorization(request: web.Request, wanted: str) -> bool:
-    given = request.headers.get("Authorization", "")
-    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), wanted.encode())
+    if is_local_path:
+        forwarded = [
+            name
+            for name in request.headers
+            if name.lower().startswith(("forwarded", "x-forwarded"))
+        ]
+        if forwarded or not is_loopback(request.remote or ""):
+            raise Refusal(
+                "forbidden", "/_local answers this machine only, without a proxy or tunnel"
+            )
+        # A page elsewhere may post a form without being asked, but not JSON.
+        is_form = request.method == "POST" and request.content_type != "application/json"
+        if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
+            raise Refusal("unsupported_media_type", "send Content-Type: application/json")
+    return await handler(request)
 
 
 def make_private_folder(folder: Path) -> None:
@@ -7963,209 +7886,76 @@ def make_private_folder(folder: Path) -> None:
         raise StoreError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
-def read_if_there(path: Path) -> bytes:
-    """A file's bytes; none when there is no file (blocking); raises StoreError."""
-    try:
-        return read_nofollow(path)
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def read_stat(pid: int) -> tuple[int, int, int]:
-    """Group, session and start of a process; zeros when there is none, or no /proc (blocking).
-
-    proc(5): fields 5, 6 and 22; the second is a name and may hold anything.
-    """
-    try:
-        raw = Path(f"/proc/{pid}/stat").read_bytes()
-    except OSError:
-        return 0, 0, 0
-    fields = raw.rpartition(b")")[2].split()
-    return int(fields[2]), int(fields[3]), int(fields[19])
-
-
-def signal_session(leader: int, number: int) -> None:
-    """Signal a VM's process, then the groups its agent runs in, where /proc tells them (blocking)."""
-    groups = {leader: None}
-    for entry in Path("/proc").glob("[0-9]*"):
-        group, session, _ = read_stat(int(entry.name))
-        if session == leader:
-            groups[group] = None
-    for group in groups:
-        signal_group(group, number)
-
-
-def end_leftover(pid: int, started: int) -> None:
-    """End a process of the last gateway, unless its number is another's by now (blocking)."""
-    if pid > 1 and started and read_stat(pid) == (pid, pid, started):
-        signal_session(pid, signal.SIGKILL)
-
-
-def choose_port(wanted: int) -> int:
-    """The wanted port of this machine, or any when that is taken or 0."""
+def choose_port(wanted: int = 0) -> int:
+    """The wanted port if it is free, else another (blocking)."""
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", wanted))
         except OSError:
-            probe.bind(("127.0.0.1", 0))
+            return choose_port()
         return int(probe.getsockname()[1])
 
 
-def open_log(folder: Path) -> int:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return os.open(folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class LocalApp:
-    """An app: what its machines share."""
-
-    name: str
-    network: str = ""
-    secrets: dict[str, str] = field(default_factory=dict, repr=False)
-    secrets_version: int = 0
-    ips: list[Json] = field(default_factory=list)
-    volumes: list[Json] = field(default_factory=list)
-    machines: dict[str, LocalMachine] = field(default_factory=dict)
-
-    def to_record(self) -> Json:
-        record = {name: getattr(self, name) for name in APP_FIELDS}
-        record["machines"] = [machine.to_record() for machine in self.machines.values()]
-        return record
+def end_session(leader: int) -> None:
+    """End a process and whatever it started; an agent has a group of its own in the VM's session (blocking)."""
+    signal_group(leader, signal.SIGKILL)
+    for stat in Path("/proc").glob("[0-9]*/stat"):  # elsewhere than on Linux the VM itself must do
+        with contextlib.suppress(OSError, IndexError):
+            session = int(stat.read_text().rpartition(")")[2].split()[3])
+            if session == leader:
+                os.kill(int(stat.parent.name), signal.SIGKILL)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LocalMachine:
-    """A record that lasts and, while it is started, a child process that is kept running."""
+    """A machine of the stand-in: a child process with its own environment, folder and port."""
 
-    app: LocalApp
-    world: LocalWorld
-    id: str = field(default_factory=lambda: secrets.token_hex(7))
+    app: str
+    id: str
     region: str
     config: Json
+    secrets: dict[str, str]
+    folder: Path
+    agent: str
     state: str = "created"
-    instance_id: str = field(default_factory=lambda: secrets.token_hex(13))
-    events: list[Json] = field(default_factory=list)  # newest first
-    created_at: str = field(default_factory=lambda: utc_seconds(time.time()))
+    instance_id: str = ""
+    created_at: str = ""
     port: int = 0
-    pid: int = 0
-    pid_started: int = 0
+    events: list[Json] = field(default_factory=list)  # newest first
     process: asyncio.subprocess.Process | None = None
     keeper: asyncio.Task[None] | None = None
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def to_record(self) -> Json:
-        return {name: getattr(self, name) for name in MACHINE_FIELDS}
+    KEPT = ("id", "region", "config", "secrets", "state", "instance_id", "created_at", "port")
 
-    def to_json(self) -> Json:
-        """As the Machines API shows it."""
-        shown = {name: getattr(self, name) for name in SHOWN_FIELDS}
-        shown["name"] = self.id
-        shown["app_name"] = self.app.name
-        shown["host_status"] = "ok"
-        shown["checks"] = []
-        return shown
+    def shown(self) -> Json:
+        record = {name: getattr(self, name) for name in self.KEPT if name != "secrets"}
+        return record | {"name": self.id, "events": self.events[:20], "app_name": self.app}
+
+    def become(self, state: str) -> None:
+        self.state = state
+        event = {"id": secrets.token_hex(13), "type": state, "timestamp": int(time.time() * 1000)}
+        self.events = [event, *self.events[:19]]
 
     async def start(self) -> None:
-        async with self.turn:
-            if self.state == "destroyed":
-                raise Refusal("wrong_state", f"the machine {self.id} is destroyed")
-            if self.keeper is None or self.keeper.done():
-                await self._spawn()
-                self.keeper = self.world.tasks.start(self._keep(), f"keep {self.id}")
+        if self.keeper is None:
+            await self.spawn()
+            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.id}")
 
-    async def stop(self, state: str = "stopped") -> None:
-        async with self.turn:
-            await self._end()
-            self._become(state)
-
-    async def close(self) -> None:
-        """End the process; the record stays, so that the next gateway starts it again."""
-        async with self.turn:
-            await self._end()
-
-    async def kill(self) -> None:
-        """End the process as a crash would: it comes back."""
-        if self.process is not None:
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-
-    async def wait(self, state: str, version: str, after_event: str) -> None:
-        """Until it is in this state and version, and has started since that event."""
-        while (
-            self.state != state
-            or version not in ("", self.instance_id)
-            or (after_event and self.events[:1] and self.events[0]["id"] == after_event)
-        ):
-            await self.changed.wait()
-
-    def _become(self, state: str) -> None:
-        self.state = state
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    async def _end(self) -> None:
-        if self.keeper is not None:
-            self.keeper.cancel()
-            await asyncio.wait({self.keeper})
-            self.keeper = None
-        if self.process is not None:
-            await self.kill()
-            await self.process.wait()
-            self.process = None
-
-    async def _keep(self) -> None:
-        """The restart policy `always`."""
-        while self.process is not None:
-            leader = self.process.pid
-            code = await self.process.wait()
-            self.process = None
-            self._become("starting")
-            # What it ran does not outlive it.
-            await asyncio.to_thread(signal_session, leader, signal.SIGKILL)
-            log_event("local_vm_exited", vm_id=self.app.name, exit_code=code)
-            await asyncio.sleep(RESTART_PAUSE_S)
-            async with self.turn:
-                await self._spawn()
-            with contextlib.suppress(StoreError):
-                await self.world.save()
-
-    async def _spawn(self) -> None:
+    async def spawn(self) -> None:
+        self.port = await asyncio.to_thread(choose_port, self.port)
+        arguments = ["vm", "--host", "127.0.0.1", "--port", str(self.port), "--until-stdin-closes"]
+        if self.agent:
+            arguments += ["--agent", self.agent]
+        output = await asyncio.to_thread(self.open_log)
         try:
-            self.port = choose_port(self.port)
-            self.process = await self._create_process()
-        except OSError as error:
-            self._become("stopped")
-            name = self.app.name
-            raise StoreError(f"the local VM {name} cannot be started: {error}") from error
-        self.pid = self.process.pid
-        _, _, self.pid_started = await asyncio.to_thread(read_stat, self.pid)
-        event = {
-            "id": secrets.token_hex(13),
-            "type": "start",
-            "status": "started",
-            "timestamp": int(time.time() * 1000),
-        }
-        self.events = [event, *self.events[:19]]
-        self._become("started")
-
-    async def _create_process(self) -> asyncio.subprocess.Process:
-        """`cockpit.py vm` in the VM's folder, with its secrets and nothing of the gateway's."""
-        command = [sys.executable, THIS_FILE, "vm", "--until-stdin-closes"]
-        command += ["--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--agent", self.world.agent]
-        environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-        folder = self.world.vms_folder / self.app.name
-        output = await asyncio.to_thread(open_log, folder)
-        try:
-            return await asyncio.create_subprocess_exec(
-                *command,
-                cwd=folder,
-                env=environ | self.app.secrets,
-                # Nothing comes: it closes when the gateway ends, however that ends.
+            # Its standard input closes with this process, however that ends: then it ends too.
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                THIS_FILE,
+                *arguments,
+                cwd=self.folder,
+                env={name: os.environ[name] for name in PASSED_ON if name in os.environ}
+                | self.secrets,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -8173,577 +7963,463 @@ class LocalMachine:
             )
         finally:
             os.close(output)
+        self.become("started")
+
+    def open_log(self) -> int:
+        make_private_folder(self.folder)
+        return os.open(self.folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    async def keep(self) -> None:
+        """The restart policy `always`."""
+        while self.process is not None:
+            code = await self.process.wait()
+            await asyncio.to_thread(end_session, self.process.pid)
+            self.process, self.state = None, "starting"
+            log_event(
+                "local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=RESTART_PAUSE_S
+            )
+            await asyncio.sleep(RESTART_PAUSE_S)
+            await self.spawn()
+
+    async def stop(self, state: str) -> None:
+        if self.keeper is not None:
+            self.keeper.cancel()
+            await asyncio.wait({self.keeper})
+            self.keeper = None
+        if self.process is not None:
+            await asyncio.to_thread(end_session, self.process.pid)
+            await self.process.wait()
+            self.process = None
+        self.become(state)
 
 
-APP_FIELDS = ("name", "network", "secrets", "secrets_version", "ips", "volumes")
-SHOWN_FIELDS = ("id", "state", "region", "instance_id", "config", "created_at", "events")
-MACHINE_FIELDS = (*SHOWN_FIELDS, "port", "pid", "pid_started")
+class Asked(NamedTuple):
+    """One call of the stand-in for the Machines API."""
+
+    app: Json
+    machine: LocalMachine
+    body: Json
+    query: Mapping[str, str]
+    verb: str
 
 
-class LocalWorld:
-    """The apps and machines of the stand-in for Fly; what lasts of them lies in fly.json."""
+class LocalFly:
+    """A stand-in for the Machines API that speaks HTTP; its machines are `python cockpit.py vm` processes.
 
-    def __init__(self, folder: Path, agent: str) -> None:
-        self.agent = agent
-        self.vms_folder = folder / "vms"
-        self.tasks = Tasks()
-        self.apps: dict[str, LocalApp] = {}
-        self._file = folder / "fly.json"
-        self._disk = ThreadPoolExecutor(1, "local fly")  # one write after the other
+    Its records lie in .cockpit/fly.json, with the secrets of its apps.
+    """
 
-    async def hold(self, _: web.Application) -> AsyncIterator[None]:
-        """Start what was started when the last gateway ended; end it with this one."""
-        try:
-            raw = await asyncio.to_thread(read_if_there, self._file)
-            if raw:
-                self._load(raw)
-                await self._resume()
-                await self.save()
-            yield
-        finally:
-            await asyncio.gather(*[machine.close() for machine in self.machines()])
-            await self.tasks.close()
-            await asyncio.to_thread(self._disk.shutdown)
-
-    def _load(self, raw: bytes) -> None:
-        try:
-            for record in json.loads(raw)["apps"]:
-                self._restore(record)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            remedy = "remove it to forget the local VMs"
-            raise StoreError(f"{self._file} makes no sense ({error!r}); {remedy}") from error
-
-    def _restore(self, record: Json) -> None:
-        app = LocalApp(**{name: record[name] for name in APP_FIELDS})
-        for machine in record["machines"]:
-            known = {name: machine[name] for name in MACHINE_FIELDS}
-            app.machines[machine["id"]] = LocalMachine(app=app, world=self, **known)
-        self.apps[app.name] = app
-
-    async def _resume(self) -> None:
-        starts = []
-        for machine in self.machines():
-            await asyncio.to_thread(end_leftover, machine.pid, machine.pid_started)
-            if machine.state in ("started", "starting", "replacing"):
-                starts.append(machine.start())
-        await asyncio.gather(*starts)
-
-    async def save(self) -> None:
-        """Wait until the records are on disk as they are now; raises StoreError."""
-        apps = [app.to_record() for app in self.apps.values()]
-        content = to_json({"version": 1, "apps": apps}).encode()
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._disk, self._write, content)
-
-    def _write(self, content: bytes) -> None:
-        make_private_folder(self._file.parent)
-        write_atomically(self._file, [content])
-
-    async def delete_app(self, app: LocalApp) -> None:
-        """End its machines and remove its folder."""
-        del self.apps[app.name]
-        for machine in app.machines.values():
-            await machine.stop("destroyed")
-        folder = self.vms_folder / app.name
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-
-    def machines(self) -> list[LocalMachine]:
-        return [machine for app in self.apps.values() for machine in app.machines.values()]
-
-    def app(self, request: web.Request) -> LocalApp:
-        """The app that a path names."""
-        name = request.match_info["app"]
-        if name not in self.apps:
-            raise Refusal("not_found", f"there is no app {name} here")
-        return self.apps[name]
-
-    def machine(self, request: web.Request) -> LocalMachine:
-        """The machine that a path names."""
-        machine_id = request.match_info["machine"]
-        machines = self.app(request).machines
-        if machine_id not in machines:
-            raise Refusal("not_found", f"there is no machine {machine_id} here")
-        return machines[machine_id]
-
-
-class LocalProxy:
-    """The way to a local VM, as Fly's proxy is."""
-
-    HEADERS = ("Authorization", "Content-Type", "Idempotency-Key")
-
-    def __init__(self, world: LocalWorld) -> None:
-        self._world = world
-        self._session: aiohttp.ClientSession  # while `hold` runs
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.authorization = fly_authorization(settings.fly.token)
+        self.file = LOCAL_FOLDER / "fly.json"
+        self.apps: dict[str, Json] = {}
+        self.machines: dict[str, LocalMachine] = {}
+        self.saving = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
+        app = "/apps/{app}"
+        machine = app + "/machines/{machine}"
+        table: list[tuple[str, str, Callable[[Asked], Awaitable[Any]]]] = [
+            ("POST", "/apps", self.create_app),
+            ("GET", "/apps", self.list_apps),
+            ("GET", "/orgs/{org}/machines", self.list_org_machines),
+            ("GET", app, self.get_app),
+            ("DELETE", app, self.delete_app),
+            ("POST", app + "/secrets", self.set_secrets),
+            ("GET", app + "/ip_assignments", self.list_addresses),
+            ("POST", app + "/ip_assignments", self.allocate_address),
+            ("GET", app + "/volumes", self.list_volumes),
+            ("POST", app + "/volumes", self.create_volume),
+            ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
+            ("GET", app + "/machines", self.list_machines),
+            ("POST", app + "/machines", self.create_machine),
+            ("GET", machine, self.get_machine),
+            ("POST", machine, self.update_machine),
+            ("GET", machine + "/wait", self.wait),
+            ("POST", machine + "/{verb:start|stop|restart}", self.command),
+            ("POST", machine + "/metadata/{verb}", self.set_metadata),
+        ]
         return [
-            web.route("*", "/_local/vm/{app}{path:/.*}", self._pass_on),
-            web.post("/_local/vms/{app}/kill", self._kill),
+            *(
+                web.route(m, FLY_ROOT + path, functools.partial(self.answer, call))
+                for m, path, call in table
+            ),
+            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
+            web.post("/_local/vms/{app}/kill", self.kill),
         ]
 
-    async def hold(self, _: web.Application) -> AsyncIterator[None]:
-        async with aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None),
-        ) as self._session:
-            yield
+    async def answer(
+        self, call: Callable[[Asked], Awaitable[Any]], request: web.Request
+    ) -> web.Response:
+        """Each call: authorized, about an app and a machine that exist, kept on disk before it is answered."""
+        if request.headers.get("Authorization") != self.authorization:
+            return web.json_response({"error": "unauthorized"}, status=401)
+        names = request.match_info
+        app = self.apps.get(names.get("app", ""))
+        machine = self.machines.get(names.get("machine", ""))
+        if ("app" in names and app is None) or ("machine" in names and machine is None):
+            return web.json_response({"error": "not found"}, status=404)
+        body = await read_json(request, PROVISION_BODY_BYTES) if request.can_read_body else {}
+        asked = Asked(
+            app or {}, cast(LocalMachine, machine), body, request.query, names.get("verb", "")
+        )
+        answer = await call(asked)
+        if request.method != "GET":
+            await self.save()
+        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        return web.json_response(value, status=status)
 
-    async def _pass_on(self, request: web.Request) -> web.StreamResponse:
+    async def create_app(self, asked: Asked) -> Any:
+        name = asked.body["name"]
+        if name in self.apps:
+            return 422, {"error": "Name has already been taken", "status": "name_taken"}
+        empty: Json = {"secrets": {}, "version": 0, "ips": [], "volumes": []}
+        self.apps[name] = {"name": name, "network": asked.body.get("network", "")} | empty
+        return 201, {"id": name, "created_at": int(time.time() * 1000)}
+
+    def shown(self, app: Json) -> Json:
+        organization = {"slug": self.settings.fly.org}
+        return {
+            "id": app["name"],
+            "name": app["name"],
+            "network": app["network"],
+            "organization": organization,
+        }
+
+    async def list_apps(self, asked: Asked) -> Any:
+        return {
+            "total_apps": len(self.apps),
+            "apps": [self.shown(app) for app in self.apps.values()],
+        }
+
+    async def get_app(self, asked: Asked) -> Any:
+        return self.shown(asked.app)
+
+    async def delete_app(self, asked: Asked) -> Any:
+        name = asked.app["name"]
+        for machine in self.of(name):
+            await machine.stop("destroyed")
+            del self.machines[machine.id]
+        self.apps.pop(name, None)
+        await asyncio.to_thread(shutil.rmtree, LOCAL_FOLDER / "vms" / name, ignore_errors=True)
+        return 202, {}
+
+    def of(self, app: str) -> list[LocalMachine]:
+        return [machine for machine in self.machines.values() if machine.app == app]
+
+    async def set_secrets(self, asked: Asked) -> Any:
+        asked.app["secrets"] |= asked.body["values"]
+        asked.app["version"] += 1
+        return {
+            "secrets": [{"name": name} for name in asked.app["secrets"]],
+            "version": asked.app["version"],
+        }
+
+    async def list_addresses(self, asked: Asked) -> Any:
+        return {"ips": asked.app["ips"]}
+
+    async def allocate_address(self, asked: Asked) -> Any:
+        kind, ips = asked.body["type"], asked.app["ips"]
+        ips.append({"ip": f"{ADDRESSES[kind]}{len(ips) + 1}", "shared": kind == "shared_v4"})
+        return ips[-1]
+
+    async def list_volumes(self, asked: Asked) -> Any:
+        return asked.app["volumes"]
+
+    async def create_volume(self, asked: Asked) -> Any:
+        volume = {"id": f"vol_{secrets.token_hex(8)}", "state": "created"} | asked.body
+        asked.app["volumes"].append(volume)
+        return volume
+
+    async def delete_volumes(self, asked: Asked) -> Any:
+        asked.app["volumes"].clear()
+        return {}
+
+    async def list_machines(self, asked: Asked) -> Any:
+        return [machine.shown() for machine in self.of(asked.app["name"])]
+
+    async def list_org_machines(self, asked: Asked) -> Any:
+        return {"machines": [machine.shown() for machine in self.machines.values()]}
+
+    async def create_machine(self, asked: Asked) -> Any:
+        machine = self.made(
+            asked.app["name"],
+            id=secrets.token_hex(7),
+            region=str(asked.body.get("region") or "iad").split(",")[0],
+            config=asked.body["config"],
+            secrets=dict(asked.app["secrets"]),
+            instance_id=secrets.token_hex(13),
+            created_at=utc_seconds(time.time()),
+        )
+        await machine.start()
+        return machine.shown()
+
+    def made(self, app: str, **record: Any) -> LocalMachine:
+        folder, agent = LOCAL_FOLDER / "vms" / app, self.settings.gateway.local_agent
+        machine = LocalMachine(app=app, folder=folder, agent=agent, **record)
+        self.machines[machine.id] = machine
+        return machine
+
+    async def get_machine(self, asked: Asked) -> Any:
+        return asked.machine.shown()
+
+    async def update_machine(self, asked: Asked) -> Any:
+        machine = asked.machine
+        if asked.body.get("current_version", machine.instance_id) != machine.instance_id:
+            return 409, {"error": "aborted: the machine has another version"}
+        await machine.stop("replacing")
+        machine.config, machine.secrets = asked.body["config"], dict(asked.app["secrets"])
+        machine.instance_id = secrets.token_hex(13)
+        await machine.start()
+        return machine.shown()
+
+    async def wait(self, asked: Asked) -> Any:
+        machine, wanted, after = (
+            asked.machine,
+            asked.query["state"],
+            asked.query.get("from_event_id", ""),
+        )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(float(asked.query["timeout"])):
+                while machine.state != wanted or machine.events[0]["id"] == after:
+                    await asyncio.sleep(0.05)
+                return {"ok": True}
+        return 408, {"error": f"deadline_exceeded: the machine is {machine.state}"}
+
+    async def command(self, asked: Asked) -> Any:
+        previous = asked.machine.state
+        if asked.verb in ("stop", "restart"):
+            await asked.machine.stop("stopped")
+        if asked.verb in ("start", "restart"):
+            await asked.machine.start()
+        return {"ok": True, "previous_state": previous}
+
+    async def set_metadata(self, asked: Asked) -> Any:
+        asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
+        return {}
+
+    # A VM's own address, as Fly's proxy would serve it
+
+    async def proxy(self, request: web.Request) -> web.StreamResponse:
         """503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machines = self._world.app(request).machines.values()
-        port = next((machine.port for machine in machines if machine.process), 0)
-        if not port:
+        machine = next(
+            (m for m in self.of(request.match_info["app"]) if m.process is not None), None
+        )
+        if machine is None:
             return web.Response(status=503, text="no machine is running")
+        url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
+        wanted = ("authorization", "content-type", "idempotency-key")
+        headers = {name: value for name, value in request.headers.items() if name.lower() in wanted}
+        body = await request.read()
+        no_limit = aiohttp.ClientTimeout(total=None)
         try:
-            return await self._fetch(request, port)
+            async with (
+                aiohttp.ClientSession(timeout=no_limit) as session,
+                session.request(request.method, url, data=body, headers=headers) as answer,
+            ):
+                content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
+                kind = {
+                    "Content-Type": answer.headers.get("Content-Type", "application/octet-stream")
+                }
+                return web.Response(status=answer.status, body=content, headers=kind)
         except aiohttp.ClientConnectorError:
             return web.Response(status=503, text="the machine does not listen yet")
         except aiohttp.ClientError:
             if request.transport is not None:
                 request.transport.abort()
-            return web.Response(status=502, text="the machine dropped the connection")
+            return web.Response(status=502)
 
-    async def _fetch(self, request: web.Request, port: int) -> web.Response:
-        given = request.headers
-        sent = self._session.request(
-            request.method,
-            f"http://127.0.0.1:{port}{request.match_info['path']}",
-            headers={name: given[name] for name in self.HEADERS if name in given},
-            data=await request.read(),
-            allow_redirects=False,
-        )
-        async with sent as response:
-            body = await read_at_most(response, PROXY_BYTES)
-        if body is None:
-            return web.Response(status=502, text="the machine's answer is over 8 MiB")
-        kind = response.headers.get("Content-Type", "application/octet-stream")
-        return web.Response(status=response.status, body=body, headers={"Content-Type": kind})
-
-    async def _kill(self, request: web.Request) -> web.Response:
+    async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        for machine in self._world.app(request).machines.values():
-            await machine.kill()
+        for machine in self.of(request.match_info["app"]):
+            if machine.process is not None:
+                signal_group(machine.process.pid, signal.SIGKILL)
         return web.Response(status=204)
 
+    # Lasting
 
-class LocalFly:
-    """A stand-in for the Machines API that speaks HTTP; its machines are `cockpit.py vm` processes."""
+    async def save(self) -> None:
+        async with self.saving:
+            machines = [
+                {"app": m.app} | {name: getattr(m, name) for name in m.KEPT}
+                for m in self.machines.values()
+            ]
+            content = to_json({"apps": self.apps, "machines": machines}).encode()
+            await asyncio.to_thread(write_atomically, self.file, [content])
 
-    def __init__(self, settings: FlySettings, world: LocalWorld) -> None:
-        self._authorization = fly_authorization(settings.token)
-        self._org = settings.org
-        self._world = world
-
-    def routes(self) -> list[web.RouteDef]:
-        table: list[tuple[str, str, FlyCall]] = [
-            ("GET", "/apps", self._list_apps),
-            ("POST", "/apps", self._create_app),
-            ("GET", "/apps/{app}", self._get_app),
-            ("DELETE", "/apps/{app}", self._delete_app),
-            ("POST", "/apps/{app}/secrets", self._set_secrets),
-            ("GET", "/apps/{app}/ip_assignments", self._list_addresses),
-            ("POST", "/apps/{app}/ip_assignments", self._allocate_address),
-            ("GET", "/apps/{app}/volumes", self._list_volumes),
-            ("POST", "/apps/{app}/volumes", self._create_volume),
-            ("DELETE", "/apps/{app}/volumes/{volume}", self._delete_volume),
-            ("GET", "/apps/{app}/machines", self._list_machines),
-            ("POST", "/apps/{app}/machines", self._create_machine),
-            ("GET", "/apps/{app}/machines/{machine}", self._get_machine),
-            ("POST", "/apps/{app}/machines/{machine}", self._update_machine),
-            ("DELETE", "/apps/{app}/machines/{machine}", self._delete_machine),
-            ("GET", "/apps/{app}/machines/{machine}/wait", self._wait),
-            ("POST", "/apps/{app}/machines/{machine}/{verb:start|stop|restart}", self._command),
-            ("POST", "/apps/{app}/machines/{machine}/metadata/{key}", self._set_metadata),
-            ("GET", "/orgs/{org}/machines", self._list_org_machines),
-        ]
-        return [
-            web.route(method, FLY_ROOT + path, self._door(call)) for method, path, call in table
-        ]
-
-    def _door(self, call: FlyCall) -> LocalHandler:
-        """Lets in who has the token; what was changed is on disk before it is answered."""
-
-        async def answer(request: web.Request) -> web.StreamResponse:
-            if not has_authorization(request, self._authorization):
-                return web.json_response({"error": "unauthorized"}, status=401)
-            result = await call(request)
-            if request.method != "GET":
-                await self._world.save()
-            is_whole = isinstance(result, web.StreamResponse)
-            return result if is_whole else web.json_response(result)
-
-        return answer
-
-    def _show(self, app: LocalApp) -> Json:
-        return {
-            "id": app.name,
-            "name": app.name,
-            "network": app.network,
-            "organization": {"slug": self._org},
-        }
-
-    async def _list_apps(self, request: web.Request) -> Json:
-        apps = [self._show(app) for app in self._world.apps.values()]
-        return {"total_apps": len(apps), "apps": apps}
-
-    async def _create_app(self, request: web.Request) -> web.Response:
-        body = await read_json(request, FLY_BODY_BYTES)
-        name = body["name"]
-        if name in self._world.apps:
-            taken = {"error": "Name has already been taken", "status": "name_taken"}
-            return web.json_response(taken, status=422)
-        self._world.apps[name] = LocalApp(name=name, network=body.get("network", ""))
-        return web.json_response({"id": name}, status=201)
-
-    async def _get_app(self, request: web.Request) -> Json:
-        return self._show(self._world.app(request))
-
-    async def _delete_app(self, request: web.Request) -> web.Response:
-        await self._world.delete_app(self._world.app(request))
-        return web.Response(status=202)
-
-    async def _set_secrets(self, request: web.Request) -> Json:
-        app = self._world.app(request)
-        body = await read_json(request, FLY_BODY_BYTES)
-        merged = app.secrets | body["values"]
-        app.secrets = {name: value for name, value in merged.items() if value is not None}
-        app.secrets_version += 1
-        return {"version": app.secrets_version}
-
-    async def _list_addresses(self, request: web.Request) -> Json:
-        return {"ips": self._world.app(request).ips}
-
-    async def _allocate_address(self, request: web.Request) -> Json:
-        app = self._world.app(request)
-        body = await read_json(request, FLY_BODY_BYTES)
-        kind = body["type"]
-        address = {
-            "ip": f"{ADDRESSES[kind]}{len(app.ips) + 1}",
-            "region": "global",
-            "shared": kind == "shared_v4",
-        }
-        app.ips.append(address)
-        return address
-
-    async def _list_volumes(self, request: web.Request) -> list[Json]:
-        return self._world.app(request).volumes
-
-    async def _create_volume(self, request: web.Request) -> Json:
-        app = self._world.app(request)
-        body = await read_json(request, FLY_BODY_BYTES)
-        volume = {
-            "id": "vol_" + secrets.token_hex(8),
-            "name": body["name"],
-            "state": "created",
-            "region": body.get("region", "iad"),
-            "size_gb": body.get("size_gb", 3),
-        }
-        app.volumes.append(volume)
-        return volume
-
-    async def _delete_volume(self, request: web.Request) -> Json:
-        app = self._world.app(request)
-        volume_id = request.match_info["volume"]
-        app.volumes = [volume for volume in app.volumes if volume["id"] != volume_id]
-        return {}
-
-    async def _list_machines(self, request: web.Request) -> list[Json]:
-        app = self._world.app(request)
-        return [machine.to_json() for machine in app.machines.values()]
-
-    async def _list_org_machines(self, request: web.Request) -> Json:
-        machines = [machine.to_json() for machine in self._world.machines()]
-        return {"machines": machines, "next_cursor": "", "error_regions": []}
-
-    async def _create_machine(self, request: web.Request) -> Json:
-        app = self._world.app(request)
-        body = await read_json(request, FLY_BODY_BYTES)
-        machine = LocalMachine(
-            app=app,
-            world=self._world,
-            region=str(body.get("region") or "iad").split(",")[0],
-            config=body["config"],
-        )
-        app.machines[machine.id] = machine
-        await machine.start()
-        return machine.to_json()
-
-    async def _get_machine(self, request: web.Request) -> Json:
-        return self._world.machine(request).to_json()
-
-    async def _update_machine(self, request: web.Request) -> web.Response:
-        machine = self._world.machine(request)
-        body = await read_json(request, FLY_BODY_BYTES)
-        if body.get("current_version", machine.instance_id) != machine.instance_id:
-            error = "aborted: the machine has another version"
-            return web.json_response({"error": error}, status=409)
-        await machine.stop("replacing")
-        machine.config = body["config"]
-        machine.instance_id = secrets.token_hex(13)
-        await machine.start()
-        return web.json_response(machine.to_json())
-
-    async def _delete_machine(self, request: web.Request) -> Json:
-        machine = self._world.machine(request)
-        del machine.app.machines[machine.id]
-        await machine.stop("destroyed")
-        return {"ok": True}
-
-    async def _wait(self, request: web.Request) -> web.Response:
-        machine = self._world.machine(request)
-        query = request.query
-        state, version = query.get("state", "started"), query.get("version", "")
+    async def hold(self, _: web.Application) -> AsyncIterator[None]:
+        """Start again what ran when the last gateway ended; end every VM with this one."""
+        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
+        with contextlib.suppress(FileNotFoundError):
+            stored = json.loads(await asyncio.to_thread(read_nofollow, self.file))
+            self.apps = stored["apps"]
+            for record in stored["machines"]:
+                machine = self.made(**record)
+                if machine.state not in RESTING:
+                    await machine.start()
         try:
-            async with asyncio.timeout(float(query.get("timeout", "60"))):
-                await machine.wait(state, version, query.get("from_event_id", ""))
-        except TimeoutError:
-            error = f"deadline_exceeded: machine is not {state}, currently {machine.state}"
-            return web.json_response({"error": error}, status=408)
-        return web.json_response({"ok": True, "state": state})
-
-    async def _command(self, request: web.Request) -> Json:
-        machine = self._world.machine(request)
-        verb = request.match_info["verb"]
-        previous_state = machine.state
-        if verb != "start":
-            await machine.stop()
-        if verb != "stop":
-            await machine.start()
-        return {"ok": True, "previous_state": previous_state}
-
-    async def _set_metadata(self, request: web.Request) -> web.Response:
-        machine = self._world.machine(request)
-        body = await read_json(request, FLY_BODY_BYTES)
-        metadata = machine.config.setdefault("metadata", {})
-        metadata[request.match_info["key"]] = body["value"]
-        return web.Response(status=204)
+            yield
+        finally:
+            kept = {machine.id: machine.state for machine in self.machines.values()}
+            for machine in self.machines.values():
+                await machine.stop(kept[machine.id])
 
 
 class LocalTwilio:
-    """A stand-in for Twilio that speaks HTTP: takes messages, signs and delivers texts, keeps the threads.
+    """A stand-in for Twilio that speaks HTTP: takes messages over REST, signs and delivers texts, keeps the threads."""
 
-    Its messages lie in twilio.jsonl, one a line, on disk before an answer promises them.
-    """
-
-    MESSAGES_KEPT = 10_000
-    PAGE = 1000
-
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self._settings = settings.twilio
-        self._webhook = settings.gateway.public_url + "/sms"  # as it is signed
-        token = settings.twilio.auth_tokens[0]
-        self._authorization = basic_auth(settings.twilio.account_sid, token)
-        self._file = folder / "twilio.jsonl"
-        self._disk = ThreadPoolExecutor(1, "local twilio")  # one write after the other
-        self._session: aiohttp.ClientSession  # while `hold` runs
-        # As Twilio shows them, and also `media` and `at`, in wall-clock seconds.
-        self.messages: deque[Json] = deque(maxlen=self.MESSAGES_KEPT)
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        twilio = settings.twilio
+        self.authorization = basic_auth(twilio.account_sid, twilio.auth_tokens[0])
+        self.file = LOCAL_FOLDER / "twilio.jsonl"
+        self.messages: deque[Json] = deque(maxlen=10_000)
 
     def routes(self) -> list[web.RouteDef]:
-        path = "/_local/twilio/2010-04-01/Accounts/{account}/Messages.json"
+        messages = TWILIO_ROOT + "/2010-04-01/Accounts/{account}/Messages.json"
         return [
-            web.post(path, self._create),
-            web.get(path, self._list),
-            web.post("/_local/texts", self._send_text),
-            web.get("/_local/texts", self._show_thread),
+            web.post(messages, self.create),
+            web.get(messages, self.list),
+            web.post("/_local/texts", self.send_text),
+            web.get("/_local/texts", self.show_thread),
         ]
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
-        """Go on with the threads as they were."""
-        timeout = aiohttp.ClientTimeout(total=15)
-        async with aiohttp.ClientSession(timeout=timeout) as self._session:
-            await asyncio.to_thread(self._load)
-            try:
-                yield
-            finally:
-                await asyncio.to_thread(self._disk.shutdown)
+        """The threads of the last time are there again."""
+        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
+        with contextlib.suppress(FileNotFoundError):
+            lines = (await asyncio.to_thread(read_nofollow, self.file)).splitlines()
+            self.messages.extend(message for line in lines if (message := parse_json(line)))
+        yield
 
-    def _load(self) -> None:
-        """Read the file, and write it anew without what is old or torn (blocking)."""
-        raw = read_if_there(self._file)
-        for line in raw.splitlines():
-            message = parse_json(line)
-            if isinstance(message, dict) and "at" in message:
-                self.messages.append(message)
-        if raw:
-            write_atomically(self._file, [line_of(message) for message in self.messages])
-
-    def _append(self, message: Json) -> None:
-        make_private_folder(self._file.parent)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        try:
-            handle = os.open(self._file, flags, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(line_of(message))
-        except OSError as error:
-            raise StoreError(f"{self._file} cannot be written: {error.strerror}") from error
-
-    async def _record(
+    async def record(
         self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = ()
     ) -> Json:
-        """Add a message, on disk as well; raises StoreError."""
-        now = time.time()
-        date = format_datetime(datetime.fromtimestamp(now, UTC))
+        now = format_datetime(datetime.now(UTC))
         message = {
-            "sid": "SM" + secrets.token_hex(16),
-            "account_sid": self._settings.account_sid,
+            "sid": f"SM{secrets.token_hex(16)}",
+            "account_sid": self.settings.twilio.account_sid,
             "direction": direction,
             "from": sender,
             "to": recipient,
             "body": body,
             "media": list(media),
-            "num_media": str(len(media)),
-            "status": "received" if direction == "inbound" else "delivered",
-            "error_code": None,
-            "date_created": date,
-            "date_sent": date,
-            "at": now,
+            "date_created": now,
+            "date_sent": now,
         }
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._disk, self._append, message)
         self.messages.append(message)
+        await asyncio.to_thread(self.append, to_json(message).encode() + b"\n")
         return message
 
-    def _is_authorized(self, request: web.Request) -> bool:
-        is_ours = request.match_info["account"] == self._settings.account_sid
-        return is_ours and has_authorization(request, self._authorization)
+    def append(self, line: bytes) -> None:
+        with os.fdopen(
+            os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab"
+        ) as file:
+            file.write(line)
 
-    async def _create(self, request: web.Request) -> web.Response:
-        if not self._is_authorized(request):
-            return twilio_error(401, 20003, "Authenticate")
+    def refusal(self, request: web.Request) -> web.Response | None:
+        if request.headers.get("Authorization") == self.authorization:
+            return None
+        return web.json_response({"code": 20003, "message": "Authenticate"}, status=401)
+
+    async def create(self, request: web.Request) -> web.Response:
+        if refusal := self.refusal(request):
+            return refusal
         form = await request.post()
-        recipient = str(form.get("To", ""))
-        body = str(form.get("Body", ""))
-        media = [str(url) for url in form.getall("MediaUrl", [])]
+        recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
         if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
-            return twilio_error(400, 21211, f"Invalid 'To' Phone Number: {recipient}")
+            return web.json_response(
+                {"code": 21211, "message": "To is no phone number"}, status=400
+            )
         if utf16_units(body) > PART_UNITS:
-            detail = "The concatenated message body exceeds the 1600 character limit"
-            return twilio_error(400, 21617, detail)
-        sender = str(form.get("From", ""))
-        message = await self._record("outbound-api", sender, recipient, body, media)
+            return web.json_response(
+                {"code": 21617, "message": "Body is over 1600 units"}, status=400
+            )
+        media = [str(value) for value in form.getall("MediaUrl", [])]
+        message = await self.record(
+            "outbound-api", str(form.get("From", "")), recipient, body, media
+        )
         return web.json_response(message, status=201)
 
-    async def _list(self, request: web.Request) -> web.Response:
-        """The newest first, one page."""
-        if not self._is_authorized(request):
-            return twilio_error(401, 20003, "Authenticate")
-        query = request.query
-        wanted = {name.lower(): query[name] for name in ("To", "From") if name in query}
-        since = parse_utc(query.get("DateSent>", "1970-01-01T00:00:00Z"))
-        if since is None:
-            return twilio_error(400, 20001, "DateSent> must be a date")
-        listed: list[Json] = []
-        for message in reversed(self.messages):
-            if int(message["at"]) < since or len(listed) == self.PAGE:
-                break
-            if wanted.items() <= message.items():
-                listed.append(message)
-        return web.json_response({"messages": listed, "next_page_uri": None})
+    async def list(self, request: web.Request) -> web.Response:
+        if refusal := self.refusal(request):
+            return refusal
+        wanted = {
+            name.lower(): request.query[name] for name in ("To", "From") if name in request.query
+        }
+        found = [
+            message
+            for message in reversed(self.messages)
+            if all(message[name] == value for name, value in wanted.items())
+        ]
+        return web.json_response({"messages": found[:1000], "next_page_uri": None})
 
-    async def _send_text(self, request: web.Request) -> web.Response:
-        """Text the gateway as a phone would."""
+    async def send_text(self, request: web.Request) -> web.Response:
+        """Send a text as a phone would."""
         require_key(request)
-        fields = await read_json(request, SMS_BODY_BYTES)
-        sender, body = fields.get("from"), fields.get("body")
-        errors = FieldErrors()
+        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors()
+        sender, words = body.get("from"), body.get("body")
         if not isinstance(sender, str) or not PHONE.fullmatch(sender):
             errors.add("from", "must be a phone number such as +15551234567")
-        if not isinstance(body, str) or utf16_units(body) > PART_UNITS:
+        if not isinstance(words, str) or len(words) > PART_UNITS:
             errors.add("body", "must be a text of at most 1600 characters")
         errors.check()
-        sendable = str(body).encode("utf-8", "replace").decode()
-        number = self._settings.phone_number
-        message = await self._record("inbound", str(sender), number, sendable)
-        status = await self._deliver(message)
-        answer = {"sid": message["sid"], "webhook_status": status}
-        return json_response(answer, status=201)
-
-    async def _deliver(self, message: Json) -> int:
-        """Call the webhook, signed, and record its replies; its status, 0 without an answer."""
-        form = [
-            ("MessageSid", message["sid"]),
-            ("SmsStatus", "received"),
-            ("AccountSid", message["account_sid"]),
-            ("From", message["from"]),
-            ("To", message["to"]),
-            ("Body", message["body"]),
-            ("NumMedia", "0"),
-        ]
-        token = self._settings.auth_tokens[0]
+        twilio = self.settings.twilio
+        message = await self.record("inbound", str(sender), twilio.phone_number, str(words))
+        form = {
+            "MessageSid": message["sid"],
+            "AccountSid": twilio.account_sid,
+            "From": message["from"],
+            "To": message["to"],
+            "Body": message["body"],
+            "NumMedia": "0",
+        }
+        url = self.settings.gateway.public_url + "/sms"
         headers = {
-            "X-Twilio-Signature": twilio_signature(token, self._webhook, form),
+            "X-Twilio-Signature": twilio_signature(twilio.auth_tokens[0], url, form.items()),
             "Content-Type": "application/x-www-form-urlencoded",
         }
-        origin = self._settings.api_url.removesuffix("/_local/twilio")
-        content = urlencode(form).encode()
-        sent = self._session.post(f"{origin}/sms", data=content, headers=headers)
-        try:
-            async with sent as response:
-                document = await response.text()
-        except (aiohttp.ClientError, TimeoutError) as error:
-            reason = type(error).__name__
-            log_event("local_text_undelivered", level=logging.WARNING, error=reason)
-            return 0
+        port = self.settings.gateway.port
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
+            session.post(
+                f"http://127.0.0.1:{port}/sms", data=urlencode(form), headers=headers
+            ) as answer,
+        ):
+            document = await answer.text()
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
-        for reply in replies if response.status == 200 else ():
-            text = html.unescape(reply)
-            await self._record("outbound-reply", message["to"], message["from"], text)
-        return response.status
+        for reply in replies if answer.status == 200 else ():
+            await self.record(
+                "outbound-reply", twilio.phone_number, str(sender), html.unescape(reply)
+            )
+        return json_response({"sid": message["sid"], "webhook_status": answer.status}, status=201)
 
-    async def _show_thread(self, request: web.Request) -> web.Response:
+    async def show_thread(self, request: web.Request) -> web.Response:
         """One phone's thread, both directions, oldest first."""
         require_key(request)
         phone = request.query.get("phone", "").replace(" ", "+")
-        thread = []
-        for message in self.messages:
-            if phone in (message["from"], message["to"]):
-                shown = {name: message[name] for name in ("sid", "from", "to", "body", "media")}
-                shown["direction"] = "in" if message["direction"] == "inbound" else "out"
-                shown["at"] = utc_seconds(message["at"])
-                thread.append(shown)
-        return json_response({"texts": thread})
-
-
-def line_of(message: Json) -> bytes:
-    return f"{to_json(message)}\n".encode()
-
-
-def twilio_error(status: int, code: int, detail: str) -> web.Response:
-    problem = {"code": code, "message": detail, "status": status}
-    return web.json_response(problem, status=status)
-
-
-async def hold_local_folder(_: web.Application) -> AsyncIterator[None]:
-    """One gateway in one local world: two would start the same VMs."""
-    await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-    try:
-        lock = await asyncio.to_thread(StateLock, LOCAL_FOLDER / "world")
-    except StoreError as error:
-        reason = f"another cockpit is using the folder {LOCAL_FOLDER}"
-        remedy = "stop it first, or start this one in another folder"
-        raise StoreError(f"{reason}; {remedy}") from error
-    try:
-        yield
-    finally:
-        lock.close()
+        names = ("sid", "from", "to", "body", "media")
+        texts = [
+            {name: message[name] for name in names}
+            | {"direction": "in" if message["direction"] == "inbound" else "out"}
+            | {"at": utc_seconds(listed_at(message) or 0)}
+            for message in self.messages
+            if phone in (message["from"], message["to"])
+        ]
+        return json_response({"texts": texts})
 
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
-    """The stand-ins for whichever cloud is not configured."""
-    app[LOCAL_SETTINGS] = settings
-    app.cleanup_ctx.append(hold_local_folder)
+    """The stand-ins for whichever cloud is not configured; call it after the gateway's own context, which holds the lock."""
+    stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
-        world = LocalWorld(LOCAL_FOLDER, settings.gateway.local_agent)
-        proxy = LocalProxy(world)
-        app.add_routes(LocalFly(settings.fly, world).routes())
-        app.add_routes(proxy.routes())
-        app.cleanup_ctx.extend([world.hold, proxy.hold])
+        stand_ins.append(LocalFly(settings))
     if settings.twilio.is_local:
-        twilio = LocalTwilio(settings, LOCAL_FOLDER)
-        app.add_routes(twilio.routes())
-        app.cleanup_ctx.append(twilio.hold)
+        stand_ins.append(LocalTwilio(settings))
+    for stand_in in stand_ins:
+        app.add_routes(stand_in.routes())
+        app.cleanup_ctx.append(stand_in.hold)
 
 
 # --- Assembly ---
@@ -9025,9 +8701,9 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
             web.get("/events", get_events),
         ]
     )
+    app.cleanup_ctx.append(run_gateway)
     if is_local:
         add_local_world(app, settings)
-    app.cleanup_ctx.append(run_gateway)
     return app
 
 
