@@ -1732,6 +1732,9 @@ class MessageStore:
             self._connect()
         except OSError as error:
             raise StoreError(f"{self.path.name} cannot be opened: {error.strerror}") from error
+        except StoreError:
+            self._close()
+            raise
 
     def _connect(self) -> None:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -8707,12 +8710,12 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
-def new_runner(app: web.Application) -> web.AppRunner:
+def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.AppRunner:
     """aiohttp's server as we want it: bodies are never inflated, idle connections kept for 15 s."""
     return web.AppRunner(
         app,
         access_log=None,
-        shutdown_timeout=0.3,
+        shutdown_timeout=shutdown_timeout_s,
         auto_decompress=False,
         keepalive_timeout=15,
         max_line_size=16 * 1024,

@@ -206,7 +206,7 @@ class Server:
 
     def __init__(self, app: web.Application, port: int = 0, runner: web.AppRunner | None = None):
         self.port, self.url, self.listening = port or free_port(), "", False
-        self.runner = runner or web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self.runner = runner or web.AppRunner(app, access_log=None, shutdown_timeout=0.02)
 
     async def start(self) -> "Server":
         while FORKING.locked():
@@ -1039,7 +1039,7 @@ class World:
     async def start(self, **changes: Any) -> None:
         self.environ |= {name: str(value) for name, value in changes.items()}
         app = cockpit.make_app(cockpit.Settings.from_env(self.environ | {"ROUTES_FILE": str(self.file)}), self.clock.clock)
-        self.server = Server(app, runner=cockpit.new_runner(app))
+        self.server = Server(app, runner=cockpit.new_runner(app, 0.02))
         self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and app[cockpit.GATEWAY].messages.is_writing
         await self.clock.run(self.server.start())
         self.twilio.gateway = self.server.url
