@@ -8784,7 +8784,7 @@ async def serve(settings: Settings) -> int:
         # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
         gc.collect()
         gc.freeze()
-        gc.set_threshold(10_000, 20, 50)
+        gc.set_threshold(50_000, 20, 50)
         print_banner(settings)
         await stop.wait()
         await drain(app[GATEWAY])

@@ -142,7 +142,7 @@ class FakeClock:
     async def settle(self) -> None:
         """Returns when nothing moves: no thread of the gateway writes, nothing has touched clock or wires for some turns of the loop, and what was closed is closed."""
         quiet = 0
-        while quiet < 30:
+        while quiet < 18:
             before, writing = self.moves, self.is_writing() or FORKING.locked()
             await asyncio.sleep(0.001 if writing else 0)
             quiet = quiet + 1 if self.moves == before and not writing else 0
