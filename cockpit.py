@@ -88,6 +88,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+VERSION = "2.0"
 T = TypeVar("T")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
@@ -269,7 +270,9 @@ def refusal_for(error: Exception, **about: Any) -> Refusal:
                     "no_capacity", f"Fly has no room: {error}", retry_after_s=60, **about
                 )
             code = "fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable"
-            return Refusal(code, str(error), **about)
+            is_refused = error.service == "fly" and error.status in (401, 403)
+            remedy = "; check FLY_API_TOKEN and FLY_ORG" if is_refused else ""
+            return Refusal(code, f"{error}{remedy}", **about)
     raise error
 
 
@@ -2817,8 +2820,8 @@ def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMe
     """A webhook's form as a message; raises Refusal when it has no MessageSid."""
     form = dict(reversed(pairs))
     sid = form.get("MessageSid", "")
-    if not MESSAGE_SID.fullmatch(sid):
-        raise Refusal("malformed", "MessageSid is missing or not a SID")
+    if not sid:
+        raise Refusal("malformed", "MessageSid is missing")
     media = []
     for n in range(10) if form.get("NumMedia", "0") != "0" else ():
         if url := form.get(f"MediaUrl{n}"):
@@ -2834,7 +2837,8 @@ def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMe
     )
 
 
-MESSAGE_SID = re.compile(r"[A-Za-z0-9]{2,64}")
+MESSAGE_SID = re.compile("(SM|MM)[0-9a-f]{32}")
+FIELD_NAME = re.compile("[A-Za-z0-9]+")
 
 
 def twiml(message: str = "") -> str:
@@ -3098,12 +3102,14 @@ class TwilioClient:
         `attempted_at` (Twilio's clock) is when it may have been sent: then the list is read first.
         """
         failures, began = 0, self._clock.monotonic()
+        started_at: float | None = None  # by our clock: of an attempt whose outcome is unknown
         while True:
-            started_at = self.now()
+            attempt_at = self._clock.now()
             try:
-                if attempted_at is not None and (sid := await self._find(sms, attempted_at)):
-                    return sid
-                attempted_at = None
+                if attempted_at is not None or started_at is not None:
+                    if sid := await self._find(sms, attempted_at, started_at):
+                        return sid
+                    attempted_at = started_at = None
                 sid = await self.create(sms)
                 self.trouble = ""
                 return sid
@@ -3118,7 +3124,7 @@ class TwilioClient:
                 if action == "retry_and_alert":
                     self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
                 if action == "check_then_resend" and error.operation == "create message":
-                    attempted_at = started_at
+                    started_at = attempt_at
                 self._log_retry(error, failures, pause_s)
                 await self._clock.sleep(pause_s)
                 if not is_wanted():
@@ -3128,17 +3134,23 @@ class TwilioClient:
     def _log_retry(error: UpstreamError, failures: int, pause_s: float) -> None:
         log_warning("send_retry", error=str(error), attempt=failures + 1, pause_s=round(pause_s, 2))
 
-    async def _find(self, sms: Sms, attempted_at: float) -> str:
-        """The SID of a message with these words that Twilio took at or after `attempted_at`, or nothing."""
+    async def _find(self, sms: Sms, attempted_at: float | None, started_at: float | None) -> str:
+        """The SID of a message with these words that Twilio took since the attempt, or nothing.
+
+        `attempted_at`: by Twilio's clock; `started_at`: by ours, which the list's own Date corrects.
+        """
         if self.cannot_list:
             return ""
         query = {"To": sms.recipient, "From": sms.sender}
         wanted = comparable(sms.body)
         try:
             async for message in self.list_messages(query, pages=10):
+                earliest = attempted_at
+                if earliest is None:
+                    earliest = (started_at or 0) - self.api.ahead_s
                 sid = str(message.get("sid") or "")
                 is_same = comparable(str(message.get("body") or "")) == wanted
-                is_young = (listed_at(message) or 0) >= int(attempted_at)
+                is_young = (listed_at(message) or 0) >= int(earliest)
                 if is_same and is_young and sid not in self.sent_sids:
                     self.note_sent(sid)
                     return sid
@@ -3155,18 +3167,26 @@ class TwilioClient:
             log_warning("twilio_list_refused", error=str(error))
         self.cannot_list = error.code == "20008"
 
+    def first_page(self, query: Mapping[str, str]) -> URL:
+        """Where the list of messages matching `query` begins, the newest first."""
+        return self._messages.with_query({**query, "PageSize": "1000"})
+
+    async def list_page(self, url: URL) -> tuple[list[Json], URL | None]:
+        """One page of messages, and where the next is; raises UpstreamError."""
+        answer = await self._ask("list messages", url)
+        listed = answer.get("messages") if isinstance(answer, dict) else None
+        if not isinstance(listed, list):
+            raise UpstreamUnreadable("twilio", "list messages", "an answer without messages")
+        messages = [message for message in listed if isinstance(message, dict)]
+        return messages, self._absolute(answer.get("next_page_uri"))
+
     async def list_messages(self, query: Mapping[str, str], pages: int) -> AsyncIterator[Json]:
         """Messages matching `query`, over at most `pages` pages; raises UpstreamError."""
-        url: URL | None = self._messages.with_query({**query, "PageSize": "1000"})
+        url: URL | None = self.first_page(query)
         while url is not None and pages > 0:
-            answer = await self._ask("list messages", url)
-            listed = answer.get("messages") if isinstance(answer, dict) else None
-            if not isinstance(listed, list):
-                raise UpstreamUnreadable("twilio", "list messages", "an answer without messages")
-            for message in listed:
-                if isinstance(message, dict):
-                    yield message
-            url = self._absolute(answer.get("next_page_uri"))
+            messages, url = await self.list_page(url)
+            for message in messages:
+                yield message
             pages -= 1
 
     def _absolute(self, uri: object) -> URL | None:
@@ -3187,6 +3207,19 @@ class TwilioClient:
                 url = self._settings.api_url + uri.removesuffix(".json")
                 media.append((url, str(entry.get("content_type") or "")))
         return tuple(media)
+
+    def media_path(self, url: str) -> str:
+        """The path of a picture at Twilio's own address, or nothing."""
+        for origin in (self._settings.api_url, "https://api.twilio.com"):
+            if url.startswith(origin + "/"):
+                return url.removeprefix(origin)
+        return ""
+
+    def is_media(self, path: str) -> bool:
+        """Whether a path of Twilio's API is a picture of a message of our account."""
+        account = re.escape(self._settings.account_sid)
+        pattern = f"/2010-04-01/Accounts/{account}/Messages/[A-Za-z0-9]+/Media/[A-Za-z0-9]+"
+        return re.fullmatch(pattern, path) is not None
 
     @contextlib.asynccontextmanager
     async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
@@ -3227,8 +3260,30 @@ MEDIA_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
 
 MAX_ANSWER_BYTES = 1024 * 1024
 MAX_IMAGE_BYTES = 5 * 1024 * 1024
+MAX_HEAD_BYTES = 512 * 1024  # with what a transport reads ahead
 MAX_IMAGES = 10
 IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+
+
+class MeteredSocket(socket.socket):
+    """Ends a connection that brings more than any answer may: bodies, heads and `100 Continue` included."""
+
+    left = MAX_IMAGE_BYTES + MAX_HEAD_BYTES
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        received = super().recv(size, flags)
+        self.count(len(received))
+        return received
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:  # under TLS
+        received = super().recv_into(buffer, nbytes, flags)
+        self.count(received)
+        return received
+
+    def count(self, received: int) -> None:
+        self.left -= received
+        if self.left < 0:
+            raise ConnectionAbortedError(errno.ECONNABORTED, "more than an answer may be")
 
 
 class Answer(NamedTuple):
@@ -4271,6 +4326,7 @@ SIGN_UP = " Sign up: {url}"
 WELCOME = "Your VM is ready. Text me anything."
 STILL_WORKING = "Still working on it."
 IMAGE_AS_LINK = "An image that could not be sent as a picture message; for a day it is here: {url}"
+PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
 RESTART_BEGUN = "Your VM is being restarted. What waits will run when it is back."
 COMMANDS_HELP = """cockpit status: how your VM is
 cockpit restart: restart it
@@ -4979,10 +5035,10 @@ class Runner:
 
     def _media(self, text: Text) -> list[Json]:
         """Links by which the VM opens a text's pictures; only what lies at Twilio's own address gets one."""
-        origin, links = self.settings.twilio.api_url, []
+        links = []
         for url, kind in text.media:
-            if url.startswith(origin + "/"):
-                link = self.sender.link(text.vm_id, url.removeprefix(origin), self.clock.now())
+            if path := self.sender.twilio.media_path(url):
+                link = self.sender.link(text.vm_id, path, self.clock.now())
                 links.append({"url": link, "content_type": kind})
         return links
 
@@ -5210,7 +5266,8 @@ class OwnerCommands:
     async def do_owed(self, vm: VmState) -> None:
         """Begin the restart that was asked for; its own record on disk takes over from ours."""
         try:
-            await self.restart(vm.vm_id)
+            if not vm.is_paused:  # else it is under way: the start found its record
+                await self.restart(vm.vm_id)
         except (Refusal, StoreError) as error:
             await self.sender.notify(vm, f"Not restarted: {error}")
         vm.owes_restart = False
@@ -5332,6 +5389,9 @@ class Inbox:
         if not is_command:
             if route.state == "failed":
                 return "gone", self.closing_words(VM_GONE, [message])
+            elsewhere = self._elsewhere(message)
+            if elsewhere and elsewhere == len(message.media) and not message.body.strip():
+                return "picture_elsewhere", PICTURE_ELSEWHERE
             if self._is_full(vm):
                 return "queue_full", about(QUEUE_FULL, message, n=limits.queue_limit)
         if message.is_fetched or self._is_within_rate(phone):
@@ -5343,6 +5403,10 @@ class Inbox:
         if reply:
             self.told_too_fast.put(phone, None, now)
         return "too_fast", reply
+
+    def _elsewhere(self, message: InboundMessage | Text) -> int:
+        """How many of its pictures do not lie at Twilio's own address."""
+        return sum(not self.sender.twilio.media_path(url) for url, _ in message.media)
 
     def _invitation(self, phone: str) -> str:
         url, now = self.settings.gateway.onboarding_url, self.clock.monotonic()
@@ -5428,6 +5492,8 @@ class Inbox:
             parts = split_text(self.closing_words(vm.closing_notice, [text]))
             return await self.sender.finish(vm, [text], parts, "gone")
         self.runner.start(vm)
+        if self._elsewhere(text):
+            self.tasks.start(self.sender.notify(vm, PICTURE_ELSEWHERE, text=text))
         if route.state == "provisioning" and not vm.was_told_of_setup:
             vm.was_told_of_setup = True
             self.tasks.start(self.sender.notify(vm, SETTING_UP, text=text))
@@ -5637,6 +5703,14 @@ class Relay:
         now = self.clock.now()
         return max([0.0, *(now - vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting)])
 
+    def sending(self) -> int:
+        """Messages to be sent that Twilio has not taken yet."""
+        return sum(len(vm.outbox) for vm in self.vms.values())
+
+    def oldest_sending_s(self) -> float:
+        now = self.twilio.now()
+        return max([0.0, *(now - vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox)])
+
     def away_count(self) -> int:
         return sum(vm.away_since is not None for vm in self.vms.values())
 
@@ -5661,7 +5735,9 @@ class Backfill:
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
     changes_at_mark: int = -1
+    unread: dict[str, URL | None] = field(default_factory=dict)  # where a long list goes on
 
+    PAGES = 20
     OVERLAP_S = 900.0
     LONG_S = 86_400.0  # lists have been seen hours late
     LONG_EVERY_S = 3600.0
@@ -5692,7 +5768,8 @@ class Backfill:
         except (UpstreamError, Refusal, StoreError) as error:
             log_warning("backfill_failed", error=str(error))
         else:
-            if not self.state.closed_because:  # else routes are missing by which texts are known
+            is_read = not any(self.unread.values())
+            if is_read and not self.state.closed_because:  # else routes are missing by which texts are known
                 self.long_at = began if is_long else self.long_at
                 self._set_mark(until)
 
@@ -5712,8 +5789,7 @@ class Backfill:
 
     async def _list(self, recipient: str, since: float) -> list[InboundMessage]:
         """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date."""
-        query = {"To": recipient, "DateSent>": utc_seconds(since)}
-        listed = [entry async for entry in self.twilio.list_messages(query, pages=20)]
+        listed = await self._pages(recipient, {"To": recipient, "DateSent>": utc_seconds(since)})
         inbound = [entry for entry in listed if entry.get("direction") == "inbound"]
         known = await self.state.store.known([str(entry.get("sid")) for entry in inbound])
         return [
@@ -5721,6 +5797,21 @@ class Backfill:
             for entry in reversed(inbound)
             if str(entry.get("sid")) not in known and self._is_ours(entry, since)
         ]
+
+    async def _pages(self, recipient: str, query: Mapping[str, str]) -> list[Json]:
+        """The list's beginning; a long one is read on the next time, a bounded piece at a time."""
+        first = self.twilio.first_page(query)
+        unread = self.unread.get(recipient)
+        listed: list[Json] = []
+        if unread is not None:
+            listed, _ = await self.twilio.list_page(first)  # what came meanwhile
+        url: URL | None = unread or first
+        for _ in range(self.PAGES):
+            if url is not None:
+                messages, url = await self.twilio.list_page(url)
+                listed += messages
+        self.unread[recipient] = url
+        return listed
 
     def _is_ours(self, entry: Json, since: float) -> bool:
         """Whether it is young enough, and not older than its sender's route."""
@@ -6438,6 +6529,7 @@ PICTURE_HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "Cache-Control": "private",
 }
+PATHS = "/provision, /sms, /messages, /media, /health, /metrics, / and /events"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -6498,7 +6590,8 @@ def refusal_for_request(error: Exception) -> Refusal:
         return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
     if isinstance(error, web.HTTPException):
         code = {404: "not_found", 413: "too_large"}.get(error.status, "malformed")
-        return Refusal(code, error.text or error.reason)
+        paths = f"there is no such path; there are {PATHS}" if error.status == HTTPStatus.NOT_FOUND else ""
+        return Refusal(code, paths or error.text or error.reason)
     return refusal_for(error)
 
 
@@ -6562,7 +6655,9 @@ def unauthorized(remedy: str) -> Refusal:
 def require_key(request: web.Request) -> None:
     """Refuse a caller without the API key."""
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
-        raise unauthorized("send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        is_given = bearer_of(request) or "X-API-Key" in request.headers
+        fault = "this is not the API key; " if is_given else ""
+        raise unauthorized(f"{fault}send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
 
 
 # Bodies
@@ -6596,9 +6691,15 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
 
 
 async def read_json(request: web.Request, limit: int) -> Json:
-    body = parse_json(await read_body(request, limit, "application/json"))
+    raw, where = await read_body(request, limit, "application/json"), ""
+    try:
+        body = json.loads(raw)
+    except json.JSONDecodeError as error:
+        body, where = None, f": {error.msg} in line {error.lineno}, column {error.colno}"
+    except (ValueError, RecursionError):
+        body, where = None, ": it is not UTF-8, or nested too deeply"
     if not isinstance(body, dict):
-        raise Refusal("malformed", "the body must be a JSON object")
+        raise Refusal("malformed", f"the body must be a JSON object{where}")
     return body
 
 
@@ -6799,6 +6900,7 @@ async def stream_steps(
 async def get_provisions(request: web.Request) -> web.Response:
     gateway, errors = request.app[GATEWAY], FieldErrors()
     raw, after = request.query.get("limit", "100"), request.query.get("after", "")
+    errors.unknown(dict(request.query), ("limit", "after"))
     if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= 1000:
         errors.add("limit", "must be a whole number from 1 to 1000")
     errors.check()
@@ -6841,7 +6943,7 @@ async def patch_provision(request: web.Request) -> web.Response:
     errors.unknown(body, ("github_token", "api_keys"))
     credentials = check_credentials(body, errors)
     if not body:
-        errors.add("api_keys", "or github_token must be given")
+        errors.add("github_token", "give this, api_keys, or both")
     errors.check()
     return await change_vm(request, "rotate", credentials)
 
@@ -6865,6 +6967,10 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any(matches):
         remedy = "PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's"
         raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
+    # The signature knows no borders between fields: what could be cut anew is refused.
+    sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
+    if not all(map(MESSAGE_SID.fullmatch, sids)) or not all(FIELD_NAME.fullmatch(name) for name, _ in pairs):
+        raise Refusal("bad_signature", "signed, but its fields are not named or numbered as Twilio does")
     if ("AccountSid", twilio.account_sid) not in pairs:
         raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
@@ -6937,6 +7043,8 @@ async def get_media(request: web.Request) -> web.StreamResponse:
     if found is None or found[1].state in ("failed", "deleting"):
         raise Refusal("not_found", "the VM that this link is about is gone")
     is_image = IMAGE_PATH.fullmatch(path) is not None
+    if not (is_image or gateway.twilio.is_media(path)):
+        raise Refusal("not_found", "this link is not about a picture")
     response = web.StreamResponse(headers=PICTURE_HEADERS)
     try:
         opened = (
@@ -7039,6 +7147,8 @@ async def get_metrics(request: web.Request) -> web.Response:
             "Age of the text that waits longest.",
             {"": relay.oldest_waiting_s()},
         ),
+        Gauge("messages_waiting", "Messages to be sent, not yet taken by Twilio.", {"": relay.sending()}),
+        Gauge("oldest_message_seconds", "Age of the oldest of them.", {"": relay.oldest_sending_s()}),
         Gauge("troubles", "Troubles that /health names.", {"": len(alerts(gateway))}),
         Gauge("draining", "1 while shutting down.", {"": relay.is_draining}),
     ]
@@ -7059,6 +7169,7 @@ async def get_health(request: web.Request) -> web.Response:
         "status": "draining" if is_draining else "ok",
         "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
         "waiting": gateway.relay.waiting(),
+        "sending": gateway.relay.sending(),
         "troubles": [alert.words for alert in found] if is_known else kinds,
     }
     return json_response(body, status=503 if is_draining else 200)
@@ -8430,7 +8541,6 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
 LEAST_FREE_BYTES = 100 * 1024 * 1024
 TWILIO_CONNECTIONS = 1000
-GATEWAY_PATHS = "/provision", "/sms", "/messages", "/media", "/health", "/metrics"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -8450,8 +8560,12 @@ async def open_sessions() -> AsyncIterator[Sessions]:
     # bare addresses.
     cookies = aiohttp.CookieJar(unsafe=True)
 
+    def metered(address: tuple[Any, ...]) -> socket.socket:
+        return MeteredSocket(*address[:3])
+
     def session(limit: int, *, is_fresh: bool = False, **more: Any) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh)
+        factory = None if limit else metered
+        connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh, socket_factory=factory)
         more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
         return aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
 
@@ -8779,6 +8893,7 @@ async def serve(settings: Settings) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    loop.set_exception_handler(LoopErrors())
     try:
         await starting
         # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
@@ -8798,8 +8913,35 @@ async def serve(settings: Settings) -> int:
         print(f"cockpit: {reason}", file=sys.stderr)
         return 1
     finally:
-        await runner.cleanup()
+        await clean_up(runner)
     return 0
+
+
+async def clean_up(runner: web.AppRunner) -> None:
+    """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
+    try:
+        async with asyncio.timeout(1):
+            await runner.cleanup()
+    except TimeoutError:
+        log_warning("ended_with_the_disk_hanging")
+        logging.shutdown()
+        os._exit(0)
+
+
+class LoopErrors:
+    """Logs what asyncio cannot tell anybody else; at the limit of file descriptors one line a minute."""
+
+    def __init__(self) -> None:
+        self.told_at = NEVER
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
+        error = context.get("exception")
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            if loop.time() - self.told_at >= 60:
+                self.told_at = loop.time()
+                log_error("no_file_descriptors", error=error.strerror, remedy="raise ulimit -n")
+            return
+        log_error("loop_error", exc_info=error, error=context.get("message"))
 
 
 def print_banner(settings: Settings) -> None:
@@ -8965,12 +9107,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         description="One text message to one engineer's own VM. Without a command it serves; "
         "settings come from the environment, see README.md.",
     )
+    parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
     commands = parser.add_subparsers(dest="command")
     vm = commands.add_parser(
         "vm", help="serve what a VM speaks, with a built-in agent or the one given"
     )
-    vm.add_argument("--host", default=os.environ.get("HOST") or "0.0.0.0")
-    vm.add_argument("--port", type=int, default=os.environ.get("PORT") or "3000")
+    host, port = os.environ.get("HOST") or "0.0.0.0", os.environ.get("PORT") or "3000"
+    vm.add_argument("--host", default=host, help="where to listen (HOST; default: %(default)s)")
+    vm.add_argument("--port", type=int, default=port, help="(PORT; default: %(default)s)")
     vm.add_argument(
         "--agent",
         default=os.environ.get("LOCAL_AGENT", ""),

@@ -39,6 +39,7 @@ import tempfile
 import threading
 import time
 import tomllib
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -371,7 +372,7 @@ class Fake:
             if self.deaf or response is None:
                 return cut(request)
             if not self.clock.live:
-                response.headers["Date"] = format_datetime(datetime.fromtimestamp(self.clock.now(), UTC), usegmt=True)
+                response.headers["Date"] = format_datetime(datetime.fromtimestamp(self.clock.now() + getattr(self, "skew", 0), UTC), usegmt=True)
             return response
         finally:
             self.clock.touch()
@@ -865,6 +866,7 @@ class FakeTwilio(Fake):
         self.public = PUBLIC
         self.gateway, self.page_cap, self.session = "", 1000, None  # the gateway: where it really listens
         self._numbers = itertools.count(1)
+        self.skew = 0.0  # of its clock
         self.number = {"phone_number": NUMBER, "sms_url": PUBLIC + "/sms", "sms_method": "POST", "sms_application_sid": ""}
 
     def fails(self, name, status, times=1, body=None, headers=None, after=False, code: int | None = None):
@@ -903,7 +905,7 @@ class FakeTwilio(Fake):
         return None
 
     def _add(self, direction: str, to: str, sender: str, body: str, sid: str | None = None, media: str = "", callback: str = "") -> dict:
-        sid, date = sid or f"SM{next(self._numbers):032x}", format_datetime(datetime.fromtimestamp(int(self.clock.now()), UTC))
+        sid, date = sid or f"SM{next(self._numbers):032x}", format_datetime(datetime.fromtimestamp(int(self.clock.now() + self.skew), UTC))
         self.messages.append({"sid": sid, "account_sid": ACCOUNT, "api_version": "2010-04-01", "direction": direction, "to": to, "from": sender, "body": body,
                               "media": media, "callback": callback, "status": "received" if direction == "inbound" else "queued", "date_created": date, "date_sent": date, "date_updated": date,
                               "num_media": "0", "num_segments": "1", "error_code": None, "error_message": None, "price": None, "messaging_service_sid": None,
@@ -3497,7 +3499,7 @@ async def test_a_vm_that_holds_the_other_secret_s_token_is_found_out_once(world)
     world.vms.objections.clear()
 
 
-@pytest.mark.parametrize("body, field", [({}, "api_keys"), ({"phone_number": BOB}, "phone_number"), ({"github_token": ""}, "github_token"), ({"api_keys": {"PATH": "x"}}, "api_keys.PATH")])
+@pytest.mark.parametrize("body, field", [({}, "github_token"), ({"phone_number": BOB}, "phone_number"), ({"github_token": ""}, "github_token"), ({"api_keys": {"PATH": "x"}}, "api_keys.PATH")])
 async def test_a_rotation_of_nothing_or_of_anything_else_is_refused(world, body, field):
     await world.start()
     vm = await world.sign_up()
@@ -4359,6 +4361,309 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     on_disk.set()
     await world.hears("ran: text 0")
     assert vm.ran == ["text 0"] and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# --- Doors ---
+
+def rss(child: Child) -> float:
+    """Resident memory in MB."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{child.process.pid}/status").read_text())[1]) / 1024
+
+
+@beside
+async def test_what_is_refused_leaves_no_memory_behind(live):
+    child = await live.spawn()
+    vm = await live.sign_up()
+    before = rss(child)
+    form = {"Content-Type": "application/x-www-form-urlencoded"}
+    for _ in range(400):
+        async with live.session.post(child.url + "/sms", data=b"a=" + b"b" * 65_000, headers=form) as response:
+            assert response.status == 403
+    for _ in range(100):
+        sent = {"text": "x" * 200_000, "nonsense": 1}
+        async with live.session.post(child.url + "/messages", json=sent, headers={"Authorization": f"Bearer {vm.env['COCKPIT_TOKEN']}"}) as response:
+            assert response.status == 422
+    assert rss(child) - before < 20
+
+
+@beside
+async def test_packed_bodies_are_refused_unopened(live):
+    child = await live.spawn()
+    bomb = zlib.compress(b"0" * (50 << 20))
+    for path in ("/sms", "/provision", "/messages", "/health") * 3:
+        headers = {"Content-Encoding": "deflate", "Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
+        with contextlib.suppress(aiohttp.ClientError):
+            async with live.session.post(child.url + path, data=bomb, headers=headers) as response:
+                assert response.status in (401, 405, 415)
+        began = time.monotonic()
+        assert (await live.ask("GET", "/health")).status == 200
+        assert time.monotonic() - began < 0.5
+
+
+@beside
+async def test_a_body_that_never_ends_is_closed_and_not_kept(live):
+    child = await live.spawn()
+    reader, writer = await asyncio.open_connection("127.0.0.1", child.port)
+    writer.write(b"POST /sms HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 60000\r\n\r\na=b")
+    assert b"400" in await asyncio.wait_for(reader.readline(), 15)
+    await asyncio.wait_for(reader.read(), 15)
+    writer.close()
+
+
+@pytest.mark.parametrize("flood", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 5000 + b"\r\n"], ids=["continue", "heads"])
+async def test_a_vm_that_answers_without_end_is_cut_off(world, flood):
+    vm = await world.ready()
+
+    async def pour(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(flood * 500)
+                await writer.drain()
+
+    server = await asyncio.start_server(pour, "127.0.0.1", 0)
+    try:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        gateway = world.server.runner.app[cockpit.GATEWAY]
+        route = cockpit.Route(vm_id=vm.app, vm_url=url)
+        began = time.monotonic()
+        outcome = (await asyncio.gather(gateway.vms.command(route, "SM1", "hello", []), return_exceptions=True))[0]
+        assert isinstance(outcome, cockpit.VmAway) or outcome.is_unreadable
+        assert time.monotonic() - began < 8
+    finally:
+        server.close()
+
+
+async def test_a_signed_webhook_cut_anew_is_refused(world):
+    """Twilio's signature is over names and values without borders: `Body` and its value may be cut elsewhere."""
+    vm = await world.ready()
+    sid = "SM" + "a" * 32
+    form = {"AccountSid": ACCOUNT, "Body": "deploy", "From": ANN, "MessageSid": sid, "NumMedia": "0", "To": NUMBER}
+    whole = await world.twilio.posts("/sms", form)
+    assert whole.status == 200
+    signature = sign(PUBLIC + "/sms", form)
+    other = {name: value for name, value in form.items() if name != "NumMedia"} | {"MessageSid": sid + "NumMedia0"}
+    assert "".join(name + other[name] for name in sorted(other)) == "".join(name + form[name] for name in sorted(form))
+    answer = await world.twilio.posts("/sms", other, signature)
+    assert (answer.status, answer.body["code"]) == (403, "bad_signature")
+    await world.hears("ran: deploy")
+    assert vm.ran == ["deploy"]
+
+
+async def test_a_link_opens_pictures_and_nothing_else_of_twilio_s(world):
+    vm = await world.ready()
+    gateway = world.server.runner.app[cockpit.GATEWAY]
+    for path in (f"/2010-04-01/Accounts/{ACCOUNT}/Messages.json", f"/2010-04-01/Accounts/{ACCOUNT}.json", "/2010-04-01/Accounts/ACother/Messages/MM1/Media/ME1"):
+        link = gateway.keyring.sign_link(vm.app, path, world.clock.now())
+        assert (await world.call("GET", f"/media/{link}", key=None)).status == 404
+    assert not world.twilio.count("account") and not world.twilio.count("list")
+
+
+async def test_health_tells_strangers_kinds_and_the_operator_words(world):
+    await world.start(RECONCILE_S=10)
+    world.fly.fails("list_apps", 401, times=1000)
+    await world.clock.advance(30)
+    assert (await world.call("GET", "/health", key=None)).body["troubles"] == ["fly"]
+    assert "FLY_API_TOKEN" in (await world.call("GET", "/health")).text
+
+
+async def test_a_silent_cloud_is_a_trouble_and_what_waits_to_be_sent_is_counted(world):
+    await world.ready()
+    await world.clock.advance(5)
+    await world.twilio.server.refuse()
+    await world.text("hello")
+    await world.clock.advance(100)
+    health = (await world.call("GET", "/health")).body
+    assert health["sending"] == 1
+    assert any("Twilio has not answered" in trouble for trouble in health["troubles"])
+    now = await metrics(world)
+    assert now["cockpit_messages_waiting"] == {(): 1}
+    assert now["cockpit_oldest_message_seconds"][()] > 60
+    await world.twilio.server.start()
+    await world.hears("ran: hello")
+    assert not (await world.call("GET", "/health")).body["troubles"]
+
+
+# Killed and starved
+
+@pytest.mark.parametrize("fate", ["teardown", "failed set-up"])
+async def test_what_an_owner_should_hear_of_the_end_of_a_vm_survives_a_kill(world, fate):
+    await world.start()
+    if fate == "teardown":
+        vm = await world.sign_up()
+        await world.text("answered")
+        await world.hears("ran: answered")
+        gate = await world.occupies(vm, "running")
+        await world.text("waiting")
+    else:
+        gate, job = await world.begin(world.fly, "create_machine", after=True)
+        await world.text("early")
+        await world.hears("Your VM is being set up. Your text is kept.")
+    heard = world.twilio.sent_to(ANN)
+    world.twilio.fails("send", 503, times=10000)
+    if fate == "teardown":
+        assert (await world.call("DELETE", f"/provision/{vm.app}")).status in (202, 204)
+        expected = 'Your VM is gone. Not run: "running", "waiting" Sign up: https://signup.example.com'
+    else:
+        world.fly.fails("wait_machine", 400, times=10)
+        gate.open()
+        await world.clock.run(asyncio.gather(job, return_exceptions=True))
+        expected = 'Your VM could not be set up. Not run: "early"'
+    await world.clock.until(lambda: not world.fly.everything)
+    await world.clock.settle()
+    await world.crash()
+    world.twilio.heals("send")
+    await world.start()
+    await world.hears(*heard, expected)
+
+
+async def test_nothing_of_a_vm_that_is_gone_reaches_the_number_s_next_owner_after_a_kill(world):
+    vm = await world.ready()
+    world.twilio.fails("send", 503, times=10000)
+    await world.text("hello")
+    await world.clock.until(lambda: vm.ran)
+    await world.call("DELETE", f"/provision/{vm.app}")
+    await world.sign_up()
+    await world.crash()
+    world.twilio.heals("send")
+    await world.start()
+    await world.clock.advance(100)
+    assert not world.twilio.sent
+
+
+@pytest.mark.parametrize("words, answer", [
+    ("cockpit status", "Your VM is ready. Nothing is running. 0 waiting."), ("cockpit cancel", "Nothing is waiting. Nothing is running."),
+    ("cockpit restart", "Your VM is being restarted. What waits will run when it is back.")])
+async def test_an_owner_s_command_is_done_once_though_the_gateway_dies_at_once(world, words, answer):
+    await world.ready()
+    await world.clock.advance(5)
+    sid = "SM" + "c" * 32
+    assert (await world.twilio.texts(ANN, words, MessageSid=sid)).status == 200
+    await world.crash_and_restart()
+    assert (await world.twilio.texts(ANN, words, MessageSid=sid)).status == 200
+    await world.clock.advance(100)
+    assert world.twilio.sent_to(ANN) == [answer]
+    assert world.fly.count("restart_machine") == (words == "cockpit restart")
+
+
+async def test_a_list_of_more_than_20_pages_is_read_on_until_its_end(world):
+    vm = await world.ready(QUEUE_LIMIT=1000, VM_AWAY_LIMIT_S=6000)
+    await world.clock.advance(5)
+    await world.stop()
+    world.twilio.page_cap = 2
+    for n in range(50):
+        world.twilio.missed(ANN, f"missed {n}")
+    await world.start(BACKFILL_S=60)
+    await world.clock.advance(200)
+    assert sorted(vm.ran) == sorted(f"missed {n}" for n in range(50))
+
+
+async def test_fetched_texts_beyond_the_queue_s_limit_are_told_together(world):
+    vm = await world.ready(QUEUE_LIMIT=2, VM_AWAY_LIMIT_S=6000)
+    await world.clock.advance(5)
+    await world.stop()
+    vm.away = 503
+    for n in range(6):
+        world.twilio.missed(ANN, f"missed {n}")
+    await world.start(BACKFILL_S=60)
+    await world.clock.advance(100)
+    await world.returns(vm)
+    await world.clock.advance(100)
+    notices = [text for text in world.twilio.sent_to(ANN) if text.startswith("Your queue is full")]
+    assert len(notices) == 1
+    assert all(f"missed {n}" in notices[0] or f"missed {n}" in vm.ran for n in range(6))
+    await world.restart()
+    await world.clock.advance(100)
+    assert len(world.twilio.sent_to(ANN)) == len(vm.ran) + 2
+
+
+@pytest.mark.parametrize("skew", [-5, 4, 3600])
+async def test_a_gateway_whose_clock_is_wrong_sends_an_answer_once(world, skew):
+    world.twilio.skew = skew
+    vm = await world.ready()
+    await world.text("warm up")
+    await world.hears("ran: warm up")
+    world.twilio.answers_late("send", 500)
+    await world.text("hello")
+    await world.clock.until(lambda: world.twilio.count("send") >= 2)
+    await world.crash_and_restart(BACKFILL_S=60)
+    await world.clock.advance(200)
+    assert world.twilio.sent_to(ANN) == ["ran: warm up", "ran: hello"]
+    world.twilio.missed(ANN, "missed")
+    await world.clock.advance(120)
+    assert vm.ran == ["warm up", "hello", "missed"]
+
+
+async def test_a_picture_that_lies_elsewhere_is_told_of(world):
+    vm = await world.ready()
+    alone = await world.text("", NumMedia="1", MediaUrl0="https://elsewhere.example.com/x.png", MediaContentType0="image/png")
+    assert alone.said == "A picture was not passed on: its address is not Twilio's."
+    await world.text("look", NumMedia="1", MediaUrl0="https://elsewhere.example.com/x.png", MediaContentType0="image/png")
+    await world.clock.until(lambda: len(world.twilio.sent) == 2)
+    assert sorted(world.twilio.sent_to(ANN)) == ["A picture was not passed on: its address is not Twilio's.", "ran: look"]
+    path = f"/2010-04-01/Accounts/{ACCOUNT}/Messages/MM1/Media/ME1"
+    await world.text("and this", NumMedia="1", MediaUrl0="https://api.twilio.com" + path, MediaContentType0="image/png")
+    await world.clock.until(lambda: len(vm.asked) == 2)
+    assert [len(command.media) for command in vm.asked] == [0, 1]
+
+
+async def test_a_failed_command_says_so_and_a_cancelled_one_is_no_failure(world):
+    vm = await world.ready()
+    vm.answer = lambda text: {"text": "no such file", "images": [], "exitCode": 3, "durationMs": 1}
+    await world.text("cat it")
+    await world.hears("no such file\nExit code 3.")
+    vm.away = 503
+    await world.text("wait")
+    await world.text("cockpit cancel")
+    await world.clock.advance(1)
+    assert (await world.call("GET", "/events")).body["fleet"]["hour"][-1][1] == 0
+
+
+async def test_a_text_behind_a_command_that_timed_out_waits_and_says_so(world):
+    vm = await world.ready(VM_COMMAND_TIMEOUT_S=5)
+    gate = await world.occupies(vm, "slow")
+    await world.text("next")
+    await world.clock.advance(6)
+    await world.hears('No answer after 5 s; it may still be running: "slow"')
+    await world.text("cockpit queue")
+    await world.clock.until(lambda: len(world.twilio.sent) == 2)
+    assert world.twilio.sent_to(ANN)[1] == 'Waiting for the command before it.\n1. "next"'
+    gate.open()
+    await world.clock.until(lambda: vm.ran == ["slow", "next"])
+
+
+async def test_a_restart_by_text_during_a_command_ends_its_wait(world):
+    vm = await world.ready()
+    await world.clock.advance(5)
+    gate = await world.occupies(vm, "hangs")
+    await world.text("cockpit restart")
+    await world.clock.until(lambda: (world.saved["routes"][ANN].get("change") is None) and world.fly.count("restart_machine"), 60)
+    await world.clock.advance(5)
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "ready"
+    assert len(vm.asked) >= 2, "the text goes again, under its key"
+    gate.open()
+    await world.clock.until(lambda: "ran: hangs" in world.twilio.sent_to(ANN))
+    assert vm.ran == ["hangs"]
+
+
+@pytest.mark.parametrize("body, where", [(b'{"a": 1,\n "b" 2}', "line 2, column 6"), (b"\xff", "UTF-8"), (b"[]", "JSON object")])
+async def test_bad_json_is_told_with_its_place(world, body, where):
+    await world.start()
+    answer = await world.call("POST", "/provision", data=body, headers={"Content-Type": "application/json"})
+    assert (answer.status, answer.body["code"]) == (400, "malformed")
+    assert where in answer.body["detail"]
+
+
+async def test_what_is_asked_wrongly_is_told_how_to_ask(world):
+    await world.start()
+    assert "/provision" in (await world.call("GET", "/provisions")).body["detail"]
+    assert "not the API key" in (await world.call("GET", "/provision", key="wrong")).body["detail"]
+    assert "not the API key" not in (await world.call("GET", "/provision", key=None)).body["detail"]
+    unknown = await world.call("GET", "/provision?limt=3")
+    assert unknown.body["errors"][0]["field"] == "limt"
+    world.fly.fails("create_app", 401)
+    refused = await world.provision()
+    assert "FLY_API_TOKEN" in refused.body["detail"]
+    assert "request_id" not in refused.body
 
 
 # --- Page, metrics, logs ---
