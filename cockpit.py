@@ -7,7 +7,7 @@
 A text's journey: Twilio calls `POST /sms` -> its signature is checked -> the phone's route is found -> the
 text is stored (one fsync, shared) and only then answered 200 -> the VM's run lane posts it to `/command` ->
 the answer is stored -> the VM's send lane hands it to Twilio's REST API, part by part. A route comes from
-`POST /provision`: one Fly app per user, every step on disk before it is taken and undone if a later one fails.
+`POST /provision`: one Fly app per user, every step on disk before it is taken, undone if a later one fails.
 
 Sections, each knowing only those above it:
 
@@ -1203,7 +1203,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backoff:
-    """How often and how long to try again; the pause after n failures is uniform(0, min(cap, base * 2**(n-1)))."""
+    """How often and how long to try again; pause n is uniform(0, min(cap, base * 2**(n-1)))."""
 
     base_s: float = 0.5
     cap_s: float = 8.0
@@ -1804,7 +1804,7 @@ class MessageStore:
         await self._enqueue(Entry(changes=changes))
 
     async def commit_once(self, sid: str, at: float, reply: str, *changes: Change) -> str | None:
-        """The same, unless this SID was seen: then nothing is written, and the reply of that time returned."""
+        """The same, unless this SID was seen: then only the reply of that time is returned."""
         return await self._enqueue(Entry(changes=changes, sid=sid, at=at, reply=reply))
 
     async def save(self, *changes: Change) -> None:
@@ -2187,7 +2187,7 @@ COOKIES_KEPT = 200  # apps whose affinity cookies are kept
 
 
 def fly_authorization(token: str) -> str:
-    """The Authorization header: `FlyV1` for macaroons, whole comma-joined, else `Bearer` (fly-go, tokens.go)."""
+    """The Authorization header: `FlyV1` for macaroons, comma-joined, else `Bearer` (fly-go, tokens.go)."""
     token = token.strip()
     while token.lower().startswith(("bearer ", "flyv1 ")):
         token = token.split(" ", 1)[1].strip()
@@ -2272,7 +2272,7 @@ def image_by_digest(reference: Json) -> str:
 
 
 def kind_of_address(address: Json) -> str:
-    """Fly does not reliably return a type: Flycast starts with fdaa:, shared ones say so (fly-go, IsFlycast)."""
+    """Fly does not reliably tell a type: Flycast starts with fdaa: (fly-go, IsFlycast)."""
     ip = str(address.get("ip") or "")
     if ip.startswith("fdaa:"):
         return "private_v6"
@@ -2302,6 +2302,10 @@ class Pace:
         if pause_s > 0:
             # The margin covers a clock that runs a little apart from Fly's.
             await self._clock.sleep(pause_s + 0.02)
+
+
+def ignore(answer: Any) -> None:
+    """For calls whose answer tells nothing that is needed."""
 
 
 class FlyClient:
@@ -2340,7 +2344,7 @@ class FlyClient:
         query: Mapping[str, str] | None = None,
         timeout_s: float = 30,
         hide: Iterable[str] = (),
-        parse: Callable[[Any], T],
+        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
     ) -> T:
         """One request, its answer read by `parse`; raises UpstreamError."""
         await self._pace.wait(action, identifier)
@@ -2377,17 +2381,21 @@ class FlyClient:
             self._refusal_logged_at = now
             log_error("fly_refuses_us", error=self.trouble)
 
-    async def _repeat(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def _again(self, *call: Any, **more: Any) -> Any:
         """For calls that may be made twice: GETs, idempotent writes."""
-        return await retry(call, self.backoff, self._clock)
-
-    async def _read(self, path: str, action: str, identifier: str = "", **more: Any) -> Any:
-        return await self._repeat(lambda: self._call("GET", path, action, identifier, **more))
+        return await retry(lambda: self._call(*call, **more), self.backoff, self._clock)
 
     async def _make_once(
-        self, create: Callable[[], Awaitable[T]], find: Callable[[], Awaitable[T | None]]
+        self,
+        path: str,
+        action: str,
+        identifier: str,
+        body: Json,
+        parse: Callable[[Any], T],
+        find: Callable[[], Awaitable[T | None]],
+        timeout_s: float = 60,
     ) -> T:
-        """Make what has no idempotency key exactly once: after an unknown outcome it is looked for first."""
+        """POST what has no idempotency key exactly once: after an unknown outcome it is looked for."""
 
         async def look() -> T | None:
             for pause_s in (0.2, 1.0):  # lists lag behind writes
@@ -2399,40 +2407,34 @@ class FlyClient:
         def is_worth_repeating(error: UpstreamError) -> bool:
             return is_unavailable(error) and error.code != NO_CAPACITY
 
-        return await retry(create, self.backoff, self._clock, when=is_worth_repeating, find=look)
+        more: Json = {"body": body, "parse": parse, "timeout_s": timeout_s}
+        return await retry(
+            lambda: self._call("POST", path, action, identifier, **more),
+            self.backoff,
+            self._clock,
+            when=is_worth_repeating,
+            find=look,
+        )
 
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; one of that name that is ours counts. Raises NameTaken."""
+        """Create the app on a network named after it; ours of that name counts. Raises NameTaken."""
         self._cookies_of.append(app)
         if len(self._cookies_of) > COOKIES_KEPT:  # those of apps long made would only pile up
             self._forget_cookies(self._cookies_of.popleft())
         body = {"name": app, "org_slug": self._settings.org, "network": app}
-
-        async def create() -> None:
-            try:
-                # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
-                await self._call(
-                    "POST",
-                    "/apps",
-                    "create app",
-                    body=body,
-                    query={"wait": "true"},
-                    timeout_s=60,
-                    parse=ignore,
-                )
-            except UpstreamUnreadable:
-                return
-            except UpstreamRejected as error:
-                is_taken = (
-                    error.code == "name_taken" or "already been taken" in error.detail.lower()
-                )
-                if not is_taken and error.status != HTTPStatus.CONFLICT:
-                    raise
-                await self._check_ours(app, error)
-
-        await self._repeat(create)
+        # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
+        query = {"wait": "true"}
+        try:
+            await self._again("POST", "/apps", "create app", body=body, query=query, timeout_s=60)
+        except UpstreamUnreadable:
+            return
+        except UpstreamRejected as error:
+            is_taken = error.code == "name_taken" or "already been taken" in error.detail.lower()
+            if not is_taken and error.status != HTTPStatus.CONFLICT:
+                raise
+            await self._check_ours(app, error)
 
     def _forget_cookies(self, app: str) -> None:
         ending = f"/apps/{app}"
@@ -2442,8 +2444,7 @@ class FlyClient:
 
     async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
         """Made a moment ago by a call whose answer was lost, it may not be visible yet. Raises NameTaken."""
-        other = f"the name {app} is taken by somebody else"
-        name_taken = NameTaken("fly", "create app", other, status=taken.status)
+        name_taken = NameTaken("fly", "create app", f"the name {app} is taken by somebody else")
         try:
             found = await retry(
                 lambda: self.get_app(app),
@@ -2468,7 +2469,7 @@ class FlyClient:
             return {str(app["name"]) for app in answer["apps"]}
 
         query = {"org_slug": self._settings.org}
-        return set(await self._read("/apps", "list apps", query=query, parse=names))
+        return set(await self._again("GET", "/apps", "list apps", query=query, parse=names))
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
@@ -2483,19 +2484,13 @@ class FlyClient:
     async def delete_app(self, app: str) -> bool:
         """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
         path, query = f"/apps/{quote(app)}", {"force": "true"}
-
-        async def delete() -> bool:
-            try:
-                await self._call(
-                    "DELETE", path, "delete app", app, query=query, timeout_s=60, parse=ignore
-                )
-            except UpstreamNotFound:
-                return False
-            except UpstreamUnreadable:
-                return True
+        try:
+            await self._again("DELETE", path, "delete app", app, query=query, timeout_s=60)
+        except UpstreamNotFound:
+            return False
+        except UpstreamUnreadable:
             return True
-
-        return await self._repeat(delete)
+        return True
 
     # Secrets, addresses, volumes
 
@@ -2505,38 +2500,30 @@ class FlyClient:
         def version(answer: Any) -> int:
             return int(answer.get("version") or answer["Version"])
 
-        return await self._repeat(
-            lambda: self._call(
-                "POST",
-                f"/apps/{quote(app)}/secrets",
-                "set secrets",
-                app,
-                body={"values": dict(values)},
-                hide=values.values(),
-                parse=version,
-            )
-        )
+        path, body = f"/apps/{quote(app)}/secrets", {"values": dict(values)}
+        more: Json = {"body": body, "hide": values.values(), "parse": version}
+        return int(await self._again("POST", path, "set secrets", app, **more))
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
         path = f"/apps/{quote(app)}/ip_assignments"
         body = {"type": kind} | ({"network": network} if network else {})
 
-        def find(answer: Any) -> bool | None:
-            kinds = [kind_of_address(address) for address in answer["ips"]]
-            return kind in kinds or None
+        def is_there(answer: Any) -> bool | None:
+            return kind in [kind_of_address(address) for address in answer["ips"]] or None
 
-        await self._make_once(
-            lambda: self._call(
-                "POST", path, "allocate address", app, body=body, timeout_s=60, parse=lambda _: True
-            ),
-            lambda: self._read(path, "list addresses", app, parse=find),
-        )
+        async def find() -> bool | None:
+            there: bool | None = await self._again(
+                "GET", path, "list addresses", app, parse=is_there
+            )
+            return there
+
+        await self._make_once(path, "allocate address", app, body, lambda _: True, find)
 
     async def ensure_volume(
         self, app: str, region: str, size_gb: int, guest: Json
     ) -> tuple[str, str]:
-        """Create the volume a machine's /data lives on, beside room for `guest`; returns its id and region."""
+        """Create the volume for /data, beside room for `guest`; returns its id and region."""
         path = f"/apps/{quote(app)}/volumes"
         body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
 
@@ -2545,49 +2532,43 @@ class FlyClient:
                 raise ValueError("no id")
             return answer["id"], str(answer.get("region") or region)
 
-        def find(answer: Any) -> tuple[str, str] | None:
-            for listed in answer:
-                is_ours = listed.get("name") == "data" and listed.get("region") == region
-                if is_ours and "destroy" not in str(listed.get("state")):
-                    return volume(listed)
-            return None
+        def ours(answer: Any) -> list[tuple[str, str]]:
+            listed = [v for v in answer if (v.get("name"), v.get("region")) == ("data", region)]
+            return [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
 
-        return await self._make_once(
-            lambda: self._call(
-                "POST", path, "create volume", app, body=body, timeout_s=60, parse=volume
-            ),
-            lambda: self._read(path, "list volumes", app, parse=find),
-        )
+        async def find() -> tuple[str, str] | None:
+            found = await self._again("GET", path, "list volumes", app, parse=ours)
+            return found[0] if found else None
+
+        return await self._make_once(path, "create volume", app, body, volume, find)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
         path = f"/apps/{quote(app)}/volumes/{quote(volume_id)}"
         with contextlib.suppress(UpstreamNotFound):
-            await self._repeat(
-                lambda: self._call("DELETE", path, "delete volume", app, parse=ignore)
-            )
+            await self._again("DELETE", path, "delete volume", app)
 
     # Machines
 
     @staticmethod
-    def _machine_path(app: str, machine_id: str) -> str:
-        return f"/apps/{quote(app)}/machines/{quote(machine_id)}"
+    def _path(app: str, machine_id: str, verb: str = "") -> str:
+        return f"/apps/{quote(app)}/machines/{quote(machine_id)}{verb}"
 
     async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
         """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
         path = f"/apps/{quote(app)}/machines"
 
-        def find(answer: Any) -> Machine | None:
-            machines = map(parse_machine, answer)
-            ours = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
+        def machines(answer: Any) -> list[Machine]:
+            return [parse_machine(entry) for entry in answer]
+
+        async def find() -> Machine | None:
+            listed: list[Machine] = await self._again(
+                "GET", path, "list machines", app, parse=machines
+            )
+            ours = (m for m in listed if m.metadata.get("cockpit_launch") == launch_id)
             return next(ours, None)
 
-        return await self._make_once(
-            lambda: self._call(
-                "POST", path, "create machine", app, body=request, timeout_s=90, parse=parse_machine
-            ),
-            lambda: self._read(path, "list machines", app, parse=find),
-        )
+        return await self._make_once(path, "create machine", app, request, parse_machine, find, 90)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
         """The organisation's machines (without host status), and the regions that Fly could not ask."""
@@ -2603,76 +2584,57 @@ class FlyClient:
 
         while True:
             query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
+            more: Json = {"query": query, "timeout_s": 60, "parse": page}
             # A page may be short, or even empty, while more follow.
-            following = await self._read(
-                path, "list org machines", query=query, timeout_s=60, parse=page
-            )
+            following = await self._again("GET", path, "list org machines", **more)
             if not following:
                 return machines, sorted(missing)
             if following in cursors:
-                raise UpstreamUnreadable(
-                    "fly", "list org machines", "a list that goes round in circles"
-                )
+                raise UpstreamUnreadable("fly", "list org machines", "a list that goes in circles")
             cursors.append(following)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
-        path = self._machine_path(app, machine_id)
-        machine: Machine = await self._read(path, "get machine", machine_id, parse=parse_machine)
-        return replace(machine, app=app)
+        path = self._path(app, machine_id)
+        found: Machine = await self._again(
+            "GET", path, "get machine", machine_id, parse=parse_machine
+        )
+        return replace(found, app=app)
 
     async def start_machine(self, app: str, machine_id: str) -> None:
         """One attempt: the state is read again before another."""
-        path = self._machine_path(app, machine_id) + "/start"
-        await self._call("POST", path, "start machine", machine_id, parse=ignore)
+        await self._call("POST", self._path(app, machine_id, "/start"), "start machine", machine_id)
 
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in RESTING:
             return await self.start_machine(app, machine.id)
-        path = self._machine_path(app, machine.id) + "/restart"
-        query = {"timeout": "30s"}
-        return await retry(
-            lambda: self._call(
-                "POST", path, "restart machine", machine.id, query=query, timeout_s=90, parse=ignore
-            ),
-            self.backoff,
-            self._clock,
-            when=is_surely_undone,
-        )
+        path, query = self._path(app, machine.id, "/restart"), {"timeout": "30s"}
+        call = functools.partial(self._call, "POST", path, "restart machine", machine.id)
+        restart = functools.partial(call, query=query, timeout_s=90)
+        await retry(restart, self.backoff, self._clock, when=is_surely_undone)
+        return None
 
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
     ) -> Machine:
-        """Replace the whole config, which restarts it; after an unknown outcome another version is ours."""
+        """Replace the whole config, which restarts it; another version after an unknown outcome is ours."""
         body: Json = {"config": config, "min_secrets_version": secrets_version}
         if machine.instance_id:
             body["current_version"] = machine.instance_id
-        path = self._machine_path(app, machine.id)
 
         async def find() -> Machine | None:
             found = await self.get_machine(app, machine.id)
             return found if found.instance_id != machine.instance_id else None
 
+        path = self._path(app, machine.id)
         return await self._make_once(
-            lambda: self._call(
-                "POST",
-                path,
-                "update machine",
-                machine.id,
-                body=body,
-                timeout_s=90,
-                parse=parse_machine,
-            ),
-            find,
+            path, "update machine", machine.id, body, parse_machine, find, 90
         )
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
-        path = f"{self._machine_path(app, machine_id)}/metadata/{quote(name)}"
-        body = {"value": value}
-        await self._repeat(
-            lambda: self._call("POST", path, "set metadata", machine_id, body=body, parse=ignore)
-        )
+        path = self._path(app, machine_id, f"/metadata/{quote(name)}")
+        await self._again("POST", path, "set metadata", machine_id, body={"value": value})
 
     async def wake(self, app: str, machine_id: str) -> None:
         """Start the machine if it is stopped or suspended; raises UpstreamError."""
@@ -2690,43 +2652,31 @@ class FlyClient:
         instance_id: str = "",
         after_event: str = "",
     ) -> bool:
-        """Wait until it is started, in that version, after that event; False when Fly's wait ran out (1 to 60 s)."""
+        """Wait until it is started, in that version, after that event; False when the wait ran out (1-60 s)."""
         query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))}
         if instance_id:
             query["version"] = instance_id
         if after_event:
             query["from_event_id"] = after_event
-        path = self._machine_path(app, machine_id) + "/wait"
+        call = functools.partial(
+            self._call, "GET", self._path(app, machine_id, "/wait"), "wait for machine", machine_id
+        )
 
         async def wait() -> bool:
             try:
-                await self._call(
-                    "GET",
-                    path,
-                    "wait for machine",
-                    machine_id,
-                    query=query,
-                    timeout_s=75,
-                    parse=ignore,
-                )
+                await call(query=query, timeout_s=75)
             except UpstreamUnavailable as error:
                 if error.status == HTTPStatus.REQUEST_TIMEOUT:
                     return False
                 raise
             return True
 
-        return await self._repeat(wait)
+        return await retry(wait, self.backoff, self._clock)
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
-        tokens: list[Json] = await self._call(
-            "GET", "/tokens/current", "read token", parse=lambda answer: list(answer["tokens"])
-        )
-        return tokens
-
-
-def ignore(answer: Any) -> None:
-    """For calls whose answer tells nothing that is needed."""
+        answer = await self._call("GET", "/tokens/current", "read token", parse=dict)
+        return list(answer.get("tokens") or [])
 
 
 # --- Twilio ---
@@ -2810,7 +2760,7 @@ def is_signed(
 
 
 def parse_form(raw: bytes) -> list[tuple[str, str]]:
-    """A form's decoded fields in order, blank ones kept; raises ValueError when it is not UTF-8 or too much."""
+    """A form's decoded fields in order, blank ones kept; raises ValueError."""
     text = raw.decode()
     fields = {"keep_blank_values": True, "max_num_fields": 1000}
     return parse_qsl(text, errors="strict", **fields)  # type: ignore[arg-type]
@@ -2862,7 +2812,7 @@ def utf16_units(text: str) -> int:
 
 
 def cut_within(text: str, start: int, units: int) -> int:
-    """Where to cut `text[start:]` to fit: behind a line end, else a word, in the second half, else anywhere."""
+    """Where to cut `text[start:]` to fit: behind a line end, else a word, else anywhere."""
     end = min(len(text), start + units)
     while (excess := utf16_units(text[start:end]) - units) > 0:
         end -= (excess + 1) // 2
@@ -2877,7 +2827,7 @@ def cut_within(text: str, start: int, units: int) -> int:
 
 
 def split_text(text: str) -> list[str]:
-    """Parts of at most 1,600 UTF-16 units, numbered `(1/3) `; of more than 8 the last says what is left out."""
+    """Parts of at most 1,600 UTF-16 units, numbered `(1/3) `; the eighth says what is left out."""
     if len(text) <= PART_UNITS and utf16_units(text) <= PART_UNITS:
         return [text]
     parts: list[str] = []
@@ -2936,7 +2886,7 @@ final 30007: filtered as spam by Twilio or the carrier; see the message in Twili
 final 30410: the carrier did not answer in time; it may have arrived
 final 30023 30027: T-Mobile's daily limit is used up until midnight Pacific time; raise the trust score
 final 30032: the toll-free number is not verified; verify it in Twilio's console
-final 30034 30035: the number is not registered for texts in the US (A2P 10DLC); register it in Twilio's console
+final 30034 30035: the number is not registered for texts in the US (A2P 10DLC); register it at Twilio
 final 30036: it waited too long in Twilio's queue
 final 30450: Twilio's SMS pumping protection blocked it; look into it before texting on
 final 63016: WhatsApp allows answers only within 24 h of the owner's last text; they should text first
@@ -3081,7 +3031,7 @@ class TwilioClient:
         self.sent_sids.put(sid, None, self._clock.monotonic())
 
     async def create(self, sms: Sms) -> str:
-        """Hand one message to Twilio, one attempt; returns its SID, empty when the answer was not readable."""
+        """Hand one message to Twilio, one attempt; returns its SID, or nothing if that was unreadable."""
         try:
             answer = await self._ask(
                 "create message", self._messages, method="POST", data=sms.form()
@@ -3223,7 +3173,7 @@ class TwilioClient:
 
     @contextlib.asynccontextmanager
     async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A picture that a phone sent. Our credentials go to Twilio's own address, never where it redirects."""
+        """A picture that a phone sent. Our credentials go to Twilio itself, never where it redirects."""
         url = URL(self._settings.api_url + path, encoded=True)
         headers = {"Authorization": self._headers["Authorization"]}
         for _ in range(5):
@@ -3318,7 +3268,7 @@ def parse_answer(raw: bytes | None) -> Answer:
 
 
 class VmClient:
-    """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects, bounded reads.
+    """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects.
 
     Its session makes a new connection for each call: a kept one is only something to flood.
     """
@@ -3669,7 +3619,7 @@ class Blueprint:
         self.host = urlsplit(settings.gateway.public_url).netloc
 
     def config(self, metadata: Mapping[str, str], volume_id: str) -> Json:
-        """A machine's config: restarted always, one service on port 3000, kept open through a long command."""
+        """A machine's config: restarted always, one service, kept open through a long command."""
         vm, limits = self._settings.vm, self._settings.limits
         # Fly's proxy may cut a connection that is silent for 60 s.
         options = {"idle_timeout": int(limits.vm_command_timeout_s) + 60}
@@ -3852,7 +3802,7 @@ class Provisioning:
         return changed
 
     async def run(self) -> Route:
-        """Take all steps, each noted and timed; raises what a step raises, TimeoutError when all take too long."""
+        """Take all steps, each noted and timed; raises what a step raises, or TimeoutError."""
         async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
             await self.routes.commit()
             for name in self.STEPS:
@@ -4337,8 +4287,9 @@ Anything else goes to your VM."""
 COMMAND = re.compile(r"\s*cockpit (status|restart|queue|cancel|help)\s*", re.IGNORECASE)
 # Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
 # sender is opted out.
+STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
 KEYWORDS = {
-    **dict.fromkeys("STOP STOPALL UNSUBSCRIBE CANCEL END QUIT REVOKE OPTOUT".split(), "STOP"),
+    **dict.fromkeys(STOP_WORDS, "STOP"),
     **dict.fromkeys(("START", "UNSTOP", "YES"), "START"),
     **dict.fromkeys(("HELP", "INFO"), "HELP"),
 }
@@ -4483,7 +4434,7 @@ class Outbound:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class VmState:
-    """What is known of one VM, and what is on its way to and from it. What `KEPT` names outlives a restart."""
+    """What is known of one VM, and what is on its way; what `KEPT` names outlives a restart."""
 
     vm_id: str
     phone: str  # empty while no route tells it
@@ -4576,9 +4527,9 @@ def words_of(answer: Answer) -> list[str]:
 
 
 def deadline(text: Text, vm: VmState, began: float, limit_s: float) -> float:
-    """Until when a text waits for its VM (wall clock): from its arrival, or from its cut if it may have reached it.
+    """Until when a text waits for its VM (wall clock): from its arrival or its cut.
 
-    `began`: the gateway's start. A restart of it is not a cut: what was handed over before waits from then on.
+    `began`: the gateway's start, which is no cut: what was handed over before waits from then on.
     """
     since = (text.dropped_at or began) if text.may_have_reached else text.arrived
     return max(since, vm.answered_at) + limit_s
@@ -4955,7 +4906,7 @@ class Runner:
                     await asyncio.wait({vm.runner})
 
     async def resume(self, vm: VmState, *, answered_at: float = 0.0) -> None:
-        """Go on with a VM; `answered_at` (wall clock): when it was seen well, what it ran before is cut off."""
+        """Go on with a VM; `answered_at`: it was restarted and well then, what it ran is cut off."""
         if answered_at:
             await self.stop(vm)
             vm.answered_at = max(vm.answered_at, answered_at)
@@ -5102,7 +5053,7 @@ class Runner:
             await self.sender.notify(vm, VM_AWAY, vm.put(), text=text)
 
     async def _wait_for_return(self, vm: VmState, route: Route, text: Text) -> bool:
-        """Until the VM answers /health; False when the text's time ran out first, or the VM is being changed."""
+        """Until the VM answers /health; False when the text's time ran out, or the VM is being changed."""
         while vm.waiting and vm.waiting[0] is text and not vm.is_paused:
             left_s = self._deadline(vm, text) - self.clock.now()
             if left_s <= 0:
@@ -5116,7 +5067,7 @@ class Runner:
         return False
 
     def _ask_fly(self, vm: VmState, route: Route) -> None:
-        """A machine that rests does not come back by itself. Fly may take minutes to say: nobody waits for it."""
+        """A machine that rests does not come back by itself. Fly may take minutes: nobody waits for it."""
         now = self.clock.monotonic()
         if now - vm.asked_fly_at < ASK_FLY_EVERY_S or vm.waker is not None:
             return
@@ -5152,7 +5103,7 @@ class Runner:
         return deadline(text, vm, self.state.began, self.settings.limits.vm_away_limit_s)
 
     async def _expire(self, vm: VmState) -> None:
-        """The first text's time is over; those behind it are judged in the same moment and share the notice."""
+        """The first text's time is over; those behind it are judged at once and share the notice."""
         first, now = vm.waiting[0], self.clock.now()
         if first.may_have_reached:
             notice = about(NO_ANSWER, first, s=self.settings.limits.vm_away_limit_s)
@@ -5166,7 +5117,7 @@ class Runner:
 
 @dataclass(kw_only=True, eq=False)
 class OwnerCommands:
-    """What an owner asks the gateway itself, by text: answered at once, past the run lane, with the VM dead too."""
+    """What an owner asks the gateway itself, by text: answered at once, with the VM dead too."""
 
     clock: Clock
     routes: RouteStore
@@ -5621,7 +5572,7 @@ class Relay:
                 self.state.retire(vm)
 
     async def drain(self) -> None:
-        """Take in and hand over nothing more; wait for what is in a VM's or Twilio's hands (bounded by the caller)."""
+        """Take in and hand over nothing more; wait for what is out (bounded by the caller)."""
         self.state.is_draining = True
         for vm in self.vms.values():
             if vm.runner is not None and not vm.is_handing_over:
@@ -5664,7 +5615,7 @@ class Relay:
     async def accept_vm_message(
         self, vm_id: str, phone: str, words: str, images: Sequence[str]
     ) -> str:
-        """A VM texts its own owner; returns the message's id once it is stored. Raises Refusal and StoreError."""
+        """A VM texts its own owner; returns the message's id. Raises Refusal and StoreError."""
         vm, parts = self.state.vm(vm_id, phone), split_text(words) if words else []
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
@@ -5725,7 +5676,7 @@ class Relay:
 
 @dataclass(kw_only=True, eq=False)
 class Backfill:
-    """Fetches texts that arrived while nobody listened from Twilio's list, and hands them in at the same door."""
+    """Fetches texts that arrived while nobody listened, and hands them in at the same door."""
 
     settings: Settings
     clock: Clock
@@ -5769,7 +5720,9 @@ class Backfill:
             log_warning("backfill_failed", error=str(error))
         else:
             is_read = not any(self.unread.values())
-            if is_read and not self.state.closed_because:  # else routes are missing by which texts are known
+            if (
+                is_read and not self.state.closed_because
+            ):  # else routes are missing by which texts are known
                 self.long_at = began if is_long else self.long_at
                 self._set_mark(until)
 
@@ -5999,7 +5952,7 @@ class VmChanges:
         await self._wait_until_ready(vm_id, machine, machine.last_event)
 
     async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
-        """Set secrets, ours renewed among them, and send the whole config back: a VM reads them as it boots."""
+        """Set secrets, ours renewed, and send the whole config back: a VM reads them as it boots."""
         vm_id = change.vm_id
         machine, route = await self._machine(vm_id), self._route(vm_id)
         values = {**change.credentials, **self.blueprint.own_secrets(vm_id)}
@@ -6021,7 +5974,7 @@ class VmChanges:
             await self.readiness.wait_healthy(self._route(vm_id))
 
     async def _upgrade(self, change: VmChange) -> None:
-        """Move to the present VM_IMAGE; the image to go back to, the very build if the tag is the same, is on disk."""
+        """Move to the present VM_IMAGE; what to go back to, the very build if tags are equal, is on disk."""
         image = self.settings.vm.image
         before = await self._machine(change.vm_id)
         old = before.image if before.image != image else before.build or image
@@ -6099,7 +6052,7 @@ class Action(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What a sweep concludes: actions, what was seen once (to be acted on if it stays), and what to report."""
+    """What a sweep concludes: actions, what was seen (to be acted on if it stays), what to report."""
 
     actions: list[Action]
     seen: set[tuple[str, str]]
@@ -6384,7 +6337,7 @@ class Reconciler:
         await self.relay.vm_ready(route.vm_id)
 
     async def _give_up(self, phone: str, route: Route) -> None:
-        """A VM that Fly, asked for it, does not know either is gone: its owner is told once, its number is free."""
+        """A VM that Fly, asked for it, does not know is gone: its owner is told once."""
         try:
             machine = await self.fly.get_machine(route.vm_id, route.machine_id)
             if machine.state != "destroyed" or not machine.host_ok:
@@ -6402,7 +6355,7 @@ class Reconciler:
 
 @dataclass(kw_only=True, eq=False)
 class Adoption:
-    """A start without routes may be a lost disk: what Fly holds for our host and proves whose it is is adopted."""
+    """A start without routes may be a lost disk: what proves at Fly that it is ours is adopted."""
 
     settings: Settings
     clock: Clock
@@ -6590,7 +6543,11 @@ def refusal_for_request(error: Exception) -> Refusal:
         return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
     if isinstance(error, web.HTTPException):
         code = {404: "not_found", 413: "too_large"}.get(error.status, "malformed")
-        paths = f"there is no such path; there are {PATHS}" if error.status == HTTPStatus.NOT_FOUND else ""
+        paths = (
+            f"there is no such path; there are {PATHS}"
+            if error.status == HTTPStatus.NOT_FOUND
+            else ""
+        )
         return Refusal(code, paths or error.text or error.reason)
     return refusal_for(error)
 
@@ -6657,7 +6614,9 @@ def require_key(request: web.Request) -> None:
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
         is_given = bearer_of(request) or "X-API-Key" in request.headers
         fault = "this is not the API key; " if is_given else ""
-        raise unauthorized(f"{fault}send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        raise unauthorized(
+            f"{fault}send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+        )
 
 
 # Bodies
@@ -6969,8 +6928,12 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
         raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
-    if not all(map(MESSAGE_SID.fullmatch, sids)) or not all(FIELD_NAME.fullmatch(name) for name, _ in pairs):
-        raise Refusal("bad_signature", "signed, but its fields are not named or numbered as Twilio does")
+    if not all(map(MESSAGE_SID.fullmatch, sids)) or not all(
+        FIELD_NAME.fullmatch(name) for name, _ in pairs
+    ):
+        raise Refusal(
+            "bad_signature", "signed, but its fields are not named or numbered as Twilio does"
+        )
     if ("AccountSid", twilio.account_sid) not in pairs:
         raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
@@ -7147,8 +7110,14 @@ async def get_metrics(request: web.Request) -> web.Response:
             "Age of the text that waits longest.",
             {"": relay.oldest_waiting_s()},
         ),
-        Gauge("messages_waiting", "Messages to be sent, not yet taken by Twilio.", {"": relay.sending()}),
-        Gauge("oldest_message_seconds", "Age of the oldest of them.", {"": relay.oldest_sending_s()}),
+        Gauge(
+            "messages_waiting",
+            "Messages to be sent, not yet taken by Twilio.",
+            {"": relay.sending()},
+        ),
+        Gauge(
+            "oldest_message_seconds", "Age of the oldest of them.", {"": relay.oldest_sending_s()}
+        ),
         Gauge("troubles", "Troubles that /health names.", {"": len(alerts(gateway))}),
         Gauge("draining", "1 while shutting down.", {"": relay.is_draining}),
     ]
@@ -7959,6 +7928,7 @@ followThread();
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
+DIRECTIONS = {"inbound": "in", "note": "note"}
 FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
 ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
 
@@ -8011,7 +7981,7 @@ def choose_port(wanted: int = 0) -> int:
 
 
 def end_session(leader: int) -> None:
-    """End a process and whatever it started; an agent has a group of its own in the VM's session (blocking)."""
+    """End a process and whatever it started in its session, agents too (blocking)."""
     signal_group(leader, signal.SIGKILL)
     for stat in Path("/proc").glob("[0-9]*/stat"):  # elsewhere than on Linux the VM itself must do
         with contextlib.suppress(OSError, IndexError):
@@ -8166,7 +8136,7 @@ class LocalFly:
     async def answer(
         self, call: Callable[[Asked], Awaitable[Any]], request: web.Request
     ) -> web.Response:
-        """Each call: authorized, about an app and a machine that exist, kept on disk before it is answered."""
+        """Each call: authorized, about what exists, kept on disk before it is answered."""
         if request.headers.get("Authorization") != self.authorization:
             return web.json_response({"error": "unauthorized"}, status=401)
         names = request.match_info
@@ -8381,7 +8351,7 @@ class LocalFly:
 
 
 class LocalTwilio:
-    """A stand-in for Twilio that speaks HTTP: takes messages over REST, signs and delivers texts, keeps the threads."""
+    """A stand-in for Twilio that speaks HTTP: takes messages, signs and delivers texts, keeps threads."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -8503,11 +8473,31 @@ class LocalTwilio:
         ):
             document = await answer.text()
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
+        is_known = str(sender) in request.app[GATEWAY].routes.routes
+        if note := self.note(str(words), is_known=is_known or bool(replies)):
+            await self.record("note", twilio.phone_number, str(sender), note)
         for reply in replies if answer.status == 200 else ():
             await self.record(
                 "outbound-reply", twilio.phone_number, str(sender), html.unescape(reply)
             )
         return json_response({"sid": message["sid"], "webhook_status": answer.status}, status=201)
+
+    def note(self, words: str, *, is_known: bool) -> str:
+        """What a phone would read of Twilio itself, or why it reads nothing."""
+        if (
+            word := KEYWORDS.get(words.strip().upper(), "")
+            if words.strip().upper() != "YES"
+            else ""
+        ):
+            answers = {
+                "STOP": "You have successfully been unsubscribed. Reply START to resubscribe.",
+                "START": "You have successfully been re-subscribed.",
+                "HELP": "Reply STOP to unsubscribe.",
+            }
+            return f"Twilio itself answers {word}, such as: {answers[word]}"
+        if is_known or self.settings.gateway.onboarding_url:
+            return ""
+        return "Nothing is said: this number has no VM, and ONBOARDING_URL is not set."
 
     async def show_thread(self, request: web.Request) -> web.Response:
         """One phone's thread, both directions, oldest first."""
@@ -8516,7 +8506,7 @@ class LocalTwilio:
         names = ("sid", "from", "to", "body", "media")
         texts = [
             {name: message[name] for name in names}
-            | {"direction": "in" if message["direction"] == "inbound" else "out"}
+            | {"direction": DIRECTIONS.get(message["direction"], "out")}
             | {"at": utc_seconds(listed_at(message) or 0)}
             for message in self.messages
             if phone in (message["from"], message["to"])
@@ -8525,7 +8515,7 @@ class LocalTwilio:
 
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
-    """The stand-ins for whichever cloud is not configured; call it after the gateway's own context, which holds the lock."""
+    """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
     stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
         stand_ins.append(LocalFly(settings))
@@ -8861,7 +8851,7 @@ def leave_out_the_request(record: logging.LogRecord) -> bool:
 
 
 def raise_file_limit() -> None:
-    """Every command in flight holds a connection: take all the descriptors we may have, and say when they are few."""
+    """Every command in flight holds a connection: take all the descriptors we may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -8956,7 +8946,7 @@ def print_banner(settings: Settings) -> None:
 
 
 class Doctor:
-    """Looks at what the gateway depends on and says of each `ok` or what to do; takes no lock, changes nothing."""
+    """Looks at what the gateway depends on and says of each `ok` or what to do; changes nothing."""
 
     def __init__(self, settings: Settings, sessions: Sessions) -> None:
         clock = Clock()
