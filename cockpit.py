@@ -3236,6 +3236,10 @@ class MeteredSocket(socket.socket):
             raise ConnectionAbortedError(errno.ECONNABORTED, "more than an answer may be")
 
 
+def metered_socket(address: tuple[Any, ...]) -> socket.socket:
+    return MeteredSocket(*address[:3])
+
+
 class Answer(NamedTuple):
     """What a VM said to a command, as far as it could be understood."""
 
@@ -6486,24 +6490,55 @@ PATHS = "/provision, /sms, /messages, /media, /health, /metrics, / and /events"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(eq=False)
 class Gateway:
-    """The running parts, as handlers reach them."""
+    """The running parts, as handlers reach them: those given, then those made of them."""
 
     settings: Settings
     clock: Clock
+    metrics: Metrics
     keyring: Keyring
     routes: RouteStore
     messages: MessageStore
     fly: FlyClient
     twilio: TwilioClient
     vms: VmClient
-    relay: Relay
-    provisioner: Provisioner
-    changes: VmChanges
-    reconciler: Reconciler
     tasks: Tasks
-    metrics: Metrics
+    changes: VmChanges = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = RelayState(self.messages, self.clock, self.routes)
+        self.sender = self._make(Sender)
+        self.runner = self._make(Runner, wake=self.fly.wake)
+        self.commands = self._make(
+            OwnerCommands, check_restart=self._check_restart, restart=self._restart
+        )
+        self.inbox = self._make(Inbox)
+        self.reports = self._make(DeliveryReports)
+        self.relay = self._make(Relay, command_timeout_s=self.vms.command_timeout_s)
+        self.backfill = self._make(Backfill)
+        self.blueprint = Blueprint(self.settings, self.keyring, self.routes)
+        self.readiness = self._make(Readiness)
+        self.undo = self._make(Undo)
+        self.changes = self._make(VmChanges)
+        self.provisioner = self._make(
+            Provisioner, on_ready=self.relay.vm_ready, on_gone=self.changes.vm_gone
+        )
+        self.reconciler = self._make(Reconciler)
+        self.adoption = self._make(Adoption)
+
+    # For the relay, which is made before `changes`.
+
+    def _check_restart(self, vm_id: str) -> None:
+        self.changes.check(vm_id)
+
+    async def _restart(self, vm_id: str) -> None:
+        await self.changes.begin_restart(vm_id)
+
+    def _make(self, part: type[T], **more: Any) -> T:
+        """A part, given those made so far that its fields name, and `more`."""
+        names = part.__annotations__.keys() & vars(self)
+        return part(**{name: getattr(self, name) for name in names}, **more)
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
@@ -8529,232 +8564,133 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 # --- Assembly ---
 
 FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
-LEAST_FREE_BYTES = 100 * 1024 * 1024
 TWILIO_CONNECTIONS = 1000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sessions:
-    """aiohttp's sessions, one for each whom we call; those named fresh make a connection for each request."""
+async def open_session(
+    stack: contextlib.AsyncExitStack, limit: int, *, is_fresh: bool = False, **more: Any
+) -> aiohttp.ClientSession:
+    """A client session that ends with `stack`; a fresh one makes a connection for each request."""
+    connector = aiohttp.TCPConnector(
+        limit=limit, force_close=is_fresh, socket_factory=more.pop("socket_factory", None)
+    )
+    more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
+    session = aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
+    return await stack.enter_async_context(session)
 
-    fly: aiohttp.ClientSession
-    fly_fresh: aiohttp.ClientSession
-    twilio: aiohttp.ClientSession
-    twilio_fresh: aiohttp.ClientSession
-    vms: aiohttp.ClientSession
 
-
-@contextlib.asynccontextmanager
-async def open_sessions() -> AsyncIterator[Sessions]:
+async def open_clouds(
+    stack: contextlib.AsyncExitStack, settings: Settings, clock: Clock, metrics: Metrics
+) -> tuple[FlyClient, TwilioClient]:
     # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
     # bare addresses.
     cookies = aiohttp.CookieJar(unsafe=True)
+    fly = FlyClient(
+        await open_session(stack, 100, cookie_jar=cookies),
+        await open_session(stack, 100, is_fresh=True, cookie_jar=cookies),
+        settings.fly,
+        clock,
+        metrics,
+        budget_s=settings.limits.provision_timeout_s,
+    )
+    twilio = TwilioClient(
+        await open_session(stack, TWILIO_CONNECTIONS),
+        await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True),
+        settings.twilio,
+        clock,
+        metrics,
+    )
+    return fly, twilio
 
-    def metered(address: tuple[Any, ...]) -> socket.socket:
-        return MeteredSocket(*address[:3])
 
-    def session(limit: int, *, is_fresh: bool = False, **more: Any) -> aiohttp.ClientSession:
-        factory = None if limit else metered
-        connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh, socket_factory=factory)
-        more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
-        return aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
-
-    async with contextlib.AsyncExitStack() as stack:
-        yield Sessions(
-            fly=await stack.enter_async_context(session(100, cookie_jar=cookies)),
-            fly_fresh=await stack.enter_async_context(
-                session(100, is_fresh=True, cookie_jar=cookies)
-            ),
-            twilio=await stack.enter_async_context(session(TWILIO_CONNECTIONS)),
-            twilio_fresh=await stack.enter_async_context(
-                session(TWILIO_CONNECTIONS, is_fresh=True)
-            ),
-            vms=await stack.enter_async_context(session(0, is_fresh=True, auto_decompress=False)),
-        )
+def state_path(settings: Settings) -> Path:
+    return Path(os.path.realpath(settings.gateway.routes_file))
 
 
 async def run_gateway(app: web.Application) -> AsyncIterator[None]:
-    """Hold the state files for as long as the gateway runs."""
+    """Bring the parts up in order, and down in the reverse; the state files are held meanwhile."""
     settings = app[SETTINGS]
     if not settings.gateway.is_production:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-    path = Path(await asyncio.to_thread(os.path.realpath, settings.gateway.routes_file))
-    lock = await asyncio.to_thread(StateLock, path)
-    try:
-        async with run_parts(app, path):
-            yield
-    finally:
-        lock.close()
+    path = await asyncio.to_thread(state_path, settings)
+    async with contextlib.AsyncExitStack() as stack:
+        lock = await asyncio.to_thread(StateLock, path)
+        stack.callback(lock.close)
+        gateway = app[GATEWAY] = await open_gateway(settings, app[CLOCK], app[METRICS], path, stack)
+        stack.push_async_callback(gateway.tasks.close)
+        if changes := await asyncio.to_thread(read_old_journal, path, gateway.routes):
+            await gateway.messages.commit(*changes)
+            await asyncio.to_thread(set_old_journal_aside, path)
+        await bring_up(gateway)
+        yield
 
 
-@contextlib.asynccontextmanager
-async def run_parts(app: web.Application, path: Path) -> AsyncIterator[None]:
-    """Bring the parts up in order, and down in the reverse."""
-    settings, clock, metrics = app[SETTINGS], app[CLOCK], app[METRICS]
-    disk, tasks = Tasks(), Tasks()
+async def open_gateway(
+    settings: Settings, clock: Clock, metrics: Metrics, path: Path, stack: contextlib.AsyncExitStack
+) -> Gateway:
+    """The parts, with state files and client sessions that end with `stack`."""
+    disk, keyring = Tasks(), Keyring(settings.gateway.secrets)
+    stack.push_async_callback(disk.close)
     routes = await asyncio.to_thread(RouteStore, path, clock, disk)
+    stack.push_async_callback(routes.close)
     if routes.recovery_note:
         log_warning("routes_recovered", note=routes.recovery_note)
     messages = MessageStore(path.with_name(path.name + ".db"), clock, disk, metrics)
     await messages.open()
-    try:
-        async with open_sessions() as sessions:
-            gateway, adoption, backfill = build(
-                settings, clock, metrics, routes, messages, sessions, tasks
-            )
-            app[GATEWAY] = gateway
-            try:
-                await move_old_journal(path, routes, messages)
-                await bring_up(gateway, adoption, backfill)
-                yield
-            finally:
-                await tasks.close()
-    finally:
-        await messages.close()
-        await routes.close()
-        await disk.close()
-
-
-def build(
-    settings: Settings,
-    clock: Clock,
-    metrics: Metrics,
-    routes: RouteStore,
-    messages: MessageStore,
-    sessions: Sessions,
-    tasks: Tasks,
-) -> tuple[Gateway, Adoption, Backfill]:
-    """Make every part, each of those above it."""
-    limits = settings.limits
-    keyring = Keyring(settings.gateway.secrets)
-    fly = FlyClient(
-        sessions.fly,
-        sessions.fly_fresh,
-        settings.fly,
-        clock,
-        metrics,
-        budget_s=limits.provision_timeout_s,
+    stack.push_async_callback(messages.close)
+    fly, twilio = await open_clouds(stack, settings, clock, metrics)
+    vm_session = await open_session(
+        stack, 0, is_fresh=True, auto_decompress=False, socket_factory=metered_socket
     )
-    twilio = TwilioClient(sessions.twilio, sessions.twilio_fresh, settings.twilio, clock, metrics)
-    vms = VmClient(sessions.vms, keyring, clock, command_timeout_s=limits.vm_command_timeout_s)
-    state = RelayState(messages, clock, routes)
-    common: Json = {"settings": settings, "clock": clock, "routes": routes}
-    shared: Json = {"tasks": tasks, "metrics": metrics}
-
-    def check_restart(vm_id: str) -> None:
-        changes.check(vm_id)
-
-    async def begin_restart(vm_id: str) -> None:
-        await changes.begin_restart(vm_id)
-
-    async def vm_gone(vm_id: str, phone: str, reason: str) -> None:
-        await changes.vm_gone(vm_id, phone, reason)
-
-    sender = Sender(**common, **shared, keyring=keyring, twilio=twilio, state=state)
-    runner = Runner(**common, **shared, vms=vms, state=state, sender=sender, wake=fly.wake)
-    told: Json = {"clock": clock, "routes": routes, "state": state, "sender": sender}
-    commands = OwnerCommands(**told, check_restart=check_restart, restart=begin_restart)
-    inbox = Inbox(**common, **shared, state=state, sender=sender, runner=runner, commands=commands)
-    reports = DeliveryReports(**told, twilio=twilio, metrics=metrics)
-    relay = Relay(
-        **told,
-        **shared,
-        twilio=twilio,
-        inbox=inbox,
-        runner=runner,
-        commands=commands,
-        reports=reports,
-        command_timeout_s=limits.vm_command_timeout_s,
+    timeout_s = settings.limits.vm_command_timeout_s
+    vms = VmClient(vm_session, keyring, clock, command_timeout_s=timeout_s)
+    return Gateway(
+        settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, tasks=Tasks()
     )
-    blueprint = Blueprint(settings, keyring, routes)
-    readiness = Readiness(clock=clock, fly=fly, vms=vms)
-    undo = Undo(clock=clock, routes=routes, fly=fly, tasks=tasks)
-    common |= {"fly": fly, "blueprint": blueprint}
-    provisioner = Provisioner(
-        **common,
-        **shared,
-        readiness=readiness,
-        undo=undo,
-        keyring=keyring,
-        on_ready=relay.vm_ready,
-        on_gone=vm_gone,
-    )
-    changes = VmChanges(**common, readiness=readiness, keyring=keyring, relay=relay, tasks=tasks)
-    reconciler = Reconciler(
-        **common, vms=vms, provisioner=provisioner, undo=undo, changes=changes, relay=relay
-    )
-    adoption = Adoption(
-        **common, reconciler=reconciler, provisioner=provisioner, relay=relay, tasks=tasks
-    )
-    gateway = Gateway(
-        settings=settings,
-        clock=clock,
-        keyring=keyring,
-        routes=routes,
-        messages=messages,
-        fly=fly,
-        twilio=twilio,
-        vms=vms,
-        relay=relay,
-        provisioner=provisioner,
-        changes=changes,
-        reconciler=reconciler,
-        **shared,
-    )
-    backfill = Backfill(
-        settings=settings, clock=clock, routes=routes, twilio=twilio, state=state, inbox=inbox
-    )
-    return gateway, adoption, backfill
 
 
-async def move_old_journal(path: Path, routes: RouteStore, messages: MessageStore) -> None:
-    """What the first version left in flight goes into the database, once."""
+def read_old_journal(path: Path, routes: RouteStore) -> list[Change]:
+    """What the first version left in flight, to go into the database once (blocking)."""
     journal = path.with_name(path.name + ".journal")
-    try:
-        old = await asyncio.to_thread(OldJournal, journal)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise StoreError(f"{journal.name} cannot be read: {error.strerror}") from error
+    if not journal.exists():
+        return []
     phone_of = {route.vm_id: phone for phone, route in routes.routes.items()}
-    changes = list(old.changes(lambda vm_id: phone_of.get(vm_id, "")))
-    await messages.commit(*changes)
-    await asyncio.to_thread(os.replace, journal, journal.with_name(journal.name + ".moved"))
-    log_warning("journal_moved", changes=len(changes), into=messages.path.name)
+    changes = list(OldJournal(journal).changes(lambda vm_id: phone_of.get(vm_id, "")))
+    log_warning("journal_moved", changes=len(changes), into=f"{path.name}.db")
+    return changes
 
 
-async def bring_up(gateway: Gateway, adoption: Adoption, backfill: Backfill) -> None:
+def set_old_journal_aside(path: Path) -> None:
+    journal = path.with_name(path.name + ".journal")
+    journal.rename(journal.with_name(journal.name + ".moved"))
+
+
+async def bring_up(gateway: Gateway) -> None:
     """Go on where the last process ended, before the door opens."""
-    settings, limits = gateway.settings, gateway.settings.limits
-    if settings.gateway.is_production and not (gateway.routes.routes or gateway.routes.undo):
-        await adoption.at_start()
-    if settings.fly.is_local:
-        move_local_vms(gateway)
+    settings, limits, routes = gateway.settings, gateway.settings.limits, gateway.routes
+    if settings.gateway.is_production and not (routes.routes or routes.undo):
+        await gateway.adoption.at_start()
+    if settings.fly.is_local:  # its VMs are reached at our own port, which may be a new one
+        for phone, route in list(routes.routes.items()):
+            url = gateway.blueprint.url(route.vm_id, route.machine_id, route.region)
+            routes.put(phone, replace(route, vm_url=url))
     await gateway.relay.load()
     await gateway.provisioner.recover()
     gateway.changes.resume_all()
     if limits.reconcile_s:
-        gateway.tasks.start(gateway.reconciler.run(), "reconcile")
+        gateway.tasks.start(gateway.reconciler.run())
     if limits.backfill_s:
         if not settings.twilio.is_local:
-            await backfill.at_start()
-        gateway.tasks.start(backfill.run(), "backfill")
-    gateway.tasks.start(start_relay(gateway), "start relay")
-
-
-def move_local_vms(gateway: Gateway) -> None:
-    """The stand-in's VMs are reached at our own port, which may be another than the last time."""
-    for phone, route in list(gateway.routes.routes.items()):
-        url = gateway.provisioner.blueprint.url(route.vm_id, route.machine_id, route.region)
-        gateway.routes.put(phone, replace(route, vm_url=url))
+            await gateway.backfill.at_start()
+        gateway.tasks.start(gateway.backfill.run())
+    gateway.tasks.start(start_relay(gateway))
 
 
 async def start_relay(gateway: Gateway) -> None:
     """Set going what was in flight; stand-ins are reached at our own port, which listens a moment later."""
-    port = gateway.settings.gateway.port
     while gateway.settings.has_stand_in:
         with contextlib.suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            _, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.gateway.port)
             writer.close()
             break
         await gateway.clock.sleep(0.05)
@@ -8827,38 +8763,44 @@ def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.App
     )
 
 
-# Command line
+# Serving
 
 
 def set_up_logging(log_format: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LineFormatter(as_json=log_format == "json"))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
-    logging.getLogger("aiohttp.access").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.server").addFilter(leave_out_the_request)
 
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
     """aiohttp logs what it cannot parse word for word, and a key may be among it: only its kind is told."""
     error = record.exc_info[1] if record.exc_info else None
-    if isinstance(error, web.RequestPayloadError) or type(error).__module__.startswith(
-        "aiohttp.http"
-    ):
+    is_parsing = type(error).__module__.startswith("aiohttp.http")
+    if is_parsing or isinstance(error, web.RequestPayloadError):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
-        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.levelname = "WARNING"
         record.fields = {"error": type(error).__name__}
     return True
 
 
 def raise_file_limit() -> None:
-    """Every command in flight holds a connection: take all the descriptors we may have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    """Every command in flight holds a connection: take all the descriptors that we may have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    if 0 <= soft < FILES_WANTED:
-        remedy = "raise the limit (ulimit -n, or LimitNOFILE) for more than half as many commands at a time"
-        log_warning("few_file_descriptors", limit=soft, wanted=FILES_WANTED, remedy=remedy)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if 0 <= most < FILES_WANTED:
+        remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
+        log_warning("few_file_descriptors", limit=most, wanted=FILES_WANTED, remedy=remedy)
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, backlog=1024).start()
+    except OSError as error:
+        reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
+        raise CockpitError(reason) from error
 
 
 async def serve(settings: Settings) -> int:
@@ -8866,14 +8808,9 @@ async def serve(settings: Settings) -> int:
     raise_file_limit()
     app = make_app(settings)
     runner = new_runner(app)
-    host, port = settings.gateway.host, settings.gateway.port
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    async def start() -> None:
-        await runner.setup()
-        await web.TCPSite(runner, host, port, backlog=1024).start()
-
-    starting = asyncio.ensure_future(start())
+    gateway = settings.gateway
+    starting = asyncio.ensure_future(listen(runner, gateway.host, gateway.port))
+    stop = asyncio.Event()
 
     def on_signal() -> None:
         if stop.is_set():
@@ -8881,9 +8818,10 @@ async def serve(settings: Settings) -> int:
         stop.set()
         starting.cancel()  # a start that waits for a cloud does not hold up the end
 
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(LoopErrors())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    loop.set_exception_handler(LoopErrors())
     try:
         await starting
         # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
@@ -8895,13 +8833,6 @@ async def serve(settings: Settings) -> int:
         await drain(app[GATEWAY])
     except asyncio.CancelledError:
         log_event("stopped_while_starting")
-    except StoreError as error:
-        print(f"cockpit: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
-        print(f"cockpit: {reason}", file=sys.stderr)
-        return 1
     finally:
         await clean_up(runner)
     return 0
@@ -8940,139 +8871,111 @@ def print_banner(settings: Settings) -> None:
     log_event("serving", host=gateway.host, port=gateway.port, mode=mode)
     if settings.has_stand_in:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
-        print(
-            f"cockpit runs at http://127.0.0.1:{gateway.port}/ - the API key is: {key}", flush=True
-        )
+        url = f"http://127.0.0.1:{gateway.port}/"
+        print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
 
 
-class Doctor:
-    """Looks at what the gateway depends on and says of each `ok` or what to do; changes nothing."""
+# Doctor
 
-    def __init__(self, settings: Settings, sessions: Sessions) -> None:
-        clock = Clock()
-        metrics = Metrics(clock)
-        self._settings = settings
-        self._session = sessions.twilio
-        self._fly = FlyClient(sessions.fly, sessions.fly_fresh, settings.fly, clock, metrics)
-        self._twilio = TwilioClient(
-            sessions.twilio, sessions.twilio_fresh, settings.twilio, clock, metrics
-        )
-        self.is_well = True
+Finding = tuple[str, str]  # `ok`, `note` or `wrong`, and why or what to do
+OK = ("ok", "")
+STAND_IN = ("note", "not checked: the stand-in is used")
 
-    def _say(self, verdict: str, subject: str, words: str = "") -> None:
-        self.is_well &= verdict != "wrong"
-        print(f"{verdict:5} {subject}" + (f": {words}" if words else ""), flush=True)
 
-    def _judge(self, subject: str, fault: str) -> None:
-        self._say("wrong" if fault else "ok", subject, fault)
+async def look_at_folder(folder: Path) -> Finding:
+    if folder.name == LOCAL_FOLDER.name and not folder.exists():
+        return "note", f"{folder} is made by the first start"
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"cockpit")
+    except OSError as error:
+        remedy = "mount a volume there, or set ROUTES_FILE"
+        return "wrong", f"{folder} is not writable ({error.strerror}); {remedy}"
+    return OK
 
-    async def examine(self) -> None:
-        """Look at one thing after the other."""
-        self._say("ok", "settings")
-        await asyncio.to_thread(self._look_at_state)
-        settings = self._settings
-        names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
-        looks: list[tuple[str, Callable[[str], Awaitable[None]]]] = []
-        if settings.fly.is_local:
-            self._say("note", "Fly", "the stand-in is used; set FLY_API_TOKEN for the real one")
-        else:
-            looks.append(("Fly token", self._look_at_token))
-        if settings.twilio.is_local:
-            self._say("note", "Twilio", f"the stand-in is used; set {names} for the real one")
-        else:
-            looks.append(("Twilio account", self._look_at_account))
-            looks.append(("Twilio number", self._look_at_number))
-        for subject, look in looks:
-            try:
-                await look(subject)
-            except UpstreamUnavailable as error:
-                self._say("wrong", subject, f"{error}; check the network, then try again")
-            except UpstreamError as error:
-                self._say("wrong", subject, str(error))
-        await self._look_at_public_address("public address")
 
-    def _look_at_state(self) -> None:
-        path = Path(os.path.realpath(self._settings.gateway.routes_file))
-        try:
-            with tempfile.TemporaryFile(dir=path.parent) as probe:
-                probe.write(b"cockpit")
-            free = shutil.disk_usage(path.parent).free
-        except OSError as error:
-            remedy = "mount a volume there, or set ROUTES_FILE"
-            reason = f"{path.parent} is not writable ({error.strerror}); {remedy}"
-            self._say("wrong", "state folder", reason)
-            return
-        few = f"{path.parent} has only {free // 2**20} MiB free; make room or extend the volume"
-        self._judge("state folder", few if free < LEAST_FREE_BYTES else "")
-        try:
-            stored, note = read_routes(path)
-            self._say("note" if note else "ok", "routes", note or f"{len(stored.routes)} in {path}")
-        except StoreError as error:
-            remedy = "or move it away: a start without routes adopts what Fly holds"
-            self._say("wrong", "routes", f"{error}; {remedy}")
+async def look_at_routes(path: Path) -> Finding:
+    stored, note = read_routes(path)
+    return ("note", note) if note else ("ok", f"{len(stored.routes)} in {path}")
 
-    async def _look_at_token(self, subject: str) -> None:
-        remedy, org = "make one with: fly tokens create org", self._settings.fly.org
-        try:
-            tokens = await self._fly.read_token()
-            await self._fly.list_apps()
-        except UpstreamRejected as error:
-            reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
-            return self._say("wrong", subject, f"{reason}; {remedy}")
-        orgs = {str(token.get("org_slug")) for token in tokens if token.get("org_slug")}
-        if any(token.get("apps") for token in tokens):
-            self._say("wrong", subject, f"it is limited to single apps; {remedy}")
-        elif orgs and org not in orgs and org != "personal":
-            names = ", ".join(sorted(orgs))
-            self._say("wrong", subject, f"it is for {names}; set FLY_ORG to that, or {remedy}")
-        else:
-            self._say("ok", subject)
 
-    async def _look_at_account(self, subject: str) -> None:
-        try:
-            account = await self._twilio.read_account()
-        except UpstreamRejected as error:
-            if not self._settings.twilio.api_key:
-                raise
-            # A standard API key may not read the account itself.
-            reason = f"not checked: TWILIO_API_KEY may not read it ({error.status})"
-            return self._say("note", subject, reason)
-        state = str(account.get("status"))
-        self._judge(subject, "" if state == "active" else f"it is {state}; see Twilio's console")
+async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
+    if settings.is_local:
+        return STAND_IN
+    org, remedy = settings.org, "make one with: fly tokens create org"
+    try:
+        tokens = await fly.read_token()
+        await fly.list_apps()
+    except UpstreamRejected as error:
+        reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
+        return "wrong", f"{reason}; {remedy}"
+    orgs = {str(token.get("org_slug") or org) for token in tokens}
+    if any(token.get("apps") for token in tokens):
+        return "wrong", f"it is limited to single apps; {remedy}"
+    if orgs and org not in orgs and org != "personal":
+        return "wrong", f"it is for {', '.join(sorted(orgs))}; set FLY_ORG to that, or {remedy}"
+    return OK
 
-    async def _look_at_number(self, subject: str) -> None:
-        number = await self._twilio.find_number(self._settings.twilio.phone_number)
-        if number is None:
-            reason = "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one"
-            return self._say("wrong", subject, reason)
-        wanted = f"{self._settings.gateway.public_url}/sms"
-        is_posted = number.get("sms_method", "POST") == "POST"
-        is_ours = (
-            number.get("sms_url") == wanted and is_posted and not number.get("sms_application_sid")
-        )
-        remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
-        self._judge(subject, "" if is_ours else f"its texts go elsewhere; {remedy}")
 
-    async def _look_at_public_address(self, subject: str) -> None:
-        """Only a note: it may be looked at before the first deploy, or from where it cannot be seen."""
-        url, status = f"{self._settings.gateway.public_url}/health", 0
-        with contextlib.suppress(aiohttp.ClientError, TimeoutError, ValueError):
-            async with (
-                asyncio.timeout(15),
-                self._session.get(url, allow_redirects=False) as response,
-            ):
-                status = response.status
-        is_well = status in (200, 503)
-        reason = f"{url} answers {status or 'nothing'} from here"
-        self._say("ok" if is_well else "note", subject, "" if is_well else reason)
+async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Finding:
+    if settings.is_local:
+        return STAND_IN
+    try:
+        state = (await twilio.read_account()).get("status")
+    except UpstreamRejected as error:
+        if not settings.api_key:
+            raise
+        # A standard API key may not read the account itself.
+        return "note", f"not checked: TWILIO_API_KEY may not read it ({error.status})"
+    return OK if state == "active" else ("wrong", f"it is {state}; see Twilio's console")
+
+
+async def look_at_number(twilio: TwilioClient, settings: Settings) -> Finding:
+    if settings.twilio.is_local:
+        return STAND_IN
+    number = await twilio.find_number(settings.twilio.phone_number)
+    if number is None:
+        return "wrong", "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one"
+    wanted = f"{settings.gateway.public_url}/sms"
+    is_posted = number.get("sms_url") == wanted and number.get("sms_method", "POST") == "POST"
+    if is_posted and not number.get("sms_application_sid"):
+        return OK
+    remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
+    return "wrong", f"its texts go elsewhere; {remedy}"
+
+
+async def report(subject: str, look: Awaitable[Finding]) -> bool:
+    """Print what a look found; whether all is well."""
+    try:
+        verdict, words = await look
+    except UpstreamUnavailable as error:
+        verdict, words = "wrong", f"{error}; check the network, then try again"
+    except CockpitError as error:
+        verdict, words = "wrong", str(error)
+    print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
+    return verdict != "wrong"
 
 
 async def examine(settings: Settings) -> int:
-    """The command `doctor`; returns the exit code."""
-    async with open_sessions() as sessions:
-        doctor = Doctor(settings, sessions)
-        await doctor.examine()
-    return 0 if doctor.is_well else 1
+    """The command `doctor`: say `ok`, or what to mend, of whatever the gateway needs; returns the exit code.
+
+    It takes no lock and changes nothing.
+    """
+    path, clock = state_path(settings), Clock()
+    print("ok    settings")
+    async with contextlib.AsyncExitStack() as stack:
+        fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
+        are_well = [
+            await report("state folder", look_at_folder(path.parent)),
+            await report("routes", look_at_routes(path)),
+            await report("Fly token", look_at_token(fly, settings.fly)),
+            await report("Twilio account", look_at_account(twilio, settings.twilio)),
+            await report("Twilio number", look_at_number(twilio, settings)),
+        ]
+    return 0 if all(are_well) else 1
+
+
+# Command line
 
 
 def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
@@ -9081,27 +8984,23 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
         return environ
     path = LOCAL_FOLDER / "secret"
     try:
-        secret = read_nofollow(path).decode()
+        secret = read_nofollow(path)
     except FileNotFoundError:
-        secret = secrets.token_hex(32)
+        secret = secrets.token_hex(32).encode()
         make_private_folder(LOCAL_FOLDER)
-        write_atomically(path, [secret.encode()])
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-    return {**environ, "COCKPIT_SECRET": secret}
+        write_atomically(path, [secret])
+    return {**environ, "COCKPIT_SECRET": secret.decode()}
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
-        description="One text message to one engineer's own VM. Without a command it serves; "
-        "settings come from the environment, see README.md.",
+        description="Without a command it serves; settings come from the environment: README.md.",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
     commands = parser.add_subparsers(dest="command")
-    vm = commands.add_parser(
-        "vm", help="serve what a VM speaks, with a built-in agent or the one given"
-    )
+    commands.add_parser("doctor", help="say what is wrong with settings, state, Fly and Twilio")
+    vm = commands.add_parser("vm", help="serve what a VM speaks")
     host, port = os.environ.get("HOST") or "0.0.0.0", os.environ.get("PORT") or "3000"
     vm.add_argument("--host", default=host, help="where to listen (HOST; default: %(default)s)")
     vm.add_argument("--port", type=int, default=port, help="(PORT; default: %(default)s)")
@@ -9111,27 +9010,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="a command: the text on its standard input, the answer on its standard output",
     )
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
-    commands.add_parser(
-        "doctor", help="check settings, state folder, Fly and Twilio; says ok or what to do"
-    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a command; exit code 2 for settings that are missing or wrong."""
-    arguments = parse_arguments(argv)
-    if arguments.command == "vm":
-        return asyncio.run(
-            serve_vm(
-                arguments.host,
-                arguments.port,
-                arguments.agent,
-                until_stdin_closes=arguments.until_stdin_closes,
-            )
-        )
-    is_doctor = arguments.command == "doctor"
+    given = parse_arguments(argv)
+    is_doctor = given.command == "doctor"
+    if given.command == "vm":
+        until = given.until_stdin_closes
+        vm = serve_vm(given.host, given.port, given.agent, until_stdin_closes=until)
+        return asyncio.run(vm)
     try:
         settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
+        set_up_logging(settings.gateway.log_format)
+        return asyncio.run(examine(settings) if is_doctor else serve(settings))
     except SettingsError as error:
         if is_doctor:
             print(*(f"wrong {problem}" for problem in error.problems), sep="\n")
@@ -9139,11 +9032,9 @@ def main(argv: Sequence[str]) -> int:
         problems = [f"  {problem}" for problem in error.problems]
         print("cockpit cannot start; mend these settings:", *problems, sep="\n", file=sys.stderr)
         return 2
-    except StoreError as error:
+    except (CockpitError, OSError) as error:
         print(f"cockpit: {error}", file=sys.stderr)
         return 1
-    set_up_logging(settings.gateway.log_format)
-    return asyncio.run(examine(settings) if is_doctor else serve(settings))
 
 
 if __name__ == "__main__":
