@@ -434,9 +434,7 @@ class GatewaySettings:
             host=env.text("HOST", "0.0.0.0" if is_production else "127.0.0.1"),
             port=env.whole("PORT", 8080, low=1, high=65535),
             routes_file=Path(env.text("ROUTES_FILE", str(folder / "routes.json"))),
-            gateway_id=env.matching(
-                "GATEWAY_ID", "", "[a-z0-9]+", "must be one that a start has named"
-            ),
+            gateway_id=env.matching("GATEWAY_ID", "", "[a-z0-9]+", "must be one a start has named"),
             onboarding_url=env.url("ONBOARDING_URL", ""),
             log_format=env.one_of(
                 "LOG_FORMAT", "json" if is_production else "text", ("text", "json")
@@ -2123,12 +2121,14 @@ class Upstream:
         self._note_answer(headers)
         if status >= 300:
             raise self._fault(operation, status, headers, raw or b"", hide)
+        return self._parsed(operation, status, raw)
+
+    def _parsed(self, operation: str, status: int, raw: bytes | None) -> Any:
         value = parse_json(raw) if raw else None
         if value is None and raw != b"":
+            facts: Json = {"status": status, "may_have_happened": True}
             reason = "an answer that is not JSON"
-            raise UpstreamUnreadable(
-                service, operation, reason, status=status, may_have_happened=True
-            )
+            raise UpstreamUnreadable(self._dialect.service, operation, reason, **facts)
         return value
 
     def _note_silence(self) -> None:
@@ -2302,6 +2302,10 @@ class Pace:
         if pause_s > 0:
             # The margin covers a clock that runs a little apart from Fly's.
             await self._clock.sleep(pause_s + 0.02)
+
+
+def is_worth_waiting(error: UpstreamError) -> bool:
+    return is_unavailable(error) and error.status != HTTPStatus.REQUEST_TIMEOUT
 
 
 def ignore(answer: Any) -> None:
@@ -2643,35 +2647,23 @@ class FlyClient:
             log_event("machine_started", vm_id=app, was=machine.state)
             await self.start_machine(app, machine_id)
 
-    async def is_started(
-        self,
-        app: str,
-        machine_id: str,
-        timeout_s: float,
-        *,
-        instance_id: str = "",
-        after_event: str = "",
-    ) -> bool:
-        """Wait until it is started, in that version, after that event; False when the wait ran out (1-60 s)."""
-        query = {"state": "started", "timeout": str(int(min(60, max(1, timeout_s))))}
-        if instance_id:
-            query["version"] = instance_id
-        if after_event:
-            query["from_event_id"] = after_event
-        call = functools.partial(
-            self._call, "GET", self._path(app, machine_id, "/wait"), "wait for machine", machine_id
-        )
-
-        async def wait() -> bool:
-            try:
-                await call(query=query, timeout_s=75)
-            except UpstreamUnavailable as error:
-                if error.status == HTTPStatus.REQUEST_TIMEOUT:
-                    return False
+    async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
+        """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out."""
+        query = {"state": "started", "timeout": "60"}
+        query |= {name: value for name, value in wanted.items() if value}
+        path = self._path(app, machine_id, "/wait")
+        try:
+            more: Json = {"query": query, "timeout_s": 75}
+            # Not tried again when the wait ran out: the caller looks at the machine first.
+            call = functools.partial(
+                self._call, "GET", path, "wait for machine", machine_id, **more
+            )
+            await retry(call, self.backoff, self._clock, when=is_worth_waiting)
+        except UpstreamUnavailable as error:
+            if error.status != HTTPStatus.REQUEST_TIMEOUT:
                 raise
-            return True
-
-        return await retry(wait, self.backoff, self._clock)
+            return False
+        return True
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
@@ -3736,7 +3728,7 @@ class Readiness:
 
         async def is_started() -> bool:
             return await self.fly.is_started(
-                vm_id, machine.id, 60, instance_id=version, after_event=after_event
+                vm_id, machine.id, version=version, from_event_id=after_event
             )
 
         while not await self.when_visible(is_started):
@@ -3852,7 +3844,8 @@ class Provisioning:
                 self.give_up_region(error)
                 continue
             self.update(volume_id=volume_id, region=region)
-            return await self.routes.commit()
+            await self.routes.commit()
+            return
 
     def give_up_region(self, error: UpstreamError) -> None:
         """Pass over a region that is full; raises the error when it is another or this was the last."""
@@ -3991,7 +3984,8 @@ class Undo:
         """Returns when the app is gone."""
         for pause_s in (*LOOK_AGAIN_S, 0.0) if self._is_fresh(vm_id) else (0.0,):
             if await self.fly.delete_app(vm_id):
-                return await self._confirm(vm_id)
+                await self._confirm(vm_id)
+                return
             if pause_s:
                 await self.clock.sleep(pause_s)
 
@@ -4843,6 +4837,36 @@ def in_ms(seconds: float | None) -> int | None:
 
 
 @dataclass(kw_only=True, eq=False)
+class Watch:
+    """Tells the owners of commands that run long; one task for all, which ends when nothing runs."""
+
+    clock: Clock
+    state: RelayState
+    sender: Sender
+    tasks: Tasks
+    task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self.task is None:
+            self.task = self.tasks.start(self._run())
+
+    async def _run(self) -> None:
+        vms = self.state.vms
+        try:
+            while times := [vm.still_at for vm in vms.values() if vm.is_handing_over]:
+                pause_s = max(1.0, min(times) - self.clock.monotonic())
+                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
+                for vm in list(vms.values()):
+                    # Behind anything still to be sent it would only come late.
+                    if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
+                        vm.still_told += 1
+                        vm.still_at += STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
+                        await self.sender.notify(vm, STILL_WORKING, text=vm.running)
+        finally:
+            self.task = None
+
+
+@dataclass(kw_only=True, eq=False)
 class Runner:
     """The run lane of each VM: one text at a time, in order; outages and deadlines."""
 
@@ -4854,8 +4878,8 @@ class Runner:
     sender: Sender
     tasks: Tasks
     metrics: Metrics
+    watch: Watch
     wake: Callable[[str, str], Awaitable[None]]  # (vm_id, machine_id): starts a machine that rests
-    watcher: asyncio.Task[None] | None = None
 
     # The lane
 
@@ -4980,8 +5004,7 @@ class Runner:
         vm.is_handing_over = True
         vm.handed_over_at = now
         vm.still_at, vm.still_told = now + STILL_AFTER_S, 0
-        if self.watcher is None and self.settings.limits.vm_command_timeout_s > STILL_AFTER_S:
-            self.watcher = self.tasks.start(self._watch())
+        self.watch.start()
         text.attempts += 1
         trace.attempts += 1
         if trace.handed_over is None:
@@ -4996,22 +5019,6 @@ class Runner:
                 link = self.sender.link(text.vm_id, path, self.clock.now())
                 links.append({"url": link, "content_type": kind})
         return links
-
-    async def _watch(self) -> None:
-        """Tell the owners of commands that run long; ends when nothing runs."""
-        vms = self.state.vms
-        try:
-            while times := [vm.still_at for vm in vms.values() if vm.is_handing_over]:
-                pause_s = max(1.0, min(times) - self.clock.monotonic())
-                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
-                for vm in list(vms.values()):
-                    # Behind anything still to be sent it would only come late.
-                    if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
-                        vm.still_told += 1
-                        vm.still_at += STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
-                        await self.sender.notify(vm, STILL_WORKING, text=vm.running)
-        finally:
-            self.watcher = None
 
     # How its VM is
 
@@ -6509,6 +6516,7 @@ class Gateway:
     def __post_init__(self) -> None:
         self.state = RelayState(self.messages, self.clock, self.routes)
         self.sender = self._make(Sender)
+        self.watch = self._make(Watch)
         self.runner = self._make(Runner, wake=self.fly.wake)
         self.commands = self._make(
             OwnerCommands, check_restart=self._check_restart, restart=self._restart
@@ -8163,9 +8171,7 @@ class LocalFly:
             *(
                 web.route(m, FLY_ROOT + path, functools.partial(self.answer, call))
                 for m, path, call in table
-            ),
-            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
-            web.post("/_local/vms/{app}/kill", self.kill),
+            )
         ]
 
     async def answer(
@@ -8301,7 +8307,7 @@ class LocalFly:
         )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(float(asked.query["timeout"])):
-                while machine.state != wanted or machine.events[0]["id"] == after:
+                while machine.state != wanted or machine.events[0]["id"] == after:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 return {"ok": True}
         return 408, {"error": f"deadline_exceeded: the machine is {machine.state}"}
@@ -8317,44 +8323,6 @@ class LocalFly:
     async def set_metadata(self, asked: Asked) -> Any:
         asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
         return {}
-
-    # A VM's own address, as Fly's proxy would serve it
-
-    async def proxy(self, request: web.Request) -> web.StreamResponse:
-        """503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(
-            (m for m in self.of(request.match_info["app"]) if m.process is not None), None
-        )
-        if machine is None:
-            return web.Response(status=503, text="no machine is running")
-        url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
-        wanted = ("authorization", "content-type", "idempotency-key")
-        headers = {name: value for name, value in request.headers.items() if name.lower() in wanted}
-        body = await request.read()
-        no_limit = aiohttp.ClientTimeout(total=None)
-        try:
-            async with (
-                aiohttp.ClientSession(timeout=no_limit) as session,
-                session.request(request.method, url, data=body, headers=headers) as answer,
-            ):
-                content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
-                kind = {
-                    "Content-Type": answer.headers.get("Content-Type", "application/octet-stream")
-                }
-                return web.Response(status=answer.status, body=content, headers=kind)
-        except aiohttp.ClientConnectorError:
-            return web.Response(status=503, text="the machine does not listen yet")
-        except aiohttp.ClientError:
-            if request.transport is not None:
-                request.transport.abort()
-            return web.Response(status=502)
-
-    async def kill(self, request: web.Request) -> web.Response:
-        require_key(request)
-        for machine in self.of(request.match_info["app"]):
-            if machine.process is not None:
-                signal_group(machine.process.pid, signal.SIGKILL)
-        return web.Response(status=204)
 
     # Lasting
 
@@ -8383,6 +8351,55 @@ class LocalFly:
             kept = {machine.id: machine.state for machine in self.machines.values()}
             for machine in self.machines.values():
                 await machine.stop(kept[machine.id])
+
+
+@dataclass(kw_only=True, eq=False)
+class LocalProxy:
+    """A VM's own address, as Fly's proxy would serve it."""
+
+    fly: LocalFly
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
+            web.post("/_local/vms/{app}/kill", self.kill),
+        ]
+
+    async def proxy(self, request: web.Request) -> web.StreamResponse:
+        """503 while nothing listens; a connection that the VM drops is dropped here too."""
+        machine = next(
+            (m for m in self.fly.of(request.match_info["app"]) if m.process is not None), None
+        )
+        if machine is None:
+            return web.Response(status=503, text="no machine is running")
+        url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
+        wanted = ("authorization", "content-type", "idempotency-key")
+        headers = {name: value for name, value in request.headers.items() if name.lower() in wanted}
+        body = await request.read()
+        no_limit = aiohttp.ClientTimeout(total=None)
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=no_limit) as session,
+                session.request(request.method, url, data=body, headers=headers) as answer,
+            ):
+                content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
+                kind = {
+                    "Content-Type": answer.headers.get("Content-Type", "application/octet-stream")
+                }
+                return web.Response(status=answer.status, body=content, headers=kind)
+        except aiohttp.ClientConnectorError:
+            return web.Response(status=503, text="the machine does not listen yet")
+        except aiohttp.ClientError:
+            if request.transport is not None:
+                request.transport.abort()
+            return web.Response(status=502)
+
+    async def kill(self, request: web.Request) -> web.Response:
+        require_key(request)
+        for machine in self.fly.of(request.match_info["app"]):
+            if machine.process is not None:
+                signal_group(machine.process.pid, signal.SIGKILL)
+        return web.Response(status=204)
 
 
 class LocalTwilio:
@@ -8484,8 +8501,20 @@ class LocalTwilio:
         if not isinstance(words, str) or len(words) > PART_UNITS:
             errors.add("body", "must be a text of at most 1600 characters")
         errors.check()
-        twilio = self.settings.twilio
-        message = await self.record("inbound", str(sender), twilio.phone_number, str(words))
+        number = self.settings.twilio.phone_number
+        message = await self.record("inbound", str(sender), number, str(words))
+        status, document = await self.deliver(message)
+        replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
+        for reply in replies if status == 200 else ():
+            await self.record("outbound-reply", number, str(sender), html.unescape(reply))
+        is_known = str(sender) in request.app[GATEWAY].routes.routes
+        if note := self.note(str(words), is_known=is_known or bool(replies)):
+            await self.record("note", number, str(sender), note)
+        return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
+
+    async def deliver(self, message: Json) -> tuple[int, str]:
+        """Call the gateway's own webhook, signed; its status and answer."""
+        twilio, gateway = self.settings.twilio, self.settings.gateway
         form = {
             "MessageSid": message["sid"],
             "AccountSid": twilio.account_sid,
@@ -8494,28 +8523,17 @@ class LocalTwilio:
             "Body": message["body"],
             "NumMedia": "0",
         }
-        url = self.settings.gateway.public_url + "/sms"
+        url = gateway.public_url + "/sms"
         headers = {
             "X-Twilio-Signature": twilio_signature(twilio.auth_tokens[0], url, form.items()),
             "Content-Type": "application/x-www-form-urlencoded",
         }
-        port = self.settings.gateway.port
+        own_url = f"http://127.0.0.1:{gateway.port}/sms"
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
-            session.post(
-                f"http://127.0.0.1:{port}/sms", data=urlencode(form), headers=headers
-            ) as answer,
+            session.post(own_url, data=urlencode(form), headers=headers) as answer,
         ):
-            document = await answer.text()
-        replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
-        is_known = str(sender) in request.app[GATEWAY].routes.routes
-        if note := self.note(str(words), is_known=is_known or bool(replies)):
-            await self.record("note", twilio.phone_number, str(sender), note)
-        for reply in replies if answer.status == 200 else ():
-            await self.record(
-                "outbound-reply", twilio.phone_number, str(sender), html.unescape(reply)
-            )
-        return json_response({"sid": message["sid"], "webhook_status": answer.status}, status=201)
+            return answer.status, await answer.text()
 
     def note(self, words: str, *, is_known: bool) -> str:
         """What a phone would read of Twilio itself, or why it reads nothing."""
@@ -8553,7 +8571,8 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
     stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
-        stand_ins.append(LocalFly(settings))
+        stand_ins.append(fly := LocalFly(settings))
+        app.add_routes(LocalProxy(fly=fly).routes())
     if settings.twilio.is_local:
         stand_ins.append(LocalTwilio(settings))
     for stand_in in stand_ins:
@@ -8883,7 +8902,7 @@ STAND_IN = ("note", "not checked: the stand-in is used")
 
 
 async def look_at_folder(folder: Path) -> Finding:
-    if folder.name == LOCAL_FOLDER.name and not folder.exists():
+    if folder.name == LOCAL_FOLDER.name and not await asyncio.to_thread(folder.exists):
         return "note", f"{folder} is made by the first start"
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
