@@ -359,8 +359,10 @@ class Env:
     ) -> tuple[str, ...]:
         raw = self.text(name, default, required=required)
         values = tuple(part.strip() for part in raw.split(",") if part.strip())
-        if raw and not (values and all(re.fullmatch(pattern, value) for value in values)):
-            self.wrong(name, remedy)
+        wrong = [value for value in values if not re.fullmatch(pattern, value)]
+        if raw and (wrong or not values):
+            given = f" (one given has {len(wrong[0])} characters)" if wrong else ""
+            self.wrong(name, remedy + given)
         return values
 
     def url(
@@ -413,7 +415,7 @@ class GatewaySettings:
             is_production=is_production,
             api_keys=env.listed(
                 "COCKPIT_API_KEY",
-                LOCAL_KEY,
+                "" if is_production else LOCAL_KEY,
                 keys,
                 f"each key needs 16 or more printable characters without spaces; {made}",
                 required=True,
@@ -4378,6 +4380,7 @@ class Text:
     dropped_at: float = 0.0
     busy_since: float | None = None  # monotonic
     attempts: int = 0
+    is_resumed: bool = False  # an earlier process had handed it over
     trace: Trace
 
     def added(self) -> Change:
@@ -4404,7 +4407,9 @@ class Outbound:
     created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
     in_words: list[int] = field(default_factory=list)  # pictures that go as a link
-    is_resumed: bool = False  # an earlier process may have sent it
+    attempted_at: float | None = (
+        None  # by Twilio's clock: since when an earlier process may have sent it
+    )
     traces: Sequence[Trace] = ()  # of the texts it answers
 
     @property
@@ -4606,6 +4611,7 @@ class RelayState:
             media=json.loads(row["media"]),
             handed_over=handed_over,
             may_have_reached=handed_over,
+            is_resumed=handed_over,
             drops=row["drops"],
             dropped_at=min(row["dropped_at"], now),
             trace=trace,
@@ -4619,7 +4625,7 @@ class RelayState:
             **{name: row[name] for name in names},
             **lists,
             reply_to=Address(row["channel"], row["number"]),
-            is_resumed=True,
+            attempted_at=row["created_at"],
         )
 
 
@@ -4678,7 +4684,10 @@ class Sender:
     ) -> None:
         """End these texts with what their owner is told, in one transaction."""
         traces = [text.trace for text in texts]
+        # An earlier process may have sent its answer, and had no disk to note that on.
+        resumed = [text.arrived - self.twilio.api.ahead_s for text in texts if text.is_resumed]
         out = self.outbound(vm, parts, texts[-1], images, id=texts[0].sid, traces=traces)
+        out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
         await self.state.store.save(*(text.ended() for text in texts), out.added(), vm.put())
         for text in texts:
@@ -4731,9 +4740,8 @@ class Sender:
             if obstacle := self._obstacle(vm, out):
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
-            attempted_at = out.created_at if out.is_resumed else None
             try:
-                sid = await self.twilio.deliver(sms, attempted_at, is_wanted=is_wanted)
+                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted=is_wanted)
             except UpstreamError as error:
                 action = action_for(error)
                 if action == "as_link" and sms.media:
@@ -4789,6 +4797,15 @@ class Sender:
         return (
             f"{self.settings.gateway.public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
         )
+
+    def media_links(self, text: Text) -> list[Json]:
+        """Links by which the VM opens a text's pictures; only what lies at Twilio's own address gets one."""
+        links = []
+        for url, kind in text.media:
+            if path := self.twilio.media_path(url):
+                link = self.link(text.vm_id, path, self.clock.now())
+                links.append({"url": link, "content_type": kind})
+        return links
 
     def _give_up(self, vm: VmState, out: Outbound, reason: str) -> None:
         log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
@@ -4954,7 +4971,9 @@ class Runner:
             return None
         self._note_hand_over(vm, text)
         try:
-            answer = await self.vms.command(route, text.sid, text.body, self._media(text))
+            answer = await self.vms.command(
+                route, text.sid, text.body, self.sender.media_links(text)
+            )
         except VmAway as error:
             await self._on_unreachable(vm, route, text, error)
         except VmBusy:
@@ -5010,15 +5029,6 @@ class Runner:
         if trace.handed_over is None:
             trace.handed_over = now - trace.began
             self.metrics.text_handover.observe(trace.handed_over)
-
-    def _media(self, text: Text) -> list[Json]:
-        """Links by which the VM opens a text's pictures; only what lies at Twilio's own address gets one."""
-        links = []
-        for url, kind in text.media:
-            if path := self.sender.twilio.media_path(url):
-                link = self.sender.link(text.vm_id, path, self.clock.now())
-                links.append({"url": link, "content_type": kind})
-        return links
 
     # How its VM is
 

@@ -272,6 +272,7 @@ class Fake:
         self._faults: dict[str, deque[Fault]] = defaultdict(deque)
         self._gates: list[Gate] = []
         self.deaf, self._life = False, 0
+        self.peers: list[Any] = []  # who asked, one entry a request but for /health
         self.app = web.Application(middlewares=[self._wire], client_max_size=16 << 20)
         for method, path, name in self.routes:
             self.app.router.add_route(method, path, self._wire, name=name)
@@ -348,6 +349,8 @@ class Fake:
                 return cut(request)
             seen = Seen(name, request.raw_path, dict(request.query), await self.read(request), request.headers, self.clock.monotonic())
             self.seen.append(seen)
+            if name != "health" and request.transport is not None:
+                self.peers.append(request.transport.get_extra_info("peername"))
             if name == "unknown":
                 return self.refuse(f"no such call: {request.method} {request.path}", 404)
             if (refusal := await self.admit(request, seen)) is not None:
@@ -4664,6 +4667,130 @@ async def test_what_is_asked_wrongly_is_told_how_to_ask(world):
     refused = await world.provision()
     assert "FLY_API_TOKEN" in refused.body["detail"]
     assert "request_id" not in refused.body
+
+
+async def test_each_call_to_a_vm_has_a_connection_of_its_own(world):
+    """A kept one is only something to flood, or to lose a race on when the other side closes it."""
+    await world.ready()
+    before = len(world.vms.peers)
+    for n in range(3):
+        await world.text(f"{n}")
+    await world.hears("ran: 0", "ran: 1", "ran: 2")
+    assert len(set(world.vms.peers[before:])) == len(world.vms.peers[before:]) == 3
+
+
+async def test_an_attempt_after_a_cut_takes_a_fresh_connection(world):
+    await world.ready()
+    await world.text("warm up")
+    await world.hears("ran: warm up")
+    before = len(world.twilio.peers)
+    world.twilio.drops("send", after=True)
+    await world.text("hello")
+    await world.hears("ran: warm up", "ran: hello")
+    await world.clock.advance(5)
+    cut_off, *after = world.twilio.peers[before:]
+    assert after and cut_off not in after
+
+
+@beside
+async def test_answers_sent_while_the_disk_fails_are_not_sent_again_after_a_kill(live):
+    child = await live.spawn()
+    phones = PHONES[:6]
+    vms = [await live.sign_up(phone) for phone in phones]
+    gates = [vm.holds() for vm in vms]
+    for phone in phones:
+        await live.text("hello", phone)
+    for gate in gates:
+        await live.clock.until(gate.arrived.is_set)
+    _, hard = resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(child.process.pid, resource.RLIMIT_FSIZE, (1, hard))
+    for gate in gates:
+        gate.open()
+    for phone in phones:
+        await live.hears("ran: hello", phone=phone)
+    await child.ends(signal.SIGKILL)
+    await live.spawn()
+    await live.text("more", phones[0])
+    await live.hears("ran: hello", "ran: more", phone=phones[0])
+    assert all(live.twilio.sent_to(phone) == ["ran: hello"] for phone in phones[1:])
+    assert all(vm.ran == ["hello"] for vm in vms[1:])
+
+
+def test_a_disk_that_hangs_does_not_hold_up_the_end():
+    program = "import asyncio, cockpit\nclass Runner:\n    async def cleanup(self): await asyncio.sleep(60)\nasyncio.run(cockpit.clean_up(Runner()))"
+    began = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=20, check=False).returncode == 0
+    assert time.monotonic() - began < 10
+
+
+def test_at_the_limit_of_file_descriptors_one_line_a_minute_is_logged(caplog):
+    loop = asyncio.new_event_loop()
+    try:
+        handler = cockpit.LoopErrors()
+        for _ in range(1000):
+            handler(loop, {"message": "socket.accept() out of system resource", "exception": OSError(errno.EMFILE, "Too many open files")})
+    finally:
+        loop.close()
+    assert [record.getMessage() for record in caplog.records] == ["no_file_descriptors"]
+
+
+@beside
+async def test_accepting_goes_on_when_file_descriptors_are_free_again(live):
+    child = await live.spawn()
+    _, hard = resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(child.process.pid, resource.RLIMIT_NOFILE, (40, hard))
+    idle = [await asyncio.open_connection("127.0.0.1", child.port) for _ in range(80)]
+    await asyncio.sleep(0.3)
+    for _, writer in idle:
+        writer.close()
+    await asyncio.wait_for(live.ask("GET", "/health"), 8)
+    assert child.log.count("\n") < 20, child.log[-2000:]
+
+
+async def test_a_vm_given_up_that_is_back_at_fly_is_taken_over(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    app = world.fly.everything.pop(vm.app)
+    await sweeps(world, 3)
+    assert world.saved["routes"][ANN]["state"] == "failed"
+    world.fly.everything[vm.app] = app
+    await sweeps(world, 3)
+    assert world.saved["routes"][ANN]["state"] == "ready"
+    await world.text("back again")
+    await world.clock.until(lambda: vm.ran == ["back again"])
+
+
+async def test_a_machine_replaced_with_flyctl_in_our_own_app_is_taken_over(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    machines = world.fly.apps[vm.app].machines
+    (old, machine), = machines.items()
+    del machines[old]
+    machine.id = "feedfeedfeed01"
+    machines[machine.id] = machine
+    await sweeps(world, 3)
+    route = world.saved["routes"][ANN]
+    assert (route["state"], route["machine_id"]) == ("ready", machine.id)
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
+def test_a_missing_or_short_api_key_is_one_line_with_its_shape():
+    environ = settings()
+    del environ["COCKPIT_API_KEY"]
+    assert len(problems(environ)) == 1
+    assert "15 characters" in problems(settings(COCKPIT_API_KEY="fifteen-letters"))[0]
+
+
+async def test_status_tells_how_long_a_vm_is_away_whoever_sets_the_clock(world):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("hello")
+    await world.hears(RESTARTING)
+    world.clock.set_by = 7200
+    await world.text("cockpit status")
+    await world.clock.until(lambda: len(world.twilio.sent) == 2)
+    assert world.twilio.sent_to(ANN)[1] == "Your VM has been away for 0 s. Nothing is running. 1 waiting."
 
 
 # --- Page, metrics, logs ---
