@@ -2591,6 +2591,8 @@ async def play(world: World, script: str) -> None:
                 vm.then({"status": int(status)})
             case "~", ["vm", "next", "cuts", "off"]:
                 vm.then({"cut": "after"})
+            case "~", ["torn", "down"]:
+                await world.call("DELETE", f"/provision/{vm.app}")
             case "~", ["a", "kill"]:  # wherever the gateway just is
                 await world.crash_and_restart()
             case "~", ["gateway", "dies"]:
@@ -2680,6 +2682,19 @@ CONVERSATIONS = {
         > deploy
         < ran: deploy
         ran deploy""",
+    "a teardown tells what was not run": """
+        ~ vm answers 503
+        > first
+        < AWAY
+        > second
+        ~ torn down
+        < Your VM is gone. Not run: "first", "second" Sign up: https://signup.example.com""",
+    "a restart by text is done once and what waits runs then": """
+        > cockpit restart
+        < Your VM is being restarted. What waits will run when it is back.
+        > hello
+        < ran: hello
+        ran hello""",
     "the queue is told while the VM is away": """
         ~ vm answers 503
         > first
@@ -4517,6 +4532,27 @@ async def test_what_an_owner_should_hear_of_the_end_of_a_vm_survives_a_kill(worl
     world.twilio.heals("send")
     await world.start()
     await world.hears(*heard, expected)
+
+
+@pytest.mark.parametrize("calls", range(7))
+async def test_a_teardown_killed_at_any_call_is_whole_or_not_begun(world, calls):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("hello")
+    await world.hears(RESTARTING)
+    seen = lambda: len(world.fly.seen) + len(world.twilio.seen)
+    before = seen()
+    asked = asyncio.ensure_future(world.ask("DELETE", f"/provision/{vm.app}"))
+    with contextlib.suppress(AssertionError):
+        await world.clock.until(lambda: seen() >= before + calls, 30, real=2)
+    await world.crash_and_restart()
+    await asyncio.gather(asked, return_exceptions=True)
+    if world.saved["routes"]:
+        await world.returns(vm)
+        await world.hears(RESTARTING, "ran: hello")
+    else:
+        await world.hears(RESTARTING, 'Your VM is gone. Not run: "hello" Sign up: https://signup.example.com')
+        await world.clock.until(lambda: not world.fly.everything)
 
 
 async def test_nothing_of_a_vm_that_is_gone_reaches_the_number_s_next_owner_after_a_kill(world):
