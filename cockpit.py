@@ -1323,21 +1323,12 @@ class Recent(OrderedDict[str, T]):
 
 # --- Routes on disk ---
 
-ROUTES_BEGIN, ROUTES_END = b'"routes": {\n', b"\n}"
-
-
-def fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
 
 
 def read_nofollow(path: Path) -> bytes:
     """The file's bytes; a link that somebody planted under its name is not followed."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    with os.fdopen(handle, "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
         return file.read()
 
 
@@ -1355,7 +1346,11 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        fsync_folder(path.parent)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -1370,87 +1365,67 @@ class StateLock:
         lock = path.with_name(path.name + ".lock")
         try:
             self._handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        except OSError as error:
-            remedy = "check that the folder exists and is writable"
-            raise StoreError(f"{lock} cannot be opened: {error.strerror}; {remedy}") from error
-        try:
             fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._handle)
+        except BlockingIOError as error:
+            self.close()
             remedy = "stop it first, or set ROUTES_FILE to another file"
             raise StoreError(f"another cockpit is using {path}; {remedy}") from error
+        except OSError as error:
+            remedy = "check that the folder exists and is writable"
+            raise StoreError(f"{lock} cannot be locked: {error.strerror}; {remedy}") from error
 
     def close(self) -> None:
         os.close(self._handle)
 
 
-@dataclass(slots=True, kw_only=True)
-class StoredRoutes:
+class StoredRoutes(NamedTuple):
     """routes.json, read and checked."""
 
-    gateway_id: str = ""
-    routes: dict[str, Route] = field(default_factory=dict)
-    undo: dict[str, Json] = field(default_factory=dict)
-    extra: Json = field(default_factory=dict)
-
-    @classmethod
-    def parse(cls, text: bytes) -> StoredRoutes:
-        """Raises ValueError saying what is wrong with the file."""
-        stored = json.loads(text)
-        if not isinstance(stored, dict):
-            raise ValueError("it does not hold a JSON object")
-        check_version(stored.pop("version", None))
-        routes = stored.pop("routes", {})
-        undo = stored.pop("undo", {})
-        stored.pop("pool", None)  # of the first version: a sweep reports its machines
-        for name, section in (("routes", routes), ("undo", undo)):
-            is_usable = isinstance(section, dict)
-            if not is_usable or not all(isinstance(entry, dict) for entry in section.values()):
-                raise ValueError(f'its "{name}" is not an object of objects')
-        gateway_id = stored.pop("gateway_id", "")
-        if not isinstance(gateway_id, str):
-            raise ValueError('its "gateway_id" is not a text')
-        return cls(gateway_id=gateway_id, routes=parse_routes(routes), undo=undo, extra=stored)
+    gateway_id: str
+    routes: dict[str, Route]
+    undo: dict[str, Json]
+    extra: Json
 
 
-def parse_routes(section: Json) -> dict[str, Route]:
-    """Raises ValueError naming the route that cannot be used."""
-    routes: dict[str, Route] = {}
+def parse_routes(text: bytes) -> StoredRoutes:
+    """Raises ValueError saying what is wrong with the file; StoreError when a newer cockpit wrote it."""
+    stored = json.loads(text)
+    if not isinstance(stored, dict):
+        raise ValueError("it does not hold a JSON object")
+    version = stored.pop("version", None)
+    if type(version) is not int or version < 1:
+        raise ValueError('it has no "version"')
+    if version > 1:  # no older copy may then take its place
+        newer = f'the routes are of "version" {version}, which a newer cockpit wrote'
+        raise StoreError(f"{newer}: run that one (nothing was overwritten)")
+    stored.pop("pool", None)  # of the first version: a sweep reports its machines
+    gateway_id, undo = stored.pop("gateway_id", ""), stored.pop("undo", {})
+    section, routes = stored.pop("routes", {}), {}
+    is_usable = isinstance(section, dict) and isinstance(undo, dict) and isinstance(gateway_id, str)
+    if not is_usable or not all(isinstance(entry, dict) for entry in undo.values()):
+        raise ValueError('its "routes", "undo" or "gateway_id" is not what it should be')
     for phone in list(section):
         if not PHONE.fullmatch(phone):
             raise ValueError(f"a route's key is not a phone number: {mask_phone(phone)}")
         try:
             routes[phone] = Route.from_json(section.pop(phone))  # 100,000 of them: not both at once
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
     if len({route.vm_id for route in routes.values()}) != len(routes):
         raise ValueError("one vm_id stands under two numbers")
-    return routes
-
-
-def check_version(version: object) -> None:
-    """Raises ValueError when there is none, StoreError when a newer cockpit wrote the file.
-
-    No older copy may then take its place.
-    """
-    if type(version) is not int or version < 1:
-        raise ValueError('it has no "version"')
-    if version > 1:
-        newer = f'the routes are of "version" {version}, which a newer cockpit wrote'
-        raise StoreError(f"{newer}: run that one (nothing was overwritten)")
+    return StoredRoutes(gateway_id, routes, undo, stored)
 
 
 def read_routes(path: Path) -> tuple[StoredRoutes, str]:
-    """routes.json, or its last good copy and a note saying so; raises StoreError when neither can be read."""
+    """routes.json, or its last good copy and a note saying so; raises StoreError."""
     reasons = []
     for candidate in (path, path.with_name(path.name + ".bak")):
         try:
-            stored = StoredRoutes.parse(read_nofollow(candidate))
+            stored = parse_routes(read_nofollow(candidate))
         except FileNotFoundError:
             continue
         except (OSError, ValueError, RecursionError) as error:
-            reason = getattr(error, "strerror", None) or error
-            reasons.append(f"{candidate} cannot be used: {reason}")
+            reasons.append(f"{candidate} cannot be used: {error}")
             continue
         if candidate == path:
             return stored, ""
@@ -1459,25 +1434,13 @@ def read_routes(path: Path) -> tuple[StoredRoutes, str]:
     if reasons:
         remedy = "mend it or put back a good copy (nothing was overwritten)"
         raise StoreError(f"{'; '.join(reasons)}; {remedy}")
-    return StoredRoutes(), ""
-
-
-def resolve_all(waiters: Iterable[asyncio.Future[None]], error: Exception | None) -> None:
-    """Let go everybody who waits, with success or the error; who was cancelled is passed over."""
-    for waiter in waiters:
-        if waiter.done():
-            continue
-        if error is None:
-            waiter.set_result(None)
-        else:
-            waiter.set_exception(error)
+    return StoredRoutes("", {}, {}, {}), ""
 
 
 class RouteStore:
     """The routes and what is being undone, in memory and in routes.json.
 
-    Changes take effect in memory at once; `commit` waits until they are on disk. Changes that come
-    together share one write.
+    Changes take effect in memory at once; `commit` waits until they are on disk.
     """
 
     def __init__(self, path: Path, clock: Clock, tasks: Tasks) -> None:
@@ -1491,51 +1454,46 @@ class RouteStore:
         self.routes = stored.routes
         self.undo = stored.undo
         self._extra = stored.extra
-        self.states = Counter(route.state for route in self.routes.values())
-        self._lines = {phone: self._line(phone, route) for phone, route in self.routes.items()}
-        self._phone_of = {route.vm_id: phone for phone, route in self.routes.items()}
-        self._phone_of_machine = {
-            route.machine_id: phone for phone, route in self.routes.items() if route.machine_id
-        }
-        self._vm_ids = sorted(self._phone_of)
-        self._waiters: list[asyncio.Future[None]] = []
+        self.states: Counter[str] = Counter()
+        self._lines: dict[str, bytes] = {}  # each route as in the file, ready to be joined
+        self._phone_of: dict[str, str] = {}  # by vm_id and by machine id
+        for phone, route in self.routes.items():
+            self._index(phone, route)
+        self._vm_ids = sorted(route.vm_id for route in self.routes.values())
+        self._written: asyncio.Future[None] | None = None  # what commits wait for, if any do
         self._writer: asyncio.Task[None] | None = None
         self.trouble = ""
 
-    @staticmethod
-    def _line(phone: str, route: Route) -> bytes:
-        return f"{to_json(phone)}: {to_json(route.to_json())}".encode()
+    def _index(self, phone: str, route: Route) -> None:
+        self.states[route.state] += 1
+        self._lines[phone] = f",\n{to_json(phone)}: {to_json(route.to_json())}".encode()
+        self._phone_of[route.vm_id] = phone
+        if route.machine_id:
+            self._phone_of[route.machine_id] = phone
 
     def put(self, phone: str, route: Route) -> None:
-        """Set a phone's route; call `commit` to have it on disk."""
         self.drop(phone)
         self.routes[phone] = route
-        self.states[route.state] += 1
-        self._lines[phone] = self._line(phone, route)
-        self._phone_of[route.vm_id] = phone
+        self._index(phone, route)
         insort(self._vm_ids, route.vm_id)
-        if route.machine_id:
-            self._phone_of_machine[route.machine_id] = phone
 
     def drop(self, phone: str) -> None:
-        """Forget a phone's route, if there is one."""
         route = self.routes.pop(phone, None)
         if route is None:
             return
         self.states[route.state] -= 1
         del self._lines[phone], self._phone_of[route.vm_id]
-        self._phone_of_machine.pop(route.machine_id, None)
+        self._phone_of.pop(route.machine_id, None)
         del self._vm_ids[bisect_left(self._vm_ids, route.vm_id)]
 
     async def update(self, vm_id: str, **changes: str) -> None:
         """Change a route that is still there, on disk; raises StoreError."""
-        found = self.find(vm_id)
-        if not found:
-            return
-        changed = replace(found[1], **changes)  # type: ignore[arg-type]
-        if changed != found[1]:
-            self.put(found[0], changed)
-            await self.commit()
+        if found := self.find(vm_id):
+            phone, route = found
+            changed = replace(route, **changes)  # type: ignore[arg-type]
+            if changed != route:
+                self.put(phone, changed)
+                await self.commit()
 
     def begin_undo(self, phone: str, reason: str, error: str = "") -> None:
         """Move a route to the undo section, which frees its number in the same write."""
@@ -1546,7 +1504,7 @@ class RouteStore:
 
     def find(self, vm_id: str) -> tuple[str, Route] | None:
         """The phone and route of a vm_id or machine id."""
-        phone = self._phone_of.get(vm_id) or self._phone_of_machine.get(vm_id)
+        phone = self._phone_of.get(vm_id)
         return (phone, self.routes[phone]) if phone else None
 
     def page(self, after: str, limit: int) -> list[str]:
@@ -1556,68 +1514,55 @@ class RouteStore:
 
     async def commit(self) -> None:
         """Wait until every change made so far is on disk; raises StoreError (the write is tried on)."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        if self._written is None:
+            self._written = asyncio.get_running_loop().create_future()
         if self._writer is None:
             self._writer = self._tasks.start(self._write_while_needed(), "write routes")
-        await waiter
+        await asyncio.shield(self._written)
 
     async def _write_while_needed(self) -> None:
         failures = 0
         try:
-            while self._waiters or failures:
-                waiters, self._waiters = self._waiters, []
-                head, lines, tail = self._head(), list(self._lines.values()), self._tail()
+            while self._written or failures:
+                written, self._written = self._written, None
+                content = self._content()
                 try:
-                    await asyncio.to_thread(self._write, self.path, head, lines, tail)
+                    await asyncio.to_thread(write_atomically, self.path, content)
                 except StoreError as error:
                     failures += 1
                     self.trouble = str(error)
                     log_error("routes_not_written", error=str(error))
-                    resolve_all(waiters, error)
+                    if written:
+                        written.set_exception(error)
                     await ROUTES_RETRY.pause(self._clock, failures)
                     continue
                 failures, self.trouble = 0, ""
-                resolve_all(waiters, None)
-                # After the waiters are let go: the copy only guards against later damage to the file.
+                if written:
+                    written.set_result(None)
+                # After they are let go: the copy only guards against later damage to the file.
                 copy = self.path.with_name(self.path.name + ".bak")
                 with contextlib.suppress(StoreError):
-                    await asyncio.to_thread(self._write, copy, head, lines, tail)
+                    await asyncio.to_thread(write_atomically, copy, content)
         finally:
             self._writer = None
-            ending = StoreError(f"{self.path.name} was not written: shutting down")
-            resolve_all(self._waiters, ending)
+            if self._written:
+                reason = f"{self.path.name} was not written: shutting down"
+                self._written.set_exception(StoreError(reason))
 
-    def _head(self) -> bytes:
-        head = {"version": 1, "gateway_id": self.gateway_id, **self._extra}
-        return to_json(head)[:-1].encode() + b", " + ROUTES_BEGIN
-
-    def _tail(self) -> bytes:
-        return ROUTES_END + b', "undo": ' + to_json(self.undo).encode() + b"}\n"
-
-    @staticmethod
-    def _write(path: Path, head: bytes, lines: list[bytes], tail: bytes) -> None:
-        def chunks() -> Iterator[bytes]:
-            yield head
-            # A thousand at a time, so that no join of 100,000 holds up the event loop's thread.
-            for start in range(0, len(lines), 1000):
-                yield b",\n" if start else b""
-                yield b",\n".join(lines[start : start + 1000])
-            yield tail
-
-        write_atomically(path, chunks())
+    def _content(self) -> list[bytes]:
+        head = to_json({"version": 1, "gateway_id": self.gateway_id, **self._extra})[:-1]
+        tail = f'\n}}, "undo": {to_json(self.undo)}}}\n'
+        lines = list(self._lines.values())
+        lines[:1] = [line.removeprefix(b",") for line in lines[:1]]
+        return [f'{head}, "routes": {{'.encode(), *lines, tail.encode()]
 
     async def close(self) -> None:
         """Write what is unwritten, if the disk lets us."""
         with contextlib.suppress(StoreError, TimeoutError):
             async with asyncio.timeout(2):
-                if self._writer is not None:
+                if writer := self._writer:
                     await self.commit()
-                if self._writer is not None:
-                    await asyncio.shield(self._writer)
-
-
-ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
+                    await asyncio.shield(writer)
 
 
 # --- Messages on disk ---
@@ -1626,6 +1571,7 @@ ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
 
 SCHEMA_VERSION = 1
 SCHEMA = """
+BEGIN;
 CREATE TABLE texts (  -- accepted and not yet finished
     sid TEXT PRIMARY KEY, vm_id TEXT, arrived REAL, body TEXT, media TEXT, channel TEXT, number TEXT,
     handed_over INTEGER, drops INTEGER, dropped_at REAL);
@@ -1637,20 +1583,24 @@ CREATE TABLE seen (sid TEXT PRIMARY KEY, at REAL, reply TEXT) WITHOUT ROWID;
 CREATE INDEX seen_at ON seen (at);
 CREATE TABLE sent (sid TEXT PRIMARY KEY, at REAL) WITHOUT ROWID;  -- SIDs of our own messages
 CREATE TABLE marks (name TEXT PRIMARY KEY, value REAL);
+PRAGMA user_version = 1;
+COMMIT;
 """
-SEEN_S = 2 * 86_400.0
-SENT_S = 2 * 3600.0
-PRUNE_EVERY_S = 60.0
-PRUNE_ROWS = 5000
-
-Value = str | float | int | None
-Change = tuple[str, tuple[Value, ...]]
-Row = dict[str, Any]
-
 SEE = "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)"
 ADD_TEXT = "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 ADD_OUTBOUND = "INSERT OR REPLACE INTO outbound VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 PUT_VM = "INSERT OR REPLACE INTO vms VALUES (?, ?)"
+PATCH_VM = """INSERT INTO vms VALUES (?, ?)
+    ON CONFLICT (vm_id) DO UPDATE SET record = json_patch(record, excluded.record)"""
+DROP_SENT = """DELETE FROM outbound
+    WHERE sent >= json_array_length(parts) + json_array_length(images) OR phone = ''"""
+PRUNE_EVERY_S = 60.0
+PRUNE = "DELETE FROM {0} WHERE sid IN (SELECT sid FROM {0} WHERE at < ? - {1} LIMIT 5000)"
+KEPT_S = {"seen": 2 * 86_400, "sent": 2 * 3600}
+
+Value = str | float | int | None
+Change = tuple[str, tuple[Value, ...]]
+Row = dict[str, Any]
 
 
 def storable(value: Value) -> Value:
@@ -1664,88 +1614,91 @@ def storable(value: Value) -> Value:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Entry:
-    """Changes that are written together or not at all.
-
-    `sid`: only if this SID was never seen; `is_kept`: tried again until the disk lets it.
-    """
+    """Changes that are written together or not at all."""
 
     changes: Sequence[Change]
-    sid: str = ""
-    at: float = 0.0
-    reply: str = ""
-    is_kept: bool = False
+    see: tuple[str, float, str] | None = None  # only if this SID was never seen: SID, time, reply
+    is_kept: bool = False  # tried again until the disk lets it
     waiter: asyncio.Future[str | None] | None = None
     result: str | None = None  # the earlier reply, when the SID was known
-    error: StoreError | None = None  # SQLite refused a row of it: it is not tried again
+    refusal: StoreError | None = None  # SQLite took the rest, not this
 
     def write(self, database: sqlite3.Connection) -> None:
-        if self.sid:
-            row = (self.sid, self.at, storable(self.reply))
-            if database.execute(SEE, row).rowcount == 0:
-                known = database.execute(
-                    "SELECT reply FROM seen WHERE sid = ?", (self.sid,)
-                ).fetchone()
-                self.result = str(known[0])
-                return
+        if (
+            self.see
+            and not database.execute(
+                SEE, (self.see[0], self.see[1], storable(self.see[2]))
+            ).rowcount
+        ):
+            query = "SELECT reply FROM seen WHERE sid = ?"
+            (self.result,) = database.execute(query, self.see[:1]).fetchone()
+            return
         for statement, values in self.changes:
             database.execute(statement, tuple(map(storable, values)))
 
+    def settle(self, error: StoreError | None) -> None:
+        """Tell who waits, once; what is tried again then has nobody who waits."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is None or waiter.done():
+            return
+        if failure := self.refusal or error:
+            waiter.set_exception(failure)
+        else:
+            waiter.set_result(self.result)
 
+
+@dataclass(eq=False)
 class MessageStore:
     """What is in flight and what is remembered; nothing is acknowledged before it is here."""
 
     RETRY_S = 1.0
     GATHER_S = 0.001
 
-    def __init__(self, path: Path, clock: Clock, tasks: Tasks, metrics: Metrics) -> None:
-        self.path = path
-        self._clock = clock
-        self._tasks = tasks
-        self._metrics = metrics
-        self._thread = ThreadPoolExecutor(1, "messages")
-        self._queue: list[Entry] = []
-        self._writer: asyncio.Task[None] | None = None
-        self._wanted = asyncio.Event()
-        self._pruned_at = NEVER
-        self._file_id = 0
-        self._at_work = 0
-        self.changes = 0  # asked for so far
-        self.trouble = ""
-
-    # Opening and reading, in the store's thread
+    path: Path
+    clock: Clock
+    tasks: Tasks
+    metrics: Metrics
+    database: sqlite3.Connection = field(init=False)
+    inode: int = 0  # of its file
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "messages"))
+    at_work: int = 0  # calls in the thread or on their way to it
+    queue: list[Entry] = field(default_factory=list)
+    writer: asyncio.Task[None] | None = None
+    wanted: asyncio.Event = field(default_factory=asyncio.Event)  # somebody waits for an entry
+    pruned_at: float = NEVER
+    changes: int = 0  # asked for so far
+    trouble: str = ""
 
     async def open(self) -> None:
         """Open or make the database; one that is damaged is set aside. Raises StoreError."""
-        await self._in_thread(self._open)
+        try:
+            await self._in_thread(self._connect)
+        except StoreError:
+            await self._in_thread(self.database.close)
+            raise
+        except (sqlite3.OperationalError, OSError) as error:
+            raise StoreError(
+                f"{self.path.name} cannot be opened: {getattr(error, 'strerror', error)}"
+            ) from error
+        except sqlite3.DatabaseError as error:
+            # What was in flight is lost, but never a start.
+            suffix = f".damaged-{int(self.clock.now())}"
+            log_error("messages_damaged", error=str(error), kept_as=self.path.name + suffix)
+            await self._in_thread(self._set_aside, suffix)
+            await self._in_thread(self._connect)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
-        self._at_work += 1
+        self.at_work += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
+            return await asyncio.get_running_loop().run_in_executor(self.thread, work, *given)
         finally:
-            self._at_work -= 1
-
-    def _open(self) -> None:
-        try:
-            self._connect()
-        except sqlite3.OperationalError as error:
-            raise StoreError(f"{self.path.name} cannot be opened: {error}") from error
-        except sqlite3.DatabaseError as error:
-            self._set_aside(str(error))
-            self._connect()
-        except OSError as error:
-            raise StoreError(f"{self.path.name} cannot be opened: {error.strerror}") from error
-        except StoreError:
-            self._close()
-            raise
+            self.at_work -= 1
 
     def _connect(self) -> None:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        self._file_id = os.fstat(handle).st_ino
+        self.inode = os.fstat(handle).st_ino
         os.close(handle)
-        self._database = database = sqlite3.connect(
-            self.path, isolation_level=None, check_same_thread=False, cached_statements=64
-        )
+        self.database = database = sqlite3.connect(self.path, isolation_level=None)
         database.row_factory = sqlite3.Row
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
@@ -1753,278 +1706,216 @@ class MessageStore:
         if version > SCHEMA_VERSION:
             newer = f"{self.path.name} is of version {version}, which a newer cockpit wrote"
             raise StoreError(f"{newer}: run that one (nothing was overwritten)")
-        database.execute("PRAGMA quick_check(1)")
+        (verdict,) = database.execute("PRAGMA quick_check(1)").fetchone()
+        if verdict != "ok":
+            raise sqlite3.DatabaseError(verdict)
         if version == 0:
-            database.executescript(
-                f"BEGIN; {SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;"
-            )
+            database.executescript(SCHEMA)
 
-    def _set_aside(self, reason: str) -> None:
-        """A damaged database costs what was in flight, never a start."""
-        with contextlib.suppress(AttributeError, sqlite3.Error):
-            self._database.close()
-        suffix = f".damaged-{int(self._clock.now())}"
-        for name in (self.path.name, f"{self.path.name}-wal", f"{self.path.name}-shm"):
+    def _set_aside(self, suffix: str) -> None:
+        self.database.close()
+        for part in ("", "-wal", "-shm"):
             with contextlib.suppress(FileNotFoundError):
-                file = self.path.with_name(name)
-                file.rename(file.with_name(name + suffix))
-        kept_as = self.path.name + suffix
-        log_error("messages_damaged", error=reason, kept_as=kept_as)
+                os.rename(f"{self.path}{part}", f"{self.path}{part}{suffix}")
 
     async def read(self, query: str, *values: Value) -> list[Row]:
         """Rows of the database; raises StoreError."""
-
-        def fetch() -> list[Row]:
-            return list(map(dict, self._database.execute(query, values)))
-
         try:
-            return await self._in_thread(fetch)
+            return await self._in_thread(
+                lambda: list(map(dict, self.database.execute(query, values)))
+            )
         except sqlite3.Error as error:
             raise StoreError(f"{self.path.name} cannot be read: {error}") from error
 
     async def known(self, sids: Sequence[str]) -> set[str]:
         """Which of these SIDs were seen; raises StoreError."""
-        found: set[str] = set()
-        for start in range(0, len(sids), 500):
-            some = sids[start : start + 500]
-            marks = ",".join("?" * len(some))
-            rows = await self.read(f"SELECT sid FROM seen WHERE sid IN ({marks})", *some)  # noqa: S608
-            found.update(row["sid"] for row in rows)
-        return found
-
-    # Writing
+        query = "SELECT sid FROM seen WHERE sid IN (SELECT value FROM json_each(?))"
+        return {row["sid"] for row in await self.read(query, to_json(sids))}
 
     @property
     def is_writing(self) -> bool:
         """Whether the thread is at work, or has something to write that the disk did not refuse yet."""
-        return self._at_work > 0 or (self._writer is not None and not self.trouble)
+        return self.at_work > 0 or (self.writer is not None and not self.trouble)
 
     async def commit(self, *changes: Change) -> None:
         """Wait until these are on disk; raises StoreError, and then they are not."""
-        await self._enqueue(Entry(changes=changes))
+        await self._wait_for(Entry(changes=changes))
 
     async def commit_once(self, sid: str, at: float, reply: str, *changes: Change) -> str | None:
-        """The same, unless this SID was seen: then only the reply of that time is returned."""
-        return await self._enqueue(Entry(changes=changes, sid=sid, at=at, reply=reply))
+        """The same, unless this SID was seen: then nothing is written; returns the reply of that time."""
+        return await self._wait_for(Entry(changes=changes, see=(sid, at, reply)))
 
     async def save(self, *changes: Change) -> None:
         """Wait until these are on disk or the disk has failed once: they are kept and tried again then."""
         with contextlib.suppress(StoreError):
-            await self._enqueue(Entry(changes=changes, is_kept=True))
+            await self._wait_for(Entry(changes=changes, is_kept=True))
 
     def note(self, *changes: Change) -> None:
         """Write these soon; nobody waits."""
-        self._queue.append(Entry(changes=changes, is_kept=True))
-        self._start_writing()
+        self._enqueue(Entry(changes=changes, is_kept=True))
 
-    async def _enqueue(self, entry: Entry) -> str | None:
+    async def _wait_for(self, entry: Entry) -> str | None:
         entry.waiter = asyncio.get_running_loop().create_future()
-        self._queue.append(entry)
-        self._wanted.set()
-        self._start_writing()
+        self._enqueue(entry)
+        self.wanted.set()
         return await entry.waiter
 
-    def _start_writing(self) -> None:
+    def _enqueue(self, entry: Entry) -> None:
+        self.queue.append(entry)
         self.changes += 1
-        if self._writer is None:
-            self._writer = self._tasks.start(self._write_while_needed(), "write messages")
+        if self.writer is None:
+            self.writer = self.tasks.start(self._write_while_needed(), "write messages")
 
     async def _write_while_needed(self) -> None:
         try:
-            while self._queue:
+            while self.queue:
                 # Under load a short pause lets more texts share the fsync.
-                await asyncio.sleep(self.GATHER_S if len(self._queue) > 2 else 0)
-                batch, self._queue = self._queue, []
+                await asyncio.sleep(self.GATHER_S if len(self.queue) > 2 else 0)
+                batch, self.queue = self.queue, []
+                self.wanted.clear()
                 error = await self._in_thread(self._write, batch)
-                self._settle(batch, error)
-                if error is not None:
-                    await self._pause()
+                self._note_trouble(error)
+                for entry in batch:
+                    entry.settle(error)
+                if error is None:
+                    continue
+                kept = [entry for entry in batch if entry.is_kept and not entry.refusal]
+                self.queue = kept + self.queue
+                # A failing disk is tried again after a while, or as soon as somebody waits for it.
+                with contextlib.suppress(TimeoutError):
+                    async with self.clock.time_limit(self.RETRY_S):
+                        await self.wanted.wait()
         finally:
-            self._writer = None
+            self.writer = None
 
-    async def _pause(self) -> None:
-        """A failing disk is tried again after a while, or as soon as somebody waits for it."""
-        if any(entry.waiter for entry in self._queue):
-            return
-        self._wanted.clear()
-        with contextlib.suppress(TimeoutError):
-            async with self._clock.time_limit(self.RETRY_S):
-                await self._wanted.wait()
-
-    def _settle(self, batch: list[Entry], error: StoreError | None) -> None:
-        if error is not None and not self.trouble:
+    def _note_trouble(self, error: StoreError | None) -> None:
+        if error and not self.trouble:
             log_error("messages_not_written", error=str(error))
-        elif error is None and self.trouble:
-            log_event("messages_written_again", level=logging.WARNING)
-        self.trouble = str(error) if error else ""
-        for entry in batch:
-            if entry.waiter is None or entry.waiter.done():
-                continue
-            if failure := error or entry.error:
-                entry.waiter.set_exception(failure)
-            else:
-                entry.waiter.set_result(entry.result)
-        if error is not None:
-            kept = [entry for entry in batch if entry.is_kept]
-            for entry in kept:
-                entry.waiter = None
-            self._queue = kept + self._queue
+        elif self.trouble and not error:
+            log_warning("messages_written_again")
+        self.trouble = str(error or "")
 
     def _write(self, batch: Sequence[Entry]) -> StoreError | None:
-        began = self._clock.monotonic()
+        """All in one transaction; an error is the disk's, and then nothing is written."""
+        began = self.clock.monotonic()
         try:
-            self._transact(batch)
-        except (sqlite3.OperationalError, OSError) as error:
-            self._roll_back()
-            reason = error.strerror if isinstance(error, OSError) else error
-            return StoreError(f"{self.path.name} cannot be written: {reason}")
-        self._metrics.store_commit.observe(self._clock.monotonic() - began)
-        self._metrics.store_changes.add(by=sum(len(entry.changes) for entry in batch))
+            if os.stat(self.path).st_ino != self.inode:
+                raise sqlite3.OperationalError("the file was removed")
+            with self.database:
+                self.database.execute("BEGIN IMMEDIATE")
+                for entry in batch:
+                    self._write_apart(entry)
+                self._prune()
+        except (sqlite3.Error, OSError) as error:
+            return StoreError(
+                f"{self.path.name} cannot be written: {getattr(error, 'strerror', error)}"
+            )
+        self.metrics.store_commit.observe(self.clock.monotonic() - began)
+        self.metrics.store_changes.add(by=sum(len(entry.changes) for entry in batch))
         return None
 
-    def _transact(self, batch: Sequence[Entry]) -> None:
-        """All in one transaction; a row that SQLite refuses is put aside alone."""
-        if os.stat(self.path).st_ino != self._file_id:
-            raise FileNotFoundError(errno.ENOENT, "the file was removed")
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            for entry in batch:
-                entry.write(self._database)
-        except (sqlite3.OperationalError, OSError):
-            raise
-        except Exception:  # one of them; which, a savepoint for each tells
-            self._roll_back()
-            self._database.execute("BEGIN IMMEDIATE")
-            for entry in batch:
-                self._write_apart(entry)
-        self._prune()
-        self._database.execute("COMMIT")
-
     def _write_apart(self, entry: Entry) -> None:
-        self._database.execute("SAVEPOINT entry")
+        """What SQLite refuses is put aside alone, and never tried again."""
+        self.database.execute("SAVEPOINT entry")
         try:
-            entry.write(self._database)
-        except (sqlite3.OperationalError, OSError):
+            entry.write(self.database)
+        except sqlite3.OperationalError:
             raise
         except Exception as error:
-            self._database.execute("ROLLBACK TO entry")
-            entry.error = StoreError(f"{self.path.name} refuses this: {error}")
-            log_error("row_refused", error=str(error), statements=len(entry.changes))
-        self._database.execute("RELEASE entry")
-
-    def _roll_back(self) -> None:
-        with contextlib.suppress(sqlite3.Error):
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
+            self.database.execute("ROLLBACK TO entry")
+            entry.refusal = StoreError(f"{self.path.name} refuses this: {error}")
+            log_error("row_refused", error=str(error))
+        self.database.execute("RELEASE entry")
 
     def _prune(self) -> None:
-        """Forget what is old, a little at a time, beside what is written anyway."""
-        now = self._clock.now()
-        if now < self._pruned_at + PRUNE_EVERY_S:
+        now = self.clock.now()
+        if now < self.pruned_at + PRUNE_EVERY_S:
             return
-        self._pruned_at = now
-        for table, kept_s in (("seen", SEEN_S), ("sent", SENT_S)):
-            old = f"SELECT sid FROM {table} WHERE at < ? LIMIT {PRUNE_ROWS}"  # noqa: S608
-            self._database.execute(f"DELETE FROM {table} WHERE sid IN ({old})", (now - kept_s,))  # noqa: S608
+        self.pruned_at = now
+        for table, kept_s in KEPT_S.items():
+            self.database.execute(PRUNE.format(table, kept_s), (now,))
 
     async def close(self) -> None:
         """Write what is queued, if the disk lets us; end the thread."""
-        if self._queue or self._writer:
+        if self.writer:
             await self.save()
-        await self._in_thread(self._close)
-        self._thread.shutdown(wait=False)
-
-    def _close(self) -> None:
-        with contextlib.suppress(AttributeError, sqlite3.Error):
-            self._database.close()
+        await self._in_thread(self.database.close)
+        self.thread.shutdown(wait=False)
 
 
 class OldJournal:
-    """The `.journal` of the first version, read once and moved into the database."""
+    """The `.journal` of the first version, whose records become changes of the database."""
 
     def __init__(self, path: Path) -> None:
         """Blocking."""
-        self._texts: dict[str, Json] = {}
-        self._outbound: dict[str, Json] = {}
-        self._seen: dict[str, float] = {}
-        self._vms: dict[str, Json] = defaultdict(dict)
-        for line in read_nofollow(path).splitlines():
-            record = parse_json(line)
-            if isinstance(record, dict):
-                with contextlib.suppress(KeyError, TypeError, ValueError):  # a torn line
-                    self._apply(record, str(record.get("k")))
-
-    def _apply(self, record: Json, kind: str) -> None:
-        if kind == "in":
-            self._texts[record["sid"]] = record
-            self._seen[record["sid"]] = record["at"]
-        elif kind in ("run", "held", "cut"):
-            dropped = {"drops": record.get("n", 0), "dropped_at": record.get("at", 0)}
-            self._texts[record["sid"]] |= {"run": kind != "held"} | dropped
-        elif kind == "out":
-            self._outbound[record["id"]] = record
-            for sid in record.get("re", ()):
-                self._texts.pop(sid, None)
-        elif kind == "sent":
-            self._outbound[record["id"]]["sent"] = record["n"]
-        elif kind == "done":
-            del self._outbound[record["id"]]
-        elif kind in ("seen", "mute", "state"):
-            self._remember(record)
-
-    def _remember(self, record: Json) -> None:
-        if "sid" in record:
-            self._seen[record["sid"]] = record["at"]
-        self._seen.update(record.get("seen", ()))
-        opted = record.get("muted", {})
-        if "who" in record:
-            opted = {record["who"]: opted}
-        for who, opted_out in opted.items():
-            channel = WHATSAPP if who.startswith(WHATSAPP) else ""
-            self._vms[who.removeprefix(WHATSAPP)].setdefault("opted_out", {})[channel] = opted_out
+        self._lines = read_nofollow(path).splitlines()
 
     def changes(self, phone_of: Callable[[str], str]) -> Iterator[Change]:
-        for sid, at in self._seen.items():
-            yield SEE, (sid, at, "")
-        for vm_id, record in self._vms.items():
-            yield PUT_VM, (vm_id, to_json(record))
-        for sid, text in self._texts.items():
-            address = text.get("channel", ""), text.get("ours", "")
-            handed_over = bool(text.get("run")), text.get("drops", 0), text.get("dropped_at", 0)
-            media = to_json(text.get("media", []))
-            yield (
-                ADD_TEXT,
-                (sid, text["vm"], text["at"], text["body"], media, *address, *handed_over),
-            )
-        for id_, out in self._outbound.items():
-            if phone := phone_of(out["vm"]):
-                address = out.get("channel", ""), out.get("ours", "")
-                content = to_json(out["parts"]), to_json(out.get("images", []))
-                progress = out["at"], out.get("sent", 0), to_json(out.get("in_words", []))
-                yield ADD_OUTBOUND, (id_, out["vm"], phone, *address, *content, *progress)
+        for line in self._lines:
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
+                record = json.loads(line)
+                yield from (*old_changes(record, phone_of), *old_memory(record))
+        yield DROP_SENT, ()
+
+
+def old_changes(record: Json, phone_of: Callable[[str], str]) -> Iterator[Change]:
+    """What a record of the first version's journal means now; an unknown one means nothing."""
+    address = record.get("channel", ""), record.get("ours", "")
+    match record:
+        case {"k": "in", "sid": sid, "vm": vm_id, "at": at, "body": body}:
+            content = body, to_json(record.get("media", []))
+            yield ADD_TEXT, (sid, vm_id, at, *content, *address, bool(record.get("run")), 0, 0)
+        case {"k": "run" | "held" as kind, "sid": sid}:
+            yield "UPDATE texts SET handed_over = ? WHERE sid = ?", (kind == "run", sid)
+        case {"k": "cut", "sid": sid, "n": drops, "at": at}:
+            cut = "UPDATE texts SET handed_over = 1, drops = ?, dropped_at = ? WHERE sid = ?"
+            yield cut, (drops, at, sid)
+        case {"k": "out", "id": id_, "vm": vm_id, "at": at, "parts": parts}:
+            content = to_json(parts), to_json(record.get("images", []))
+            progress = at, record.get("sent", 0), to_json(record.get("in_words", []))
+            yield ADD_OUTBOUND, (id_, vm_id, phone_of(vm_id), *address, *content, *progress)
+            for sid in record.get("re", ()):
+                yield "DELETE FROM texts WHERE sid = ?", (sid,)
+        case {"k": "sent", "id": id_, "n": sent}:
+            yield "UPDATE outbound SET sent = ? WHERE id = ?", (sent, id_)
+        case {"k": "done", "id": id_}:
+            yield "DELETE FROM outbound WHERE id = ?", (id_,)
+
+
+def old_memory(record: Json) -> Iterator[Change]:
+    """The SIDs that a record of the first version's journal saw, and who opted out by it."""
+    seen, opted_out = [], record.get("muted", {})
+    if record["k"] == "state":
+        seen = record["seen"]
+    elif record["k"] in ("in", "seen"):
+        seen = [(record["sid"], record["at"])]
+    if "who" in record:
+        opted_out = {record["who"]: opted_out}
+    for sid, at in seen:
+        yield SEE, (sid, at, "")
+    for who, is_out in opted_out.items():
+        channel = WHATSAPP if who.startswith(WHATSAPP) else ""
+        memory = to_json({"opted_out": {channel: is_out}})
+        yield PATCH_VM, (who.removeprefix(WHATSAPP), memory)
 
 
 # --- Calls out ---
 
 MAX_UPSTREAM_BYTES = 8 * 1024 * 1024
-STATUS_CLASSES = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "6xx", "7xx", "8xx", "9xx")
-FRESH_CONNECTION_S = 5.0
-CONNECT_TIMEOUT = aiohttp.ClientTimeout(
-    sock_connect=10
-)  # the whole of a call has its own time limit
+FRESH_CONNECTION_S = 5.0  # after a cut
+# The whole of a call has a time limit of its own.
+CONNECT_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10)
 
 
 async def read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
     """The body, or None when it is longer than `limit` bytes."""
-    chunks: list[bytes] = []
-    size = 0
+    body = bytearray()
     async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > limit:
+        body += chunk
+        if len(body) > limit:
             response.close()
             return None
-        chunks.append(chunk)
-    return b"".join(chunks)
+    return bytes(body)
 
 
 def kind_of_failure(status: int) -> type[UpstreamError]:
@@ -2036,13 +1927,15 @@ def kind_of_failure(status: int) -> type[UpstreamError]:
 
 def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
     """Seconds of a Retry-After header, given as seconds or as a date; at most a minute is obeyed."""
-    value = headers.get("Retry-After", "").strip()
+    value = headers.get("Retry-After", "")
     try:
         pause_s = float(value)
     except ValueError:
         moment = parse_http_date(value)
-        pause_s = float("nan") if moment is None else moment - clock.now()
-    return min(60.0, max(0.0, pause_s)) if pause_s == pause_s else None
+        if moment is None:
+            return None
+        pause_s = moment - clock.now()
+    return min(60.0, max(0.0, pause_s))
 
 
 def parse_http_date(text: object) -> float | None:
@@ -2063,111 +1956,83 @@ class Dialect:
     is_unprocessed: Callable[[int], bool]  # by status: such a request surely had no effect
 
 
+@dataclass(eq=False)
 class Upstream:
     """One cloud's API: every request to it goes through `ask`."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        fresh_session: aiohttp.ClientSession,
-        dialect: Dialect,
-        clock: Clock,
-        metrics: Metrics,
-    ) -> None:
-        """`fresh_session` makes a new connection for each request: it is used after a cut."""
-        self.session = session
-        self._fresh_session = fresh_session
-        self._dialect = dialect
-        self._clock = clock
-        self._metrics = metrics
-        self._cut_at = NEVER
-        self._last_date: str | None = None
-        self.silent_since: float | None = None  # monotonic: the first call without an answer
-        self.ahead_s = 0.0  # of our clock, by the Date of its last answer
+    session: aiohttp.ClientSession
+    fresh_session: aiohttp.ClientSession  # a new connection for each request: used after a cut
+    dialect: Dialect
+    clock: Clock
+    metrics: Metrics
+    cut_at: float = NEVER
+    silent_since: float | None = None  # monotonic: the first call without an answer
+    ahead_s: float = 0.0  # of our clock, by the Date of its last answer
+    last_date: str | None = None
 
     async def ask(
-        self,
-        operation: str,
-        method: str,
-        url: URL,
-        *,
-        timeout_s: float,
-        hide: Iterable[str] = (),
-        **sent: Any,
+        self, operation: str, method: str, url: URL, *, hide: Iterable[str] = (), **sent: Any
     ) -> Any:
-        """What it answers, parsed, None when that is empty; raises UpstreamError."""
-        service, status, began = self._dialect.service, 0, self._clock.monotonic()
-        headers: Mapping[str, str] = {}
-        session = self._fresh_session if began < self._cut_at + FRESH_CONNECTION_S else self.session
-        request = session.request(
-            method, url, allow_redirects=False, timeout=CONNECT_TIMEOUT, **sent
-        )
-        try:
-            async with self._clock.time_limit(timeout_s), request as response:
-                status, headers = response.status, response.headers
-                raw = await read_at_most(response, MAX_UPSTREAM_BYTES)
-        except aiohttp.ClientConnectorError as error:
-            self._note_silence()
-            reason = f"not reached ({type(error).__name__})"
-            raise UpstreamUnavailable(service, operation, reason) from error
-        except (aiohttp.ClientError, TimeoutError) as error:
-            self._note_silence()
-            self._cut_at = self._clock.monotonic()
-            reason = f"no answer ({type(error).__name__})"
-            raise UpstreamUnavailable(service, operation, reason, may_have_happened=True) from error
-        finally:
-            passed_s = self._clock.monotonic() - began
-            self._metrics.upstream.observe(
-                passed_s, service, operation, STATUS_CLASSES[status // 100]
-            )
-        self._note_answer(headers)
-        if status >= 300:
-            raise self._fault(operation, status, headers, raw or b"", hide)
-        return self._parsed(operation, status, raw)
+        """What it answers, parsed, None when that is empty; raises UpstreamError.
 
-    def _parsed(self, operation: str, status: int, raw: bytes | None) -> Any:
+        `timeout_s` bounds the whole of it, `hide` is kept out of errors, the rest is aiohttp's.
+        """
+        status, headers, raw = await self._send(operation, method, url, **sent)
+        self.silent_since = None
+        if (date := headers.get("Date")) != self.last_date:
+            self.last_date = date
+            told = parse_http_date(date)
+            if told is not None:
+                # A Date is cut to the second, so that its time as we tell it is never in its future.
+                self.ahead_s = self.clock.now() - told
+        if status >= 300:
+            # Whole before it is cut: of a secret cut in two neither half would be found.
+            words, code = self.dialect.explain(raw or b"")
+            raise kind_of_failure(status)(
+                self.dialect.service,
+                operation,
+                redact(words, hide),
+                status=status,
+                code=code,
+                request_id=headers.get(self.dialect.request_id_header, ""),
+                may_have_happened=not self.dialect.is_unprocessed(status),
+                retry_after_s=read_retry_after(headers, self.clock),
+            )
         value = parse_json(raw) if raw else None
         if value is None and raw != b"":
-            facts: Json = {"status": status, "may_have_happened": True}
             reason = "an answer that is not JSON"
-            raise UpstreamUnreadable(self._dialect.service, operation, reason, **facts)
+            raise UpstreamUnreadable(
+                self.dialect.service, operation, reason, status=status, may_have_happened=True
+            )
         return value
 
-    def _note_silence(self) -> None:
-        if self.silent_since is None:
-            self.silent_since = self._clock.monotonic()
-
-    def _note_answer(self, headers: Mapping[str, str]) -> None:
-        self.silent_since = None
-        date = headers.get("Date")
-        if date == self._last_date:
-            return
-        self._last_date = date
-        told = parse_http_date(date)
-        if told is not None:
-            # A Date is cut to the second, so that Twilio's time as we tell it is never in its future.
-            self.ahead_s = self._clock.now() - told
-
-    def _fault(
-        self,
-        operation: str,
-        status: int,
-        headers: Mapping[str, str],
-        raw: bytes,
-        hide: Iterable[str],
-    ) -> UpstreamError:
-        # Whole before it is cut: of a secret cut in two neither half would be found.
-        words, code = self._dialect.explain(raw)
-        return kind_of_failure(status)(
-            self._dialect.service,
-            operation,
-            redact(words, hide),
-            status=status,
-            code=code,
-            request_id=headers.get(self._dialect.request_id_header, ""),
-            may_have_happened=not self._dialect.is_unprocessed(status),
-            retry_after_s=read_retry_after(headers, self._clock),
-        )
+    async def _send(
+        self, operation: str, method: str, url: URL, *, timeout_s: float, **sent: Any
+    ) -> tuple[int, Mapping[str, str], bytes | None]:
+        """Status, headers and body, the last None when it is too long."""
+        status, began, service = 0, self.clock.monotonic(), self.dialect.service
+        is_cut = began < self.cut_at + FRESH_CONNECTION_S
+        sent |= {"allow_redirects": False, "timeout": CONNECT_TIMEOUT}
+        request = (self.fresh_session if is_cut else self.session).request(method, url, **sent)
+        try:
+            async with self.clock.time_limit(timeout_s), request as response:
+                status = response.status
+                return status, response.headers, await read_at_most(response, MAX_UPSTREAM_BYTES)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            now = self.clock.monotonic()
+            self.silent_since = self.silent_since or now
+            is_reached = not isinstance(error, aiohttp.ClientConnectorError)
+            if is_reached:
+                self.cut_at = now
+            words = f"{'no answer' if is_reached else 'not reached'} ({type(error).__name__})"
+            raise UpstreamUnavailable(
+                service, operation, words, may_have_happened=is_reached
+            ) from error
+        finally:
+            status_class = f"{status // 100}xx" if status else "none"
+            self.metrics.upstream.observe(
+                self.clock.monotonic() - began, service, operation, status_class
+            )
 
 
 # --- Fly ---
