@@ -3915,8 +3915,11 @@ class Provisioner:
 
     def begin(self, order: Order) -> Provisioning:
         """Take an order on; raises Refusal. No await before the record, so one of many wins."""
-        self._check_number_free(order.phone)
-        self._check_limits()
+        failed = self._check_number_free(order.phone)
+        self._check_limits(replaced=1 if failed else 0)
+        if failed:  # only now: who is refused loses nothing
+            self.routes.begin_undo(order.phone, "replaced")
+            self.undo.start(failed.vm_id)
         now = self.clock.now()
         vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
         regions = [order.region] if order.region else list(self.settings.vm.regions)
@@ -3949,19 +3952,16 @@ class Provisioner:
         log_event("provision_begun", vm_id=vm_id, phone=mask_phone(order.phone))
         return provisioning
 
-    def _check_number_free(self, phone: str) -> None:
+    def _check_number_free(self, phone: str) -> Route | None:
+        """The number's VM that is gone, if one is: a new one may replace it."""
         route = self.routes.routes.get(phone)
-        if route is None:
-            return
-        if route.state == "failed":  # its VM is gone: the number may have a new one
-            self.routes.begin_undo(phone, "replaced")
-            self.undo.start(route.vm_id)
-            return
+        if route is None or route.state == "failed":
+            return route
         reason = f"this number has the VM {route.vm_id} ({route.state}); delete it first"
         raise Refusal("phone_taken", reason, vm_id=route.vm_id)
 
-    def _check_limits(self) -> None:
-        limits, count = self.settings.limits, len(self.routes.routes)
+    def _check_limits(self, replaced: int) -> None:
+        limits, count = self.settings.limits, len(self.routes.routes) - replaced
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         if self.closed_because:
@@ -6187,7 +6187,8 @@ class Reconciler:
         except UpstreamNotFound:
             return None
         owned = self.blueprint.ownership(machine)
-        is_proof = owned and owned.key_id and owned.phone == action.phone and machine.host_ok
+        is_alive = machine.host_ok and machine.state not in STATES_THAT_FAILED
+        is_proof = owned and owned.key_id and owned.phone == action.phone and is_alive
         return owned if is_proof else None
 
     async def adopt(self, action: Action) -> None:

@@ -3713,6 +3713,17 @@ async def test_a_vm_that_proves_its_owner_is_adopted_after_two_sweeps(world):
     assert vm.ran == ["hello again"]
 
 
+async def test_a_destroyed_machine_that_proves_its_owner_is_not_adopted(world):
+    await world.start(RECONCILE_S=EVERY)
+    name = "cockpit-vm-elsewhere"
+    world.fly.plants(name, **stamp(name, BOB, world.saved["gateway_id"]))
+    for machine in world.fly.everything[name].machines.values():
+        machine.rest = "destroyed"
+    await sweeps(world, 4)
+    assert not world.saved["routes"]
+    assert name in world.fly.apps
+
+
 async def test_what_was_torn_down_within_the_hour_is_not_adopted(world):
     await world.start(RECONCILE_S=600)
     vm = await world.sign_up()
@@ -3787,6 +3798,18 @@ async def test_a_vm_that_vanished_fails_its_owner_is_told_once_and_the_number_is
     await sweeps(world, 2)
     await world.hears("Your VM is gone. Sign up: https://signup.example.com")
     assert (await world.provision()).status == 201
+
+
+async def test_a_refused_sign_up_leaves_the_record_of_the_vm_that_is_gone(world):
+    await world.start(RECONCILE_S=EVERY)
+    vm = await world.sign_up()
+    await world.sign_up(BOB)
+    world.fly.everything.pop(vm.app)
+    world.vms.gone(vm.app)
+    await sweeps(world, 5)
+    await world.restart(VM_LIMIT=1)
+    assert (await world.provision()).body["code"] == "vm_limit"
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "failed"
 
 
 async def test_a_list_that_lags_makes_no_vm_vanish(world):
