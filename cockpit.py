@@ -5701,12 +5701,16 @@ class VmChange:
     what: str
     credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
     is_resumed: bool = False  # begun by an earlier process
+    is_torn_down: bool = False
     task: asyncio.Task[None] | None = None
 
     async def outcome(self) -> None:
         """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
         assert self.task is not None
         await asyncio.wait({self.task})
+        if self.task.cancelled() and not self.is_torn_down:
+            reason = f"this gateway is shutting down: the next start ends the {self.what}"
+            raise Refusal("draining", reason, vm_id=self.vm_id)
         if self.task.cancelled():
             reason = f"{self.vm_id} was deleted during the {self.what}"
             raise Refusal("torn_down", reason, vm_id=self.vm_id)
@@ -5893,6 +5897,7 @@ class VmChanges:
         """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
         change = self.running.get(vm_id)
         if change and change.task:
+            change.is_torn_down = True
             change.task.cancel()
         await self.relay.vm_gone(vm_id, phone, reason)
 

@@ -1606,6 +1606,20 @@ async def test_a_damaged_database_is_set_aside_and_the_routes_are_kept(world):
     assert [file.name for file in world.database.parent.glob("*.damaged-*")]
 
 
+async def test_a_database_with_a_damaged_page_is_set_aside_though_it_opens(world):
+    await world.ready()
+    await world.text("one")
+    await world.hears("ran: one")
+    await world.stop()
+    content = bytearray(world.database.read_bytes())
+    content[4096 * 2:4096 * 3] = b"\xff" * 4096
+    world.database.write_bytes(content)
+    await world.start()
+    assert [file.name for file in world.database.parent.glob("*.damaged-*")]
+    await world.text("two")
+    await world.hears("ran: one", "ran: two")
+
+
 async def test_a_database_of_a_newer_version_is_left_alone(world):
     await world.start()
     await world.stop()
@@ -5591,6 +5605,23 @@ async def test_shutdown_settles_what_it_can(live):
     gate.open()
     assert await child.ends() == 0
     await live.hears("ran: quick")
+
+
+@pytest.mark.parametrize("call, path", [("restart_machine", "/provision/{}/restart"), ("create_app", "/provision")], ids=["restart", "sign-up"])
+@beside
+async def test_who_waits_for_what_a_shutdown_cuts_off_is_told_so(live, call, path):
+    child = await live.spawn(DRAIN_S=0.1)
+    vm = await live.sign_up()
+    gate = live.fly.holds(call)
+    form = sign_up_form(BOB) if call == "create_app" else None
+    asked = asyncio.ensure_future(live.ask("POST", path.format(vm.app), json=form))
+    await live.clock.until(gate.arrived.is_set)
+    child.process.send_signal(signal.SIGTERM)
+    answer = await asyncio.wait_for(asked, 10)
+    assert (answer.status, answer.body["code"]) == (503, "draining")
+    assert answer.headers["Retry-After"]
+    gate.open()
+    assert await child.ends() == 0
 
 
 @beside
