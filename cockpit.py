@@ -1779,7 +1779,7 @@ class MessageStore:
                     entry.settle(error)
                 if error is None:
                     continue
-                kept = [entry for entry in batch if entry.is_kept and not entry.refusal]
+                kept = [entry for entry in batch if entry.is_kept]
                 self.queue = kept + self.queue
                 # A failing disk is tried again after a while, or as soon as somebody waits for it.
                 with contextlib.suppress(TimeoutError):

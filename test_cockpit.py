@@ -1569,6 +1569,8 @@ async def test_a_row_that_sqlite_refuses_is_put_aside_alone(world):
     await store.commit(seen("SM1"))
     outcomes = await asyncio.gather(store.commit(seen("SM2")), store.commit(seen("SM1")), store.commit(seen("SM3")), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [type(None), cockpit.StoreError, type(None)]
+    with pytest.raises(cockpit.StoreError):  # nor is half of it written
+        await store.commit(seen("SM0"), seen("SM1"))
     store.note(seen("SM1"))  # nobody waits for it: it is told in the log, and not tried again
     await store.commit(seen("SM4"))
     assert not store.is_writing and not store.trouble
@@ -1661,23 +1663,31 @@ async def test_what_the_first_version_left_in_flight_goes_on(world):
     await world.clock.advance(5)
     await world.stop()
     world.database.unlink()
-    now, sids = world.clock.now(), [f"SM{n}" + "0" * 31 for n in range(5)]
+    now, sids = world.clock.now(), [f"SM{n}" + "0" * 31 for n in range(8)]
     records = [
         {"k": "state", "seen": [[sids[4], now - 60]], "muted": {"whatsapp:" + vm.app: True}},
         {"k": "in", "sid": sids[0], "vm": vm.app, "at": now - 5, "body": "answered"},
         {"k": "in", "sid": sids[1], "vm": vm.app, "at": now - 4, "body": "handed over", "run": True},
         {"k": "in", "sid": sids[2], "vm": vm.app, "at": now - 3, "body": "waiting"},
         {"k": "out", "id": sids[0], "vm": vm.app, "at": now - 2, "parts": ["ran: answered"], "re": [sids[0]]},
+        {"k": "out", "id": sids[5], "vm": vm.app, "at": now - 1.5, "parts": ["sent before", "sent after"]},
+        {"k": "sent", "id": sids[5], "n": 1},
+        {"k": "out", "id": sids[6], "vm": vm.app, "at": now - 1, "parts": ["sent whole"]},
+        {"k": "sent", "id": sids[6], "n": 1},
+        {"k": "out", "id": sids[7], "vm": vm.app, "at": now - 1, "parts": ["done with"]},
+        {"k": "done", "id": sids[7]},
     ]
     journal = world.file.with_name("routes.json.journal")
     journal.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"k": "in", "sid"')
     await world.start()
     await world.text("handed over", MessageSid=sids[1])
     await world.text("seen long ago", MessageSid=sids[4])
-    await world.clock.until(lambda: len(world.twilio.sent) == 3)
+    await world.clock.until(lambda: len(world.twilio.sent) == 4)
     await world.restart()
     await world.clock.advance(60)
-    assert world.twilio.sent_to(ANN) == ["ran: answered", "ran: handed over", "ran: waiting"]
+    assert world.twilio.sent_to(ANN) == ["ran: answered", "sent after", "ran: handed over", "ran: waiting"]
+    assert not world.rows("SELECT id FROM outbound")
+    assert [json.loads(record)["opted_out"] for record, in world.rows("SELECT record FROM vms")] == [{"whatsapp:": True}]
     assert vm.ran == ["handed over", "waiting"]
     assert world.twilio.count("list"), "what may have been sent is looked up first"
     assert not journal.exists()
