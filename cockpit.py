@@ -37,6 +37,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import ctypes
 import dataclasses
 import errno
 import fcntl
@@ -283,6 +284,7 @@ PRINTABLE = r"[\x21-\x2b\x2d-\x7e]"  # no comma: it separates
 LOCAL_FOLDER = Path(".cockpit")
 LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1", "[::1]"}
 LOCAL_KEY = "local"
+SLEEPER_MEMORY_MB = 2048  # Fly suspends no larger guest
 
 
 def is_loopback(host: str) -> bool:
@@ -643,6 +645,7 @@ class Limits:
     backfill_s: float
     vm_command_timeout_s: float
     vm_away_limit_s: float
+    vm_idle_s: float
     text_limit: int
     queue_limit: int
     drain_s: float
@@ -657,6 +660,7 @@ class Limits:
             backfill_s=env.number("BACKFILL_S", 60, low=0),
             vm_command_timeout_s=env.number("VM_COMMAND_TIMEOUT_S", 330, low=0.01),
             vm_away_limit_s=env.number("VM_AWAY_LIMIT_S", 600, low=0.01),
+            vm_idle_s=env.number("VM_IDLE_S", 0, low=0),
             text_limit=env.whole("TEXT_LIMIT", 30, low=0),
             queue_limit=env.whole("QUEUE_LIMIT", 20, low=1),
             drain_s=env.number("DRAIN_S", 4, low=0),
@@ -694,6 +698,14 @@ class Settings:
     @property
     def has_stand_in(self) -> bool:
         return self.fly.is_local or self.twilio.is_local
+
+    @property
+    def sleep_obstacle(self) -> str:
+        """Why new VMs are not put to sleep although VM_IDLE_S is set, or nothing."""
+        is_large = self.vm.memory_mb > SLEEPER_MEMORY_MB
+        remedy = f"set VM_MEMORY_MB to {SLEEPER_MEMORY_MB} or less"
+        words = f"VM_IDLE_S: Fly suspends no guest over {SLEEPER_MEMORY_MB} MB; {remedy}"
+        return words if is_large and self.limits.vm_idle_s else ""
 
     def check_exposure(self, env: Env) -> None:
         """Local mode hands out a shell, so none of its conveniences may face more than this machine."""
@@ -735,6 +747,8 @@ class Route:
     pairing: str = "0:paired"  # stands in its machine's metadata too
     change: str = ""  # a restart, rotation or upgrade that is not ended yet
     old_image: str = ""  # what an upgrade goes back to
+    awake_s: int = 0  # in all, until it last stopped being `ready`
+    awake_since: str = ""  # while it is
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -742,16 +756,26 @@ class Route:
         """Raises ValueError naming the field that is not what it should be."""
         known = {name: stored[name] for name in ROUTE_FIELDS if name in stored}
         for name, value in known.items():
-            if not isinstance(value, str):
-                raise ValueError(f"{name} is not a text")
+            if type(value) is not KINDS.get(name, str):
+                kind = "whole number" if name in KINDS else "text"
+                raise ValueError(f"{name} is not a {kind}")
             if name in SHARED_FIELDS:  # one copy for 100,000 routes
-                known[name] = sys.intern(value)
+                known[name] = sys.intern(str(value))
         if not known.get("vm_id"):
             raise ValueError("vm_id is missing")
         if len(known) == len(stored):
             return cls(**known)
         extra = {name: value for name, value in stored.items() if name not in ROUTE_FIELDS}
         return cls(**known, extra=extra)
+
+    def began_to_be_awake(self) -> float | None:
+        """Wall clock; None while it is not awake. A route of the first version was never asleep."""
+        return parse_utc(self.awake_since or self.created_at) if self.state == "ready" else None
+
+    def awake_for(self, now: float) -> int:
+        """Seconds it was awake in all."""
+        began = self.began_to_be_awake()
+        return self.awake_s + (0 if began is None else max(0, round(now - began)))
 
     def to_json(self) -> Json:
         stored: Json = {}
@@ -764,6 +788,7 @@ class Route:
 
 SHARED_FIELDS = {"region", "image", "state", "key_id", "pairing"}
 ALWAYS_WRITTEN = {"vm_id", "machine_id", "vm_url", "state"}
+KINDS = {"awake_s": int}  # the others are texts
 ROUTE_FIELDS = {f.name: f.default for f in dataclasses.fields(Route) if f.name != "extra"}
 
 
@@ -1091,10 +1116,11 @@ class Gauge(NamedTuple):
     meaning: str
     values: Mapping[str, float]
     label: str = ""
+    kind: str = "gauge"
 
     def expose(self) -> Iterator[str]:
         yield f"# HELP cockpit_{self.name} {self.meaning}"
-        yield f"# TYPE cockpit_{self.name} gauge"
+        yield f"# TYPE cockpit_{self.name} {self.kind}"
         for value, number in self.values.items():
             labels = (self.label,) if self.label else ()
             yield sample_line(f"cockpit_{self.name}", labels, (value,) if labels else (), number)
@@ -1324,6 +1350,7 @@ class Recent(OrderedDict[str, T]):
 # --- Routes on disk ---
 
 ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
+GONE_AWAKE_S = "gone_awake_s"  # in routes.json: how long VMs that are no more were awake
 
 
 def read_nofollow(path: Path) -> bytes:
@@ -1392,6 +1419,8 @@ def parse_routes(text: bytes) -> StoredRoutes:
     stored = json.loads(text)
     if not isinstance(stored, dict):
         raise ValueError("it does not hold a JSON object")
+    if type(stored.get(GONE_AWAKE_S, 0)) is not int:
+        raise ValueError(f'its "{GONE_AWAKE_S}" is not a whole number')
     version = stored.pop("version", None)
     if type(version) is not int or version < 1:
         raise ValueError('it has no "version"')
@@ -1455,6 +1484,8 @@ class RouteStore:
         self.undo = stored.undo
         self._extra = stored.extra
         self.states: Counter[str] = Counter()
+        self._awake_s = 0.0  # of all VMs, less the moments since when those awake are so
+        self._awake_now = 0
         self._lines: dict[str, bytes] = {}  # each route as in the file, ready to be joined
         self._phone_of: dict[str, str] = {}  # by vm_id and by machine id
         for phone, route in self.routes.items():
@@ -1464,14 +1495,31 @@ class RouteStore:
         self._writer: asyncio.Task[None] | None = None
         self.trouble = ""
 
+    def _count(self, route: Route, by: int) -> None:
+        began = route.began_to_be_awake()
+        self.states[route.state] += by
+        self._awake_s += by * (route.awake_s - (began or 0.0))
+        self._awake_now += by * (began is not None)
+
+    def awake_seconds(self) -> float:
+        """How long VMs were awake, all told: what a month costs."""
+        gone: int = self._extra.get(GONE_AWAKE_S, 0)
+        return gone + self._awake_s + self._awake_now * self._clock.now()
+
     def _index(self, phone: str, route: Route) -> None:
-        self.states[route.state] += 1
+        self._count(route, 1)
         self._lines[phone] = f",\n{to_json(phone)}: {to_json(route.to_json())}".encode()
         self._phone_of[route.vm_id] = phone
         if route.machine_id:
             self._phone_of[route.machine_id] = phone
 
     def put(self, phone: str, route: Route) -> None:
+        """A route that enters or leaves `ready` has its time awake counted."""
+        before, now = self.routes.get(phone), self._clock.now()
+        if before is None or before.state != route.state:
+            awake_s = before.awake_for(now) if before else route.awake_s
+            since = utc_seconds(now) if route.state == "ready" else ""
+            route = replace(route, awake_s=awake_s, awake_since=since)
         self.drop(phone)
         self.routes[phone] = route
         self._index(phone, route)
@@ -1481,7 +1529,7 @@ class RouteStore:
         route = self.routes.pop(phone, None)
         if route is None:
             return
-        self.states[route.state] -= 1
+        self._count(route, -1)
         del self._lines[phone], self._phone_of[route.vm_id]
         self._phone_of.pop(route.machine_id, None)
         del self._vm_ids[bisect_left(self._vm_ids, route.vm_id)]
@@ -1498,6 +1546,8 @@ class RouteStore:
     def begin_undo(self, phone: str, reason: str, error: str = "") -> None:
         """Move a route to the undo section, which frees its number in the same write."""
         route = self.routes[phone]
+        gone = self._extra.get(GONE_AWAKE_S, 0) + route.awake_for(self._clock.now())
+        self._extra[GONE_AWAKE_S] = gone
         self.drop(phone)
         entry = route.to_json() | {"phone_number": phone, "reason": reason}
         self.undo[route.vm_id] = entry | ({"last_error": error} if error else {})
@@ -2104,6 +2154,8 @@ class Machine:
     last_event: str = ""
     checks_pass: bool = False
     host_ok: bool = True
+    memory_mb: int = 0
+    keeps_disk: bool = False  # through a cold boot
 
 
 def parse_machine(stored: Any) -> Machine:
@@ -2115,6 +2167,7 @@ def parse_machine(stored: Any) -> Machine:
     metadata = known.get("metadata") or {}
     checks = stored.get("checks") or []
     events = stored.get("events") or []
+    rootfs = config.get("rootfs") or {}
     return Machine(
         id=stored["id"],
         state=stored["state"],
@@ -2129,6 +2182,8 @@ def parse_machine(stored: Any) -> Machine:
         last_event=str(events[0]["id"]) if events else "",
         checks_pass=bool(checks) and all(check.get("status") == "passing" for check in checks),
         host_ok=stored.get("host_status", "ok") == "ok",
+        memory_mb=int((config.get("guest") or {}).get("memory_mb") or 0),
+        keeps_disk=bool(config.get("mounts")) or rootfs.get("persist") == "always",
     )
 
 
@@ -2475,6 +2530,11 @@ class FlyClient:
         """One attempt: the state is read again before another."""
         await self._call("POST", self._path(app, machine_id, "/start"), "start machine", machine_id)
 
+    async def suspend_machine(self, app: str, machine_id: str) -> None:
+        """One attempt; Fly answers before the machine is frozen."""
+        path = self._path(app, machine_id, "/suspend")
+        await self._call("POST", path, "suspend machine", machine_id)
+
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in RESTING:
@@ -2507,15 +2567,11 @@ class FlyClient:
         path = self._path(app, machine_id, f"/metadata/{quote(name)}")
         await self._again("POST", path, "set metadata", machine_id, body={"value": value})
 
-    async def wake(self, app: str, machine_id: str) -> None:
-        """Start the machine if it is stopped or suspended; raises UpstreamError."""
-        machine = await self.get_machine(app, machine_id)
-        if machine.state in RESTING and machine.host_ok:
-            log_event("machine_started", vm_id=app, was=machine.state)
-            await self.start_machine(app, machine_id)
-
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
-        """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out."""
+        """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out.
+
+        `state`: for another one.
+        """
         query = {"state": "started", "timeout": "60"}
         query |= {name: value for name, value in wanted.items() if value}
         path = self._path(app, machine_id, "/wait")
@@ -3158,6 +3214,10 @@ class VmClient:
 
     async def is_healthy(self, route: Route) -> bool:
         """Whether `/health` answers 2xx, one attempt of at most 5 s."""
+        return await self.health(route) is not None
+
+    async def health(self, route: Route) -> Json | None:
+        """What `/health` says, one attempt of at most 5 s; None when it does not answer 2xx."""
         try:
             async with (
                 self._clock.time_limit(self.HEALTH_S),
@@ -3165,10 +3225,12 @@ class VmClient:
                     f"{route.vm_url}/health", headers=self._headers(route), allow_redirects=False
                 ) as response,
             ):
-                await read_at_most(response, MAX_ANSWER_BYTES)
-                return response.status < 300
+                body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
         except (aiohttp.ClientError, OSError, ValueError):
-            return False
+            return None
+        if response.status >= 300:
+            return None
+        return body if isinstance(body, dict) else {}
 
     def open_image(
         self, route: Route, path: str
@@ -3422,6 +3484,13 @@ def describe_image(name: str) -> Json:
     return {"type": kind, "url": f"/images/{name}"}
 
 
+def end_with_parent() -> None:
+    """Where there is a parent-death signal: a process that is stopped does not see its input close."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool) -> int:
     """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
     folder = await asyncio.to_thread(Path.cwd)
@@ -3434,6 +3503,7 @@ async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool
         loop.add_signal_handler(number, stop.set)
     if until_stdin_closes:
         loop.add_reader(0, server.end_with_gateway)
+        end_with_parent()
     try:
         await runner.setup()
         await web.TCPSite(runner, host, port).start()
@@ -3519,7 +3589,12 @@ class Blueprint:
         }
         if volume_id:
             return config | {"mounts": [{"volume": volume_id, "path": "/data"}]}
-        return config | {"rootfs": {"persist": "restart"}}
+        return config | self.rootfs()
+
+    def rootfs(self) -> Json:
+        """What keeps the root disk of a machine without a volume: waking may end in a cold boot."""
+        persist = "always" if self._settings.limits.vm_idle_s else "restart"
+        return {"rootfs": {"persist": persist}}
 
     def url(self, vm_id: str, machine_id: str, region: str) -> str:
         """Where a VM is reached."""
@@ -3567,6 +3642,7 @@ class Blueprint:
             vm_url=self.url(machine.app, machine.id, machine.region),
             region=machine.region,
             image=machine.image,
+            state="asleep" if machine.state in ("suspending", "suspended") else "ready",
             created_at=utc_seconds(machine.created_at or 0),
             key_id=owned.key_id,
             pairing=owned.pairing,
@@ -4170,6 +4246,9 @@ STATUS_ORDER = (
 STATUS_RANKS = {name: rank for rank, names in enumerate(STATUS_ORDER) for name in names.split()}
 VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
+VM_WAKES = Backoff(base_s=0.1, cap_s=0.1)
+WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
+WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
@@ -4320,9 +4399,11 @@ class VmState:
     accepting: int = 0  # texts being stored
     runner: asyncio.Task[None] | None = None
     sender: asyncio.Task[None] | None = None
-    waker: asyncio.Task[None] | None = None
+    waker: asyncio.Task[bool] | None = None
     is_handing_over: bool = False
     is_paused: bool = False  # being changed: it is handed nothing
+    machine: asyncio.Lock = field(default_factory=asyncio.Lock)  # held to suspend or start it
+    is_falling_asleep: bool = False
     closing_notice: str = ""  # it is no more: what whoever waits here is told
     was_told_of_setup: bool = False
     last_text: float | None = None
@@ -4358,6 +4439,20 @@ class VmState:
 
     def is_idle(self) -> bool:
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
+
+    def may_sleep(self) -> bool:
+        """Whether nothing of it is in flight, and nothing is done to it."""
+        is_well = self.away_since is None and not self.closing_notice
+        return self.is_idle() and is_well and not (self.is_paused or self.owes_restart)
+
+    def is_turning(self) -> bool:
+        """Whether it is just falling asleep or waking."""
+        return self.machine.locked() or self.waker is not None
+
+    def last_sign(self) -> float:
+        """When it last had a text, an answer or a message of its own (wall clock)."""
+        own = self.vm_messages[-1][0] if self.vm_messages else 0.0
+        return max(self.last_text or 0.0, self.answered_at, own)
 
     @property
     def running(self) -> Text | None:
@@ -4749,6 +4844,102 @@ class Watch:
 
 
 @dataclass(kw_only=True, eq=False)
+class Waker:
+    """Starts machines that rest: those put to sleep, and those found stopped in an outage."""
+
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    vms: VmClient
+    state: RelayState
+    tasks: Tasks
+
+    def begin(self, vm: VmState) -> asyncio.Task[bool]:
+        """Start it, if it rests; tells whether Fly did. Fly may take minutes: nobody has to wait."""
+        if vm.waker is None:
+            vm.asked_fly_at = self.clock.monotonic()
+            vm.waker = self.tasks.start(self._wake(vm))
+        return vm.waker
+
+    def ask_again(self, vm: VmState) -> None:
+        """A machine that rests does not come back by itself."""
+        if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
+            self.begin(vm)
+
+    async def _wake(self, vm: VmState) -> bool:
+        try:
+            await self.start_machine(vm)
+            async with self.clock.time_limit(WAKE.budget_s):
+                await self._wait_until_it_answers(vm.vm_id)
+            return True
+        except (UpstreamError, TimeoutError) as error:
+            log_warning("wake_failed", vm_id=vm.vm_id, error=str(error) or "no answer in time")
+            return False
+        finally:
+            vm.waker = None
+
+    async def _wait_until_it_answers(self, vm_id: str) -> None:
+        """A sleeper is `ready` once its `/health` answers: what is handed to it before is refused."""
+        while (found := self.routes.find(vm_id)) and found[1].state == "asleep":
+            if await self.vms.is_healthy(found[1]):
+                return await self.note_awake(vm_id)
+            await VM_WAKES.pause(self.clock, 1)
+        return None
+
+    async def start_machine(self, vm: VmState) -> None:
+        """Never while it is being suspended; raises UpstreamError."""
+        async with vm.machine:
+            found = self.routes.find(vm.vm_id)
+            if found and found[1].state == "asleep":
+                await self._resume(vm.vm_id, found[1].machine_id)
+                log_event("vm_woken", vm_id=vm.vm_id)
+            elif found:
+                machine = await self.fly.get_machine(vm.vm_id, found[1].machine_id)
+                if machine.state in RESTING and machine.host_ok:
+                    log_event("machine_started", vm_id=vm.vm_id, was=machine.state)
+                    await self.fly.start_machine(vm.vm_id, machine.id)
+
+    async def _resume(self, vm_id: str, machine_id: str) -> None:
+        """While it is still falling asleep Fly refuses to start it: 412."""
+
+        def is_worth_repeating(error: UpstreamError) -> bool:
+            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
+
+        async def start() -> None:
+            try:
+                await self.fly.start_machine(vm_id, machine_id)
+            except UpstreamRejected:
+                machine = await self.fly.get_machine(vm_id, machine_id)
+                if machine.state not in ("starting", "started"):
+                    raise
+
+        await retry(start, WAKE, self.clock, when=is_worth_repeating)
+
+    async def note_awake(self, vm_id: str) -> None:
+        """It is `ready` from now on, whoever woke it."""
+        found = self.routes.find(vm_id)
+        if found and found[1].state == "asleep":
+            with contextlib.suppress(StoreError):  # the write is tried on, and a sweep sees it too
+                await self.routes.update(vm_id, state="ready")
+
+    async def look(self, vm_id: str) -> None:
+        """Ask Fly whether one that is said to sleep is awake; raises UpstreamError."""
+        found, vm = self.routes.find(vm_id), self.state.vms.get(vm_id)
+        if found is None:
+            return
+        machine = await self.fly.get_machine(vm_id, found[1].machine_id)
+        if machine.state == "started" and machine.host_ok and not (vm and vm.is_falling_asleep):
+            await self.note_awake(vm_id)
+
+    async def rouse(self, vm: VmState, within_s: float = WAKE_S) -> bool:
+        """Wake a sleeper; whether it answers within so long."""
+        with contextlib.suppress(TimeoutError):
+            async with self.clock.time_limit(within_s):
+                return await asyncio.shield(self.begin(vm))
+        return False
+
+
+@dataclass(kw_only=True, eq=False)
 class Runner:
     """The run lane of each VM: one text at a time, in order; outages and deadlines."""
 
@@ -4761,7 +4952,7 @@ class Runner:
     tasks: Tasks
     metrics: Metrics
     watch: Watch
-    wake: Callable[[str, str], Awaitable[None]]  # (vm_id, machine_id): starts a machine that rests
+    waker: Waker
 
     # The lane
 
@@ -4874,8 +5065,14 @@ class Runner:
 
     async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
         """Whether the first text may go now: its VM is back, and the store says that it goes."""
-        if vm.away_since is not None and not await self._wait_for_return(vm, route, text):
-            return False
+        if vm.away_since is not None:
+            if not await self._wait_for_return(vm, route, text):
+                return False
+            await self.waker.note_awake(vm.vm_id)
+        elif route.state == "asleep":
+            if not await self.waker.rouse(vm):
+                await self._announce_outage(vm, text)
+            return False  # its route is another by now
         if not text.handed_over:
             text.handed_over = True
             await self.state.store.save(text.updated())
@@ -4945,28 +5142,13 @@ class Runner:
             if left_s <= 0:
                 await self._expire(vm)
                 return False
-            self._ask_fly(vm, route)
+            self.waker.ask_again(vm)
             vm.probes += 1
             await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
-            if await self.vms.is_healthy(route):
+            # One that is just being put to sleep still answers, but not for long.
+            if await self.vms.is_healthy(route) and not vm.is_falling_asleep:
                 return True
         return False
-
-    def _ask_fly(self, vm: VmState, route: Route) -> None:
-        """A machine that rests does not come back by itself. Fly may take minutes: nobody waits for it."""
-        now = self.clock.monotonic()
-        if now - vm.asked_fly_at < ASK_FLY_EVERY_S or vm.waker is not None:
-            return
-
-        async def wake() -> None:
-            try:
-                await self.wake(route.vm_id, route.machine_id)
-            except UpstreamError as error:
-                log_warning("wake_failed", vm_id=vm.vm_id, error=str(error))
-            finally:
-                vm.waker = None
-
-        vm.asked_fly_at, vm.waker = now, self.tasks.start(wake())
 
     async def _wait_while_busy(self, vm: VmState, text: Text) -> None:
         """409: wait without a notice, which does not count as the VM being away."""
@@ -5307,6 +5489,8 @@ class Inbox:
         if vm.reply_to != reply_to:
             vm.reply_to = reply_to
             changes.append(vm.put())
+        if route.state == "asleep":
+            self.runner.waker.begin(vm)  # beside the fsync
         vm.accepting += 1
         try:
             known = await self.state.store.commit_once(text.sid, text.arrived, "", *changes)
@@ -5511,6 +5695,8 @@ class Relay:
         self._count_vm_message(vm, len(parts) + len(images))
         out = self.sender.outbound(vm, parts, images=images, id=f"v-{self.clock.random_id()}")
         await self.state.store.commit(out.added(), vm.put())
+        if not vm.is_falling_asleep:
+            await self.runner.waker.note_awake(vm_id)
         vm.still_at = max(vm.still_at, self.clock.monotonic() + STILL_EVERY_S)
         self.sender.queue(vm, out)
         self.metrics.vm_messages.add()
@@ -5548,8 +5734,10 @@ class Relay:
         now = self.twilio.now()
         return max([0.0, *(now - vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox)])
 
-    def away_count(self) -> int:
-        return sum(vm.away_since is not None for vm in self.vms.values())
+    def away_states(self) -> Counter[str]:
+        """How many VMs are away, by their routes' states."""
+        away = (vm.vm_id for vm in self.vms.values() if vm.away_since is not None)
+        return Counter(found[1].state for vm_id in away if (found := self.routes.find(vm_id)))
 
     def may_be_running(self, vm_id: str) -> bool:
         """Whether a command that was handed over may still run there, so that a restart would cut it."""
@@ -5690,6 +5878,10 @@ SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
 ADOPT_AT_START_S = 3.0
 ADOPT_LATER = Backoff(base_s=2, cap_s=300)
+LOOK_FOR_IDLE_S = 5.0
+ASK_IDLE_AGAIN_S = 30.0
+SUSPEND_AGAIN_S = 3600.0
+ROUTES_A_TURN = 1000
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -5729,6 +5921,7 @@ class VmChanges:
     readiness: Readiness
     keyring: Keyring
     relay: Relay
+    waker: Waker
     tasks: Tasks
     running: dict[str, VmChange] = field(default_factory=dict)
 
@@ -5751,8 +5944,8 @@ class VmChanges:
         vm_id = found[1].vm_id if found else vm_id
         if other := self.running.get(vm_id):
             state = f"in the middle of a {other.what}"
-        if found is None or state != "ready":
-            reason = f"{vm_id} is {state}; this needs it to be ready"
+        if found is None or state not in ("ready", "asleep"):
+            reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
             raise Refusal("wrong_state", reason, vm_id=vm_id)
         if self.relay.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
@@ -5773,7 +5966,7 @@ class VmChanges:
     def resume_all(self) -> None:
         """At start: end what an earlier process began."""
         for phone, route in self.routes.routes.items():
-            if route.change in PATIENCE_S and route.state == "ready":
+            if route.change in PATIENCE_S and route.state in ("ready", "asleep"):
                 change = VmChange(
                     vm_id=route.vm_id, phone=phone, what=route.change, is_resumed=True
                 )
@@ -5788,6 +5981,8 @@ class VmChanges:
             await self.routes.commit()
             patience_s = min(PATIENCE_S[change.what], self.settings.limits.vm_command_timeout_s)
             await self.relay.runner.pause(vm, 0.0 if change.is_resumed else patience_s)
+            if self._route(vm_id).state == "asleep":
+                await self._wake_first(vm)
             await self._do(change)
             answered_at = self.clock.now()
             await self._end(change, "")
@@ -5828,6 +6023,13 @@ class VmChanges:
             return found[1]
         raise Refusal("torn_down", f"{vm_id} was deleted meanwhile", vm_id=vm_id)
 
+    async def _wake_first(self, vm: VmState) -> None:
+        """A restart of a machine that sleeps would only resume it."""
+        await self.waker.start_machine(vm)
+        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
+            await self.readiness.wait_started(vm.vm_id, await self._machine(vm.vm_id))
+        await self.waker.note_awake(vm.vm_id)
+
     async def _machine(self, vm_id: str) -> Machine:
         machine = await self.fly.get_machine(vm_id, self._route(vm_id).machine_id)
         if not machine.host_ok or not machine.config:
@@ -5850,6 +6052,7 @@ class VmChanges:
         stamp = self.blueprint.metadata(vm_id, change.phone, route.pairing)
         config = {
             **machine.config,
+            **({} if machine.config.get("mounts") else self.blueprint.rootfs()),
             "image": image or machine.image,
             "metadata": {**machine.metadata, **stamp},
         }
@@ -5927,7 +6130,7 @@ class Here:
 
     routes: Mapping[str, Route]
     other_apps: set[str]  # being undone, set up, or gone within the hour
-    changing: set[str]
+    changing: set[str]  # falling asleep and waking, too
     suspects: set[str]  # VMs whose last call failed
     gateway_id: str
     app_prefix: str
@@ -5989,13 +6192,14 @@ class Comparison:
     def _compare_route(self, phone: str, route: Route) -> None:
         machines = self.fly.machines.get(route.vm_id, ())
         own = next((m for m in machines if m.id == route.machine_id), None)
-        if route.state == "ready" and own is not None and route.vm_id in self.fly.apps:
+        is_up = route.state in ("ready", "asleep")
+        if is_up and own is not None and route.vm_id in self.fly.apps:
             self._compare_machine(phone, route, own)
-        elif route.state in ("ready", "failed"):
+        elif is_up or route.state == "failed":
             proven = [m for m in machines if self._proves(m, phone)]
             if len(proven) == 1:
                 self._do_if_seen_twice("take_over", route.vm_id, phone, proven[0])
-            elif route.state == "ready" and not self.fly.missing_regions:
+            elif is_up and not self.fly.missing_regions:
                 self._do_if_seen_twice("give_up", route.vm_id, phone)
 
     def _proves(self, machine: Machine, phone: str) -> bool:
@@ -6004,7 +6208,10 @@ class Comparison:
         return bool(owned and owned.key_id and owned.phone == phone and is_there)
 
     def _compare_machine(self, phone: str, route: Route, machine: Machine) -> None:
-        if machine.state in RESTING:
+        if route.state == "asleep":
+            if machine.state == "started":
+                self._do("note_awake", route.vm_id, phone, machine)
+        elif machine.state in RESTING:
             self._do("start", route.vm_id, phone, machine)
         elif machine.state == "started" and route.vm_id in self.here.suspects:
             self._do("probe", route.vm_id, phone, machine)
@@ -6075,6 +6282,7 @@ class Reconciler:
     undo: Undo
     changes: VmChanges
     relay: Relay
+    waker: Waker
     alerts: list[str] = field(default_factory=list)
     seen: set[tuple[str, str]] = field(default_factory=set)
     sick: dict[str, int] = field(default_factory=dict)  # sweeps in a row without /health
@@ -6133,7 +6341,7 @@ class Reconciler:
         return Here(
             routes=dict(self.routes.routes),
             other_apps=others,
-            changing=set(self.changes.running),
+            changing={*self.changes.running, *(vm.vm_id for vm in vms if vm.is_turning())},
             suspects={vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None},
             gateway_id=self.routes.gateway_id,
             app_prefix=self.settings.vm.app_prefix,
@@ -6142,14 +6350,15 @@ class Reconciler:
     async def _carry_out(self, action: Action) -> None:
         route = self.routes.routes.get(action.phone)
         if action.kind == "adopt":
-            if route is None:
-                await self.adopt(action)
+            await self.adopt(action)
             return
         if route is None or route.vm_id != action.vm_id or action.vm_id in self.changes.running:
             return
         match action.kind:
-            case "start":
-                await self.fly.wake(route.vm_id, route.machine_id)
+            case "start" if route.state == "ready":
+                await self.waker.start_machine(self.relay.state.vm(route.vm_id, action.phone))
+            case "note_awake":
+                await self.waker.look(route.vm_id)
             case "probe":
                 await self._restart_if_hung(route)
             case "note_image":
@@ -6348,6 +6557,108 @@ class Adoption:
         return next(iter(found), "")
 
 
+@dataclass(kw_only=True, eq=False)
+class Sleeper:
+    """Suspends VMs without work; the next text wakes them."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    fly: FlyClient
+    vms: VmClient
+    relay: Relay
+    waker: Waker
+    tasks: Tasks
+    asked: Recent[None] = field(default_factory=lambda: Recent(100_000, for_s=ASK_IDLE_AGAIN_S))
+    refused: Recent[None] = field(default_factory=lambda: Recent(100_000, for_s=SUSPEND_AGAIN_S))
+
+    async def run(self) -> None:
+        """Look for VMs without work again and again; suspend at most one a second."""
+        while True:
+            await self.clock.sleep(min(LOOK_FOR_IDLE_S, self.settings.limits.vm_idle_s))
+            for count, phone in enumerate(list(self.routes.routes), 1):
+                if self._is_due(phone):
+                    self.tasks.start(self._put_to_sleep(phone), "put to sleep")
+                    await self.clock.sleep(1)
+                elif count % ROUTES_A_TURN == 0:
+                    await self.clock.sleep(0)
+
+    def _is_due(self, phone: str) -> bool:
+        route, now = self.routes.routes.get(phone), self.clock.monotonic()
+        if route is None or route.state != "ready" or self.relay.is_draining:
+            return False
+        if self.asked.is_fresh(route.vm_id, now) or self.refused.is_fresh(route.vm_id, now):
+            return False
+        return self._is_idle(route, self.relay.vms.get(route.vm_id))
+
+    def _is_idle(self, route: Route, vm: VmState | None) -> bool:
+        """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
+        last_sign = vm.last_sign() if vm else 0.0
+        since = max(self.relay.state.began, route.began_to_be_awake() or 0.0, last_sign)
+        is_over = self.clock.now() - since >= self.settings.limits.vm_idle_s
+        return is_over and (vm is None or vm.may_sleep())
+
+    async def _put_to_sleep(self, phone: str) -> None:
+        """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
+        route = self.routes.routes[phone]
+        vm = self.relay.state.vm(route.vm_id, phone)
+        self.asked.put(route.vm_id, None, self.clock.monotonic())
+        try:
+            if not await self._may_suspend(route):
+                return
+            async with vm.machine:
+                if self.routes.routes.get(phone) is not route or not self._is_idle(route, vm):
+                    return
+                if not await self._suspend(route, vm):
+                    await self.waker.note_awake(route.vm_id)
+                    return
+            if not await self.fly.is_started(route.vm_id, route.machine_id, state="suspended"):
+                await self.waker.look(route.vm_id)
+        except UpstreamError as error:
+            log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
+
+    async def _may_suspend(self, route: Route) -> bool:
+        """Whether Fly can wake it as it was, and it says that it has no work; raises UpstreamError."""
+        machine = await self.fly.get_machine(route.vm_id, route.machine_id)
+        if machine.state != "started" or not machine.host_ok:
+            return False
+        if machine.memory_mb > SLEEPER_MEMORY_MB:
+            self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
+            return False
+        if not machine.keeps_disk:  # made while VM_IDLE_S was 0
+            self._refuse(
+                route, "a cold boot would empty its root disk; PATCH or upgrade mends that"
+            )
+            return False
+        health = await self.vms.health(route)
+        return health is not None and not health.get("busy")
+
+    async def _suspend(self, route: Route, vm: VmState) -> bool:
+        """False when it stays awake; an outcome that is not known counts as asleep."""
+        vm.is_falling_asleep = True
+        try:
+            await self.routes.update(route.vm_id, state="asleep")
+            if not self.routes.find(route.vm_id) or not self._is_idle(route, vm):
+                return False
+            await self.fly.suspend_machine(route.vm_id, route.machine_id)
+        except StoreError:
+            return False
+        except UpstreamError as error:
+            if isinstance(error, UpstreamRejected) or is_surely_undone(error):
+                self._refuse(route, str(error))
+                return False
+            log_warning("suspend_unknown", vm_id=route.vm_id, error=str(error))
+        finally:
+            vm.is_falling_asleep = False
+        log_event("vm_asleep", vm_id=route.vm_id)
+        self.asked.forget(route.vm_id)
+        return True
+
+    def _refuse(self, route: Route, reason: str) -> None:
+        self.refused.put(route.vm_id, None, self.clock.monotonic())
+        log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
+
+
 # --- HTTP ---
 
 PROVISION_BODY_BYTES = 512 * 1024
@@ -6356,6 +6667,7 @@ SMS_BODY_BYTES = 64 * 1024
 BODY_S = 10.0
 CREDENTIAL_BYTES = 8 * 1024
 STREAM_BEAT_S = 15.0
+MEDIA_WAKE_S = 10.0
 SILENCE_S = 60.0
 VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
 RESERVED = re.compile(
@@ -6398,7 +6710,8 @@ class Gateway:
         self.state = RelayState(self.messages, self.clock, self.routes)
         self.sender = self._make(Sender)
         self.watch = self._make(Watch)
-        self.runner = self._make(Runner, wake=self.fly.wake)
+        self.waker = self._make(Waker)
+        self.runner = self._make(Runner)
         self.commands = self._make(
             OwnerCommands, check_restart=self._check_restart, restart=self._restart
         )
@@ -6415,6 +6728,7 @@ class Gateway:
         )
         self.reconciler = self._make(Reconciler)
         self.adoption = self._make(Adoption)
+        self.sleeper = self._make(Sleeper)
 
     # For the relay, which is made before `changes`.
 
@@ -6703,10 +7017,13 @@ def vm_record(gateway: Gateway, vm_id: str) -> Json:
     record = gateway.provisioner.record(vm_id)
     vm = gateway.relay.vms.get(record["vm_id"])
     change = gateway.changes.running.get(record["vm_id"])
-    if record["state"] == "ready" and change:
+    is_up = record["state"] in ("ready", "asleep")
+    if is_up and change:
         record |= {"state": "away", "step": change.what}
-    elif record["state"] == "ready" and vm and vm.away_since is not None:
+    elif is_up and vm and vm.away_since is not None:
         record |= {"state": "away"}
+    if found := gateway.routes.find(record["vm_id"]):
+        record |= {"awake_s": found[1].awake_for(gateway.clock.now())}
     if vm and vm.error and not record["last_error"]:
         record |= {"last_error": vm.error}
     return record
@@ -6932,6 +7249,10 @@ async def get_media(request: web.Request) -> web.StreamResponse:
     is_image = IMAGE_PATH.fullmatch(path) is not None
     if not (is_image or gateway.twilio.is_media(path)):
         raise Refusal("not_found", "this link is not about a picture")
+    if is_image and found[1].state == "asleep":
+        vm = gateway.state.vm(vm_id, found[0])
+        if not await gateway.waker.rouse(vm, within_s=MEDIA_WAKE_S):
+            raise Refusal("fly_unavailable", "the VM sleeps and is being woken; try again")
     response = web.StreamResponse(headers=PICTURE_HEADERS)
     try:
         opened = (
@@ -6984,10 +7305,11 @@ async def pass_on(
 
 def vms_by_state(gateway: Gateway) -> dict[str, int]:
     """How many VMs there are in each state."""
-    known, away = gateway.routes.states, gateway.relay.away_count()
+    known, away = gateway.routes.states, gateway.relay.away_states()
     return {
-        "ready": max(0, known["ready"] - away),
-        "away": away,
+        "ready": known["ready"] - away["ready"],
+        "asleep": known["asleep"] - away["asleep"],
+        "away": away.total(),
         "provisioning": known["provisioning"],
         "deleting": len(gateway.routes.undo),
         "failed": known["failed"],
@@ -7041,6 +7363,12 @@ async def get_metrics(request: web.Request) -> web.Response:
         ),
         Gauge(
             "oldest_message_seconds", "Age of the oldest of them.", {"": relay.oldest_sending_s()}
+        ),
+        Gauge(
+            "vm_awake_seconds_total",
+            "Time VMs were awake, all told.",
+            {"": round(gateway.routes.awake_seconds())},
+            kind="counter",
         ),
         Gauge("troubles", "Troubles that /health names.", {"": len(alerts(gateway))}),
         Gauge("draining", "1 while shutting down.", {"": relay.is_draining}),
@@ -7904,14 +8232,29 @@ def choose_port(wanted: int = 0) -> int:
         return int(probe.getsockname()[1])
 
 
-def end_session(leader: int) -> None:
-    """End a process and whatever it started in its session, agents too (blocking)."""
-    signal_group(leader, signal.SIGKILL)
-    for stat in Path("/proc").glob("[0-9]*/stat"):  # elsewhere than on Linux the VM itself must do
+def signal_session(leader: int, number: int) -> list[tuple[int, str]]:
+    """Signal a process and whatever it started in its session, agents too (blocking).
+
+    Returns the id and the start time of each; nothing elsewhere than on Linux.
+    """
+    signal_group(leader, number)
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError):
-            session = int(stat.read_text().rpartition(")")[2].split()[3])
-            if session == leader:
-                os.kill(int(stat.parent.name), signal.SIGKILL)
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader:
+                os.kill(int(stat.parent.name), number)
+                members.append((int(stat.parent.name), fields[19]))
+    return members
+
+
+def end_stopped(processes: Iterable[tuple[int, str]]) -> None:
+    """End what a killed gateway left stopped: it cannot see that its gateway is gone (blocking)."""
+    for pid, started in processes:
+        with contextlib.suppress(OSError, IndexError):
+            stat = Path(f"/proc/{pid}/stat").read_text()
+            if stat.rpartition(")")[2].split()[19] == started:  # not another of its number
+                os.kill(pid, signal.SIGKILL)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -7930,13 +8273,15 @@ class LocalMachine:
     created_at: str = ""
     port: int = 0
     events: list[Json] = field(default_factory=list)  # newest first
+    stopped: list[tuple[int, str]] = field(default_factory=list)  # processes, while suspended
     process: asyncio.subprocess.Process | None = None
     keeper: asyncio.Task[None] | None = None
 
-    KEPT = ("id", "region", "config", "secrets", "state", "instance_id", "created_at", "port")
+    SHOWN = ("id", "region", "config", "state", "instance_id", "created_at", "port")
+    KEPT = (*SHOWN, "secrets", "stopped")
 
     def shown(self) -> Json:
-        record = {name: getattr(self, name) for name in self.KEPT if name != "secrets"}
+        record = {name: getattr(self, name) for name in self.SHOWN}
         return record | {"name": self.id, "events": self.events[:20], "app_name": self.app}
 
     def become(self, state: str) -> None:
@@ -7948,6 +8293,16 @@ class LocalMachine:
         if self.keeper is None:
             await self.spawn()
             self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.id}")
+        elif self.state == "suspended" and self.process is not None:
+            self.become("started")
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
+
+    async def suspend(self) -> None:
+        """Its processes stop where they are: memory survives."""
+        assert self.process is not None
+        self.become("suspended")
+        leader = self.process.pid
+        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
 
     async def spawn(self) -> None:
         self.port = await asyncio.to_thread(choose_port, self.port)
@@ -7981,7 +8336,7 @@ class LocalMachine:
         """The restart policy `always`."""
         while self.process is not None:
             code = await self.process.wait()
-            await asyncio.to_thread(end_session, self.process.pid)
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
             self.process, self.state = None, "starting"
             log_event(
                 "local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=RESTART_PAUSE_S
@@ -7995,7 +8350,7 @@ class LocalMachine:
             await asyncio.wait({self.keeper})
             self.keeper = None
         if self.process is not None:
-            await asyncio.to_thread(end_session, self.process.pid)
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
             await self.process.wait()
             self.process = None
         self.become(state)
@@ -8045,6 +8400,7 @@ class LocalFly:
             ("GET", machine, self.get_machine),
             ("POST", machine, self.update_machine),
             ("GET", machine + "/wait", self.wait),
+            ("POST", machine + "/suspend", self.suspend),
             ("POST", machine + "/{verb:start|stop|restart}", self.command),
             ("POST", machine + "/metadata/{verb}", self.set_metadata),
         ]
@@ -8193,6 +8549,12 @@ class LocalFly:
                 return {"ok": True}
         return 408, {"error": f"deadline_exceeded: the machine is {machine.state}"}
 
+    async def suspend(self, asked: Asked) -> Any:
+        if asked.machine.state != "started":
+            return 412, {"error": f"failed_precondition: it is {asked.machine.state}"}
+        await asked.machine.suspend()
+        return {"ok": True}
+
     async def command(self, asked: Asked) -> Any:
         previous = asked.machine.state
         if asked.verb in ("stop", "restart"):
@@ -8224,6 +8586,7 @@ class LocalFly:
             self.apps = stored["apps"]
             for record in stored["machines"]:
                 machine = self.made(**record)
+                await asyncio.to_thread(end_stopped, machine.stopped)
                 if machine.state not in RESTING:
                     await machine.start()
         try:
@@ -8248,10 +8611,10 @@ class LocalProxy:
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(
-            (m for m in self.fly.of(request.match_info["app"]) if m.process is not None), None
-        )
-        if machine is None:
+        machine = next(iter(self.fly.of(request.match_info["app"])), None)
+        if machine is not None and machine.state == "suspended":
+            await machine.start()  # as `autostart` does
+        if machine is None or machine.process is None:
             return web.Response(status=503, text="no machine is running")
         url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
         wanted = ("authorization", "content-type", "idempotency-key")
@@ -8579,6 +8942,8 @@ async def bring_up(gateway: Gateway) -> None:
     gateway.changes.resume_all()
     if limits.reconcile_s:
         gateway.tasks.start(gateway.reconciler.run())
+    if limits.vm_idle_s:
+        gateway.tasks.start(gateway.sleeper.run())
     if limits.backfill_s:
         if not settings.twilio.is_local:
             await gateway.backfill.at_start()
@@ -8769,6 +9134,8 @@ def print_banner(settings: Settings) -> None:
     gateway = settings.gateway
     mode = "production" if gateway.is_production else "local"
     log_event("serving", host=gateway.host, port=gateway.port, mode=mode)
+    if settings.sleep_obstacle:
+        log_warning("vms_stay_awake", reason=settings.sleep_obstacle)
     if settings.has_stand_in:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
         url = f"http://127.0.0.1:{gateway.port}/"
@@ -8862,7 +9229,11 @@ async def examine(settings: Settings) -> int:
     It takes no lock and changes nothing.
     """
     path, clock = state_path(settings), Clock()
-    print("ok    settings")
+    print(
+        f"note  settings: {settings.sleep_obstacle}"
+        if settings.sleep_obstacle
+        else "ok    settings"
+    )
     async with contextlib.AsyncExitStack() as stack:
         fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
         are_well = [

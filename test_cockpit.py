@@ -486,6 +486,7 @@ class Machine:
     config: dict
     instance_id: str
     rest: str = "created"  # its state, when it is not on its way to `started`
+    freezes_at: float = 0.0  # when `suspending` ends
     started_at: float = 0.0
     host: str = "ok"
     created_at: str = "2026-11-22T20:00:00Z"
@@ -502,7 +503,7 @@ class FakeFly(Fake):
         ("GET", A + "/volumes", "list_volumes"), ("POST", A + "/volumes", "create_volume"), ("DELETE", A + "/volumes/{volume}", "delete_volume"),
         ("GET", A + "/machines", "list_machines"), ("POST", A + "/machines", "create_machine"), ("GET", M, "get_machine"),
         ("POST", M, "update_machine"), ("DELETE", M, "delete_machine"), ("GET", M + "/wait", "wait_machine"), ("POST", M + "/start", "start_machine"),
-        ("POST", M + "/stop", "stop_machine"), ("POST", M + "/restart", "restart_machine"), ("GET", M + "/metadata", "get_metadata"),
+        ("POST", M + "/stop", "stop_machine"), ("POST", M + "/suspend", "suspend_machine"), ("POST", M + "/restart", "restart_machine"), ("GET", M + "/metadata", "get_metadata"),
         ("POST", M + "/metadata/{key}", "set_metadata"), ("DELETE", M + "/metadata/{key}", "delete_metadata"),
         ("GET", "/v1/orgs/{org}/machines", "org_machines"), ("GET", "/v1/tokens/current", "current_tokens"), ("GET", "/v1/platform/regions", "regions"))
 
@@ -510,6 +511,7 @@ class FakeFly(Fake):
         super().__init__(clock)
         self.vms, self.everything = vms, {}
         self.rate_limited, self.hide_s, self.boot_s, self.pull_s, self.delete_polls = True, 2.0, 0.0, 0.0, 1
+        self.freeze_s, self.resume_s = 0.0, 0.0
         self.networks, self.full, self.error_regions = {"default", "gateway-net"}, set(), []
         self.checks = ""  # what Fly's own health check says; empty: as the VM is
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
@@ -562,6 +564,8 @@ class FakeFly(Fake):
         return tokens >= 1
 
     def state(self, machine: Machine) -> str:
+        if machine.rest == "suspending" and self.clock.monotonic() >= machine.freezes_at:
+            machine.rest = "suspended"
         return machine.rest or ("started" if self.clock.monotonic() >= machine.started_at else "starting")
 
     def _launch(self, machine: Machine, body: dict | None = None) -> None:
@@ -698,12 +702,21 @@ class FakeFly(Fake):
             case "wait_machine":
                 return await self._wait(app, machine, request.query)
             case "start_machine":
-                if before == "created":
-                    return 412, {"error": "failed_precondition: unable to start machine from current state: 'created'"}
+                if before in ("created", "suspending", "replacing"):
+                    return 412, {"error": f"failed_precondition: unable to start machine from current state: '{before}'"}
                 before == "started" or self._launch(machine)
+                if before == "suspended":
+                    machine.started_at = self.clock.monotonic() + self.resume_s
                 return {"previous_state": before, "migrated": False, "new_host": ""}
             case "stop_machine":
                 machine.rest = "stopped"
+                return {"ok": True}
+            case "suspend_machine":
+                if before != "started":
+                    return self.refuse(f"suspend_machine: it is {before}", 412)
+                if machine.config.get("guest", {}).get("memory_mb", 0) > 2048:
+                    return self.refuse("suspend_machine: over 2 GB", 412)
+                machine.rest, machine.freezes_at = "suspending", self.clock.monotonic() + self.freeze_s
                 return {"ok": True}
             case "restart_machine":
                 self._launch(machine)
@@ -752,6 +765,8 @@ class FakeVM:
         self.away: int | str = 0  # a status of the proxy, or "cut": every connection is dropped
         self.script: deque[dict] = deque()  # for the next commands: {"status", "body", "headers"}, {"cut": "before" | "after"}, {"answer"}
         self.busy, self.gate = False, None
+        self.health: dict[str, Any] = {"status": "ok"}
+        self.asked_asleep = 0  # how often it was asked something while its machine was resting
         self.answer: Callable[[str], Any] = lambda text: {"text": f"ran: {text}", "images": [], "exitCode": 0, "durationMs": 1}
 
     def is_up(self) -> bool:
@@ -796,6 +811,8 @@ class FakeVMs(Fake):
     async def admit(self, request, seen):
         vm = self.all.get(request.match_info["app"])
         if vm is None or not vm.started():
+            if vm is not None:
+                vm.asked_asleep += 1
             return web.Response(status=503, text="no machine runs")
         bearer = seen.headers.get("Authorization", "")
         if seen.name == "command":
@@ -810,7 +827,7 @@ class FakeVMs(Fake):
 
     async def act(self, name, request, body):
         if name == "health":
-            return {"status": "ok"}
+            return self.all[request.match_info["app"]].health
         if name == "image":
             kind, content = self.images.get(request.match_info["name"], ("text/html", b"no such image"))
             if isinstance(content, list):
@@ -1010,10 +1027,17 @@ class Threads(ThreadPoolExecutor):
     """The loop's threads, which tell whether any is at work."""
 
     at_work = 0
+    held: threading.Event | None = None
 
-    def submit(self, *work: Any, **more: Any) -> Any:
+    def holds(self) -> threading.Event:
+        """The next work waits for this event."""
+        self.held = threading.Event()
+        return self.held
+
+    def submit(self, work: Callable, *given: Any, **more: Any) -> Any:
         self.at_work += 1
-        future = super().submit(*work, **more)
+        held, self.held = self.held, None
+        future = super().submit(lambda: (held is None or held.wait(10)) and work(*given, **more))
         future.add_done_callback(self._ended)
         return future
 
@@ -3731,7 +3755,8 @@ async def test_a_vm_that_proves_its_owner_is_adopted_after_two_sweeps(world):
     await sweeps(world, 1)
     assert ANN not in world.saved["routes"]
     await sweeps(world, 1)
-    assert world.saved["routes"][ANN] == without(kept["routes"][ANN], "steps")
+    own = ("steps", "awake_since")
+    assert without(world.saved["routes"][ANN], *own) == without(kept["routes"][ANN], *own)
     await world.text("hello again")
     await world.hears("ran: hello again")
     assert vm.ran == ["hello again"]
@@ -3986,7 +4011,8 @@ async def test_a_start_with_a_lost_disk_adopts_what_fly_holds(world):
     world.fly.plants("cockpit-vm-forged00", cockpit_gateway=STAMP + before["gateway_id"], cockpit_phone=EVE, cockpit_owner="forged")
     await world.start()
     assert world.saved["gateway_id"] == before["gateway_id"]
-    assert world.saved["routes"] == {phone: without(route, "steps") for phone, route in before["routes"].items()}
+    adopted = {phone: without(route, "awake_since") for phone, route in world.saved["routes"].items()}
+    assert adopted == {phone: without(route, "steps", "awake_since") for phone, route in before["routes"].items()}
     await world.text("hello")
     await world.hears("ran: hello")
 
@@ -4111,7 +4137,7 @@ async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(wo
     await world.restart(GATEWAY_ID=before["gateway_id"])
     assert set(world.saved["routes"]) == {ANN}
     assert world.saved["gateway_id"] == before["gateway_id"]
-    own_time = ("steps", "created_at")
+    own_time = ("steps", "created_at", "awake_since")
     assert without(world.saved["routes"][ANN], *own_time) == without(before["routes"][ANN], *own_time)
     await world.text("hello")
     await world.clock.until(lambda: vm.ran == ["hello"])
@@ -4227,6 +4253,540 @@ async def test_verbs_are_answered_during_set_up_too(world):
     assert "being set up" in world.twilio.sent_to(ANN)[0] and world.twilio.sent_to(ANN)[1].startswith("Not restarted")
     gate.open()
     assert (await world.clock.run(job)).status == 201
+
+
+# --- Sleep ---
+
+IDLE = 60
+
+
+async def drowsy(world, **changes) -> FakeVM:
+    """A gateway whose VMs are put to sleep, with one for Ann that has just become idle."""
+    return await world.ready(VM_IDLE_S=IDLE, **changes)
+
+
+def machine_of(world, vm: FakeVM) -> str:
+    """What Fly says of its machine."""
+    machine, = world.fly.apps[vm.app].machines.values()
+    return world.fly.state(machine)
+
+
+async def asleep(world, **changes) -> FakeVM:
+    """One that sleeps."""
+    vm = await drowsy(world, **changes)
+    await falls_asleep(world, vm)
+    return vm
+
+
+async def falls_asleep(world, vm: FakeVM) -> None:
+    await world.clock.until(lambda: machine_of(world, vm) == "suspended", IDLE + 40)
+    await world.clock.settle()
+    assert await state_of(world, vm) == "asleep"
+
+
+async def state_of(world, vm: FakeVM) -> str:
+    return (await world.call("GET", f"/provision/{vm.app}")).body["state"]
+
+
+async def test_a_vm_without_work_is_suspended_after_a_while_and_not_before(world):
+    vm = await drowsy(world)
+    await world.clock.advance(IDLE - 1)
+    assert not world.fly.count("suspend_machine")
+    await falls_asleep(world, vm)
+    assert world.fly.count("suspend_machine") == 1
+    assert not world.fly.count("stop_machine"), "the root disk would be at risk"
+    assert world.saved["routes"][ANN]["state"] == "asleep"
+    assert (await world.call("GET", "/health")).body["vms"] == {"asleep": 1}
+    assert 'cockpit_vms{state="asleep"} 1' in (await world.call("GET", "/metrics")).text
+
+
+async def test_a_text_an_answer_and_a_message_of_the_vm_s_own_begin_the_idle_time_anew(world):
+    vm = await drowsy(world)
+    await world.clock.advance(IDLE - 10)
+    gate = await world.occupies(vm, "first")
+    await world.clock.advance(20)
+    gate.open()
+    await world.clock.advance(IDLE - 10)
+    assert not world.fly.count("suspend_machine")
+    await world.call("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], json={"text": "by the way"})
+    await world.clock.advance(IDLE - 10)
+    assert not world.fly.count("suspend_machine")
+    await falls_asleep(world, vm)
+
+
+@pytest.mark.parametrize("why", ["busy", "silent", "in flight", "in the outbox", "away"])
+async def test_a_vm_with_work_or_without_an_answer_is_not_suspended(world, why):
+    vm = await drowsy(world)
+    match why:
+        case "busy":
+            vm.health = {"status": "ok", "busy": True}
+        case "silent":
+            world.vms.fails("health", 500, times=10_000)
+        case "in flight":
+            await world.occupies(vm, "a long one")
+        case "in the outbox":
+            world.twilio.fails("send", 503, times=10_000, code=20503)
+            await world.text("hello")
+        case "away":
+            vm.away = 503
+            await world.text("hello")
+    await world.clock.advance(3 * IDLE)
+    assert not world.fly.count("suspend_machine")
+    assert world.saved["routes"][ANN]["state"] == "ready"
+
+
+async def test_a_vm_that_was_busy_is_asked_again_and_then_suspended(world):
+    vm = await drowsy(world)
+    vm.health = {"status": "ok", "busy": True}
+    await world.clock.advance(2 * IDLE)
+    assert 1 <= world.vms.count("health") - 1 <= 4, "it is not asked all the time"
+    vm.health = {"status": "ok", "busy": False}
+    await falls_asleep(world, vm)
+
+
+@pytest.mark.parametrize("guest", [{"memory_mb": 4096}, {}])
+async def test_a_machine_that_fly_cannot_wake_as_it_was_stays_awake(world, guest, caplog):
+    """It is over 2,048 MB, or it was made while VM_IDLE_S was 0 and a cold boot would empty its root disk."""
+    vm = await world.ready()
+    machine, = world.fly.apps[vm.app].machines.values()
+    machine.config["guest"] |= guest
+    if guest:
+        machine.config["rootfs"]["persist"] = "always"
+    await world.restart(VM_IDLE_S=IDLE)
+    await world.clock.advance(4 * IDLE)
+    assert not world.fly.count("suspend_machine")
+    told = [record for record in caplog.records if record.getMessage() == "vm_not_suspended"]
+    assert len(told) == 1, "once an hour"
+
+
+async def test_an_upgrade_makes_an_older_machine_one_that_can_sleep(world):
+    vm = await world.ready()
+    await world.clock.advance(5)
+    await world.restart(VM_IDLE_S=IDLE)
+    assert (await world.call("POST", f"/provision/{vm.app}/upgrade")).status == 200
+    await falls_asleep(world, vm)
+
+
+def test_the_start_and_the_doctor_are_told_of_guests_too_large_to_sleep():
+    large = settings(VM_IDLE_S=60, VM_CPUS=2, VM_MEMORY_MB=4096)
+    assert "VM_MEMORY_MB" in cockpit.Settings.from_env(large).sleep_obstacle
+    assert not cockpit.Settings.from_env(large | {"VM_IDLE_S": "0"}).sleep_obstacle
+    assert not cockpit.Settings.from_env(large | {"VM_MEMORY_MB": "2048"}).sleep_obstacle
+
+
+async def test_with_no_idle_time_set_no_vm_sleeps_and_its_machine_is_as_before(world):
+    vm = await world.ready()
+    await world.clock.advance(100_000)
+    assert not world.fly.count("suspend_machine")
+    machine, = world.fly.apps[vm.app].machines.values()
+    assert machine.config["rootfs"] == {"persist": "restart"}
+
+
+async def test_the_root_disk_of_a_vm_that_sleeps_survives_a_cold_boot(world):
+    vm = await drowsy(world)
+    machine, = world.fly.apps[vm.app].machines.values()
+    assert machine.config["rootfs"] == {"persist": "always"}
+
+
+async def test_vms_fall_asleep_one_a_second(world):
+    await world.start(VM_IDLE_S=IDLE)
+    vms = [await world.sign_up(f"+1555100000{n}") for n in range(4)]
+    for vm in vms:
+        await world.clock.until(lambda vm=vm: machine_of(world, vm) == "suspended", IDLE + 40)
+    at = [seen.at for seen in world.fly.calls("suspend_machine")]
+    assert all(later - earlier >= 1 for earlier, later in itertools.pairwise(at))
+
+
+# A text at every moment
+
+FALLING = [("fly", "get_machine", False), ("fly", "get_machine", True), ("vms", "health", False), ("vms", "health", True),
+           ("fly", "suspend_machine", False), ("fly", "suspend_machine", True), ("fly", "wait_machine", False), ("fly", "wait_machine", True)]
+
+
+@pytest.mark.parametrize("freeze_s", [0, 2])
+@pytest.mark.parametrize("fake, call, after", FALLING)
+async def test_a_text_at_any_instant_of_falling_asleep_is_answered_once_without_a_notice(world, fake, call, after, freeze_s):
+    vm = await drowsy(world)
+    world.fly.freeze_s = freeze_s
+    gate = getattr(world, fake).holds(call, after=after)
+    await world.clock.until(gate.arrived.is_set, IDLE + 20)
+    await world.text("wake up")
+    await world.clock.advance(0.5)
+    gate.open()
+    await world.hears("ran: wake up")
+    assert vm.ran == ["wake up"]
+    assert len({command.key for command in vm.asked}) == 1
+    assert await state_of(world, vm) == "ready"
+
+
+async def test_a_text_between_the_mark_and_the_call_keeps_it_awake(world):
+    vm = await drowsy(world)
+    gate = world.vms.holds("health")
+    await world.clock.until(gate.arrived.is_set, IDLE + 20)
+    written = world.threads.holds()
+    gate.open()
+    await real_until(lambda: world.threads.at_work)
+    assert (await world.ask("GET", f"/provision/{vm.app}")).body["state"] == "asleep"
+    await world.twilio.texts(ANN, "wake up")
+    written.set()
+    await world.hears("ran: wake up")
+    assert not world.fly.count("suspend_machine")
+    assert not world.fly.count("start_machine")
+    assert await state_of(world, vm) == "ready"
+
+
+async def test_a_text_wakes_a_vm_and_its_owner_hears_only_the_answer(world):
+    vm = await asleep(world)
+    world.fly.resume_s = 4
+    await world.text("wake up")
+    await world.hears("ran: wake up")
+    assert world.fly.count("start_machine") == 1
+    assert world.saved["routes"][ANN]["state"] == "ready"
+    await falls_asleep(world, vm)
+
+
+async def test_the_wake_adds_less_than_a_tenth_of_a_second_to_what_fly_takes(world):
+    vm = await asleep(world)
+    world.fly.resume_s = 3
+    began = world.clock.elapsed
+    await world.text("wake up")
+    await world.clock.until(lambda: vm.ran)
+    assert world.clock.elapsed - began - 3 < 0.1
+
+
+async def test_a_wake_that_takes_longer_than_five_seconds_is_told_once(world):
+    await asleep(world)
+    world.fly.resume_s = 8
+    await world.text("wake up")
+    await world.text("are you there?")
+    await world.hears(RESTARTING, "ran: wake up", "ran: are you there?")
+
+
+async def test_nothing_is_handed_to_a_vm_that_is_being_suspended_though_it_still_answers(world):
+    vm = await drowsy(world)
+    gate = world.fly.holds("suspend_machine")
+    await world.clock.until(gate.arrived.is_set, IDLE + 20)
+    await world.text("wake up")
+    await world.hears(RESTARTING)
+    await world.clock.advance(10)
+    assert not vm.asked
+    gate.open()
+    await world.hears(RESTARTING, "ran: wake up")
+
+
+async def test_a_sweep_takes_no_vm_for_awake_that_is_just_waking(world):
+    vm = await asleep(world, RECONCILE_S=1)
+    vm.away = 503
+    await world.text("wake up")
+    await world.clock.advance(3)
+    vm.away = 0
+    await world.hears("ran: wake up")
+
+
+async def test_a_text_without_an_answer_begins_the_idle_time_anew_too(world):
+    vm = await drowsy(world, VM_COMMAND_TIMEOUT_S=1)
+    await world.clock.advance(IDLE - 2)
+    vm.holds()
+    await world.text("hello")
+    await world.clock.advance(IDLE - 2)
+    assert not world.fly.count("suspend_machine")
+
+
+async def test_the_machine_is_started_beside_the_fsync_of_the_text(world):
+    await asleep(world)
+    disk = sqlite3.connect(world.database)
+    disk.execute("BEGIN IMMEDIATE")
+    text = asyncio.ensure_future(world.twilio.texts(ANN, "wake up"))
+    await real_until(lambda: world.fly.count("start_machine"))
+    assert not text.done()
+    disk.rollback()
+    disk.close()
+    assert (await world.clock.run(text)).status == 200
+    await world.hears("ran: wake up")
+
+
+async def real_until(condition: Callable[[], Any]) -> None:
+    """Without letting virtual time run."""
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+async def test_a_start_that_fails_is_an_outage_like_any_other(world):
+    vm = await asleep(world)
+    world.fly.fails("start_machine", 500, times=10_000)
+    await world.text("wake up")
+    await world.hears(RESTARTING)
+    assert await state_of(world, vm) == "away"
+    world.fly.heals("start_machine")
+    await world.hears(RESTARTING, "ran: wake up", within=200)
+    assert await state_of(world, vm) == "ready"
+
+
+async def test_a_sleeper_that_answers_by_itself_was_woken_by_somebody_else(world):
+    vm = await asleep(world)
+    world.fly.fails("start_machine", 500, times=10_000)
+    await world.text("wake up")
+    await world.hears(RESTARTING)
+    world.fly.rests(vm, "")
+    await world.hears(RESTARTING, "ran: wake up", within=200)
+    assert await state_of(world, vm) == "ready"
+
+
+async def test_texts_to_fifty_sleepers_at_once_are_all_answered(world):
+    world.fly.rate_limited = False
+    await world.start(VM_IDLE_S=IDLE, PROVISION_LIMIT=50, VM_LIMIT=0)
+    phones = [f"+155510000{n:02}" for n in range(50)]
+    vms = [await world.sign_up(phone) for phone in phones]
+    await world.clock.until(lambda: all(machine_of(world, vm) == "suspended" for vm in vms), IDLE + 200)
+    world.fly.resume_s = 1
+    await asyncio.gather(*(world.text("hi", phone) for phone in phones))
+    await world.clock.until(lambda: all(world.twilio.sent_to(phone) for phone in phones))
+    assert {tuple(world.twilio.sent_to(phone)) for phone in phones} == {("ran: hi",)}
+
+
+@pytest.mark.parametrize("body", ["STOP", "cockpit status", "cockpit help", "cockpit queue"])
+async def test_what_is_not_run_wakes_nobody(world, body):
+    vm = await asleep(world)
+    await world.text(body)
+    await world.clock.advance(5)
+    assert not world.fly.count("start_machine")
+    assert machine_of(world, vm) == "suspended"
+
+
+async def test_a_refused_text_wakes_nobody(world):
+    vm = await drowsy(world, TEXT_LIMIT=1)
+    await falls_asleep(world, vm)
+    await world.text("cockpit status")
+    await world.text("one too many")
+    await world.clock.advance(5)
+    assert not world.fly.count("start_machine")
+
+
+async def test_the_status_of_a_sleeper_says_so(world):
+    await asleep(world)
+    await world.text("cockpit status")
+    await world.hears("Your VM is asleep. Nothing is running. 0 waiting.")
+
+
+# What else wakes it, and what does not
+
+@pytest.mark.parametrize("method, path, body", [("PATCH", "", {"github_token": "ghp_new"}), ("POST", "/restart", None), ("POST", "/upgrade", None)])
+async def test_a_change_of_a_sleeper_starts_it_first(world, method, path, body):
+    vm = await asleep(world)
+    answer = await world.call(method, f"/provision/{vm.app}{path}", json=body)
+    assert (answer.status, answer.body["state"]) == (200, "ready")
+    changed = "restart_machine" if path == "/restart" else "update_machine"
+    started, = world.fly.calls("start_machine")
+    assert started.at <= world.fly.calls(changed)[0].at
+    assert machine_of(world, vm) == "started"
+
+
+async def test_a_change_that_comes_while_it_is_being_suspended_waits_for_that(world):
+    vm = await drowsy(world)
+    gate = world.fly.holds("suspend_machine")
+    await world.clock.until(gate.arrived.is_set, IDLE + 20)
+    change = asyncio.ensure_future(world.ask("POST", f"/provision/{vm.app}/restart"))
+    await world.clock.advance(3)
+    assert not world.fly.count("start_machine")
+    assert not world.fly.count("restart_machine")
+    gate.open()
+    assert (await world.clock.run(change)).status == 200
+    assert await state_of(world, vm) == "ready"
+
+
+async def picture_link(world, vm: FakeVM) -> str:
+    """The address of a picture that the VM sent, on the gateway."""
+    world.vms.images["x.png"] = ("image/png", PNG)
+    await world.call("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], json={"images": ["/images/x.png"]})
+    await world.clock.until(lambda: world.twilio.media_sent)
+    return world.twilio.media_sent[0]
+
+
+async def test_a_picture_of_a_sleeper_that_is_fetched_wakes_it(world):
+    vm = await drowsy(world)
+    link = await picture_link(world, vm)
+    await falls_asleep(world, vm)
+    world.fly.resume_s = 8
+    status, content, _ = await world.clock.run(fetch(world, link))
+    assert (status, content) == (200, PNG)
+    assert await state_of(world, vm) == "ready"
+
+
+async def test_a_picture_of_a_sleeper_that_does_not_wake_in_time_is_503(world):
+    vm = await drowsy(world)
+    link = await picture_link(world, vm)
+    await falls_asleep(world, vm)
+    world.fly.resume_s, began = 30, world.clock.elapsed
+    answer = await world.call("GET", link.removeprefix(PUBLIC), key=None)
+    assert (answer.status, answer.body["code"]) == (503, "fly_unavailable")
+    assert "Retry-After" in answer.headers
+    assert 9 < world.clock.elapsed - began < 11
+
+
+async def test_a_message_of_a_sleeper_s_own_says_that_it_is_awake(world):
+    vm = await asleep(world)
+    world.fly.rests(vm, "")
+    await world.call("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], json={"text": "cron says hello"})
+    assert await state_of(world, vm) == "ready"
+    assert not world.fly.count("start_machine")
+
+
+async def test_a_refused_suspension_is_told_and_tried_again_in_an_hour(world, caplog):
+    vm = await drowsy(world)
+    world.fly.fails("suspend_machine", 422)
+    await world.clock.advance(3000)
+    assert world.fly.count("suspend_machine") == 1
+    assert await state_of(world, vm) == "ready"
+    assert "vm_not_suspended" in caplog.messages
+    await world.clock.until(lambda: machine_of(world, vm) == "suspended", 1000)
+
+
+async def test_a_suspension_of_unknown_outcome_counts_as_asleep(world):
+    vm = await drowsy(world)
+    world.fly.drops("suspend_machine", after=True)
+    await falls_asleep(world, vm)
+    await world.text("wake up")
+    await world.hears("ran: wake up")
+
+
+async def test_a_suspension_that_did_not_happen_after_all_is_seen(world):
+    vm = await drowsy(world)
+    world.fly.drops("suspend_machine")
+    await world.clock.until(lambda: world.fly.count("wait_machine") > 1, IDLE + 20)
+    await world.clock.advance(70)
+    assert await state_of(world, vm) == "ready"
+
+
+async def test_a_teardown_of_a_sleeper_leaves_nothing(world):
+    vm = await asleep(world)
+    assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
+    assert not world.fly.apps
+
+
+# The sweep
+
+@pytest.mark.parametrize("rests, state", [("suspended", "asleep"), ("stopped", "asleep"), ("suspending", "asleep"), ("", "ready")])
+async def test_a_sweep_leaves_a_sleeper_alone_and_sees_one_that_is_awake(world, rests, state):
+    vm = await asleep(world, RECONCILE_S=EVERY)
+    world.fly.freeze_s = 1e9
+    machine, = world.fly.apps[vm.app].machines.values()
+    machine.rest, machine.freezes_at = rests, 1e9
+    await sweeps(world, 1)
+    assert await state_of(world, vm) == state
+    assert not world.fly.count("start_machine")
+    machine.rest = machine.rest and "suspended"
+
+
+async def test_a_vm_that_somebody_suspended_at_fly_is_started(world):
+    vm = await world.ready(RECONCILE_S=EVERY)
+    world.fly.rests(vm, "suspended")
+    await sweeps(world, 1)
+    assert machine_of(world, vm) == "started"
+
+
+async def test_a_sleeper_is_never_probed(world):
+    vm = await asleep(world, RECONCILE_S=EVERY)
+    asked = vm.asked_asleep
+    await world.clock.advance(5000)
+    await world.restart()
+    await world.clock.advance(200)
+    assert vm.asked_asleep == asked, "a probe would wake it"
+    assert machine_of(world, vm) == "suspended"
+
+
+async def test_a_vm_adopted_while_it_sleeps_is_asleep(world):
+    vm = await asleep(world)
+    await world.stop()
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    await world.start()
+    assert await state_of(world, vm) == "asleep"
+    await world.text("wake up")
+    await world.hears("ran: wake up")
+
+
+# Killed
+
+@pytest.mark.parametrize("with_text", [False, True])
+@pytest.mark.parametrize("fake, call, after", FALLING)
+async def test_a_kill_at_any_instant_of_falling_asleep_ends_in_agreement_with_fly(world, fake, call, after, with_text):
+    vm = await drowsy(world)
+    gate = getattr(world, fake).holds(call, after=after)
+    await world.clock.until(gate.arrived.is_set, IDLE + 20)
+    if with_text:
+        await world.text("wake up")
+    await world.crash_and_restart(RECONCILE_S=EVERY)
+    await sweeps(world, 1)
+    if with_text:
+        await world.hears("ran: wake up")
+        assert vm.ran == ["wake up"]
+    assert (await state_of(world, vm), machine_of(world, vm)) in (("asleep", "suspended"), ("ready", "started"))
+
+
+@pytest.mark.parametrize("fake, call, after", [("fly", "start_machine", False), ("fly", "start_machine", True), ("vms", "health", False),
+                                               ("vms", "command", False), ("vms", "command", True)])
+async def test_a_kill_at_any_instant_of_waking_loses_no_text(world, fake, call, after):
+    vm = await asleep(world)
+    gate = getattr(world, fake).holds(call, after=after)
+    await world.text("wake up")
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart(RECONCILE_S=EVERY)
+    await world.hears("ran: wake up")
+    assert vm.ran == ["wake up"]
+    await sweeps(world, 1)
+    assert (await state_of(world, vm), machine_of(world, vm)) == ("ready", "started")
+
+
+async def test_a_change_of_a_sleeper_that_was_killed_is_ended_by_the_next_start(world):
+    vm = await asleep(world)
+    gate = world.fly.holds("start_machine")
+    asyncio.ensure_future(world.ask("POST", f"/provision/{vm.app}/restart")).add_done_callback(lambda done: done.exception())
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.clock.until(lambda: world.fly.count("restart_machine"))
+    await world.clock.settle()
+    assert await state_of(world, vm) == "ready"
+
+
+# What it costs
+
+async def awake_seconds(world) -> float:
+    found = re.search(r"^cockpit_vm_awake_seconds_total ([0-9.]+)$", (await world.call("GET", "/metrics")).text, re.MULTILINE)
+    return float(found[1])
+
+
+async def test_the_time_awake_is_counted_also_across_restarts_and_teardowns(world):
+    vm = await drowsy(world)
+    await falls_asleep(world, vm)
+    slept_at = await awake_seconds(world)
+    assert IDLE <= slept_at <= IDLE + 20
+    await world.clock.advance(1000)
+    assert await awake_seconds(world) == slept_at
+    assert abs((await world.call("GET", f"/provision/{vm.app}")).body["awake_s"] - slept_at) <= 1
+    await world.text("wake up")
+    await world.clock.advance(30)
+    await world.restart()
+    await world.clock.advance(10)
+    assert abs(await awake_seconds(world) - slept_at - 40) <= 2
+    before = await awake_seconds(world)
+    await world.call("DELETE", f"/provision/{vm.app}")
+    assert abs(await awake_seconds(world) - before) <= 2, "what was spent stays spent"
+    await world.restart()
+    assert abs(await awake_seconds(world) - before) <= 2
+
+
+async def test_a_route_of_the_first_version_was_awake_since_it_was_made(world):
+    vm = await world.ready()
+    await world.stop()
+    stored = world.saved
+    del stored["routes"][ANN]["awake_since"]
+    stored["routes"][ANN]["created_at"] = "2026-11-22T19:00:00Z"
+    world.file.write_text(json.dumps(stored))
+    await world.start()
+    assert 3600 <= (await world.call("GET", f"/provision/{vm.app}")).body["awake_s"] < 3700
+    assert 3600 <= await awake_seconds(world) < 3700
 
 
 # --- HTTP ---
@@ -5139,6 +5699,14 @@ async def texts_locally(live: World, body: str) -> None:
     assert answer.status in (200, 201, 202), answer.text
 
 
+async def echoes(live: World, words: str) -> None:
+    """The text and its echo stand in the thread."""
+    deadline = time.monotonic() + 10
+    while (await thread(live)).count(words) < 2:
+        assert time.monotonic() < deadline, await thread(live)
+        await asyncio.sleep(0.03)
+
+
 @beside
 async def test_the_whole_world_runs_on_a_laptop(live):
     routes = live.disks / "routes.json"
@@ -5156,14 +5724,53 @@ async def test_the_whole_world_runs_on_a_laptop(live):
     await texts_locally(live, "after the kill")
     await reads(live, RESTARTING)
     await live.clock.until(lambda: vm_processes(child) not in ([], [vm]))
-    deadline = time.monotonic() + 10
-    while (await thread(live)).count("after the kill") < 2:  # the text and the echo
-        assert time.monotonic() < deadline, await thread(live)
-        await asyncio.sleep(0.03)
+    await echoes(live, "after the kill")
     vm, = vm_processes(child)
     assert await child.ends(signal.SIGTERM) == 0
     assert not Path(f"/proc/{vm}").exists() and routes.read_text() == '{"version": 1, "routes": {}}\n'
     assert child.url in child.log and "local" in child.log, "it says where the page is and which key to use"
+
+
+@beside
+async def test_a_local_vm_that_sleeps_is_stopped_and_goes_on_where_it_was(live):
+    child = await a_laptop(live, VM_IDLE_S="0.5", RECONCILE_S="0")
+    vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
+    vm, = vm_processes(child)
+    await live.clock.until(lambda: process_state(vm) == "T", within=20, real=20)
+    await texts_locally(live, "good morning")
+    await echoes(live, "good morning")
+    assert vm_processes(child) == [vm], "its memory survived"
+    assert RESTARTING not in await thread(live)
+    await live.clock.until(lambda: process_state(vm) == "T", within=20, real=20)
+    assert (await live.ask("GET", f"/provision/{vm_id}", key="local")).body["state"] == "asleep"
+    await child.ends(signal.SIGKILL)
+    await live.clock.until(lambda: process_state(vm) in ("", "Z"), within=10, real=10)
+    again = await a_laptop(live, VM_IDLE_S="100", RECONCILE_S="0")
+    await texts_locally(live, "after the kill")
+    await echoes(live, "after the kill")
+    assert vm_processes(again)
+
+
+def process_state(pid: int) -> str:
+    """T: stopped; nothing: gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def test_what_a_killed_gateway_left_stopped_is_ended_by_pid_and_start_time():
+    sleeper, stranger = (subprocess.Popen(["sleep", "60"], start_new_session=True) for _ in range(2))
+    try:
+        members = cockpit.signal_session(sleeper.pid, signal.SIGSTOP)
+        assert [pid for pid, _ in members] == [sleeper.pid]
+        cockpit.end_stopped([*members, (stranger.pid, "1"), (2**22 + 1, "1")])
+        assert sleeper.wait(5) == -signal.SIGKILL
+        assert stranger.poll() is None, "another process has its number now"
+    finally:
+        for process in (sleeper, stranger):
+            process.kill()
+            process.wait()
 
 
 @beside
