@@ -49,7 +49,9 @@ import html
 import ipaddress
 import json
 import logging
+import mimetypes
 import os
+import pwd
 import random
 import re
 import resource
@@ -81,7 +83,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -719,6 +721,12 @@ class Settings:
         if is_exposed and self.twilio.is_local:
             names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
             env.wrong("TWILIO_ACCOUNT_SID", f"the stand-in for Twilio {beyond}; set {names}")
+        is_verified = env.one_of("VERIFY_PHONE", "off", ("on", "off")) == "on"
+        if self.gateway.local_agent and not self.twilio.is_local and not is_verified:
+            remedy = "set it to on, or unset LOCAL_AGENT"
+            env.wrong(
+                "VERIFY_PHONE", f"an agent on this machine takes texts of its owner only; {remedy}"
+            )
         if not self.fly.is_local and is_loopback(public_host):
             remedy = "set it, or unset FLY_API_TOKEN for the stand-in"
             env.wrong(
@@ -3128,6 +3136,13 @@ MAX_IMAGE_BYTES = 5 * 1024 * 1024
 MAX_HEAD_BYTES = 512 * 1024  # with what a transport reads ahead
 MAX_IMAGES = 10
 IMAGE_PATH = re.compile(r"/images/[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}")
+PICTURES = {  # by their first bytes
+    b"\x89PNG\r\n\x1a\n": "image/png",
+    b"\xff\xd8\xff": "image/jpeg",
+    b"GIF87a": "image/gif",
+    b"GIF89a": "image/gif",
+}
+NOTE_CHARACTERS = 100
 
 
 class MeteredSocket(socket.socket):
@@ -3186,6 +3201,19 @@ def parse_answer(raw: bytes | None) -> Answer:
     )
 
 
+def kind_of_picture(start: bytes) -> str:
+    """The media type that a file's first bytes tell, nothing when it is no picture."""
+    return next((kind for magic, kind in PICTURES.items() if start.startswith(magic)), "")
+
+
+class Health(NamedTuple):
+    """What a VM's `/health` said; `note`: a line of what it is doing, or of what it lacks."""
+
+    is_well: bool = False
+    is_busy: bool = False
+    note: str = ""
+
+
 class VmClient:
     """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects.
 
@@ -3193,6 +3221,7 @@ class VmClient:
     """
 
     HEALTH_S = 5.0
+    CANCEL_S = 30.0
 
     def __init__(
         self,
@@ -3214,23 +3243,44 @@ class VmClient:
 
     async def is_healthy(self, route: Route) -> bool:
         """Whether `/health` answers 2xx, one attempt of at most 5 s."""
-        return await self.health(route) is not None
+        return (await self.health(route)).is_well
 
-    async def health(self, route: Route) -> Json | None:
-        """What `/health` says, one attempt of at most 5 s; None when it does not answer 2xx."""
+    async def health(self, route: Route, timeout_s: float = HEALTH_S) -> Health:
+        """What `/health` says, one attempt."""
         try:
             async with (
-                self._clock.time_limit(self.HEALTH_S),
+                self._clock.time_limit(timeout_s),
                 self._session.get(
                     f"{route.vm_url}/health", headers=self._headers(route), allow_redirects=False
                 ) as response,
             ):
                 body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
         except (aiohttp.ClientError, OSError, ValueError):
-            return None
+            return Health()
+        body = body if isinstance(body, dict) else {}
+        note = redact(clean_text(str(body.get("note") or "")))[:NOTE_CHARACTERS]
+        return Health(response.status < 300, body.get("busy") is True, note)
+
+    async def cancel(self, route: Route, sid: str) -> bool | None:
+        """End the VM's command, of this SID if there is one; whether it had any, None: it does not tell.
+
+        Raises VmAway when it did not answer and VmFailed when it would not.
+        """
+        try:
+            request = self._session.post(
+                f"{route.vm_url}/cancel",
+                headers=self._headers(route) | {"Idempotency-Key": sid},
+                allow_redirects=False,
+                timeout=CONNECT_TIMEOUT,
+            )
+            async with self._clock.time_limit(self.CANCEL_S), request as response:
+                body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise VmAway(f"not cancelled ({type(error).__name__})") from error
         if response.status >= 300:
-            return None
-        return body if isinstance(body, dict) else {}
+            raise VmFailed(response.status)
+        stopped = body.get("stopped") if isinstance(body, dict) else None
+        return stopped if isinstance(stopped, bool) else None
 
     def open_image(
         self, route: Route, path: str
@@ -3240,12 +3290,12 @@ class VmClient:
         headers = self._headers(route)
         return self._session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
 
-    async def command(self, route: Route, sid: str, text: str, media: Sequence[Json]) -> Answer:
+    async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID. Raises VmAway, VmBusy, VmSilent or VmFailed."""
         try:  # the URL may be none: routes.json can be written by hand
             request = self._session.post(
                 f"{route.vm_url}/command",
-                json={"text": text, "media": list(media)},
+                json=body,
                 headers=self._headers(route) | {"Idempotency-Key": sid},
                 allow_redirects=False,
                 timeout=CONNECT_TIMEOUT,
@@ -3272,94 +3322,307 @@ class VmClient:
 
 
 COMMAND_BODY_BYTES = 256 * 1024
-IMAGE_TYPES = {
-    ".png": "image/png",
-    ".jpg": "image/jpeg",
-    ".jpeg": "image/jpeg",
-    ".gif": "image/gif",
-}
+OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
+ERRORS_CHARACTERS = 2000
+CANCELLED = 130
+CANCEL_GRACE_S = 5.0
+INBOX_S = 20.0
+CLONE_S = 240.0
 NAP_S = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
 PICTURE = base64.b64decode(  # 32 x 20 pixels: a hill, the sky and the sun
     "iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4"
     "2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW"
     "yUOQrvOoPAAAAABJRU5ErkJggg=="
 )
+PRESETS = {  # what is in brackets resumes the last conversation
+    "claude": "claude -p [--continue] --dangerously-skip-permissions",
+    "codex": "codex exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox "
+    "[resume --last] -",
+    "gemini": "gemini [--resume latest] --approval-mode yolo --skip-trust",
+    "opencode": "opencode run [--continue] --auto",
+}
+FOR_A_SHELL = re.compile(r"[|&;<>()$`*?\[\]{}~#!=\n]")
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+# It answers GitHub alone; the token itself is in no argument, URL or file.
+ASKPASS = """#!/bin/sh
+case "$1" in
+"Username for 'https://github.com'"*) echo x-access-token ;;
+"Password for 'https://x-access-token@github.com'"*) echo "$GITHUB_TOKEN" ;;
+*) exit 1 ;;
+esac
+"""
+Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentAnswer:
-    """What an agent made of one text; `images` are names in the folder `images`."""
+class Pictures:
+    """A VM's folders `inbox` and `images`; no link leads into or out of them. All of it blocks."""
 
-    text: str
-    images: tuple[str, ...] = ()
-    exit_code: int = 0
-
-
-class BuiltInAgent:
-    """Echoes; draws an image, sleeps and crashes on request."""
+    SAID = ".said"  # what `say` sent during a command, a line each
 
     def __init__(self, folder: Path) -> None:
-        self._images = folder / "images"
+        self.images = folder / "images"
+        self.inbox = folder / "inbox"
 
-    async def run(self, text: str) -> AgentAnswer:
+    @contextlib.contextmanager
+    def _opened(self, folder: Path) -> Iterator[int]:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            yield handle
+        finally:
+            os.close(handle)
+
+    def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
+        """Write a file under a new name; returns the name. Raises OSError."""
+        kind = kind_of_picture(content) or kind
+        name = secrets.token_hex(8) + (mimetypes.guess_extension(kind) or ".bin")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with (
+            self._opened(folder) as within,
+            os.fdopen(os.open(name, flags, 0o600, dir_fd=within), "wb") as file,
+        ):
+            file.write(content)
+        return name
+
+    def shown(self) -> set[Shown]:
+        """The files that may be pictures to be sent."""
+        found = set()
+        with contextlib.suppress(OSError), self._opened(self.images) as folder:
+            for entry in os.scandir(folder):
+                status = entry.stat(follow_symlinks=False)
+                is_named_well = IMAGE_PATH.fullmatch(f"/images/{entry.name}")
+                if entry.is_file(follow_symlinks=False) and is_named_well:
+                    found.add((status.st_mtime_ns, status.st_size, entry.name))
+        return found
+
+    def shown_since(self, before: set[Shown]) -> list[Json]:
+        """What pictures appeared, oldest first; what `say` sent meanwhile is left out."""
+        found = []
+        with contextlib.suppress(OSError), self._opened(self.images) as folder:
+            said = set()
+            with contextlib.suppress(OSError), self._read(self.SAID, folder) as file:
+                said = set(file.read().decode("utf-8", "replace").splitlines())
+            for _, size, name in sorted(
+                one for one in self.shown() - before if to_json(one) not in said
+            ):
+                with contextlib.suppress(OSError), self._read(name, folder) as file:
+                    kind = kind_of_picture(file.read(8))
+                    if kind and size <= MAX_IMAGE_BYTES:
+                        found.append({"type": kind, "url": f"/images/{name}"})
+        return found[:MAX_IMAGES]
+
+    def _read(self, name: str, folder: int) -> IO[bytes]:
+        return os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), "rb")
+
+    def begin(self) -> set[Shown]:
+        """What there is when a command begins."""
+        with contextlib.suppress(OSError):
+            (self.images / self.SAID).unlink()
+        return self.shown()
+
+    def note_said(self, names: Sequence[str]) -> None:
+        """`say` sent these: they are not sent again at the end of the command."""
+        lines = "".join(to_json(one) + "\n" for one in self.shown() if one[2] in names)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        with (
+            self._opened(self.images) as folder,
+            os.fdopen(os.open(self.SAID, flags, 0o600, dir_fd=folder), "w") as file,
+        ):
+            file.write(lines)
+
+    def put(self, path: Path) -> str:
+        """The name of a picture in `images`, copied there if it lies elsewhere; raises CockpitError."""
+        try:
+            with path.open("rb") as file:
+                content = file.read(MAX_IMAGE_BYTES + 1)
+            if not kind_of_picture(content) or len(content) > MAX_IMAGE_BYTES:
+                raise CockpitError(f"{path} is not a PNG, JPEG or GIF picture of at most 5 MB")
+            is_there = path.resolve().parent == self.images.resolve() and not path.is_symlink()
+            if is_there and IMAGE_PATH.fullmatch(f"/images/{path.name}"):
+                return path.name
+            return self.keep(self.images, content)
+        except OSError as error:
+            raise CockpitError(f"{path}: {error.strerror}") from error
+
+    async def fetch(self, media: object) -> list[str]:
+        """The phone's pictures as files in `inbox`, ten at most; the place of one that fails says so."""
+        listed = [one for one in media if isinstance(one, dict)] if isinstance(media, list) else []
+        if not listed:
+            return []
+        jar = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(cookie_jar=jar, timeout=MEDIA_TIMEOUT) as session:
+
+            async def fetch(url: str, kind: str) -> str:
+                try:
+                    async with (
+                        asyncio.timeout(INBOX_S),
+                        session.get(url, allow_redirects=False) as response,
+                    ):
+                        content = await read_at_most(response, MAX_IMAGE_BYTES)
+                    if response.status != HTTPStatus.OK or content is None:
+                        return f"(a picture could not be fetched: status {response.status})"
+                    name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
+                    return f"{self.inbox.name}/{name}"
+                except (aiohttp.ClientError, OSError, ValueError) as error:
+                    return f"(a picture could not be fetched: {type(error).__name__})"
+
+            wanted = [(str(one.get("url")), str(one.get("content_type"))) for one in listed]
+            return await asyncio.gather(*(fetch(*one) for one in wanted[:MAX_IMAGES]))
+
+
+class Agent:
+    """What makes an answer of a text; it lacks nothing and leaves nothing running, unless it says so."""
+
+    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
+        """What it said and its exit code; cancelled it ends what it started."""
+        raise NotImplementedError
+
+    def trouble(self) -> str:
+        """Why it cannot work, or nothing (blocking)."""
+        return ""
+
+    def last_line(self) -> str:
+        """The newest line of the running command (blocking)."""
+        return ""
+
+    def left_running(self) -> list[str]:
+        """The names of processes that earlier commands left (blocking)."""
+        return []
+
+    async def end_left(self) -> None:
+        """End those."""
+
+    def close(self) -> None:
+        """End whatever runs, at once."""
+
+
+class BuiltInAgent(Agent):
+    """Echoes; draws an image, sleeps and crashes on request."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self._pictures = pictures
+
+    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
         match text.strip().lower().split():
             case ["crash"]:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["sleep", seconds] if NAP_S.fullmatch(seconds):
                 await asyncio.sleep(min(3600.0, float(seconds)))
-                return AgentAnswer(text=f"Slept {seconds} s.")
+                return f"Slept {seconds} s.", 0
             case ["image"]:
-                name = f"{secrets.token_hex(8)}.png"
-                await asyncio.to_thread(self._draw, name)
-                return AgentAnswer(text="Here is an image.", images=(name,))
-        return AgentAnswer(text=text)
-
-    def _draw(self, name: str) -> None:
-        self._images.mkdir(exist_ok=True)
-        (self._images / name).write_bytes(PICTURE)
-
-    def close(self) -> None:
-        """It leaves nothing running."""
+                await asyncio.to_thread(self._pictures.keep, self._pictures.images, PICTURE)
+                return "Here is an image.", 0
+        return text, 0
 
 
-class CommandAgent:
-    """Runs a command for each text: the text on its standard input, its output is the answer."""
+class CommandAgent(Agent):
+    """Runs a preset or any command for each text, in a process group of its own.
+
+    The text is on its standard input, the answer is its standard output; its standard error is shown when
+    there is no output or the exit code is not 0. COCKPIT_NEW=1 asks it for a fresh conversation.
+    """
 
     def __init__(self, command: str, folder: Path) -> None:
         self._command = command
         self._folder = folder
-        self._groups: set[int] = set()  # a command's processes, also those it left running
+        self._groups: set[int] = set()  # of its commands, also of those that ended
+        self._streams: Sequence[
+            IO[bytes]
+        ] = ()  # of the running one: what it is given, says, complains
 
-    async def run(self, text: str) -> AgentAnswer:
+    def arguments(self, *, is_new: bool) -> list[str]:
+        """The command's words; raises ValueError."""
+        if preset := PRESETS.get(self._command):
+            return re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
+        if FOR_A_SHELL.search(self._command):
+            return ["sh", "-c", self._command]
+        return shlex.split(self._command)
+
+    def trouble(self) -> str:
+        try:
+            program = self.arguments(is_new=False)[0]
+        except ValueError as error:
+            return f"the agent's command cannot be read: {error}"
+        if shutil.which(program):
+            return ""
+        return f"there is no {program} on this VM's PATH; install it or choose another --agent"
+
+    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
+        # Files, not pipes: what it leaves running may hold them open as long as it likes.
+        streams = await asyncio.to_thread(open_streams, text)
         try:
             process = await asyncio.create_subprocess_exec(
-                *shlex.split(self._command),
+                *self.arguments(is_new=is_new),
                 cwd=self._folder,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
+                env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
+                stdin=streams[0],
+                stdout=streams[1],
+                stderr=streams[2],
                 process_group=0,
             )
+            self._streams = streams
+            self._groups.add(process.pid)
+            try:
+                code = await process.wait()
+            except asyncio.CancelledError:
+                await end_group(process.pid)
+                code = CANCELLED
+            return await asyncio.to_thread(self._said, code), code if code >= 0 else 128 - code
         except (OSError, ValueError) as error:
-            return AgentAnswer(text=f"The agent could not be started: {error}", exit_code=127)
-        self._groups.add(process.pid)
-        output, _ = await process.communicate(text.encode("utf-8", "replace"))
+            return f"The agent could not be started: {error}", 127
+        finally:
+            self._streams = ()
+            for stream in streams:
+                stream.close()
+
+    def _said(self, code: int) -> str:
+        output, errors = (stream.fileno() for stream in self._streams[1:])
+        said = os.pread(output, OUTPUT_BYTES, 0).decode("utf-8", "replace")
+        if code or not said.strip():
+            complaint = read_tail(errors)[-ERRORS_CHARACTERS:]
+            said = f"{said.rstrip()}\n{complaint}".strip("\n")
+        return said
+
+    def last_line(self) -> str:
+        with contextlib.suppress(OSError, ValueError):  # it ends just now
+            files = [stream.fileno() for stream in self._streams[1:]]
+            newest = max(files, key=lambda file: os.fstat(file).st_mtime_ns)
+            lines = read_tail(newest).splitlines()
+            return next((line for line in reversed(lines) if line.strip()), "")
+        return ""
+
+    def left_running(self) -> list[str]:
         self._groups = {group for group in self._groups if signal_group(group, 0)}
-        return AgentAnswer(
-            text=output.decode("utf-8", "replace"), exit_code=process.returncode or 0
-        )
+        names = [name for _, name, group, _ in processes() if group in self._groups]
+        return names or [f"process {group}" for group in self._groups]
+
+    async def end_left(self) -> None:
+        await asyncio.gather(*map(end_group, self._groups))
 
     def close(self) -> None:
-        """End whatever its commands are running or left running."""
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
 
 
-Agent = BuiltInAgent | CommandAgent
+def open_streams(text: str) -> list[IO[bytes]]:
+    """Nameless files: one that holds the text, one for output, one for errors (blocking)."""
+    streams: list[IO[bytes]] = [tempfile.TemporaryFile("a+b") for _ in range(3)]  # noqa: SIM115
+    streams[0].write(text.encode("utf-8", "replace"))
+    streams[0].seek(0)
+    return streams
 
 
-def choose_agent(command: str, folder: Path) -> Agent:
-    return CommandAgent(command, folder) if command.strip() else BuiltInAgent(folder)
+def read_tail(file: int) -> str:
+    """The end of an open file (blocking)."""
+    size = 4 * ERRORS_CHARACTERS
+    start = max(0, os.fstat(file).st_size - size)
+    return os.pread(file, size, start).decode("utf-8", "replace")
+
+
+def choose_agent(command: str, folder: Path, pictures: Pictures) -> Agent:
+    command = command.strip()
+    return CommandAgent(command, folder) if command else BuiltInAgent(pictures)
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -3371,18 +3634,43 @@ def signal_group(group: int, number: int) -> bool:
     return True
 
 
+async def end_group(group: int) -> None:
+    """End a group of processes: SIGINT, after 5 s SIGKILL."""
+    until = time.monotonic() + CANCEL_GRACE_S
+    signal_group(group, signal.SIGINT)
+    while signal_group(group, 0):
+        if time.monotonic() > until:
+            signal_group(group, signal.SIGKILL)
+            return
+        await asyncio.sleep(0.05)
+
+
+def processes() -> Iterator[tuple[int, str, int, int]]:
+    """Id, name, group and session of each process (blocking); none elsewhere than on Linux."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError):
+            head, _, rest = stat.read_text(errors="replace").rpartition(")")
+            group, session = rest.split()[2:4]
+            yield int(stat.parent.name), head.partition("(")[2], int(group), int(session)
+
+
 class VmServer:
     """The VM's half of the contract: one command at a time, and none is run twice."""
 
     ANSWERS_KEPT = 100
 
-    def __init__(self, token: str, agent: Agent, folder: Path) -> None:
+    def __init__(self, token: str, agent: Agent, folder: Path, pictures: Pictures) -> None:
         """Reads the answers of earlier runs (blocking)."""
+        self.trouble = ""  # why it is of no use yet
         self._token = token
         self._agent = agent
         self._folder = folder
+        self._pictures = pictures
         self._tasks = Tasks()
-        self._is_busy = False
+        self._command: asyncio.Task[Json] | None = None  # the running one
+        self._key = ""  # of it
+        self._is_cancelled = False
+        self._is_closing = False
         self._answers_file = folder / ".cockpit-vm-answers.json"
         self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
         self._load_answers()
@@ -3397,13 +3685,39 @@ class VmServer:
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=COMMAND_BODY_BYTES)
-        app.router.add_get("/health", self._health)
-        app.router.add_post("/command", self._command)
-        app.router.add_get("/images/{name}", self._image)
+        app.router.add_get("/health", self._answer_health)
+        app.router.add_post("/command", self._answer_command)
+        app.router.add_post("/cancel", self._answer_cancel)
+        app.router.add_get("/images/{name}", self._answer_image)
         return app
+
+    async def clone(self, repository: str) -> None:
+        """Clone a repository of GitHub at the first start; the VM is not well before."""
+        name = repository.rpartition("/")[2]
+        if not REPOSITORY.fullmatch(repository):
+            self.trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
+        elif not await asyncio.to_thread((self._folder / name).exists):
+            self.trouble = f"{repository} is being cloned"
+            url = f"https://github.com/{repository}.git"
+            git = CommandAgent(f"git clone --quiet -- {url} {name}", self._folder)
+            async with asyncio.timeout(CLONE_S):
+                said, code = await git.run("", is_new=False)
+            self.trouble = f"{repository} could not be cloned: {said}" if code else ""
+        self.tell_trouble()
+
+    def tell_trouble(self) -> None:
+        if trouble := self.trouble or self._agent.trouble():
+            print(f"cockpit vm: {trouble}", file=sys.stderr, flush=True)
+
+    async def start(self) -> None:
+        """Prepare what the agent works with."""
+        await asyncio.to_thread(self.tell_trouble)
+        if repository := os.environ.get("GITHUB_REPOSITORY"):
+            self._tasks.start(self.clone(repository), "clone")
 
     async def close(self) -> None:
         """End the running command, and what earlier ones left."""
+        self._is_closing = True
         self._agent.close()
         await self._tasks.close()
 
@@ -3413,46 +3727,85 @@ class VmServer:
             self._agent.close()
             os.killpg(0, signal.SIGKILL)
 
-    def _check_token(self, request: web.Request) -> None:
+    def _has_token(self, request: web.Request) -> bool:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
         wanted = f"Bearer {self._token}".encode()
-        if self._token and not hmac.compare_digest(given, wanted):
+        return not self._token or hmac.compare_digest(given, wanted)
+
+    def _check_token(self, request: web.Request) -> None:
+        if not self._has_token(request):
             raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
 
-    async def _health(self, request: web.Request) -> web.Response:
-        return web.json_response({"status": "ok"})
+    async def _answer_health(self, request: web.Request) -> web.Response:
+        if trouble := self.trouble or await asyncio.to_thread(self._agent.trouble):
+            return web.json_response({"status": "failed", "note": trouble}, status=503)
+        answer: Json = {"status": "ok"}
+        if self._has_token(request):  # what it works on is nobody else's business
+            if self._command is not None:
+                answer |= {"busy": True, "note": await asyncio.to_thread(self._agent.last_line)}
+            elif left := await asyncio.to_thread(self._agent.left_running):
+                answer |= {"busy": True, "note": f"left running: {', '.join(left)}"}
+        return web.json_response(answer)
 
-    async def _command(self, request: web.Request) -> web.Response:
+    async def _answer_command(self, request: web.Request) -> web.Response:
         self._check_token(request)
         body = parse_json(await request.read())
-        text = body.get("text") if isinstance(body, dict) else None
-        if not isinstance(text, str):
+        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
             return web.json_response({"error": 'send {"text": "..."}'}, status=400)
         key = request.headers.get("Idempotency-Key", "")
         if key in self._answers:
             return web.json_response(self._answers[key])
-        if self._is_busy:
+        if self._command is not None:
             return web.json_response({"error": "busy"}, status=409)
-        self._is_busy = True
         # A caller who hangs up does not stop it: the answer is stored for the next time.
-        command = self._tasks.start(self._run(key, text), "command")
-        return web.json_response(await asyncio.shield(command))
+        self._key, self._is_cancelled = key, False
+        self._command = self._tasks.start(self._run(key, body), "command")
+        return web.json_response(await asyncio.shield(self._command))
 
-    async def _run(self, key: str, text: str) -> Json:
+    async def _answer_cancel(self, request: web.Request) -> web.Response:
+        """End the running command, if it is the one meant; when none runs, what earlier ones left."""
+        self._check_token(request)
+        key, command = request.headers.get("Idempotency-Key", ""), self._command
+        if command is None:
+            stopped = not key and bool(await asyncio.to_thread(self._agent.left_running))
+            if stopped:
+                await self._agent.end_left()
+        elif stopped := key in ("", self._key):
+            if not self._is_cancelled:
+                self._is_cancelled = True
+                await asyncio.sleep(0)  # it has begun then, and takes note of its end
+                command.cancel()
+            await asyncio.wait({command})
+        return web.json_response({"stopped": stopped})
+
+    async def _run(self, key: str, body: Json) -> Json:
         began = time.monotonic()
         try:
-            result = await self._agent.run(text)
+            said, code, images = await self._work(body)
             answer = {
-                "text": result.text,
-                "images": [describe_image(name) for name in result.images],
-                "exitCode": result.exit_code,
+                "text": said,
+                "images": images,
+                "exitCode": code,
                 "durationMs": int((time.monotonic() - began) * 1000),
             }
-            if key:
+            if key and not self._is_closing:
                 await self._store(key, answer)
             return answer
         finally:
-            self._is_busy = False
+            self._command = None
+
+    async def _work(self, body: Json) -> tuple[str, int, list[Json]]:
+        """What the agent said, its exit code and the pictures it made."""
+        try:
+            before = await asyncio.to_thread(self._pictures.begin)
+            inbox = await self._pictures.fetch(body.get("media"))
+            text = "\n".join([body["text"], "", "Pictures:", *inbox]) if inbox else body["text"]
+            said, code = await self._agent.run(text, is_new=body.get("new") is True)
+            return said, code, await asyncio.to_thread(self._pictures.shown_since, before)
+        except asyncio.CancelledError:
+            if not self._is_cancelled:
+                raise
+            return "", CANCELLED, []
 
     async def _store(self, key: str, answer: Json) -> None:
         self._answers.put(key, answer, time.monotonic())
@@ -3462,7 +3815,7 @@ class VmServer:
         except StoreError as error:
             log_event("answer_not_stored", level=logging.WARNING, error=str(error))
 
-    async def _image(self, request: web.Request) -> web.StreamResponse:
+    async def _answer_image(self, request: web.Request) -> web.StreamResponse:
         self._check_token(request)
         file = await asyncio.to_thread(self._find_image, request.match_info["name"])
         if file is None:
@@ -3478,10 +3831,16 @@ class VmServer:
         return file if file.is_relative_to(folder) and file.is_file() else None
 
 
-def describe_image(name: str) -> Json:
-    """An image as the contract tells of it."""
-    kind = IMAGE_TYPES.get(Path(name).suffix.lower(), "application/octet-stream")
-    return {"type": kind, "url": f"/images/{name}"}
+def prepare_environment(agent: str, folder: Path) -> None:
+    """What an agent finds in its environment beside the VM's own variables (blocking)."""
+    os.environ["WORKSPACE"] = str(folder)  # for `say`
+    if agent.strip() == "claude" and os.geteuid() == 0:
+        os.environ["IS_SANDBOX"] = "1"  # else it refuses to act without asking as root
+    if os.environ.get("GITHUB_TOKEN") and "GIT_ASKPASS" not in os.environ:
+        helper = folder / ".cockpit-askpass"
+        write_atomically(helper, [ASKPASS.encode()])
+        helper.chmod(0o700)
+        os.environ |= {"GIT_ASKPASS": str(helper), "GIT_TERMINAL_PROMPT": "0"}
 
 
 def end_with_parent() -> None:
@@ -3491,11 +3850,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool) -> int:
+async def serve_vm(
+    host: str, port: int, agent: str, folder: Path, *, until_stdin_closes: bool
+) -> int:
     """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
-    folder = await asyncio.to_thread(Path.cwd)
     token = os.environ.get("COCKPIT_TOKEN", "")
-    server = await asyncio.to_thread(VmServer, token, choose_agent(agent, folder), folder)
+    pictures = Pictures(folder)
+    await asyncio.to_thread(prepare_environment, agent, folder)
+    chosen = choose_agent(agent, folder, pictures)
+    server = await asyncio.to_thread(VmServer, token, chosen, folder, pictures)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -3505,6 +3868,7 @@ async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool
         loop.add_reader(0, server.end_with_gateway)
         end_with_parent()
     try:
+        await server.start()
         await runner.setup()
         await web.TCPSite(runner, host, port).start()
         print(f"a cockpit VM listens on {host}:{port}", flush=True)
@@ -3516,6 +3880,105 @@ async def serve_vm(host: str, port: int, agent: str, *, until_stdin_closes: bool
     finally:
         await runner.cleanup()
         await server.close()
+    return 0
+
+
+def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
+    """Make it and give it, and nothing in it, to the user; a link is not followed (blocking)."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        os.fchown(handle, user.pw_uid, user.pw_gid)
+    finally:
+        os.close(handle)
+
+
+def reap_until_end_of(child: int) -> int:
+    """What process 1 of a container does: pass signals on, reap orphans; returns the child's exit code."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: os.kill(child, number))
+    while True:
+        pid, status = os.wait()
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else 128 - code
+
+
+def run_vm(given: argparse.Namespace) -> int:
+    """The command `vm`; root leaves the work to a process of `--user`, whose folders it makes."""
+    folder = Path(os.path.abspath(given.folder))
+    if given.user and os.geteuid() == 0:
+        user = pwd.getpwnam(given.user)
+        make_folder_of(user, Path(user.pw_dir))
+        make_folder_of(user, folder)
+        if child := os.fork():
+            return reap_until_end_of(child)
+        os.initgroups(user.pw_name, user.pw_gid)
+        os.setgid(user.pw_gid)
+        os.setuid(user.pw_uid)
+        os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+    os.chdir(folder)
+    until = given.until_stdin_closes
+    vm = serve_vm(given.host, given.port, given.agent, folder, until_stdin_closes=until)
+    return asyncio.run(vm)
+
+
+# Of an agent or a script on the VM
+
+SAY_AGAIN = Backoff(base_s=0.5, cap_s=10, attempts=1000, budget_s=60)
+REFUSED, WRONG_USE, NOT_REACHED, LIMIT_REACHED = 1, 2, 3, 4  # exit codes of `say`
+
+
+def explain_problem(raw: bytes) -> tuple[str, str]:
+    """What the gateway says of an error (RFC 9457)."""
+    problem = parse_json(raw)
+    problem = problem if isinstance(problem, dict) else {}
+    return str(problem.get("detail") or ""), str(problem.get("code") or "")
+
+
+async def say(words: str, paths: Sequence[Path]) -> None:
+    """Text the VM's owner, tried for a minute while the gateway is away; raises CockpitError."""
+    url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
+    if not url or not token or len(paths) > MAX_IMAGES:
+        raise CockpitError(
+            "it needs COCKPIT_URL and COCKPIT_TOKEN, as on a VM, and ten pictures at most"
+        )
+    pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
+    names = [await asyncio.to_thread(pictures.put, path) for path in paths]
+    clock = Clock()
+    dialect = Dialect(
+        service="the gateway",
+        request_id_header="X-Request-Id",
+        explain=explain_problem,
+        is_unprocessed=lambda status: False,
+    )
+    # The key: an attempt whose answer was lost is not texted twice.
+    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)}
+    body = {"text": words, "images": [f"/images/{name}" for name in names]}
+    async with aiohttp.ClientSession() as session:
+        gateway = Upstream(session, session, dialect, clock, Metrics(clock))
+
+        async def post() -> Any:
+            return await gateway.ask(
+                "say", "POST", URL(f"{url}/messages"), json=body, headers=headers, timeout_s=20
+            )
+
+        await retry(post, SAY_AGAIN, clock, when=lambda e: is_unavailable(e) and e.status != 429)
+    await asyncio.to_thread(pictures.note_said, names)
+
+
+def run_say(given: argparse.Namespace) -> int:
+    """The command `say`; its exit code tells why nothing was texted."""
+    try:
+        asyncio.run(say(given.text, given.images))
+    except CockpitError as error:
+        print(f"cockpit say: {error}", file=sys.stderr)
+        if not isinstance(error, UpstreamError):
+            return WRONG_USE
+        if error.status == HTTPStatus.TOO_MANY_REQUESTS:
+            return LIMIT_REACHED
+        return NOT_REACHED if is_unavailable(error) else REFUSED
     return 0
 
 
@@ -3856,11 +4319,14 @@ class Provisioning:
         if self.step not in ("start", "health"):
             reason = f"Fly did not finish the step {self.step} {limit}"
             return Refusal("fly_unavailable", reason, retry_after_s=10, **about)
-        if self.step == "health" and await self.passes_flys_check():
+        health = await self.readiness.vms.health(self.route)
+        note = "" if health.is_well else redact(health.note, self.order.credentials.values())
+        if self.step == "health" and not note and await self.passes_flys_check():
             reason = f"Fly's own check of the VM passes, but {self.route.vm_url} does not answer from here"
             remedy = "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on"
             return Refusal("vm_unreachable", f"{reason} {limit}; {remedy}", **about)
-        return Refusal("vm_unhealthy", f"the VM did not answer /health {limit}", **about)
+        reason = f"the VM did not answer /health {limit}"
+        return Refusal("vm_unhealthy", f"{reason}: {note}" if note else reason, **about)
 
     async def passes_flys_check(self) -> bool:
         assert self.machine is not None
@@ -4216,16 +4682,24 @@ NOT_RUN = " Not run: {texts}"
 SIGN_UP = " Sign up: {url}"
 WELCOME = "Your VM is ready. Text me anything."
 STILL_WORKING = "Still working on it."
+STOPPED = "Stopped."
+CANNOT_STOP = "Your VM cannot stop a command; cockpit restart restarts it."
+NOT_STOPPED = "Your VM did not answer: nothing was stopped. cockpit cancel drops what waits."
+NOTHING_RUNS = "Nothing is running."
+NEXT_IS_NEW = "The next text starts a new conversation."
 IMAGE_AS_LINK = "An image that could not be sent as a picture message; for a day it is here: {url}"
 PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
 RESTART_BEGUN = "Your VM is being restarted. What waits will run when it is back."
 COMMANDS_HELP = """cockpit status: how your VM is
+cockpit stop: end what runs
+cockpit new: begin a new conversation
 cockpit restart: restart it
 cockpit queue: what runs and waits
 cockpit cancel: drop what waits
 Anything else goes to your VM."""
 
-COMMAND = re.compile(r"\s*cockpit (status|restart|queue|cancel|help)\s*", re.IGNORECASE)
+COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
+VERBS = ("status", "stop", "new", "restart", "queue", "cancel")
 # Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
 # sender is opted out.
 STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
@@ -4252,6 +4726,7 @@ WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
+NOTE_S = 1.0
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 TRACES_KEPT = 10_000
@@ -4393,6 +4868,9 @@ class VmState:
     vm_messages: list[tuple[float, int]] = field(default_factory=list)  # when, how many of Twilio's
     answered_at: float = 0.0  # the end of the last text it finished
     owes_restart: bool = False  # asked for by text, not yet begun
+    owes_stop: bool = False  # the same
+    stopped_sid: str = ""  # the text that was to be stopped: its exit code tells nothing
+    new_sids: list[str] = field(default_factory=list)  # begin a conversation; "": the next text
 
     waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
     outbox: deque[Outbound] = field(default_factory=deque)
@@ -4424,6 +4902,9 @@ class VmState:
         "vm_messages",
         "answered_at",
         "owes_restart",
+        "owes_stop",
+        "stopped_sid",
+        "new_sids",
     )
 
     def put(self) -> Change:
@@ -4477,16 +4958,16 @@ def about(notice: str, text: Text | InboundMessage, **values: object) -> str:
     return notice.format(text=quoted(text)[1:-1], **values)
 
 
-def words_of(answer: Answer) -> list[str]:
-    """A VM's answer as parts for a phone."""
+def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
+    """A VM's answer as parts for a phone; who stopped it knows how it ended."""
     if answer.is_unreadable:
         return [UNREADABLE]
-    code = f"Exit code {answer.exit_code}" if answer.exit_code else ""
+    code = f"Exit code {answer.exit_code}" if answer.exit_code and not is_stopped else ""
     if answer.text.strip():
         return split_text(f"{answer.text}\n{code}." if code else answer.text)
     if code:
         return [f"{code}, no output."]
-    return [] if answer.images else [DONE]
+    return [] if answer.images or is_stopped else [DONE]
 
 
 def deadline(text: Text, vm: VmState, began: float, limit_s: float) -> float:
@@ -4649,7 +5130,8 @@ class Sender:
         out = self.outbound(vm, parts, texts[-1], images, id=texts[0].sid, traces=traces)
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
-        await self.state.store.save(*(text.ended() for text in texts), out.added(), vm.put())
+        added = [out.added()] if out.size else []
+        await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
         for text in texts:
             if text in vm.waiting:
                 vm.waiting.remove(text)
@@ -4758,14 +5240,15 @@ class Sender:
             f"{self.settings.gateway.public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
         )
 
-    def media_links(self, text: Text) -> list[Json]:
-        """Links by which the VM opens a text's pictures; only what lies at Twilio's own address gets one."""
+    def command_of(self, vm: VmState, text: Text) -> Json:
+        """What a VM is handed; a text's pictures as links, if they lie at Twilio's own address."""
         links = []
         for url, kind in text.media:
             if path := self.twilio.media_path(url):
                 link = self.link(text.vm_id, path, self.clock.now())
                 links.append({"url": link, "content_type": kind})
-        return links
+        more = {"new": True} if text.sid in vm.new_sids else {}
+        return {"text": text.body, "media": links, **more}
 
     def _give_up(self, vm: VmState, out: Outbound, reason: str) -> None:
         log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
@@ -4820,6 +5303,8 @@ class Watch:
     clock: Clock
     state: RelayState
     sender: Sender
+    routes: RouteStore
+    vms: VmClient
     tasks: Tasks
     task: asyncio.Task[None] | None = None
 
@@ -4838,9 +5323,21 @@ class Watch:
                     if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
                         vm.still_told += 1
                         vm.still_at += STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
-                        await self.sender.notify(vm, STILL_WORKING, text=vm.running)
+                        self.tasks.start(self._tell(vm, vm.running))
         finally:
             self.task = None
+
+    async def _tell(self, vm: VmState, text: Text) -> None:
+        note = await self.note(vm)
+        if vm.running is text:
+            await self.sender.notify(vm, f"{STILL_WORKING} {note}".strip(), text=text)
+
+    async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
+        """A line of what a VM is doing, or nothing; one that is away or asleep is not asked."""
+        found = self.routes.find(vm.vm_id)
+        if found is None or found[1].state != "ready" or vm.away_since is not None or vm.is_paused:
+            return ""
+        return (await self.vms.health(found[1], within_s)).note
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5027,9 +5524,7 @@ class Runner:
             return None
         self._note_hand_over(vm, text)
         try:
-            answer = await self.vms.command(
-                route, text.sid, text.body, self.sender.media_links(text)
-            )
+            answer = await self.vms.command(route, text.sid, self.sender.command_of(vm, text))
         except VmAway as error:
             await self._on_unreachable(vm, route, text, error)
         except VmBusy:
@@ -5045,7 +5540,8 @@ class Runner:
             await self._finish(vm, text, "failed", about(VM_ERROR, text, status=error.status))
         else:
             self._record_answer(vm)
-            await self.sender.finish(vm, [text], words_of(answer), "answered", answer.images)
+            parts = words_of(answer, is_stopped=text.sid == vm.stopped_sid)
+            await self.sender.finish(vm, [text], parts, "answered", answer.images)
         finally:
             vm.is_handing_over = False
 
@@ -5191,6 +5687,9 @@ class OwnerCommands:
     routes: RouteStore
     state: RelayState
     sender: Sender
+    watch: Watch
+    vms: VmClient
+    tasks: Tasks
     check_restart: Callable[[str], object]  # raises Refusal
     restart: Callable[[str], Awaitable[None]]  # returns once it is on disk; raises Refusal
 
@@ -5198,7 +5697,8 @@ class OwnerCommands:
     def match(body: str) -> str:
         """The command that a text is, or nothing."""
         found = COMMAND.fullmatch(body)
-        return found[1].lower() if found else ""
+        verb = (found[1] or "").lower() if found else ""
+        return verb if not found or verb in VERBS else "help"
 
     async def run(self, vm: VmState, message: InboundMessage, command: str) -> str | None:
         """Do it once: its effect and its answer share a transaction with its SID.
@@ -5206,8 +5706,9 @@ class OwnerCommands:
         None when it is new, else the reply of that time; raises StoreError.
         """
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
+        note = await self.watch.note(vm, NOTE_S) if command == "status" else ""
         waiting = vm.queued()
-        now = about('Running: "{text}"', vm.running) if vm.running else "Nothing is running."
+        now = about('Running: "{text}"', vm.running) if vm.running else NOTHING_RUNS
         if waiting and waiting[0].busy_since is not None:
             now = "Waiting for the command before it."
         match command:
@@ -5217,10 +5718,17 @@ class OwnerCommands:
                 reply = f"Nothing is waiting. {now}"
             case "restart":
                 return await self._begin_restart(vm, message)
+            case "stop":
+                return await self._begin_stop(vm, message)
+            case "new":
+                waiting_sids = [text.sid for text in vm.waiting]
+                vm.new_sids = [sid for sid in vm.new_sids if sid in waiting_sids] + [""]
+                reply = NEXT_IS_NEW
             case "queue":
                 lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
                 reply = "\n".join([now, *lines])
             case "status":
+                now = self._in_detail(vm, now, note)
                 reply = f"{self._condition(vm)} {now} {len(waiting)} waiting."
             case _:
                 reply = COMMANDS_HELP
@@ -5248,6 +5756,14 @@ class OwnerCommands:
         if vm.away_since is not None:
             return f"Your VM has been away for {max(0, int(self.clock.now() - vm.away_since))} s."
         return f"Your VM is {route.state}."
+
+    def _in_detail(self, vm: VmState, now: str, note: str) -> str:
+        """What runs, for how long, and a line of what it is doing."""
+        if vm.running:
+            trace = vm.running.trace
+            age_s = self.clock.monotonic() - trace.began - (trace.handed_over or 0)
+            now = f"{now}, for {max(0, int(age_s))} s."
+        return f"{now[:-1]} ({note})." if note else now
 
     async def _cancel(
         self, vm: VmState, message: InboundMessage, waiting: list[Text]
@@ -5281,6 +5797,40 @@ class OwnerCommands:
         if known is None:
             await self.do_owed(vm)
         return known
+
+    async def _begin_stop(self, vm: VmState, message: InboundMessage) -> str | None:
+        before = vm.owes_stop, vm.stopped_sid
+        vm.owes_stop, vm.stopped_sid = True, vm.running.sid if vm.running else ""
+        known: str | None = ""
+        try:
+            known = await self.state.store.commit_once(message.sid, message.arrived, "", vm.put())
+        finally:
+            if known is not None:
+                vm.owes_stop, vm.stopped_sid = before
+        if known is None:
+            self.tasks.start(self.do_stop(vm))
+        return known
+
+    async def do_stop(self, vm: VmState) -> None:
+        """End what the VM runs, as was asked for, and say so; what waits is kept."""
+        found = self.routes.find(vm.vm_id)
+        runs = bool(vm.running or any(text.busy_since is not None for text in vm.waiting))
+        reply = NOTHING_RUNS
+        try:
+            if found and found[1].state == "ready":
+                stopped = await self.vms.cancel(found[1], vm.stopped_sid)
+                reply = STOPPED if stopped or (stopped is None and runs) else NOTHING_RUNS
+        except VmAway:
+            reply = NOT_STOPPED
+        except VmFailed as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                reply = NOT_STOPPED
+            elif runs:
+                reply = CANNOT_STOP
+        if reply in (NOTHING_RUNS, CANNOT_STOP):
+            vm.stopped_sid = ""
+        vm.owes_stop = False
+        await self.sender.notify(vm, reply, vm.put())
 
     async def do_owed(self, vm: VmState) -> None:
         """Begin the restart that was asked for; its own record on disk takes over from ours."""
@@ -5486,12 +6036,15 @@ class Inbox:
             trace=self.state.trace(message.sid, vm.vm_id, message.arrived),
         )
         changes = [text.added()]
-        if vm.reply_to != reply_to:
+        new_sids = vm.new_sids
+        if "" in new_sids or vm.reply_to != reply_to:
+            vm.new_sids = [sid or text.sid for sid in new_sids]
             vm.reply_to = reply_to
             changes.append(vm.put())
         if route.state == "asleep":
             self.runner.waker.begin(vm)  # beside the fsync
         vm.accepting += 1
+        known: str | None = ""
         try:
             known = await self.state.store.commit_once(text.sid, text.arrived, "", *changes)
         except StoreError:
@@ -5499,6 +6052,8 @@ class Inbox:
             raise
         finally:
             vm.accepting -= 1
+            if known is not None and "" in new_sids:  # it was not the next text
+                vm.new_sids = new_sids
         if known is None:
             await self._enqueue(text, route, vm)
         return known
@@ -5620,6 +6175,8 @@ class Relay:
             self.tasks.start(self._start_vm(vm))
 
     async def _start_vm(self, vm: VmState) -> None:
+        if vm.owes_stop:
+            await self.commands.do_stop(vm)
         if vm.owes_restart:
             await self.commands.do_owed(vm)
         self.runner.start(vm)
@@ -5683,9 +6240,12 @@ class Relay:
         self.state.retire(vm)
 
     async def accept_vm_message(
-        self, vm_id: str, phone: str, words: str, images: Sequence[str]
+        self, vm_id: str, phone: str, words: str, images: Sequence[str], key: str = ""
     ) -> str:
-        """A VM texts its own owner; returns the message's id. Raises Refusal and StoreError."""
+        """A VM texts its own owner, once for each key; returns the message's id.
+
+        Raises Refusal and StoreError.
+        """
         vm, parts = self.state.vm(vm_id, phone), split_text(words) if words else []
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
@@ -5694,7 +6254,14 @@ class Relay:
             raise Refusal("wrong_state", reason)
         self._count_vm_message(vm, len(parts) + len(images))
         out = self.sender.outbound(vm, parts, images=images, id=f"v-{self.clock.random_id()}")
-        await self.state.store.commit(out.added(), vm.put())
+        if key:
+            seen = f"{vm_id} {key}", self.clock.now(), out.id
+            known = await self.state.store.commit_once(*seen, out.added(), vm.put())
+            if known is not None:
+                vm.vm_messages.pop()
+                return known
+        else:
+            await self.state.store.commit(out.added(), vm.put())
         if not vm.is_falling_asleep:
             await self.runner.waker.note_awake(vm_id)
         vm.still_at = max(vm.still_at, self.clock.monotonic() + STILL_EVERY_S)
@@ -6631,7 +7198,7 @@ class Sleeper:
             )
             return False
         health = await self.vms.health(route)
-        return health is not None and not health.get("busy")
+        return health.is_well and not health.is_busy
 
     async def _suspend(self, route: Route, vm: VmState) -> bool:
         """False when it stays awake; an outcome that is not known counts as asleep."""
@@ -6675,12 +7242,6 @@ RESERVED = re.compile(
 )
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 FLY_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-PICTURES = {
-    b"\x89PNG\r\n\x1a\n": "image/png",
-    b"\xff\xd8\xff": "image/jpeg",
-    b"GIF87a": "image/gif",
-    b"GIF89a": "image/gif",
-}
 PICTURE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'",
@@ -7226,7 +7787,8 @@ async def post_messages(request: web.Request) -> web.Response:
         errors.check()
     relay = request.app[GATEWAY].relay
     words = words if words.strip() else ""
-    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths))
+    key = request.headers.get("Idempotency-Key", "")[:128]
+    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths), key)
     return json_response({"id": message_id}, status=202)
 
 
@@ -7285,10 +7847,10 @@ async def pass_on(
     chunk = b""
     while len(chunk) < 8 and (more := await source.content.readany()):
         chunk += more
-    kinds = [kind for start, kind in PICTURES.items() if chunk.startswith(start)]
-    if not kinds and pictures_only:
+    kind = kind_of_picture(chunk)
+    if not kind and pictures_only:
         raise Refusal("not_found", "this is not a PNG, JPEG or GIF image")
-    response.content_type = kinds[0] if kinds else "application/octet-stream"
+    response.content_type = kind or "application/octet-stream"
     response.content_length = size
     await response.prepare(request)
     sent = 0
@@ -9140,6 +9702,13 @@ def print_banner(settings: Settings) -> None:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
+    if settings.fly.is_local and gateway.local_agent in PRESETS:
+        who, where = pwd.getpwuid(os.geteuid()).pw_name, Path(LOCAL_FOLDER, "vms").absolute()
+        print(
+            f"{gateway.local_agent} acts without asking: as {who}, in a folder of {where}, and",
+            end=" ",
+        )
+        print("with all that this user may do on this machine", flush=True)
 
 
 # Doctor
@@ -9278,8 +9847,17 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     vm.add_argument(
         "--agent",
         default=os.environ.get("LOCAL_AGENT", ""),
-        help="a command: the text on its standard input, the answer on its standard output",
+        help=f"{', '.join(PRESETS)}, or a command: the text on its standard input, the answer on "
+        "its standard output (LOCAL_AGENT)",
     )
+    folder = os.environ.get("WORKSPACE") or "."
+    vm.add_argument(
+        "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
+    )
+    vm.add_argument("--user", default="", help="as root: work as this user")
+    say = commands.add_parser("say", help="on a VM: text its owner")
+    say.add_argument("text")
+    say.add_argument("images", nargs="*", type=Path, help="PNG, JPEG or GIF files")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -9289,9 +9867,10 @@ def main(argv: Sequence[str]) -> int:
     given = parse_arguments(argv)
     is_doctor = given.command == "doctor"
     if given.command == "vm":
-        until = given.until_stdin_closes
-        vm = serve_vm(given.host, given.port, given.agent, until_stdin_closes=until)
-        return asyncio.run(vm)
+        return run_vm(given)
+    if given.command == "say":
+        set_up_logging("text")
+        return run_say(given)
     try:
         settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
         set_up_logging(settings.gateway.log_format)

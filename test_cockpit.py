@@ -4200,7 +4200,7 @@ async def test_the_gateway_answers_its_verbs_at_once_with_the_vm_dead(world):
     assert vm.ran == ["first", "second"]
 
 
-@pytest.mark.parametrize("body", ["cockpit status please", "cockpit", "status", "cockpit  status", "run cockpit status", "cockpit upgrade"])
+@pytest.mark.parametrize("body", ["cockpit status please", "status", "cockpit  status", "run cockpit status"])
 async def test_anything_but_exactly_a_verb_goes_to_the_vm(world, body):
     await world.start()
     vm = await world.sign_up()
