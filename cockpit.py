@@ -70,6 +70,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Iterable,
     Iterator,
@@ -3426,6 +3427,7 @@ class Pictures:
         lines = "".join(to_json(one) + "\n" for one in self.shown() if one[2] in names)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         with (
+            contextlib.suppress(OSError),
             self._opened(self.images) as folder,
             os.fdopen(os.open(self.SAID, flags, 0o600, dir_fd=folder), "w") as file,
         ):
@@ -3486,12 +3488,9 @@ class Agent:
         """The newest line of the running command (blocking)."""
         return ""
 
-    def left_running(self) -> list[str]:
-        """The names of processes that earlier commands left (blocking)."""
-        return []
-
-    async def end_left(self) -> None:
-        """End those."""
+    def left_running(self) -> set[int]:
+        """The groups of processes that its commands left."""
+        return set()
 
     def close(self) -> None:
         """End whatever runs, at once."""
@@ -3562,7 +3561,7 @@ class CommandAgent(Agent):
                 process_group=0,
             )
             self._streams = streams
-            self._groups.add(process.pid)
+            self._groups = self.left_running() | {process.pid}
             try:
                 code = await process.wait()
             except asyncio.CancelledError:
@@ -3592,13 +3591,9 @@ class CommandAgent(Agent):
             return next((line for line in reversed(lines) if line.strip()), "")
         return ""
 
-    def left_running(self) -> list[str]:
+    def left_running(self) -> set[int]:
         self._groups = {group for group in self._groups if signal_group(group, 0)}
-        names = [name for _, name, group, _ in processes() if group in self._groups]
-        return names or [f"process {group}" for group in self._groups]
-
-    async def end_left(self) -> None:
-        await asyncio.gather(*map(end_group, self._groups))
+        return self._groups
 
     def close(self) -> None:
         for group in self._groups:
@@ -3654,6 +3649,12 @@ def processes() -> Iterator[tuple[int, str, int, int]]:
             yield int(stat.parent.name), head.partition("(")[2], int(group), int(session)
 
 
+def names_of(groups: Collection[int]) -> list[str]:
+    """The names of the processes of these groups (blocking)."""
+    names = [name for _, name, group, _ in processes() if group in groups]
+    return names or [f"process {group}" for group in groups]
+
+
 class VmServer:
     """The VM's half of the contract: one command at a time, and none is run twice."""
 
@@ -3667,7 +3668,7 @@ class VmServer:
         self._folder = folder
         self._pictures = pictures
         self._tasks = Tasks()
-        self._command: asyncio.Task[Json] | None = None  # the running one
+        self._running: asyncio.Task[Json] | None = None  # the command
         self._key = ""  # of it
         self._is_cancelled = False
         self._is_closing = False
@@ -3685,10 +3686,10 @@ class VmServer:
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=COMMAND_BODY_BYTES)
-        app.router.add_get("/health", self._answer_health)
-        app.router.add_post("/command", self._answer_command)
-        app.router.add_post("/cancel", self._answer_cancel)
-        app.router.add_get("/images/{name}", self._answer_image)
+        app.router.add_get("/health", self._health)
+        app.router.add_post("/command", self._command)
+        app.router.add_post("/cancel", self._cancel)
+        app.router.add_get("/images/{name}", self._image)
         return app
 
     async def clone(self, repository: str) -> None:
@@ -3736,18 +3737,19 @@ class VmServer:
         if not self._has_token(request):
             raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
 
-    async def _answer_health(self, request: web.Request) -> web.Response:
+    async def _health(self, request: web.Request) -> web.Response:
         if trouble := self.trouble or await asyncio.to_thread(self._agent.trouble):
             return web.json_response({"status": "failed", "note": trouble}, status=503)
         answer: Json = {"status": "ok"}
         if self._has_token(request):  # what it works on is nobody else's business
-            if self._command is not None:
+            if self._running is not None:
                 answer |= {"busy": True, "note": await asyncio.to_thread(self._agent.last_line)}
-            elif left := await asyncio.to_thread(self._agent.left_running):
-                answer |= {"busy": True, "note": f"left running: {', '.join(left)}"}
+            elif groups := self._agent.left_running():
+                names = ", ".join(await asyncio.to_thread(names_of, groups))
+                answer |= {"busy": True, "note": f"left running: {names}"}
         return web.json_response(answer)
 
-    async def _answer_command(self, request: web.Request) -> web.Response:
+    async def _command(self, request: web.Request) -> web.Response:
         self._check_token(request)
         body = parse_json(await request.read())
         if not isinstance(body, dict) or not isinstance(body.get("text"), str):
@@ -3755,21 +3757,21 @@ class VmServer:
         key = request.headers.get("Idempotency-Key", "")
         if key in self._answers:
             return web.json_response(self._answers[key])
-        if self._command is not None:
+        if self._running is not None:
             return web.json_response({"error": "busy"}, status=409)
         # A caller who hangs up does not stop it: the answer is stored for the next time.
         self._key, self._is_cancelled = key, False
-        self._command = self._tasks.start(self._run(key, body), "command")
-        return web.json_response(await asyncio.shield(self._command))
+        self._running = self._tasks.start(self._run(key, body), "command")
+        return web.json_response(await asyncio.shield(self._running))
 
-    async def _answer_cancel(self, request: web.Request) -> web.Response:
+    async def _cancel(self, request: web.Request) -> web.Response:
         """End the running command, if it is the one meant; when none runs, what earlier ones left."""
         self._check_token(request)
-        key, command = request.headers.get("Idempotency-Key", ""), self._command
+        key, command = request.headers.get("Idempotency-Key", ""), self._running
         if command is None:
-            stopped = not key and bool(await asyncio.to_thread(self._agent.left_running))
-            if stopped:
-                await self._agent.end_left()
+            groups = set() if key else self._agent.left_running()
+            await asyncio.gather(*map(end_group, groups))
+            stopped = bool(groups)
         elif stopped := key in ("", self._key):
             if not self._is_cancelled:
                 self._is_cancelled = True
@@ -3792,7 +3794,7 @@ class VmServer:
                 await self._store(key, answer)
             return answer
         finally:
-            self._command = None
+            self._running = None
 
     async def _work(self, body: Json) -> tuple[str, int, list[Json]]:
         """What the agent said, its exit code and the pictures it made."""
@@ -3815,7 +3817,7 @@ class VmServer:
         except StoreError as error:
             log_event("answer_not_stored", level=logging.WARNING, error=str(error))
 
-    async def _answer_image(self, request: web.Request) -> web.StreamResponse:
+    async def _image(self, request: web.Request) -> web.StreamResponse:
         self._check_token(request)
         file = await asyncio.to_thread(self._find_image, request.match_info["name"])
         if file is None:
@@ -3937,7 +3939,7 @@ def explain_problem(raw: bytes) -> tuple[str, str]:
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
 
 
-async def say(words: str, paths: Sequence[Path]) -> None:
+async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     """Text the VM's owner, tried for a minute while the gateway is away; raises CockpitError."""
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
     if not url or not token or len(paths) > MAX_IMAGES:
@@ -3946,7 +3948,6 @@ async def say(words: str, paths: Sequence[Path]) -> None:
         )
     pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
     names = [await asyncio.to_thread(pictures.put, path) for path in paths]
-    clock = Clock()
     dialect = Dialect(
         service="the gateway",
         request_id_header="X-Request-Id",
@@ -3971,7 +3972,7 @@ async def say(words: str, paths: Sequence[Path]) -> None:
 def run_say(given: argparse.Namespace) -> int:
     """The command `say`; its exit code tells why nothing was texted."""
     try:
-        asyncio.run(say(given.text, given.images))
+        asyncio.run(say(given.text, given.images, Clock()))
     except CockpitError as error:
         print(f"cockpit say: {error}", file=sys.stderr)
         if not isinstance(error, UpstreamError):
@@ -5800,7 +5801,9 @@ class OwnerCommands:
 
     async def _begin_stop(self, vm: VmState, message: InboundMessage) -> str | None:
         before = vm.owes_stop, vm.stopped_sid
-        vm.owes_stop, vm.stopped_sid = True, vm.running.sid if vm.running else ""
+        first = vm.waiting[0] if vm.waiting else None
+        is_meant = first and (first is vm.running or first.may_have_reached)
+        vm.owes_stop, vm.stopped_sid = True, first.sid if first and is_meant else ""
         known: str | None = ""
         try:
             known = await self.state.store.commit_once(message.sid, message.arrived, "", vm.put())
@@ -5813,24 +5816,27 @@ class OwnerCommands:
 
     async def do_stop(self, vm: VmState) -> None:
         """End what the VM runs, as was asked for, and say so; what waits is kept."""
-        found = self.routes.find(vm.vm_id)
-        runs = bool(vm.running or any(text.busy_since is not None for text in vm.waiting))
-        reply = NOTHING_RUNS
-        try:
-            if found and found[1].state == "ready":
-                stopped = await self.vms.cancel(found[1], vm.stopped_sid)
-                reply = STOPPED if stopped or (stopped is None and runs) else NOTHING_RUNS
-        except VmAway:
-            reply = NOT_STOPPED
-        except VmFailed as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                reply = NOT_STOPPED
-            elif runs:
-                reply = CANNOT_STOP
-        if reply in (NOTHING_RUNS, CANNOT_STOP):
+        reply = await self._stop(vm)
+        if reply != STOPPED:
             vm.stopped_sid = ""
         vm.owes_stop = False
         await self.sender.notify(vm, reply, vm.put())
+
+    async def _stop(self, vm: VmState) -> str:
+        found = self.routes.find(vm.vm_id)
+        if found is None or found[1].state != "ready":
+            return NOTHING_RUNS
+        may_run = any(text.may_have_reached or text.busy_since for text in vm.waiting)
+        may_run = may_run or vm.running is not None
+        try:
+            # Named, so that no later text is ended in its place.
+            stopped = await self.vms.cancel(found[1], vm.stopped_sid if vm.running else "")
+        except VmAway:
+            return NOT_STOPPED
+        except VmFailed as error:
+            cannot = error.status in (404, 405, 501)
+            return (CANNOT_STOP if may_run else NOTHING_RUNS) if cannot else NOT_STOPPED
+        return STOPPED if stopped or (stopped is None and may_run) else NOTHING_RUNS
 
     async def do_owed(self, vm: VmState) -> None:
         """Begin the restart that was asked for; its own record on disk takes over from ours."""
@@ -9866,12 +9872,12 @@ def main(argv: Sequence[str]) -> int:
     """Run a command; exit code 2 for settings that are missing or wrong."""
     given = parse_arguments(argv)
     is_doctor = given.command == "doctor"
-    if given.command == "vm":
-        return run_vm(given)
-    if given.command == "say":
-        set_up_logging("text")
-        return run_say(given)
     try:
+        if given.command == "vm":
+            return run_vm(given)
+        if given.command == "say":
+            set_up_logging("text")
+            return run_say(given)
         settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
         set_up_logging(settings.gateway.log_format)
         return asyncio.run(examine(settings) if is_doctor else serve(settings))

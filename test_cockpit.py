@@ -764,7 +764,8 @@ class FakeVM:
         self.stored: dict[str, Any] = {}
         self.away: int | str = 0  # a status of the proxy, or "cut": every connection is dropped
         self.script: deque[dict] = deque()  # for the next commands: {"status", "body", "headers"}, {"cut": "before" | "after"}, {"answer"}
-        self.busy, self.gate = False, None
+        self.busy, self.gate, self.running, self.stops = False, None, "", True
+        self.so_far, self.cut_short = "so far", False
         self.health: dict[str, Any] = {"status": "ok"}
         self.asked_asleep = 0  # how often it was asked something while its machine was resting
         self.answer: Callable[[str], Any] = lambda text: {"text": f"ran: {text}", "images": [], "exitCode": 0, "durationMs": 1}
@@ -789,7 +790,7 @@ async def in_chunks(content: list[bytes]):
 class FakeVMs(Fake):
     """All VMs behind one server, as Fly's proxy would reach them: `/{app}/...`; a VM whose machine does not run answers 503."""
 
-    routes = (("GET", "/{app}/health", "health"), ("POST", "/{app}/command", "command"), ("GET", "/{app}/images/{name}", "image"))
+    routes = (("GET", "/{app}/health", "health"), ("POST", "/{app}/command", "command"), ("GET", "/{app}/images/{name}", "image"), ("POST", "/{app}/cancel", "cancel"))
 
     def __init__(self, clock: FakeClock):
         super().__init__(clock)
@@ -817,7 +818,7 @@ class FakeVMs(Fake):
         bearer = seen.headers.get("Authorization", "")
         if seen.name == "command":
             vm.asked.append(Command(seen.body["text"], seen.body["media"], seen.headers.get("Idempotency-Key", ""), bearer))
-            if set(seen.body) != {"text", "media"} or not vm.asked[-1].key or "Cookie" in seen.headers:
+            if set(seen.body) - {"new"} != {"text", "media"} or seen.body.get("new", True) is not True or not vm.asked[-1].key or "Cookie" in seen.headers:
                 return self.refuse(f"command: {seen.body} {dict(seen.headers)}")
         if seen.name != "health" and not self.open_to_all and bearer != f"Bearer {vm.env.get('COCKPIT_TOKEN')}":
             return self.refuse(f"{seen.name}: not this VM's token", 401)
@@ -828,6 +829,8 @@ class FakeVMs(Fake):
     async def act(self, name, request, body):
         if name == "health":
             return self.all[request.match_info["app"]].health
+        if name == "cancel":
+            return self.cancel(self.all[request.match_info["app"]], request.headers["Idempotency-Key"])
         if name == "image":
             kind, content = self.images.get(request.match_info["name"], ("text/html", b"no such image"))
             if isinstance(content, list):
@@ -842,16 +845,29 @@ class FakeVMs(Fake):
         if key not in vm.stored and vm.busy:
             return 409, {"error": "busy"}
         if key not in vm.stored:
-            vm.busy = True
+            vm.busy, vm.running, vm.cut_short = True, key, False
             vm.ran.append(body["text"])
             if vm.gate:
                 vm.gate.arrived.set()
                 await vm.gate.opened.wait()
-            vm.stored[key], vm.busy = reaction.get("answer", vm.answer(body["text"])), False
+            if vm.cut_short:
+                await self.clock.clock.sleep(1)
+                reaction = {"answer": {"text": "so far", "images": [], "exitCode": 130, "durationMs": 1}}
+            vm.stored[key], vm.busy = reaction.get("answer", vm.answer(("anew " if body.get("new") else "") + body["text"])), False
         if reaction.get("cut") == "after":
             return cut(request)
         answer = vm.stored[key]
         return web.Response(body=answer, content_type="application/json", headers={"Set-Cookie": "a=b"}) if isinstance(answer, bytes) else answer
+
+    def cancel(self, vm: FakeVM, key: str) -> Any:
+        if not vm.stops:
+            return 404, {"error": "no such thing"}
+        stopped = vm.busy and key in ("", vm.running)
+        if stopped:
+            vm.cut_short = True
+            gate, vm.gate = vm.gate, None
+            gate.open()
+        return {"stopped": stopped}
 
 
 # --- Twilio ---
@@ -2653,6 +2669,8 @@ async def play(world: World, script: str) -> None:
                 vm.then({"status": int(status)})
             case "~", ["vm", "next", "cuts", "off"]:
                 vm.then({"cut": "after"})
+            case "~", ["vm", "is", "slow"]:
+                vm.holds()
             case "~", ["torn", "down"]:
                 await world.call("DELETE", f"/provision/{vm.app}")
             case "~", ["a", "kill"]:  # wherever the gateway just is
@@ -2757,6 +2775,24 @@ CONVERSATIONS = {
         > hello
         < ran: hello
         ran hello""",
+    "a new conversation begins with the next text and with no other": """
+        > one
+        < ran: one
+        > cockpit new
+        < The next text starts a new conversation.
+        > two
+        < ran: anew two
+        > three
+        < ran: three""",
+    "what is stopped says what it had said and what waits runs next": """
+        ~ vm is slow
+        > long
+        > next
+        > cockpit stop
+        < Stopped.
+        < so far
+        < ran: next
+        ran long, next""",
     "the queue is told while the VM is away": """
         ~ vm answers 503
         > first
@@ -5194,6 +5230,7 @@ async def test_nothing_of_a_vm_that_is_gone_reaches_the_number_s_next_owner_afte
 
 @pytest.mark.parametrize("words, answer", [
     ("cockpit status", "Your VM is ready. Nothing is running. 0 waiting."), ("cockpit cancel", "Nothing is waiting. Nothing is running."),
+    ("cockpit stop", "Nothing is running."), ("cockpit new", "The next text starts a new conversation."),
     ("cockpit restart", "Your VM is being restarted. What waits will run when it is back.")])
 async def test_an_owner_s_command_is_done_once_though_the_gateway_dies_at_once(world, words, answer):
     await world.ready()
