@@ -765,6 +765,7 @@ class FakeVM:
         self.away: int | str = 0  # a status of the proxy, or "cut": every connection is dropped
         self.script: deque[dict] = deque()  # for the next commands: {"status", "body", "headers"}, {"cut": "before" | "after"}, {"answer"}
         self.busy, self.gate, self.running, self.stops = False, None, "", True
+        self.busy, self.gate, self.running, self.stops = False, None, "", True
         self.so_far, self.cut_short = "so far", False
         self.health: dict[str, Any] = {"status": "ok"}
         self.asked_asleep = 0  # how often it was asked something while its machine was resting
@@ -852,7 +853,7 @@ class FakeVMs(Fake):
                 await vm.gate.opened.wait()
             if vm.cut_short:
                 await self.clock.clock.sleep(1)
-                reaction = {"answer": {"text": "so far", "images": [], "exitCode": 130, "durationMs": 1}}
+                reaction = {"answer": {"text": vm.so_far, "images": [], "exitCode": 130, "durationMs": 1}}
             vm.stored[key], vm.busy = reaction.get("answer", vm.answer(("anew " if body.get("new") else "") + body["text"])), False
         if reaction.get("cut") == "after":
             return cut(request)
@@ -1414,6 +1415,13 @@ def test_local_mode_is_refused_where_the_internet_could_reach_it(environ, named)
 
 def test_a_developer_may_text_a_local_vm_from_a_real_phone():
     cockpit.Settings.from_env({"PUBLIC_URL": "https://tunnel.example.com", "COCKPIT_API_KEY": KEY} | TWILIO_SETTINGS)
+
+
+def test_an_agent_of_one_s_own_is_texted_from_real_phones_only_if_they_are_verified():
+    real = {"TWILIO_ACCOUNT_SID": ACCOUNT, "TWILIO_AUTH_TOKEN": AUTH_TOKEN, "TWILIO_PHONE_NUMBER": NUMBER, "PUBLIC_URL": PUBLIC, "COCKPIT_API_KEY": KEY}
+    assert [line for line in problems(real | {"LOCAL_AGENT": "claude"}) if line.startswith("VERIFY_PHONE")]
+    for environ in (real | {"LOCAL_AGENT": "claude", "VERIFY_PHONE": "on"}, {"LOCAL_AGENT": "claude"}, real):
+        assert cockpit.Settings.from_env(environ)
 
 
 # --- Records and keys ---
@@ -3288,6 +3296,17 @@ async def test_a_message_taken_from_a_vm_is_sent_even_if_the_gateway_is_killed(w
     await world.hears("[3/11] done")
 
 
+async def test_a_vm_s_message_is_texted_once_for_each_key(world):
+    vm = await world.ready()
+    for key in ("a", "a", "b"):
+        headers = {"Idempotency-Key": key}
+        answer = await world.call("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], headers=headers, json={"text": f"with {key}"})
+        assert answer.status == 202, answer.text
+        await world.clock.advance(1)
+        await world.crash_and_restart()
+    await world.hears("with a", "with b")
+
+
 async def test_a_picture_from_a_phone_is_opened_by_its_vm_through_a_link(world):
     await world.start()
     vm = await world.sign_up()
@@ -4278,6 +4297,137 @@ async def test_an_owner_restarts_a_vm_by_a_text_and_what_waited_runs_then(world)
     vm.away = 0
     await world.hears(RESTARTING, "Your VM is being restarted. What waits will run when it is back.", "ran: first")
     assert world.fly.count("restart_machine") == 1
+
+
+@pytest.mark.parametrize("body", ["cockpit", " Cockpit ", "cockpit upgrade", "cockpit stopp"])
+async def test_cockpit_alone_and_an_unknown_verb_are_answered_with_the_help(world, body):
+    vm = await world.ready()
+    await world.text(body)
+    await world.hears(cockpit.COMMANDS_HELP)
+    assert not vm.ran
+
+
+async def test_what_is_stopped_tells_no_exit_code_and_ends_without_a_word_if_it_said_none(world):
+    vm = await world.ready()
+    await world.occupies(vm, "long")
+    await world.text("cockpit stop")
+    await world.hears("Stopped.", "so far")
+    vm.answer = lambda text: {"text": "by itself", "images": [], "exitCode": 3, "durationMs": 1}
+    await world.text("next")
+    await world.hears("Stopped.", "so far", "by itself\nExit code 3.")
+    vm.so_far = ""
+    await world.occupies(vm, "silent")
+    await world.text("cockpit stop")
+    await world.hears("Stopped.", "so far", "by itself\nExit code 3.", "Stopped.")
+    await world.clock.advance(5)
+    assert len(world.twilio.sent) == 4 and not world.rows("SELECT * FROM texts") and not world.rows("SELECT * FROM outbound")
+
+
+@pytest.mark.parametrize("runs, stops, heard", [
+    (True, False, "Your VM cannot stop a command; cockpit restart restarts it."), (False, False, "Nothing is running."), (False, True, "Nothing is running.")])
+async def test_a_stop_that_ends_nothing_says_why(world, runs, stops, heard):
+    vm = await world.ready()
+    vm.stops = stops
+    gate = await world.occupies(vm, "long") if runs else Gate()
+    await world.text("cockpit stop")
+    await world.hears(heard)
+    vm.answer = lambda text: {"text": "done", "images": [], "exitCode": 3, "durationMs": 1}
+    gate.open()
+    await world.hears(heard, *["done\nExit code 3."] * runs)
+
+
+async def test_a_stop_while_the_vm_is_away_stops_nothing_and_says_so(world):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("first")
+    await world.hears(RESTARTING)
+    await world.text("cockpit stop")
+    away = "Your VM did not answer: nothing was stopped. cockpit cancel drops what waits."
+    await world.hears(RESTARTING, away)
+    vm.away = 0
+    await world.hears(RESTARTING, away, "ran: first")
+
+
+async def test_a_stop_reaches_a_command_that_is_given_up(world):
+    vm = await world.ready(VM_COMMAND_TIMEOUT_S=5)
+    await world.occupies(vm, "slow")
+    await world.text("next")
+    given_up = 'No answer after 5 s; it may still be running: "slow"'
+    await world.hears(given_up)
+    await world.text("cockpit stop")
+    await world.hears(given_up, "Stopped.", "ran: next")
+
+
+async def test_a_stop_that_was_asked_for_is_carried_out_though_the_gateway_is_killed(world):
+    vm = await world.ready()
+    await world.occupies(vm, "long")
+    gate = world.vms.holds("cancel")
+    await world.text("cockpit stop")
+    await world.clock.until(gate.arrived.is_set)
+    await world.crash_and_restart()
+    await world.hears("Stopped.", "so far")
+
+
+async def test_a_repeated_stop_ends_no_later_command(world):
+    vm = await world.ready()
+    sid = "SM" + "d" * 32
+    assert (await world.twilio.texts(ANN, "cockpit stop", MessageSid=sid)).status == 200
+    await world.hears("Nothing is running.")
+    gate = await world.occupies(vm, "long")
+    assert (await world.twilio.texts(ANN, "cockpit stop", MessageSid=sid)).status == 200
+    await world.clock.advance(3)
+    gate.open()
+    await world.hears("Nothing is running.", "ran: long")
+    assert world.vms.count("cancel") == 1
+
+
+async def test_a_repeated_text_is_not_the_next_one(world):
+    vm = await world.ready()
+    sid = "SM" + "e" * 32
+    assert (await world.twilio.texts(ANN, "one", MessageSid=sid)).status == 200
+    await world.hears("ran: one")
+    await world.text("cockpit new")
+    assert (await world.twilio.texts(ANN, "one", MessageSid=sid)).status == 200
+    await world.text("two")
+    await world.hears("ran: one", "The next text starts a new conversation.", "ran: anew two")
+    assert vm.ran == ["one", "two"]
+
+
+async def test_a_new_conversation_begins_with_the_text_behind_what_waits(world):
+    vm = await world.ready()
+    gate = await world.occupies(vm, "one")
+    for body in ("two", "cockpit new", "three", "cockpit new", "four"):
+        await world.text(body)
+    vm.gate = None
+    gate.open()
+    await world.clock.until(lambda: len(world.twilio.sent) == 6)
+    assert world.twilio.sent_to(ANN)[2:] == ["ran: one", "ran: two", "ran: anew three", "ran: anew four"]
+
+
+async def test_a_status_tells_how_long_a_command_has_run_and_what_it_is_doing(world):
+    vm = await world.ready()
+    gate = await world.occupies(vm, "long")
+    await world.clock.advance(40)
+    vm.health |= {"busy": True, "note": "compiling\x1b[0m 3 of 11\n"}
+    await world.text("cockpit status")
+    await world.hears('Your VM is ready. Running: "long", for 40 s (compiling 3 of 11). 0 waiting.')
+    await world.clock.advance(25)
+    assert world.twilio.sent_to(ANN)[1:] == ["Still working on it. compiling 3 of 11"]
+    vm.gate = None
+    gate.open()
+    await world.clock.until(lambda: len(world.twilio.sent) == 3)
+    vm.health["note"] = "left running: node"
+    await world.text("cockpit status")
+    await world.clock.until(lambda: len(world.twilio.sent) == 4)
+    assert world.twilio.sent_to(ANN)[3] == "Your VM is ready. Nothing is running (left running: node). 0 waiting."
+
+
+async def test_a_vm_that_says_what_it_lacks_fails_the_sign_up_with_its_words(world):
+    await world.start(PROVISION_TIMEOUT_S=20)
+    world.vms.fails("health", 503, 1000, {"status": "failed", "note": f"there is no claude on this VM's PATH ({ANTHROPIC})"})
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (504, "vm_unhealthy")
+    assert answer.body["detail"].endswith(": there is no claude on this VM's PATH ([hidden])")
 
 
 async def test_verbs_are_answered_during_set_up_too(world):
