@@ -1,7 +1,8 @@
 FROM python:3.13.5-slim-bookworm AS base
 
 # One dependency beside the standard library.
-RUN pip install --no-cache-dir aiohttp==3.14.5
+RUN pip install --no-cache-dir aiohttp==3.14.5 \
+ && install -d -m 0755 /data
 COPY cockpit.py /app/cockpit.py
 ENV PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1
@@ -11,7 +12,7 @@ FROM node:22.17.0-bookworm-slim AS node
 # A VM: docker build --target vm --build-arg AGENT=claude .
 FROM base AS vm
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates curl gh git less openssh-client procps ripgrep \
+ && apt-get install -y --no-install-recommends ca-certificates curl gh git procps ripgrep \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=node /usr/local/bin/node /usr/local/bin/node
 COPY --from=node /usr/local/lib/node_modules /usr/local/lib/node_modules
@@ -30,8 +31,7 @@ RUN ln -s ../lib/node_modules/npm/bin/npm-cli.js /usr/local/bin/npm \
  && npm cache clean --force \
  && "$AGENT" --version \
  && groupadd --gid 10001 agent \
- && useradd --uid 10001 --gid 10001 --home-dir /data/home --no-create-home --shell /bin/bash agent \
- && install -d -m 0755 /data
+ && useradd --uid 10001 --gid 10001 --home-dir /data/home --no-create-home --shell /bin/bash agent
 ENV LOCAL_AGENT=$AGENT
 EXPOSE 3000
 STOPSIGNAL SIGTERM

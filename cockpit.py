@@ -3631,13 +3631,13 @@ def signal_group(group: int, number: int) -> bool:
 
 async def end_group(group: int) -> None:
     """End a group of processes: SIGINT, after 5 s SIGKILL."""
-    until = time.monotonic() + CANCEL_GRACE_S
-    signal_group(group, signal.SIGINT)
-    while signal_group(group, 0):
-        if time.monotonic() > until:
-            signal_group(group, signal.SIGKILL)
+    for number, patience_s in ((signal.SIGINT, CANCEL_GRACE_S), (signal.SIGKILL, 0.5)):
+        is_left, until = signal_group(group, number), time.monotonic() + patience_s
+        while is_left and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+            is_left = signal_group(group, 0)
+        if not is_left:
             return
-        await asyncio.sleep(0.05)
 
 
 def processes() -> Iterator[tuple[int, str, int, int]]:

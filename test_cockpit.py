@@ -54,6 +54,7 @@ from xml.etree import ElementTree
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
 import cockpit
 
@@ -6087,6 +6088,371 @@ async def test_the_vm_command_starts_whatever_its_stored_answers_look_like(live,
     await live.clock.until(lambda: not Path(f"/proc/{agent.read_text().strip()}").exists())
 
 
+# Agents
+
+CALLS = {  # how a preset's program is called: resuming, and for a new conversation
+    "claude": ("-p --continue --dangerously-skip-permissions", "-p --dangerously-skip-permissions"),
+    "codex": ("exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox resume --last -",
+              "exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox -"),
+    "gemini": ("--resume latest --approval-mode yolo --skip-trust", "--approval-mode yolo --skip-trust"),
+    "opencode": ("run --continue --auto", "run --auto")}
+STAND_IN = """#!/bin/sh
+said=$(cat)
+printf '%s\\n' "$*" "$PWD" "$WORKSPACE" "$ANTHROPIC_API_KEY" "$IS_SANDBOX" "$said" > "$0.called"
+echo "did $said"
+echo "complaint" >&2
+case "$said" in
+picture*) printf '\\211PNG\\r\\n\\032\\n1234' > images/plot.png; printf 'GIF89a12' > images/old.gif; echo 'GIF? no' > images/no.gif
+    printf 'GIF89a12' > outside.gif; ln -s ../outside.gif images/link.gif ;;
+fail*) exit 3 ;;
+leave*) sleep 600 & ;;
+hang*) trap '' INT; sh -c 'trap "" INT; echo $$ > child; sleep 600' & wait ;;
+esac
+"""
+
+
+def a_program(folder: Path, name: str, script: str = STAND_IN) -> Path:
+    folder.mkdir(exist_ok=True)
+    program = folder / name
+    program.write_text(script)
+    program.chmod(0o755)
+    return program
+
+
+class AgentVM:
+    """A VM in a folder of its own, beside stand-ins of agents: `python cockpit.py vm`, or its server in this process."""
+
+    def __init__(self, live: World):
+        self.live, self.folder = live, live.disks / "work"
+        self.folder.mkdir()
+        self.child: Child | None = None
+
+    async def start(self, agent: str, **environ: str) -> None:
+        port, path = free_port(), f"{self.live.disks / 'bin'}:{os.environ['PATH']}"
+        environ = {"PATH": path, "COCKPIT_TOKEN": "vm-x.token", "WORKSPACE": str(self.folder), "ANTHROPIC_API_KEY": "of-the-vm"} | environ
+        self.child = await self.live.adopt(await Child.start(environ, port, self.live.disks, "vm", "--port", str(port), "--agent", agent))
+
+    @contextlib.asynccontextmanager
+    async def serves(self, agent: str, monkeypatch):
+        for name, value in (("PATH", f"{self.live.disks / 'bin'}:{os.environ['PATH']}"), ("ANTHROPIC_API_KEY", "of-the-vm"), ("WORKSPACE", ""), ("IS_SANDBOX", "")):
+            monkeypatch.setenv(name, value)
+        cockpit.prepare_environment(agent, self.folder)
+        pictures = cockpit.Pictures(self.folder)
+        vm = cockpit.VmServer("vm-x.token", cockpit.choose_agent(agent, self.folder, pictures), self.folder, pictures)
+        server = Server(vm.app())
+        await server.start()
+        self.live.twilio.gateway = server.url
+        try:
+            yield
+        finally:
+            await server.close()
+            await vm.close()
+
+    async def ask(self, method: str, path: str, **more: Any) -> Answer:
+        return await self.live.ask(method, path, key="vm-x.token", **more)
+
+    async def command(self, text: str, media: Any = (), key: str = "", **more: Any) -> dict[str, Any]:
+        answer = await self.ask("POST", "/command", json={"text": text, "media": list(media)} | more, headers={"Idempotency-Key": key})
+        assert answer.status == 200, answer.text
+        return answer.body
+
+    async def health(self) -> dict[str, Any]:
+        return (await self.ask("GET", "/health")).body
+
+
+@pytest.mark.parametrize("agent", CALLS)
+async def test_a_preset_is_called_so_that_it_resumes_unless_a_new_conversation_is_asked_for(live, monkeypatch, agent):
+    program, vm = a_program(live.disks / "bin", agent), AgentVM(live)
+    resuming, fresh = CALLS[agent]
+
+    def called() -> list[str]:
+        return Path(f"{program}.called").read_text().splitlines()
+    sandbox = "1" if agent == "claude" and os.geteuid() == 0 else ""
+    async with vm.serves(agent, monkeypatch):
+        for text in ("first", "second"):
+            assert (await vm.command(text))["text"].strip() == f"did {text}", "the complaint is not shown"
+            assert called() == [resuming, str(vm.folder), str(vm.folder), "of-the-vm", sandbox, text]
+        answer = await vm.command("fail now", new=True)
+        assert called()[0] == fresh
+        assert (answer["text"], answer["exitCode"], answer["images"]) == ("did fail now\ncomplaint", 3, [])
+        assert {"type": "image/png", "url": "/images/plot.png"} in (await vm.command("picture, please"))["images"]
+
+
+async def test_only_pictures_that_appear_are_shown_and_none_that_a_link_leads_to(live, monkeypatch):
+    a_program(live.disks / "bin", "claude")
+    vm = AgentVM(live)
+    images, elsewhere = vm.folder / "images", live.disks / "elsewhere"
+    for folder in (images, elsewhere):
+        folder.mkdir()
+        (folder / "before.png").write_bytes(PNG)
+    async with vm.serves("claude", monkeypatch):
+        shown = (await vm.command("picture"))["images"]
+        assert sorted(image["url"] for image in shown) == ["/images/old.gif", "/images/plot.png"]
+        for name, status in (("plot.png", 200), ("link.gif", 404), ("..%2foutside.gif", 404)):
+            url = URL(f"{live.twilio.gateway}/images/{name}", encoded=True)
+            async with live.session.get(url, headers={"Authorization": "Bearer vm-x.token"}) as response:
+                assert response.status == status, name
+        assert (await vm.command("more words"))["images"] == []
+        for n in range(12):
+            (elsewhere / f"{n}.gif").write_bytes(GIF)
+        (elsewhere / "large.png").write_bytes(PNG + bytes(5 << 20))
+        many = cockpit.Pictures(live.disks)
+        many.images = elsewhere
+        assert len(many.shown_since(set())) == 10 and "large" not in str(many.shown_since(set()))
+        shutil.rmtree(images)
+        images.symlink_to(elsewhere)
+        assert (await vm.command("hello"))["images"] == []
+
+
+async def test_the_phone_s_pictures_are_files_that_the_agent_can_open_and_never_leave_the_inbox(live, monkeypatch):
+    vm = AgentVM(live)
+    live.vms.boot("gateway", lambda: True, {})
+    live.vms.open_to_all = True
+    live.vms.images |= {"small": ("image/jpeg", JPEG), "large": ("image/jpeg", JPEG + bytes(5 << 20))}
+    media = [{"url": f"{live.vms.server.url}/gateway/images/{name}", "content_type": "image/../../../x.png"} for name in ("small", "large")]
+    async with vm.serves("cat", monkeypatch):
+        said = (await vm.command("what is this?", media))["text"].splitlines()
+        assert said[:3] == ["what is this?", "", "Pictures:"]
+        assert re.fullmatch(r"inbox/[0-9a-f]{16}\.jpg", said[3]) and (vm.folder / said[3]).read_bytes() == JPEG
+        assert said[4] == "(a picture could not be fetched: status 200)"
+        shutil.rmtree(vm.folder / "inbox")
+        (live.disks / "elsewhere").mkdir()
+        (vm.folder / "inbox").symlink_to(live.disks / "elsewhere")
+        many = await vm.command("many", media[:1] * 12)
+        assert many["text"].count("could not be fetched") == 10
+        assert not list((live.disks / "elsewhere").iterdir())
+
+
+@beside
+async def test_a_command_that_ignores_the_interrupt_is_ended_with_its_children_and_says_what_it_had_said(live):
+    a_program(live.disks / "bin", "claude")
+    vm = AgentVM(live)
+    await vm.start("claude")
+    command = asyncio.ensure_future(vm.command("hang on", key="K1"))
+    child = vm.folder / "child"
+    await live.clock.until(lambda: child.exists() and child.read_text().endswith("\n"))
+    health = await vm.health()
+    assert health.pop("note") in ("did hang on", "complaint"), "the newest line"
+    assert health == {"status": "ok", "busy": True}
+    assert (await live.ask("GET", "/health", key=None)).body == {"status": "ok"}
+    assert (await live.ask("POST", "/cancel", key=None)).status == 401
+    assert (await vm.ask("POST", "/cancel", headers={"Idempotency-Key": "K0"})).body == {"stopped": False}
+    began = time.monotonic()
+    assert (await vm.ask("POST", "/cancel", headers={"Idempotency-Key": "K1"})).body == {"stopped": True}
+    assert time.monotonic() - began < 6
+    answer = await command
+    assert (answer["text"], answer["exitCode"]) == ("did hang on\ncomplaint", 130)
+    await live.clock.until(lambda: not Path(f"/proc/{child.read_text().strip()}").exists())
+    assert (await vm.command("hang on", key="K1")) == answer, "it is not run again"
+    assert (await vm.command("next"))["text"].strip() == "did next"
+
+
+@beside
+async def test_what_an_agent_leaves_running_holds_up_no_answer_is_told_and_can_be_ended(live):
+    a_program(live.disks / "bin", "claude")
+    vm = AgentVM(live)
+    await vm.start("claude")
+    assert (await vm.ask("POST", "/cancel")).body == {"stopped": False}
+    began = time.monotonic()
+    assert (await vm.command("leave it"))["text"].strip() == "did leave it"
+    assert time.monotonic() - began < 3
+    assert await vm.health() == {"status": "ok", "busy": True, "note": "left running: sleep"}
+    assert (await vm.ask("POST", "/cancel")).body == {"stopped": True}
+    deadline = time.monotonic() + 5
+    while await vm.health() != {"status": "ok"}:  # once somebody reaped it
+        assert time.monotonic() < deadline, await vm.health()
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("agent, text, answer, code", [
+    ("tr a-z A-Z | sed 's/$/!/'", "loud", "LOUD!", 0), ("sh -c 'kill -9 $$'", "x", "Killed", 137),
+    ("sh -c 'echo only a complaint >&2'", "x", "only a complaint", 0), ("sh -c 'printf %03000d 7 >&2; exit 1'", "x", "0" * 1999 + "7", 1),
+    ("sh -c 'echo new:$COCKPIT_NEW'", "x", "new:", 0)])
+async def test_any_command_is_an_agent_and_its_complaints_are_shown_when_it_says_nothing_else(tmp_path, agent, text, answer, code):
+    for is_new, said in ((False, answer), (True, answer.replace("new:", "new:1"))):
+        words, exit_code = await cockpit.CommandAgent(agent, tmp_path).run(text, is_new=is_new)
+        assert (words.strip(), exit_code) == (said, code)
+
+
+@beside
+async def test_an_agent_that_is_missing_is_told_at_the_start_and_fails_the_sign_up_with_the_reason(live):
+    child = await a_laptop(live, LOCAL_AGENT="gemini", PROVISION_TIMEOUT_S="4", PATH="/usr/bin:/bin")
+    answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    missing = "there is no gemini on this VM's PATH; install it or choose another --agent"
+    assert (answer.status, answer.body["code"]) == (504, "vm_unhealthy") and answer.body["detail"].endswith(missing)
+    assert "gemini acts without asking: as " in child.log and str(live.disks / ".cockpit" / "vms") in child.log
+    vm = AgentVM(live)
+    await vm.start("gemini", PATH="/usr/bin:/bin")
+    health = await vm.ask("GET", "/health")
+    assert (health.status, health.body["note"]) == (503, missing)
+    assert f"cockpit vm: {missing}" in vm.child.log
+
+
+@beside
+async def test_a_laptop_s_agent_is_stopped_by_text_and_what_waits_runs_next(live):
+    a_program(live.disks / "bin", "claude")
+    await a_laptop(live, LOCAL_AGENT="claude", PATH=f"{live.disks / 'bin'}:{os.environ['PATH']}")
+    vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
+    folder = live.disks / ".cockpit" / "vms" / vm_id
+    await texts_locally(live, "hang on")
+    await live.clock.until(lambda: (folder / "child").exists())
+    await texts_locally(live, "picture")
+    await texts_locally(live, "cockpit stop")
+    await reads(live, "Stopped.", "did hang on", "did picture")
+    shown = await thread(live)
+    assert "Exit code" not in shown and shown.count("/media/") >= 2
+
+
+# A VM's image
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root can leave root behind")
+@beside
+async def test_the_image_s_entry_makes_its_user_s_folders_drops_to_that_user_and_reaps_what_is_orphaned(live):
+    live.disks.chmod(0o711)
+    home, work = live.disks / "home", live.disks / "work"
+    script = ("import cockpit, os, pwd, sys; os.environ['PATH'] = os.defpath; "
+              f"pwd.getpwnam = lambda name: pwd.struct_passwd((name, 'x', 65534, 65534, '', {str(home)!r}, '/bin/sh')); sys.exit(cockpit.main(sys.argv[1:]))")
+    port = free_port()
+    agent = "sh -c 'id -u; pwd; echo $HOME; (sh -c \"sleep 0.3\" &)'"
+    process = await asyncio.create_subprocess_exec(
+        "unshare", "--pid", "--fork", sys.executable, "-c", script, "vm", "--user", "agent", "--folder", str(work), "--port", str(port), "--agent", agent,
+        cwd=HERE, env={"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+    child = await live.adopt(Child(process, port))
+    answer = await live.ask("POST", "/command", json={"text": "who?", "media": []})
+    assert answer.body["text"].split() == ["65534", str(work), str(home)], answer.body
+    assert {(folder.stat().st_uid, stat.S_IMODE(folder.stat().st_mode)) for folder in (home, work)} == {(65534, 0o700)}
+    assert live.disks.stat().st_uid == 0, "nothing else is given away"
+    deadline = time.monotonic() + 5
+    while (await live.ask("GET", "/health")).body != {"status": "ok"}:
+        assert time.monotonic() < deadline, "what ended is reaped"
+        await asyncio.sleep(0.05)
+    inner, = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(inner), signal.SIGTERM)
+    assert await child.ends() == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder away")
+def test_a_folder_that_is_a_link_is_given_to_nobody(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "work").symlink_to(tmp_path / "other")
+    user = cockpit.pwd.struct_passwd(("agent", "x", 65534, 65534, "", "/", "/bin/sh"))
+    with pytest.raises(OSError):
+        cockpit.make_folder_of(user, tmp_path / "work")
+    assert (tmp_path / "other").stat().st_uid == 0
+
+
+GIT = """#!/bin/sh
+echo "$*" >> "$0.called"
+for prompt in "Username for 'https://github.com': " "Password for 'https://x-access-token@github.com': " "Password for 'https://x@evil.example': "
+do "$GIT_ASKPASS" "$prompt" >> "$0.told"; done
+test -e "$0.fails" && echo "remote: Repository not found." >&2 && exit 128
+for last; do :; done
+mkdir "$last"
+"""
+
+
+@beside
+async def test_a_repository_is_cloned_at_the_first_start_with_a_token_that_is_in_no_argument(live):
+    git, vm = a_program(live.disks / "bin", "git", GIT), AgentVM(live)
+    keys = {"GITHUB_TOKEN": GITHUB, "GITHUB_REPOSITORY": "acme/shop.js"}
+    Path(f"{git}.fails").touch()
+
+    async def becomes(status: int, words: str = "") -> None:
+        deadline = time.monotonic() + 5
+        while (health := await vm.ask("GET", "/health")).status != status or words not in health.text:
+            assert time.monotonic() < deadline, health.text
+            await asyncio.sleep(0.03)
+    await vm.start("cat", **keys)
+    await becomes(503, "acme/shop.js could not be cloned: remote: Repository not found.")
+    await vm.child.ends(signal.SIGTERM)
+    Path(f"{git}.fails").unlink()
+    await vm.start("cat", **keys)
+    await becomes(200)
+    await vm.child.ends(signal.SIGTERM)
+    await vm.start("cat", **keys)
+    await becomes(200)
+    assert Path(f"{git}.called").read_text() == "clone --quiet -- https://github.com/acme/shop.js.git shop.js\n" * 2
+    assert Path(f"{git}.told").read_text() == f"x-access-token\n{GITHUB}\n" * 2, "no other host is told"
+    await vm.child.ends(signal.SIGTERM)
+    await vm.start("cat", **keys | {"GITHUB_REPOSITORY": "https://github.com/acme/shop"})
+    await becomes(503, "GITHUB_REPOSITORY must be OWNER/NAME")
+
+
+# What an agent texts by itself
+
+async def says(live: World, vm: FakeVM, *arguments: str, **environ: str) -> tuple[int, str]:
+    """The exit code of `say` and what it printed."""
+    folder = live.disks / "work"
+    folder.mkdir(exist_ok=True)
+    environ = {"COCKPIT_URL": live.twilio.gateway, "COCKPIT_TOKEN": vm.env["COCKPIT_TOKEN"], "WORKSPACE": str(folder)} | environ
+    child = await Child.start(environ, 0, folder, "say", *arguments)
+    live.children.append(child)
+    return await child.ends(within=20), child.log
+
+
+@beside
+async def test_say_texts_the_owner_with_pictures_and_tells_by_its_exit_code_why_not(live):
+    await live.spawn()
+    vm = await live.sign_up()
+    chart = live.disks / "chart.png"
+    chart.write_bytes(PNG)
+    assert await says(live, vm, "[3/11] done", str(chart)) == (0, "")
+    await live.clock.until(lambda: len(live.twilio.sent) == 2)
+    assert live.twilio.sent_to(ANN) == ["[3/11] done", ""]
+    copy, = (live.disks / "work" / "images").glob("*.png")
+    assert copy.read_bytes() == PNG and live.twilio.media_sent[-1]
+    for wrong, why in ((str(HERE / "README.md"), "is not a PNG, JPEG or GIF picture"), ("none.png", "No such file")):
+        code, printed = await says(live, vm, "look", wrong)
+        assert code == 2 and why in printed
+    assert (await says(live, vm, "hello", COCKPIT_URL=""))[0] == 2
+    assert (await says(live, vm, "hello", COCKPIT_TOKEN="vm-x.wrong"))[0] == 1
+    for size in [20_000] * 4 + [1] * 6:
+        await unasked(live, vm, text="x" * size)
+    code, printed = await says(live, vm, "one more")
+    assert code == 4 and "a VM may text 40 messages in 60 s" in printed
+
+
+@beside
+async def test_say_waits_for_a_gateway_that_is_away_and_texts_once(live):
+    child = await live.spawn()
+    vm = await live.sign_up()
+    await child.ends(signal.SIGKILL)
+    said = asyncio.ensure_future(says(live, vm, "still here"))
+    await asyncio.sleep(1)
+    await live.adopt(await Child.start(live.environ | {"ROUTES_FILE": str(live.file), "HOST": "127.0.0.1"}, child.port, live.disks))
+    assert (await said)[0] == 0
+    await live.hears("still here")
+
+
+async def test_say_gives_up_after_a_minute(world, monkeypatch):
+    vm = await world.ready()
+    for name, value in (("COCKPIT_URL", world.twilio.gateway), ("COCKPIT_TOKEN", vm.env["COCKPIT_TOKEN"]), ("WORKSPACE", str(world.disks))):
+        monkeypatch.setenv(name, value)
+    await world.stop()
+    began = world.clock.elapsed
+    with pytest.raises(cockpit.UpstreamUnavailable):
+        await world.clock.run(cockpit.say("hello?", [], world.clock.clock))
+    assert 45 < world.clock.elapsed - began <= 60
+
+
+@beside
+async def test_what_say_sent_is_not_sent_again_at_the_end_of_the_command(live):
+    await live.spawn()
+    owner = await live.sign_up()
+    a_program(live.disks / "bin", "claude", f"""#!/bin/sh
+mkdir -p images
+printf 'GIF89a12' > images/said.gif
+printf 'GIF89a12' > elsewhere.gif
+{sys.executable} {HERE / 'cockpit.py'} say look images/said.gif elsewhere.gif || exit
+printf 'GIF89a12' > images/shown.gif
+""")
+    url, vm = live.twilio.gateway, AgentVM(live)
+    token = owner.env["COCKPIT_TOKEN"]
+    await vm.start("claude", COCKPIT_URL=url, COCKPIT_TOKEN=token)
+    answer = await live.ask("POST", "/command", key=token, json={"text": "draw", "media": []})
+    assert [image["url"] for image in answer.body["images"]] == ["/images/shown.gif"], answer.text
+
+
 # --- Assembly ---
 
 async def test_production_without_its_settings_exits_2_naming_all_of_them(tmp_path):
@@ -6166,6 +6532,20 @@ def test_the_container_is_slim_unprivileged_and_hears_signals():
     assert re.search(r"(?m)^FROM python:3\.\d+(\.\d+)?-slim", text) and "COCKPIT_ENV=production" in text and "HEALTHCHECK" in text
     assert re.search(r"(?m)^USER [1-9]\d*:[1-9]\d*$", text) and re.search(r"aiohttp==\d+\.\d+\.\d+ ", text)
     assert re.search(r"(?m)^(CMD|ENTRYPOINT) \[", text), "the exec form: no shell eats the signal"
+
+
+def test_a_vm_s_image_is_a_target_of_its_own_with_one_agent_and_the_gateway_stays_the_default():
+    stages = re.split(r"(?m)^FROM ", (HERE / "Dockerfile").read_text())[1:]
+    names = [stage.splitlines()[0].rpartition(" AS ")[2] for stage in stages]
+    assert names[-1] == "gateway" and "vm" in names
+    vm = stages[names.index("vm")].replace("\\\n", "")
+    assert set(re.findall(r"(\w+)\) package=", vm)) == set(cockpit.PRESETS) and "ARG AGENT=claude" in vm and "LOCAL_AGENT=$AGENT" in vm
+    assert {"ca-certificates", "gh", "git", "ripgrep"} <= set(re.search(r"install -y --no-install-recommends (.*?) &&", vm)[1].split())
+    entry = json.loads(re.search(r"(?m)^ENTRYPOINT (.*)$", vm)[1])
+    given = cockpit.parse_arguments(entry[2:])
+    assert (entry[:2], given.command, given.user, given.folder) == (["python", "/app/cockpit.py"], "vm", "agent", "/data/work")
+    assert f"useradd --uid 10001 --gid 10001 --home-dir /data/home --no-create-home --shell /bin/bash {given.user} " in vm
+    assert all(re.match(r"[\w./-]+:\d+\.\d+\.\d+-\S*slim", stage) or stage.startswith("base AS") for stage in stages), "every base is pinned and slim"
 
 
 def test_the_fly_configuration_keeps_one_gateway_running():
