@@ -3456,18 +3456,16 @@ class Pictures:
         async with aiohttp.ClientSession(cookie_jar=jar, timeout=MEDIA_TIMEOUT) as session:
 
             async def fetch(url: str, kind: str) -> str:
-                try:
+                with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
                     async with (
                         asyncio.timeout(INBOX_S),
                         session.get(url, allow_redirects=False) as response,
                     ):
                         content = await read_at_most(response, MAX_IMAGE_BYTES)
-                    if response.status != HTTPStatus.OK or content is None:
-                        return f"(a picture could not be fetched: status {response.status})"
-                    name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
-                    return f"{self.inbox.name}/{name}"
-                except (aiohttp.ClientError, OSError, ValueError) as error:
-                    return f"(a picture could not be fetched: {type(error).__name__})"
+                    if response.status == HTTPStatus.OK and content is not None:
+                        name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
+                        return f"{self.inbox.name}/{name}"
+                return "(a picture that could not be fetched)"
 
             wanted = [(str(one.get("url")), str(one.get("content_type"))) for one in listed]
             return await asyncio.gather(*(fetch(*one) for one in wanted[:MAX_IMAGES]))
