@@ -3263,9 +3263,9 @@ class VmClient:
         return Health(response.status < 300, body.get("busy") is True, note)
 
     async def cancel(self, route: Route, sid: str) -> bool | None:
-        """End the VM's command, of this SID if there is one; whether it had any, None: it does not tell.
+        """End the VM's command, the one of this SID if there is one.
 
-        Raises VmAway when it did not answer and VmFailed when it would not.
+        Whether it had any; None when it does not tell. Raises VmAway and VmFailed.
         """
         try:
             request = self._session.post(
@@ -3342,7 +3342,7 @@ PRESETS = {  # what is in brackets resumes the last conversation
     "gemini": "gemini [--resume latest] --approval-mode yolo --skip-trust",
     "opencode": "opencode run [--continue] --auto",
 }
-FOR_A_SHELL = re.compile(r"[|&;<>()$`*?\[\]{}~#!=\n]")
+FOR_A_SHELL = re.compile(r"\w+=|.*[|&;<>()$`*?\[\]{}~#!\n]", re.DOTALL)
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # It answers GitHub alone; the token itself is in no argument, URL or file.
 ASKPASS = """#!/bin/sh
@@ -3434,7 +3434,7 @@ class Pictures:
             file.write(lines)
 
     def put(self, path: Path) -> str:
-        """The name of a picture in `images`, copied there if it lies elsewhere; raises CockpitError."""
+        """The name of a picture in `images`, copied there if need be; raises CockpitError."""
         try:
             with path.open("rb") as file:
                 content = file.read(MAX_IMAGE_BYTES + 1)
@@ -3448,7 +3448,7 @@ class Pictures:
             raise CockpitError(f"{path}: {error.strerror}") from error
 
     async def fetch(self, media: object) -> list[str]:
-        """The phone's pictures as files in `inbox`, ten at most; the place of one that fails says so."""
+        """The phone's pictures as files in `inbox`, ten at most."""
         listed = [one for one in media if isinstance(one, dict)] if isinstance(media, list) else []
         if not listed:
             return []
@@ -3472,7 +3472,7 @@ class Pictures:
 
 
 class Agent:
-    """What makes an answer of a text; it lacks nothing and leaves nothing running, unless it says so."""
+    """What makes an answer of a text; unless it says so it lacks nothing and leaves nothing running."""
 
     async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
         """What it said and its exit code; cancelled it ends what it started."""
@@ -3516,23 +3516,22 @@ class BuiltInAgent(Agent):
 class CommandAgent(Agent):
     """Runs a preset or any command for each text, in a process group of its own.
 
-    The text is on its standard input, the answer is its standard output; its standard error is shown when
-    there is no output or the exit code is not 0. COCKPIT_NEW=1 asks it for a fresh conversation.
+    The text is on its standard input, the answer is its standard output; its standard error is
+    shown when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
     """
 
     def __init__(self, command: str, folder: Path) -> None:
         self._command = command
         self._folder = folder
         self._groups: set[int] = set()  # of its commands, also of those that ended
-        self._streams: Sequence[
-            IO[bytes]
-        ] = ()  # of the running one: what it is given, says, complains
+        # Of the running one: what it is given, what it says, what it complains of.
+        self._streams: Sequence[IO[bytes]] = ()
 
     def arguments(self, *, is_new: bool) -> list[str]:
         """The command's words; raises ValueError."""
         if preset := PRESETS.get(self._command):
             return re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
-        if FOR_A_SHELL.search(self._command):
+        if FOR_A_SHELL.match(self._command):
             return ["sh", "-c", self._command]
         return shlex.split(self._command)
 
@@ -3638,18 +3637,29 @@ async def end_group(group: int) -> None:
             return
 
 
-def processes() -> Iterator[tuple[int, str, int, int]]:
-    """Id, name, group and session of each process (blocking); none elsewhere than on Linux."""
+class Process(NamedTuple):
+    """A process as Linux shows it; `started` tells it from another of its number."""
+
+    id: int
+    name: str
+    group: int
+    session: int
+    started: str
+
+
+def processes() -> Iterator[Process]:
+    """Each process (blocking); none elsewhere than on Linux (proc(5), `/proc/pid/stat`)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, IndexError):
             head, _, rest = stat.read_text(errors="replace").rpartition(")")
-            group, session = rest.split()[2:4]
-            yield int(stat.parent.name), head.partition("(")[2], int(group), int(session)
+            fields = rest.split()
+            ids = int(fields[2]), int(fields[3])
+            yield Process(int(stat.parent.name), head.partition("(")[2], *ids, fields[19])
 
 
 def names_of(groups: Collection[int]) -> list[str]:
     """The names of the processes of these groups (blocking)."""
-    names = [name for _, name, group, _ in processes() if group in groups]
+    names = [process.name for process in processes() if process.group in groups]
     return names or [f"process {group}" for group in groups]
 
 
@@ -3763,7 +3773,7 @@ class VmServer:
         return web.json_response(await asyncio.shield(self._running))
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        """End the running command, if it is the one meant; when none runs, what earlier ones left."""
+        """End the command, if it is the one meant; when none runs, what earlier ones left."""
         self._check_token(request)
         key, command = request.headers.get("Idempotency-Key", ""), self._running
         if command is None:
@@ -3895,7 +3905,7 @@ def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
 
 
 def reap_until_end_of(child: int) -> int:
-    """What process 1 of a container does: pass signals on, reap orphans; returns the child's exit code."""
+    """As process 1 of a container: pass signals on, reap orphans; returns the child's exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
     while True:
@@ -4923,7 +4933,7 @@ class VmState:
     def may_sleep(self) -> bool:
         """Whether nothing of it is in flight, and nothing is done to it."""
         is_well = self.away_since is None and not self.closing_notice
-        return self.is_idle() and is_well and not (self.is_paused or self.owes_restart)
+        return self.is_idle() and is_well and not (self.is_paused or self.owes_restart or self.owes_stop)
 
     def is_turning(self) -> bool:
         """Whether it is just falling asleep or waking."""
@@ -8805,22 +8815,21 @@ def signal_session(leader: int, number: int) -> list[tuple[int, str]]:
     """
     signal_group(leader, number)
     members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, IndexError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == leader:
-                os.kill(int(stat.parent.name), number)
-                members.append((int(stat.parent.name), fields[19]))
+    for process in processes():
+        with contextlib.suppress(OSError):
+            if process.session == leader:
+                os.kill(process.id, number)
+                members.append((process.id, process.started))
     return members
 
 
-def end_stopped(processes: Iterable[tuple[int, str]]) -> None:
+def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
     """End what a killed gateway left stopped: it cannot see that its gateway is gone (blocking)."""
-    for pid, started in processes:
-        with contextlib.suppress(OSError, IndexError):
-            stat = Path(f"/proc/{pid}/stat").read_text()
-            if stat.rpartition(")")[2].split()[19] == started:  # not another of its number
-                os.kill(pid, signal.SIGKILL)
+    known = {tuple(one) for one in stopped}  # JSON knows lists only
+    for process in processes():
+        if (process.id, process.started) in known:
+            with contextlib.suppress(OSError):
+                os.kill(process.id, signal.SIGKILL)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
