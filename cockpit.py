@@ -3208,7 +3208,10 @@ def kind_of_picture(start: bytes) -> str:
 
 
 class Health(NamedTuple):
-    """What a VM's `/health` said; `note`: a line of what it is doing, or of what it lacks."""
+    """What a VM's `/health` said.
+
+    `note`: a line of what it is doing, or of what it lacks.
+    """
 
     is_well: bool = False
     is_busy: bool = False
@@ -3356,7 +3359,10 @@ Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 
 class Pictures:
-    """A VM's folders `inbox` and `images`; no link leads into or out of them. All of it blocks."""
+    """A VM's folders `inbox` and `images`; no link leads into or out of them.
+
+    All but `fetch` blocks.
+    """
 
     SAID = ".said"  # what `say` sent during a command, a line each
 
@@ -3377,7 +3383,8 @@ class Pictures:
     def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
         """Write a file under a new name; returns the name. Raises OSError."""
         kind = kind_of_picture(content) or kind
-        name = secrets.token_hex(8) + (mimetypes.guess_extension(kind) or ".bin")
+        suffix = mimetypes.guess_extension(kind) or ".bin"
+        name = secrets.token_hex(8) + suffix
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         with (
             self._opened(folder) as within,
@@ -3392,21 +3399,23 @@ class Pictures:
         with contextlib.suppress(OSError), self._opened(self.images) as folder:
             for entry in os.scandir(folder):
                 status = entry.stat(follow_symlinks=False)
-                is_named_well = IMAGE_PATH.fullmatch(f"/images/{entry.name}")
-                if entry.is_file(follow_symlinks=False) and is_named_well:
+                if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
+                    continue
+                if entry.is_file(follow_symlinks=False):
                     found.add((status.st_mtime_ns, status.st_size, entry.name))
         return found
 
     def shown_since(self, before: set[Shown]) -> list[Json]:
-        """What pictures appeared, oldest first; what `say` sent meanwhile is left out."""
+        """What pictures appeared, oldest first, without those that `say` sent."""
         found = []
         with contextlib.suppress(OSError), self._opened(self.images) as folder:
-            said = set()
+            said = b""
             with contextlib.suppress(OSError), self._read(self.SAID, folder) as file:
-                said = set(file.read().decode("utf-8", "replace").splitlines())
-            for _, size, name in sorted(
-                one for one in self.shown() - before if to_json(one) not in said
-            ):
+                said = file.read()
+            for one in sorted(self.shown() - before):
+                if to_json(one).encode() in said.splitlines():
+                    continue
+                _, size, name = one
                 with contextlib.suppress(OSError), self._read(name, folder) as file:
                     kind = kind_of_picture(file.read(8))
                     if kind and size <= MAX_IMAGE_BYTES:
@@ -3414,7 +3423,8 @@ class Pictures:
         return found[:MAX_IMAGES]
 
     def _read(self, name: str, folder: int) -> IO[bytes]:
-        return os.fdopen(os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=folder), "rb")
+        flags = os.O_RDONLY | os.O_NOFOLLOW
+        return os.fdopen(os.open(name, flags, dir_fd=folder), "rb")
 
     def begin(self) -> set[Shown]:
         """What there is when a command begins."""
@@ -3424,14 +3434,14 @@ class Pictures:
 
     def note_said(self, names: Sequence[str]) -> None:
         """`say` sent these: they are not sent again at the end of the command."""
-        lines = "".join(to_json(one) + "\n" for one in self.shown() if one[2] in names)
+        said = [to_json(one) for one in self.shown() if one[2] in names]
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
         with (
             contextlib.suppress(OSError),
             self._opened(self.images) as folder,
             os.fdopen(os.open(self.SAID, flags, 0o600, dir_fd=folder), "w") as file,
         ):
-            file.write(lines)
+            file.writelines(line + "\n" for line in said)
 
     def put(self, path: Path) -> str:
         """The name of a picture in `images`, copied there if need be; raises CockpitError."""
@@ -3439,8 +3449,10 @@ class Pictures:
             with path.open("rb") as file:
                 content = file.read(MAX_IMAGE_BYTES + 1)
             if not kind_of_picture(content) or len(content) > MAX_IMAGE_BYTES:
-                raise CockpitError(f"{path} is not a PNG, JPEG or GIF picture of at most 5 MB")
-            is_there = path.resolve().parent == self.images.resolve() and not path.is_symlink()
+                reason = "is not a PNG, JPEG or GIF picture of at most 5 MB"
+                raise CockpitError(f"{path} {reason}")
+            is_there = path.resolve().parent == self.images.resolve()
+            is_there = is_there and not path.is_symlink()
             if is_there and IMAGE_PATH.fullmatch(f"/images/{path.name}"):
                 return path.name
             return self.keep(self.images, content)
@@ -3449,13 +3461,16 @@ class Pictures:
 
     async def fetch(self, media: object) -> list[str]:
         """The phone's pictures as files in `inbox`, ten at most."""
-        listed = [one for one in media if isinstance(one, dict)] if isinstance(media, list) else []
-        if not listed:
+        listed = media[:MAX_IMAGES] if isinstance(media, list) else []
+        wanted = [one for one in listed if isinstance(one, dict)]
+        if not wanted:
             return []
-        jar = aiohttp.DummyCookieJar()
-        async with aiohttp.ClientSession(cookie_jar=jar, timeout=MEDIA_TIMEOUT) as session:
+        async with aiohttp.ClientSession(
+            cookie_jar=aiohttp.DummyCookieJar(), timeout=MEDIA_TIMEOUT
+        ) as session:
 
-            async def fetch(url: str, kind: str) -> str:
+            async def fetch(one: Json) -> str:
+                url, kind = str(one.get("url")), str(one.get("content_type"))
                 with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
                     async with (
                         asyncio.timeout(INBOX_S),
@@ -3467,12 +3482,14 @@ class Pictures:
                         return f"{self.inbox.name}/{name}"
                 return "(a picture that could not be fetched)"
 
-            wanted = [(str(one.get("url")), str(one.get("content_type"))) for one in listed]
-            return await asyncio.gather(*(fetch(*one) for one in wanted[:MAX_IMAGES]))
+            return await asyncio.gather(*map(fetch, wanted))
 
 
 class Agent:
-    """What makes an answer of a text; unless it says so it lacks nothing and leaves nothing running."""
+    """What makes an answer of a text.
+
+    Unless it says so it lacks nothing and leaves nothing running.
+    """
 
     async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
         """What it said and its exit code; cancelled it ends what it started."""
@@ -3508,7 +3525,8 @@ class BuiltInAgent(Agent):
                 await asyncio.sleep(min(3600.0, float(seconds)))
                 return f"Slept {seconds} s.", 0
             case ["image"]:
-                await asyncio.to_thread(self._pictures.keep, self._pictures.images, PICTURE)
+                pictures = self._pictures
+                await asyncio.to_thread(pictures.keep, pictures.images, PICTURE)
                 return "Here is an image.", 0
         return text, 0
 
@@ -3542,7 +3560,8 @@ class CommandAgent(Agent):
             return f"the agent's command cannot be read: {error}"
         if shutil.which(program):
             return ""
-        return f"there is no {program} on this VM's PATH; install it or choose another --agent"
+        remedy = "install it or choose another --agent"
+        return f"there is no {program} on this VM's PATH; {remedy}"
 
     async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
         # Files, not pipes: what it leaves running may hold them open as long as it likes.
@@ -3564,7 +3583,8 @@ class CommandAgent(Agent):
             except asyncio.CancelledError:
                 await end_group(process.pid)
                 code = CANCELLED
-            return await asyncio.to_thread(self._said, code), code if code >= 0 else 128 - code
+            said = await asyncio.to_thread(self._said, code)
+            return said, code if code >= 0 else 128 - code
         except (OSError, ValueError) as error:
             return f"The agent could not be started: {error}", 127
         finally:
@@ -3598,8 +3618,10 @@ class CommandAgent(Agent):
 
 
 def open_streams(text: str) -> list[IO[bytes]]:
-    """Nameless files: one that holds the text, one for output, one for errors (blocking)."""
-    streams: list[IO[bytes]] = [tempfile.TemporaryFile("a+b") for _ in range(3)]  # noqa: SIM115
+    """Nameless files: the text, and what is to be filled with output and errors (blocking)."""
+    streams: list[IO[bytes]] = []
+    for _ in range(3):
+        streams.append(tempfile.TemporaryFile("a+b"))  # noqa: SIM115
     streams[0].write(text.encode("utf-8", "replace"))
     streams[0].seek(0)
     return streams
@@ -3648,7 +3670,7 @@ class Process(NamedTuple):
 
 
 def processes() -> Iterator[Process]:
-    """Each process (blocking); none elsewhere than on Linux (proc(5), `/proc/pid/stat`)."""
+    """Each process, on Linux (blocking; proc(5), `/proc/pid/stat`)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError, IndexError):
             head, _, rest = stat.read_text(errors="replace").rpartition(")")
@@ -3751,7 +3773,8 @@ class VmServer:
         answer: Json = {"status": "ok"}
         if self._has_token(request):  # what it works on is nobody else's business
             if self._running is not None:
-                answer |= {"busy": True, "note": await asyncio.to_thread(self._agent.last_line)}
+                note = await asyncio.to_thread(self._agent.last_line)
+                answer |= {"busy": True, "note": note}
             elif groups := self._agent.left_running():
                 names = ", ".join(await asyncio.to_thread(names_of, groups))
                 answer |= {"busy": True, "note": f"left running: {names}"}
@@ -3773,7 +3796,7 @@ class VmServer:
         return web.json_response(await asyncio.shield(self._running))
 
     async def _cancel(self, request: web.Request) -> web.Response:
-        """End the command, if it is the one meant; when none runs, what earlier ones left."""
+        """End the command, if it is meant; when none runs, what earlier ones left."""
         self._check_token(request)
         key, command = request.headers.get("Idempotency-Key", ""), self._running
         if command is None:
@@ -3809,7 +3832,9 @@ class VmServer:
         try:
             before = await asyncio.to_thread(self._pictures.begin)
             inbox = await self._pictures.fetch(body.get("media"))
-            text = "\n".join([body["text"], "", "Pictures:", *inbox]) if inbox else body["text"]
+            text = body["text"]
+            if inbox:
+                text = "\n".join([text, "", "Pictures:", *inbox])
             said, code = await self._agent.run(text, is_new=body.get("new") is True)
             return said, code, await asyncio.to_thread(self._pictures.shown_since, before)
         except asyncio.CancelledError:
@@ -3894,7 +3919,7 @@ async def serve_vm(
 
 
 def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
-    """Make it and give it, and nothing in it, to the user; a link is not followed (blocking)."""
+    """Make it the user's, and nothing in it; a link is not followed (blocking)."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -3905,7 +3930,7 @@ def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
 
 
 def reap_until_end_of(child: int) -> int:
-    """As process 1 of a container: pass signals on, reap orphans; returns the child's exit code."""
+    """Pass signals on and reap orphans, as process 1 must; returns the child's exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
     while True:
@@ -3916,7 +3941,7 @@ def reap_until_end_of(child: int) -> int:
 
 
 def run_vm(given: argparse.Namespace) -> int:
-    """The command `vm`; root leaves the work to a process of `--user`, whose folders it makes."""
+    """The command `vm`; root leaves it to a process of `--user`, whose folders it makes."""
     folder = Path(os.path.abspath(given.folder))
     if given.user and os.geteuid() == 0:
         user = pwd.getpwnam(given.user)
@@ -3948,7 +3973,7 @@ def explain_problem(raw: bytes) -> tuple[str, str]:
 
 
 async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
-    """Text the VM's owner, tried for a minute while the gateway is away; raises CockpitError."""
+    """Text the VM's owner; tried for a minute. Raises CockpitError."""
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
     if not url or not token or len(paths) > MAX_IMAGES:
         raise CockpitError(
@@ -3963,17 +3988,22 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
         is_unprocessed=lambda status: False,
     )
     # The key: an attempt whose answer was lost is not texted twice.
-    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)}
+    key = secrets.token_hex(16)
+    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": key}
     body = {"text": words, "images": [f"/images/{name}" for name in names]}
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, dialect, clock, Metrics(clock))
 
         async def post() -> Any:
-            return await gateway.ask(
-                "say", "POST", URL(f"{url}/messages"), json=body, headers=headers, timeout_s=20
-            )
+            address = URL(f"{url}/messages")
+            more: Json = {"json": body, "headers": headers}
+            return await gateway.ask("say", "POST", address, timeout_s=20, **more)
 
-        await retry(post, SAY_AGAIN, clock, when=lambda e: is_unavailable(e) and e.status != 429)
+        def is_worth_repeating(error: UpstreamError) -> bool:
+            is_limit = error.status == HTTPStatus.TOO_MANY_REQUESTS
+            return is_unavailable(error) and not is_limit
+
+        await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
     await asyncio.to_thread(pictures.note_said, names)
 
 
@@ -4329,7 +4359,8 @@ class Provisioning:
             reason = f"Fly did not finish the step {self.step} {limit}"
             return Refusal("fly_unavailable", reason, retry_after_s=10, **about)
         health = await self.readiness.vms.health(self.route)
-        note = "" if health.is_well else redact(health.note, self.order.credentials.values())
+        hide = self.order.credentials.values()
+        note = "" if health.is_well else redact(health.note, hide)
         if self.step == "health" and not note and await self.passes_flys_check():
             reason = f"Fly's own check of the VM passes, but {self.route.vm_url} does not answer from here"
             remedy = "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on"
@@ -4879,7 +4910,8 @@ class VmState:
     owes_restart: bool = False  # asked for by text, not yet begun
     owes_stop: bool = False  # the same
     stopped_sid: str = ""  # the text that was to be stopped: its exit code tells nothing
-    new_sids: list[str] = field(default_factory=list)  # begin a conversation; "": the next text
+    # Texts that begin a conversation; "": the next one does.
+    new_sids: list[str] = field(default_factory=list)
 
     waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
     outbox: deque[Outbound] = field(default_factory=deque)
@@ -4933,7 +4965,8 @@ class VmState:
     def may_sleep(self) -> bool:
         """Whether nothing of it is in flight, and nothing is done to it."""
         is_well = self.away_since is None and not self.closing_notice
-        return self.is_idle() and is_well and not (self.is_paused or self.owes_restart or self.owes_stop)
+        owes = self.owes_restart or self.owes_stop
+        return self.is_idle() and is_well and not (self.is_paused or owes)
 
     def is_turning(self) -> bool:
         """Whether it is just falling asleep or waking."""
@@ -5250,7 +5283,7 @@ class Sender:
         )
 
     def command_of(self, vm: VmState, text: Text) -> Json:
-        """What a VM is handed; a text's pictures as links, if they lie at Twilio's own address."""
+        """What a VM is handed: words, and links to what lies at Twilio's own address."""
         links = []
         for url, kind in text.media:
             if path := self.twilio.media_path(url):
@@ -5342,9 +5375,10 @@ class Watch:
             await self.sender.notify(vm, f"{STILL_WORKING} {note}".strip(), text=text)
 
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
-        """A line of what a VM is doing, or nothing; one that is away or asleep is not asked."""
+        """A line of what a VM is doing; one that is away or asleep is not asked."""
         found = self.routes.find(vm.vm_id)
-        if found is None or found[1].state != "ready" or vm.away_since is not None or vm.is_paused:
+        is_there = vm.away_since is None and not vm.is_paused
+        if found is None or found[1].state != "ready" or not is_there:
             return ""
         return (await self.vms.health(found[1], within_s)).note
 
@@ -5809,12 +5843,13 @@ class OwnerCommands:
 
     async def _begin_stop(self, vm: VmState, message: InboundMessage) -> str | None:
         before = vm.owes_stop, vm.stopped_sid
-        first = vm.waiting[0] if vm.waiting else None
-        is_meant = first and (first is vm.running or first.may_have_reached)
-        vm.owes_stop, vm.stopped_sid = True, first.sid if first and is_meant else ""
+        vm.owes_stop, vm.stopped_sid = True, ""
+        if vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
+            vm.stopped_sid = vm.waiting[0].sid
+        sid, at = message.sid, message.arrived
         known: str | None = ""
         try:
-            known = await self.state.store.commit_once(message.sid, message.arrived, "", vm.put())
+            known = await self.state.store.commit_once(sid, at, "", vm.put())
         finally:
             if known is not None:
                 vm.owes_stop, vm.stopped_sid = before
@@ -5834,17 +5869,22 @@ class OwnerCommands:
         found = self.routes.find(vm.vm_id)
         if found is None or found[1].state != "ready":
             return NOTHING_RUNS
-        may_run = any(text.may_have_reached or text.busy_since for text in vm.waiting)
-        may_run = may_run or vm.running is not None
+        may_run = vm.running is not None
+        for text in vm.waiting:
+            may_run |= text.may_have_reached or text.busy_since is not None
         try:
             # Named, so that no later text is ended in its place.
-            stopped = await self.vms.cancel(found[1], vm.stopped_sid if vm.running else "")
+            sid = vm.stopped_sid if vm.running else ""
+            stopped = await self.vms.cancel(found[1], sid)
         except VmAway:
             return NOT_STOPPED
         except VmFailed as error:
-            cannot = error.status in (404, 405, 501)
-            return (CANNOT_STOP if may_run else NOTHING_RUNS) if cannot else NOT_STOPPED
-        return STOPPED if stopped or (stopped is None and may_run) else NOTHING_RUNS
+            if error.status not in (404, 405, 501):
+                return NOT_STOPPED
+            return CANNOT_STOP if may_run else NOTHING_RUNS
+        if stopped is None:
+            stopped = may_run
+        return STOPPED if stopped else NOTHING_RUNS
 
     async def do_owed(self, vm: VmState) -> None:
         """Begin the restart that was asked for; its own record on disk takes over from ours."""
@@ -9716,12 +9756,13 @@ def print_banner(settings: Settings) -> None:
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
     if settings.fly.is_local and gateway.local_agent in PRESETS:
-        who, where = pwd.getpwuid(os.geteuid()).pw_name, Path(LOCAL_FOLDER, "vms").absolute()
+        who = pwd.getpwuid(os.geteuid()).pw_name
+        where = Path(LOCAL_FOLDER, "vms").absolute()
         print(
-            f"{gateway.local_agent} acts without asking: as {who}, in a folder of {where}, and",
-            end=" ",
+            f"{gateway.local_agent} acts without asking, with all that {who} may do on this machine;",
+            f"each VM's agent begins in a folder of {where}",
+            flush=True,
         )
-        print("with all that this user may do on this machine", flush=True)
 
 
 # Doctor

@@ -6280,7 +6280,7 @@ async def test_an_agent_that_is_missing_is_told_at_the_start_and_fails_the_sign_
     answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
     missing = "there is no gemini on this VM's PATH; install it or choose another --agent"
     assert (answer.status, answer.body["code"]) == (504, "vm_unhealthy") and answer.body["detail"].endswith(missing)
-    assert "gemini acts without asking: as " in child.log and str(live.disks / ".cockpit" / "vms") in child.log
+    assert "gemini acts without asking, with all that " in child.log and str(live.disks / ".cockpit" / "vms") in child.log
     vm = AgentVM(live)
     await vm.start("gemini", PATH="/usr/bin:/bin")
     health = await vm.ask("GET", "/health")
