@@ -3725,15 +3725,22 @@ class VmServer:
     async def clone(self, repository: str) -> None:
         """Clone a repository of GitHub at the first start; the VM is not well before."""
         name = repository.rpartition("/")[2]
+        part, whole = self._folder / f".{name}.part", self._folder / name
         if not REPOSITORY.fullmatch(repository):
             self.trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
-        elif not await asyncio.to_thread((self._folder / name).exists):
+        elif not await asyncio.to_thread(whole.exists):
             self.trouble = f"{repository} is being cloned"
+            await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
             url = f"https://github.com/{repository}.git"
-            git = CommandAgent(f"git clone --quiet -- {url} {name}", self._folder)
+            command = f"git clone --quiet -- {url} {part.name}"
+            git = CommandAgent(command, self._folder)
             async with asyncio.timeout(CLONE_S):
                 said, code = await git.run("", is_new=False)
-            self.trouble = f"{repository} could not be cloned: {said}" if code else ""
+            if code:
+                self.trouble = f"{repository} could not be cloned: {said}"
+            else:  # whole, or another start begins it anew
+                await asyncio.to_thread(part.rename, whole)
+                self.trouble = ""
         self.tell_trouble()
 
     def tell_trouble(self) -> None:
@@ -3919,7 +3926,7 @@ async def serve_vm(
 
 
 def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
-    """Make it the user's, and nothing in it; a link is not followed (blocking)."""
+    """Make it the user's, and nothing in it; no link is followed (blocking)."""
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)

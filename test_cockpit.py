@@ -6345,9 +6345,10 @@ GIT = """#!/bin/sh
 echo "$*" >> "$0.called"
 for prompt in "Username for 'https://github.com': " "Password for 'https://x-access-token@github.com': " "Password for 'https://x@evil.example': "
 do "$GIT_ASKPASS" "$prompt" >> "$0.told"; done
-test -e "$0.fails" && echo "remote: Repository not found." >&2 && exit 128
 for last; do :; done
 mkdir "$last"
+test -e "$0.fails" && echo "remote: Repository not found." >&2 && exit 128
+exit 0
 """
 
 
@@ -6371,7 +6372,8 @@ async def test_a_repository_is_cloned_at_the_first_start_with_a_token_that_is_in
     await vm.child.ends(signal.SIGTERM)
     await vm.start("cat", **keys)
     await becomes(200)
-    assert Path(f"{git}.called").read_text() == "clone --quiet -- https://github.com/acme/shop.js.git shop.js\n" * 2
+    assert Path(f"{git}.called").read_text() == "clone --quiet -- https://github.com/acme/shop.js.git .shop.js.part\n" * 2
+    assert (vm.folder / "shop.js").is_dir() and not (vm.folder / ".shop.js.part").exists()
     assert Path(f"{git}.told").read_text() == f"x-access-token\n{GITHUB}\n" * 2, "no other host is told"
     await vm.child.ends(signal.SIGTERM)
     await vm.start("cat", **keys | {"GITHUB_REPOSITORY": "https://github.com/acme/shop"})
