@@ -746,8 +746,8 @@ class Route:
     step: str = ""
     last_error: str = ""
     key_id: str = ""  # which secret its VM's token was made with
-    pairing: str = "0:paired"  # {n}:paired or {n}:unpaired, as in its machine's metadata
-    paired_at: str = ""  # by Twilio's clock; kept by a lock: the phone was paired once
+    pairing: str = "0:paired"  # or unpaired; stands in its machine's metadata too
+    paired_at: str = ""  # by Twilio's clock; a lock keeps it
     wrong_codes: int = 0  # since the code was new
     closed_until: str = ""  # no code is accepted: too many were wrong
     change: str = ""  # a restart, rotation or upgrade that is not ended yet
@@ -845,7 +845,7 @@ class InboundMessage(NamedTuple):
     media: Sequence[Sequence[str]] = ()  # (url, content type)
     opt_out: str = ""
     is_fetched: bool = False  # from Twilio's list, not by webhook
-    dated: float = 0.0  # by Twilio's clock, whole seconds; 0: a webhook does not tell
+    dated: float = 0.0  # by Twilio's clock; 0: a webhook does not tell
 
     @property
     def phone(self) -> str:
@@ -949,15 +949,18 @@ class Keyring:
         return vm_id if self.verifying_id(f"vm:{vm_id}", signature) else ""
 
     def pairing_codes(self, route: Route) -> list[str]:
-        """What a phone texts to be paired, six digits by each secret: the first is shown, all count."""
-        text = f"pair:{route.vm_id}:{route.pairing_number}"
-        signatures = [self.sign(text, key_id) for key_id in self.ids]
-        numbers = [int.from_bytes(base64.urlsafe_b64decode(f"{one}=")) for one in signatures]
-        return [f"{number % 10**6:06}" for number in numbers]
+        """Six digits by each secret: the first are shown, all count."""
+        codes = []
+        for key_id in self.ids:
+            signed = self.sign(f"pair:{route.vm_id}:{route.pairing_number}", key_id)
+            number = int.from_bytes(base64.urlsafe_b64decode(signed + "="))
+            codes.append(f"{number % 10**6:06}")
+        return codes
 
     def fits(self, code: str, route: Route) -> bool:
-        """Whether these digits are a VM's present code; every one is compared, in constant time."""
-        return any([hmac.compare_digest(code, known) for known in self.pairing_codes(route)])
+        """Whether these digits are a VM's present code; in constant time."""
+        codes = self.pairing_codes(route)
+        return any([hmac.compare_digest(code, known) for known in codes])
 
     @staticmethod
     def owner_text(vm_id: str, phone: str, gateway_id: str, pairing: str) -> str:
@@ -4294,7 +4297,8 @@ ASK_FLY_EVERY_S = 15.0
 UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
 PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
 ASK_FOR_CODE_EVERY_S = 3600.0
-CODES_AT_ONCE = 10  # wrong ones, then none is accepted for an hour, doubled up to a day
+CODES_AT_ONCE = 10
+# After so many wrong ones none is accepted for an hour, doubled each time up to a day.
 CLOSED = Backoff(base_s=3600, cap_s=86_400)
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
@@ -5255,9 +5259,9 @@ def pairing_code_in(body: str) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class PhoneDoor:
-    """Whose phone it is: pairs it by the code that only the sign-up page shows, and locks it again.
+    """Whose phone it is: the code that only the sign-up page shows pairs it, a lock undoes that.
 
-    A code is neither kept nor passed on, and its text stands in no log line.
+    A code is neither kept nor passed on.
     """
 
     clock: Clock
@@ -5267,8 +5271,9 @@ class PhoneDoor:
     state: RelayState
     sender: Sender
     tasks: Tasks
-    stamp: Callable[[str], Awaitable[None]]  # (vm_id): tells Fly; raises UpstreamError
-    pairing: dict[str, asyncio.Event] = field(default_factory=dict)  # by phone: on its way to disk
+    stamp: Callable[[str], Awaitable[None]]  # (vm_id): tells Fly
+    # By phone: pairings on their way to disk.
+    pairing: dict[str, asyncio.Event] = field(default_factory=dict)
     closed: set[str] = field(default_factory=set)  # VMs that may be accepting no code
 
     def __post_init__(self) -> None:
@@ -5288,58 +5293,50 @@ class PhoneDoor:
 
     @staticmethod
     def _is_early(message: InboundMessage, route: Route) -> bool:
-        """Whether Twilio dates a text before the pairing, as it may have come while a lock was on."""
-        return bool(message.dated) and message.dated < (parse_utc(route.paired_at) or 0.0)
+        """Whether Twilio dates it before the pairing: it may have come during a lock."""
+        paired_at = parse_utc(route.paired_at) or 0.0
+        return 0 < message.dated < paired_at
 
     def _fits(self, message: InboundMessage, route: Route) -> bool:
         code = pairing_code_in(message.body)
         return bool(code) and self.keyring.fits(code, route)
 
     async def judge(self, message: InboundMessage, vm: VmState, route: Route) -> tuple[str, str]:
-        """What becomes of a text that goes no further, and what its sender reads; raises StoreError."""
-        outcome = "unpaired"
-        if route.is_paired:
-            outcome = "paired" if self._fits(message, route) else "before_pairing"
-        elif pairing_code_in(message.body) and not await self.state.store.known([message.sid]):
-            outcome = await self._try(message, vm)
-        if outcome in ("paired", "before_pairing"):
-            return outcome, CONNECTED if outcome == "paired" else ""
+        """What becomes of a text that is stopped, and what its sender reads; raises StoreError."""
+        outcome = await self._outcome(message, vm, route)
+        if outcome == "paired":
+            return outcome, CONNECTED
         now = self.clock.now()
-        if now - vm.asked_for_code_at < ASK_FOR_CODE_EVERY_S:
+        was_asked = now - vm.asked_for_code_at < ASK_FOR_CODE_EVERY_S
+        if was_asked or outcome == "before_pairing":
             return outcome, ""
         vm.asked_for_code_at = now
         return outcome, TEXT_THE_CODE
 
-    async def _try(self, message: InboundMessage, vm: VmState) -> str:
-        """A code of an unpaired phone; whatever it changes is on disk before its SID is."""
+    async def _outcome(self, message: InboundMessage, vm: VmState, route: Route) -> str:
+        """What a code changes is on disk before its SID is."""
+        if route.is_paired:
+            return "paired" if self._fits(message, route) else "before_pairing"
+        if not pairing_code_in(message.body):
+            return "unpaired"
+        if await self.state.store.known([message.sid]):  # counted already
+            return "unpaired"
         await self.settled(message.phone)
         found = self.routes.find(vm.vm_id)
         if found is None or self._is_closed(found[1]):
             return "unpaired"
-        phone, route = found
-        if self._fits(message, route):
-            if not route.is_paired:
-                await self._pair(message, phone, route)
+        if self._fits(message, found[1]):
+            if not found[1].is_paired:
+                await self._pair(message, *found)
             return "paired"
-        if route.is_paired:  # by another text, a moment ago
-            return "unpaired"
-        count = route.wrong_codes + 1
-        changed = replace(route, wrong_codes=count)
-        if count % CODES_AT_ONCE == 0:
-            until = utc_millis(self.clock.now() + CLOSED.ceiling(count // CODES_AT_ONCE))
-            changed = replace(changed, closed_until=until)
-            self.closed.add(vm.vm_id)
-            log_warning("pairing_closed", vm_id=vm.vm_id, wrong_codes=count, until=until)
-        self.routes.put(phone, changed)
-        await self.routes.commit()
+        if not found[1].is_paired:
+            await self._count(*found)
         return "wrong_code"
 
     async def _pair(self, message: InboundMessage, phone: str, route: Route) -> None:
         # Our time by Twilio's clock is up to a second behind it.
-        at = utc_millis(message.dated or self.twilio.now() + 1)
-        pairing = f"{route.pairing_number}:paired"
-        paired = replace(route, pairing=pairing, paired_at=at, wrong_codes=0, closed_until="")
-        self.routes.put(phone, paired)
+        at = message.dated or self.twilio.now() + 1
+        paired = self._put(phone, route, f"{route.pairing_number}:paired", utc_millis(at))
         written = self.pairing[phone] = asyncio.Event()
         try:
             await self.routes.commit()
@@ -5353,58 +5350,72 @@ class PhoneDoor:
         log_event("phone_paired", vm_id=route.vm_id, phone=mask_phone(phone))
         self._stamp_soon(route.vm_id)
 
+    async def _count(self, phone: str, route: Route) -> None:
+        """A wrong code more: each ten of them close the VM, twice as long as the last."""
+        count, until = route.wrong_codes + 1, ""
+        if count % CODES_AT_ONCE == 0:
+            pause_s = CLOSED.ceiling(count // CODES_AT_ONCE)
+            until = utc_millis(self.clock.now() + pause_s)
+            self.closed.add(route.vm_id)
+            log_warning("pairing_closed", vm_id=route.vm_id, until=until)
+        self.routes.put(phone, replace(route, wrong_codes=count, closed_until=until))
+        await self.routes.commit()
+
+    def _put(self, phone: str, route: Route, pairing: str, paired_at: str) -> Route:
+        changed = replace(
+            route, pairing=pairing, paired_at=paired_at, wrong_codes=0, closed_until=""
+        )
+        self.routes.put(phone, changed)
+        return changed
+
     async def date_adopted(self, message: InboundMessage) -> None:
-        """A lost disk took the moment of a pairing along: Twilio's list may still tell it."""
+        """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
         route = self.routes.routes.get(message.phone)
-        if route and route.is_paired and not route.paired_at and self._fits(message, route):
-            await self.routes.update(route.vm_id, paired_at=utc_millis(message.dated))
+        is_undated = route and route.is_paired and not route.paired_at
+        if route and is_undated and self._fits(message, route):
+            at = utc_millis(message.dated)
+            await self.routes.update(route.vm_id, paired_at=at)
 
     def _is_closed(self, route: Route) -> bool:
         return (parse_utc(route.closed_until) or 0.0) > self.clock.now()
 
-    def trouble(self) -> str:
+    def closed_vms(self) -> list[str]:
         """Which VMs accept no code for now."""
-        routes = self.routes
-        found = [one for vm_id in self.closed if (one := routes.find(vm_id))]
+        found = filter(None, map(self.routes.find, self.closed))
         self.closed = {route.vm_id for _, route in found if self._is_closed(route)}
-        if not self.closed:
-            return ""
-        named = ", ".join(sorted(self.closed)[:5]) + ", ..." * (len(self.closed) > 5)
-        remedy = "POST /provision/{vm_id}/lock gives a new code"
-        return f"too many pairing codes were wrong, none is accepted for a while: {named}; {remedy}"
+        return sorted(self.closed)
 
     # Locking
 
-    def close(self, vm: VmState) -> bool:
-        """Lock a VM in memory: from here on nothing more is handed over; whether it was paired."""
-        found = self.routes.find(vm.vm_id)
-        if found is None:
-            return False
-        phone, route = found
-        was_paired, number = route.is_paired, max(route.pairing_number + 1, vm.owed_lock)
-        at = route.paired_at or (utc_millis(self.twilio.now()) if was_paired else "")
-        unpaired = f"{number}:unpaired"
-        self.routes.put(
-            phone, replace(route, pairing=unpaired, paired_at=at, wrong_codes=0, closed_until="")
-        )
-        log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
-        return was_paired
-
-    async def settle_lock(self, vm: VmState) -> None:
-        """Have a lock on disk and at Fly; raises StoreError, and then it is tried on."""
-        await self.routes.commit()
-        self._stamp_soon(vm.vm_id)
-
     async def lock(self, vm: VmState) -> None:
-        """Run nothing more until the new code is texted; what runs still answers. Raises StoreError."""
+        """Run nothing more until the new code is texted; raises StoreError, and is locked then too."""
         was_paired = self.close(vm)
         await self.settle_lock(vm)
         if was_paired:
             await self.sender.notify(vm, LOCKED)
         await self.sender.drop(vm)
 
-    async def lock_owed(self, vm: VmState) -> None:
-        """At start: a lock that was asked for by text and not yet in routes.json."""
+    def close(self, vm: VmState) -> bool:
+        """Lock a VM in memory: nothing more is handed over. Whether it was paired."""
+        found = self.routes.find(vm.vm_id)
+        if found is None:
+            return False
+        phone, route = found
+        number = max(route.pairing_number + 1, vm.owed_lock)
+        at = route.paired_at
+        if route.is_paired and not at:
+            at = utc_millis(self.twilio.now())
+        self._put(phone, route, f"{number}:unpaired", at)
+        log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
+        return route.is_paired
+
+    async def settle_lock(self, vm: VmState) -> None:
+        """Have it on disk, then at Fly; raises StoreError (the write is tried on)."""
+        await self.routes.commit()
+        self._stamp_soon(vm.vm_id)
+
+    async def do_owed(self, vm: VmState) -> None:
+        """At start: a lock that was asked for by text and is not in routes.json."""
         found = self.routes.find(vm.vm_id)
         if found and found[1].pairing_number < vm.owed_lock:
             self.close(vm)
@@ -5511,7 +5522,7 @@ class OwnerCommands:
         return known
 
     async def _lock(self, vm: VmState, message: InboundMessage) -> str | None:
-        """Owed from the moment its SID is stored; only then, as a repetition must not lock again."""
+        """Owed once its SID is stored, and not before: a repetition does not lock again."""
         route, owed = self.routes.routes[message.phone], vm.owed_lock
         vm.owed_lock = route.pairing_number + 1
         known: str | None = ""
@@ -5628,7 +5639,7 @@ class Inbox:
             self.metrics.texts.add("queue_full", by=len(refused))
 
     def _full_for(self, message: InboundMessage) -> VmState | None:
-        """The VM whose queue is too full for a fetched text, if it is for nothing else."""
+        """The VM whose queue is too full for a fetched text."""
         route = self.routes.routes.get(message.phone)
         vm = self.state.vms.get(route.vm_id) if route else None
         if vm is None or route is None or not self._is_full(vm) or vm.opted_out:
@@ -5895,7 +5906,7 @@ class Relay:
         if waiting := self.waiting():
             self.metrics.texts.add("resumed", by=waiting)
         for vm in list(self.vms.values()):
-            await self.door.lock_owed(vm)
+            await self.door.do_owed(vm)
             found, undone = self.routes.find(vm.vm_id), self.routes.undo.get(vm.vm_id)
             if undone or (found and found[1].state == "failed" and vm.waiting):
                 await self.vm_gone(vm.vm_id, vm.phone, str((undone or {}).get("reason")))
@@ -5983,9 +5994,7 @@ class Relay:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         route = self.routes.routes.get(phone)
         if route and not route.was_paired:
-            reason = (
-                "the phone of this VM has not texted its pairing code yet; nothing is sent to it"
-            )
+            reason = "its phone has not texted the pairing code yet; nothing is sent to it"
             raise Refusal("wrong_state", reason)
         if vm.opted_out.get(vm.reply_to.channel):
             reason = "the owner of this VM opted out of texts (STOP); nothing is sent until they text START"
@@ -6687,9 +6696,9 @@ class Reconciler:
         self.changes.begin(vm_id, "restart")
 
     async def stamp(self, vm_id: str) -> None:
-        """Write the stamp anew, and again if the pairing changed meanwhile; raises UpstreamError.
+        """Write the stamp anew, again if the pairing changes meanwhile; raises UpstreamError.
 
-        It is of the first version, its secret is gone, the VM rewrote it, or its pairing changed.
+        It is of the first version, its secret is gone, the VM rewrote it, or it was locked.
         """
         written = ""
         while (found := self.routes.find(vm_id)) and found[1].pairing != written:
@@ -7287,7 +7296,8 @@ def parse_order(body: Json, settings: Settings) -> Order:
             errors.add(name, "is required")
     phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
     credentials = check_credentials(body, errors)
-    region, flags = body.get("region"), {"welcome": False, "verify": settings.gateway.verify_phone}
+    region = body.get("region")
+    flags = {"welcome": False, "verify": settings.gateway.verify_phone}
     if region is not None and not (isinstance(region, str) and re.fullmatch("[a-z]{2,5}", region)):
         errors.add("region", "must be a Fly region code such as iad")
     for name in flags:
@@ -7658,7 +7668,6 @@ def alerts(gateway: Gateway) -> list[Alert]:
         Alert("twilio", gateway.twilio.trouble),
         Alert("fly", gateway.fly.trouble),
         Alert("routes", gateway.provisioner.closed_because),
-        Alert("routes", gateway.door.trouble()),
         *(Alert("fly", words) for words in gateway.reconciler.alerts),
     ]
     now = gateway.clock.monotonic()
@@ -7666,6 +7675,11 @@ def alerts(gateway: Gateway) -> list[Alert]:
         silent_s = now - api.silent_since if api.silent_since is not None else 0.0
         if silent_s > SILENCE_S:
             found.append(Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s"))
+    if closed := gateway.door.closed_vms():
+        named = ", ".join(closed[:5]) + ", ..." * (len(closed) > 5)
+        remedy = "POST /provision/{vm_id}/lock gives a new code"
+        words = f"no pairing code is accepted for a while, too many were wrong: {named}; {remedy}"
+        found.append(Alert("routes", words))
     if count := len(gateway.routes.undo):
         found.append(Alert("fly", f"{count} VMs are being deleted; Fly has not confirmed yet"))
     return [alert for alert in found if alert.words]
