@@ -5141,7 +5141,7 @@ class Runner:
                 return False
             await self.waker.note_awake(vm.vm_id)
         elif route.state == "asleep":
-            if not await self.waker.rouse(vm):
+            if not await self.waker.rouse(vm) and text in vm.waiting:
                 await self._announce_outage(vm, text)
             return False  # its route is another by now
         if not text.handed_over:

@@ -4005,6 +4005,32 @@ async def test_a_lock_wherever_a_hand_over_waits_lets_only_what_reached_its_vm_a
     assert sum(int(body.split()[2]) for body in heard if body.startswith("Not run: ")) == 2 - reached
 
 
+async def test_the_door_wakes_no_sleeper_and_the_first_text_that_is_run_does(world):
+    vm, code = await unpaired(world, VM_IDLE_S=IDLE)
+    await falls_asleep(world, vm)
+    for body in ("hello", wrong(code), code, "cockpit lock"):
+        await world.text(body)
+    await world.hears(ASKED, CONNECTED, LOCKED)
+    await world.text("cockpit status")
+    await world.text(await code_of(world, vm))
+    await world.clock.advance(5)
+    assert not world.fly.count("start_machine") and machine_of(world, vm) == "suspended"
+    await world.text("go")
+    await world.clock.until(lambda: vm.ran == ["go"])
+
+
+@pytest.mark.parametrize("how", [by_text, lock])
+async def test_a_lock_while_its_vm_wakes_lets_nothing_run_and_promises_nothing(world, how):
+    vm = await paired(world, VM_IDLE_S=IDLE)
+    await falls_asleep(world, vm)
+    world.fly.resume_s = 8
+    await world.text("wake up")
+    await world.clock.advance(2)
+    await how(world, vm)
+    await world.clock.advance(30)
+    assert world.twilio.sent_to(ANN) == [CONNECTED, LOCKED, "Not run: 1 text dropped."] and not vm.asked
+
+
 # What Fly holds
 
 async def test_a_stamp_follows_its_pairing_and_again_until_fly_took_it(world):
