@@ -5329,8 +5329,7 @@ class PhoneDoor:
             if not found[1].is_paired:
                 await self._pair(message, *found)
             return "paired"
-        if not found[1].is_paired:
-            await self._count(*found)
+        await self._count(*found)
         return "wrong_code"
 
     async def _pair(self, message: InboundMessage, phone: str, route: Route) -> None:

@@ -1518,7 +1518,8 @@ async def test_routes_survive_a_restart(world):
     assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "ready"
 
 
-@pytest.mark.parametrize("damage", ["", '{"version": 1, "rou', "[]", '{"version": 1, "routes": {"+15551234567": 5}}', "\x00" * 300])
+@pytest.mark.parametrize("damage", ["", '{"version": 1, "rou', "[]", '{"version": 1, "routes": {"+15551234567": 5}}',
+                                    '{"version": 1, "routes": {"+15551234567": {"vm_id": "a", "pairing": "soon"}}}', "\x00" * 300])
 async def test_an_unreadable_file_is_recovered_from_the_last_good_copy(world, damage):
     await world.ready()
     await world.stop()
@@ -3707,6 +3708,19 @@ async def test_a_code_whose_pairing_cannot_be_written_is_not_taken_and_pairs_whe
     await world.clock.run(world.text(code, MessageSid=sid))
     await world.text("go")
     await world.hears(ASKED, CONNECTED, "ran: go")
+
+
+async def test_of_two_codes_in_one_moment_none_is_taken_before_the_pairing_is_written(world):
+    vm, code = await unpaired(world)
+    in_the_way = world.file.with_name("routes.json.tmp")
+    in_the_way.mkdir()
+    assert (await world.clock.run(world.twilio.texts(ANN, code))).status == 503
+    answers = await world.clock.run(asyncio.gather(world.twilio.texts(ANN, code), world.twilio.texts(ANN, code)))
+    assert [answer.status for answer in answers] == [503, 503] and not world.rows("SELECT * FROM seen")
+    in_the_way.rmdir()
+    await world.clock.run(asyncio.gather(*(world.text(body) for body in (code, code))))
+    await world.hears(CONNECTED, CONNECTED)
+    assert not vm.asked
 
 
 async def test_a_text_right_behind_a_code_waits_until_the_pairing_is_written(world):
