@@ -3769,7 +3769,7 @@ async def test_a_code_and_a_lock_survive_real_kills(live):
     child = await live.spawn()
     vm = await live.sign_up(verify=True)
     chance, codes = random.Random(5), []
-    for n in range(3):
+    for n in range(2):
         codes.append((await live.ask("GET", f"/provision/{vm.app}")).body["pairing_code"])
         sid, taken = f"SM{n:032x}".replace("0", "e"), False
         texting = asyncio.ensure_future(live.twilio.texts(ANN, codes[-1], MessageSid=sid))
@@ -3786,8 +3786,8 @@ async def test_a_code_and_a_lock_survive_real_kills(live):
         child = await live.spawn()
         await live.text("too late")
         await live.clock.until(lambda: live.twilio.sent_to(ANN).count(LOCKED) == n + 1)
-    assert vm.ran == ["go 0", "go 1", "go 2"] and len(set(codes)) == 3
-    assert 3 <= live.twilio.sent_to(ANN).count(CONNECTED) <= 6
+    assert vm.ran == ["go 0", "go 1"] and len(set(codes)) == 2
+    assert 2 <= live.twilio.sent_to(ANN).count(CONNECTED) <= 4
 
 
 async def test_a_lock_by_text_killed_before_its_route_is_written_is_done_by_the_next_start_before_anything_runs(world):
