@@ -23,7 +23,7 @@ Sections, each knowing only those above it:
   Twilio              signatures, splitting, error codes, sending exactly once
   The VM              client and server of one contract
   Provisioning        one VM's steps; undoing; admission and teardown
-  Relay               Inbox, OwnerCommands, Runner, Sender, DeliveryReports, Backfill
+  Relay               Inbox, PhoneDoor, OwnerCommands, Runner, Sender, DeliveryReports, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk
   HTTP                thin handlers
   Page                the operator's page
@@ -405,6 +405,7 @@ class GatewaySettings:
     routes_file: Path
     gateway_id: str
     onboarding_url: str
+    verify_phone: bool
     log_format: str
     metrics_token: str = field(repr=False)
     local_agent: str
@@ -443,6 +444,7 @@ class GatewaySettings:
             routes_file=Path(env.text("ROUTES_FILE", str(folder / "routes.json"))),
             gateway_id=env.matching("GATEWAY_ID", "", "[a-z0-9]+", "must be one a start has named"),
             onboarding_url=env.url("ONBOARDING_URL", ""),
+            verify_phone=env.one_of("VERIFY_PHONE", "off", ("on", "off")) == "on",
             log_format=env.one_of(
                 "LOG_FORMAT", "json" if is_production else "text", ("text", "json")
             ),
@@ -722,8 +724,7 @@ class Settings:
         if is_exposed and self.twilio.is_local:
             names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
             env.wrong("TWILIO_ACCOUNT_SID", f"the stand-in for Twilio {beyond}; set {names}")
-        is_verified = env.one_of("VERIFY_PHONE", "off", ("on", "off")) == "on"
-        if self.gateway.local_agent and not self.twilio.is_local and not is_verified:
+        if self.gateway.local_agent and not self.twilio.is_local and not self.gateway.verify_phone:
             remedy = "set it to on, or unset LOCAL_AGENT"
             env.wrong(
                 "VERIFY_PHONE", f"an agent on this machine takes texts of its owner only; {remedy}"
@@ -753,7 +754,10 @@ class Route:
     step: str = ""
     last_error: str = ""
     key_id: str = ""  # which secret its VM's token was made with
-    pairing: str = "0:paired"  # stands in its machine's metadata too
+    pairing: str = "0:paired"  # or unpaired; stands in its machine's metadata too
+    paired_at: str = ""  # by Twilio's clock; a lock keeps it
+    wrong_codes: int = 0  # since the code was new
+    closed_until: str = ""  # no code is accepted: too many were wrong
     change: str = ""  # a restart, rotation or upgrade that is not ended yet
     old_image: str = ""  # what an upgrade goes back to
     awake_s: int = 0  # in all, until it last stopped being `ready`
@@ -768,6 +772,8 @@ class Route:
             if type(value) is not KINDS.get(name, str):
                 kind = "whole number" if name in KINDS else "text"
                 raise ValueError(f"{name} is not a {kind}")
+            if name == "pairing" and not PAIRING.fullmatch(str(value)):
+                raise ValueError(f"{name} is neither paired nor unpaired")
             if name in SHARED_FIELDS:  # one copy for 100,000 routes
                 known[name] = sys.intern(str(value))
         if not known.get("vm_id"):
@@ -786,6 +792,19 @@ class Route:
         began = self.began_to_be_awake()
         return self.awake_s + (0 if began is None else max(0, round(now - began)))
 
+    @property
+    def is_paired(self) -> bool:
+        return self.pairing.endswith(":paired")
+
+    @property
+    def was_paired(self) -> bool:
+        """Whether its phone is its owner's, locked or not."""
+        return self.is_paired or bool(self.paired_at)
+
+    @property
+    def pairing_number(self) -> int:
+        return int(self.pairing.partition(":")[0])
+
     def to_json(self) -> Json:
         stored: Json = {}
         for name, default in ROUTE_FIELDS.items():
@@ -795,9 +814,10 @@ class Route:
         return {**stored, **self.extra}
 
 
+PAIRING = re.compile("[0-9]{1,9}:(un)?paired")
 SHARED_FIELDS = {"region", "image", "state", "key_id", "pairing"}
 ALWAYS_WRITTEN = {"vm_id", "machine_id", "vm_url", "state"}
-KINDS = {"awake_s": int}  # the others are texts
+KINDS = {"awake_s": int, "wrong_codes": int}  # the others are texts
 ROUTE_FIELDS = {f.name: f.default for f in dataclasses.fields(Route) if f.name != "extra"}
 
 
@@ -809,6 +829,7 @@ class Order:
     credentials: Mapping[str, str] = field(repr=False)
     region: str = ""
     welcome: bool = False
+    verify: bool = False
 
 
 class Address(NamedTuple):
@@ -832,6 +853,7 @@ class InboundMessage(NamedTuple):
     media: Sequence[Sequence[str]] = ()  # (url, content type)
     opt_out: str = ""
     is_fetched: bool = False  # from Twilio's list, not by webhook
+    dated: float = 0.0  # by Twilio's clock; 0: a webhook does not tell
 
     @property
     def phone(self) -> str:
@@ -933,6 +955,20 @@ class Keyring:
         """The vm_id whose token this is, or nothing."""
         vm_id, _, signature = token.partition(".")
         return vm_id if self.verifying_id(f"vm:{vm_id}", signature) else ""
+
+    def pairing_codes(self, route: Route) -> list[str]:
+        """Six digits by each secret: the first are shown, all count."""
+        codes = []
+        for key_id in self.ids:
+            signed = self.sign(f"pair:{route.vm_id}:{route.pairing_number}", key_id)
+            number = int.from_bytes(base64.urlsafe_b64decode(signed + "="))
+            codes.append(f"{number % 10**6:06}")
+        return codes
+
+    def fits(self, code: str, route: Route) -> bool:
+        """Whether these digits are a VM's present code; in constant time."""
+        codes = self.pairing_codes(route)
+        return any([hmac.compare_digest(code, known) for known in codes])
 
     @staticmethod
     def owner_text(vm_id: str, phone: str, gateway_id: str, pairing: str) -> str:
@@ -4470,6 +4506,7 @@ def describe(phone: str, route: Route) -> Json:
         "region": route.region or None,
         "image": route.image or None,
         "state": route.state,
+        "paired": route.is_paired,
         "step": route.step or None,
         "created_at": route.created_at or None,
         "last_error": route.last_error or None,
@@ -4533,6 +4570,7 @@ class Provisioner:
             region=order.region,
             created_at=utc_seconds(now),
             key_id=self.keyring.current_id,
+            pairing="0:unpaired" if order.verify else "0:paired",
         )
         self.routes.put(order.phone, route)
         self.running[vm_id] = provisioning
@@ -4736,6 +4774,9 @@ NOTHING_RUNS = "Nothing is running."
 NEXT_IS_NEW = "The next text starts a new conversation."
 IMAGE_AS_LINK = "An image that could not be sent as a picture message; for a day it is here: {url}"
 PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
+TEXT_THE_CODE = "Text the code from the sign-up page to connect this phone."
+CONNECTED = "Connected. Text me anything."
+LOCKED = "Locked. Nothing is run until you text the code from the sign-up page."
 RESTART_BEGUN = "Your VM is being restarted. What waits will run when it is back."
 COMMANDS_HELP = """cockpit status: how your VM is
 cockpit stop: end what runs
@@ -4743,10 +4784,11 @@ cockpit new: begin a new conversation
 cockpit restart: restart it
 cockpit queue: what runs and waits
 cockpit cancel: drop what waits
+cockpit lock: run nothing more until you text a new code
 Anything else goes to your VM."""
 
 COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
-VERBS = ("status", "stop", "new", "restart", "queue", "cancel")
+VERBS = ("status", "stop", "new", "restart", "queue", "cancel", "lock")
 # Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
 # sender is opted out.
 STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
@@ -4774,6 +4816,11 @@ BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
 NOTE_S = 1.0
+PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
+ASK_FOR_CODE_EVERY_S = 3600.0
+CODES_AT_ONCE = 10
+# After so many wrong ones none is accepted for an hour, doubled each time up to a day.
+CLOSED = Backoff(base_s=3600, cap_s=86_400)
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 TRACES_KEPT = 10_000
@@ -4919,6 +4966,8 @@ class VmState:
     stopped_sid: str = ""  # the text that was to be stopped: its exit code tells nothing
     # Texts that begin a conversation; "": the next one does.
     new_sids: list[str] = field(default_factory=list)
+    owed_lock: int = 0  # asked for by text: the number its pairing has to reach
+    asked_for_code_at: float = 0.0
 
     waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
     outbox: deque[Outbound] = field(default_factory=deque)
@@ -4953,6 +5002,8 @@ class VmState:
         "owes_stop",
         "stopped_sid",
         "new_sids",
+        "owed_lock",
+        "asked_for_code_at",
     )
 
     def put(self) -> Change:
@@ -4965,6 +5016,7 @@ class VmState:
                 setattr(self, name, record[name])
         self.reply_to = Address(*self.reply_to)
         self.answered_at = min(self.answered_at, now)
+        self.asked_for_code_at = min(self.asked_for_code_at, now)
 
     def is_idle(self) -> bool:
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
@@ -4996,6 +5048,10 @@ class VmState:
         """The texts that wait, without the one that runs."""
         return [text for text in self.waiting if text is not self.running]
 
+    def unreached(self) -> list[Text]:
+        """Those of them that surely did not reach the VM."""
+        return [text for text in self.queued() if not text.may_have_reached]
+
 
 def quoted(*texts: Text | InboundMessage) -> str:
     """The starts of texts, for a notice."""
@@ -5005,6 +5061,11 @@ def quoted(*texts: Text | InboundMessage) -> str:
 def about(notice: str, text: Text | InboundMessage, **values: object) -> str:
     """A notice about one text."""
     return notice.format(text=quoted(text)[1:-1], **values)
+
+
+def dropped(texts: Sequence[Text]) -> str:
+    """What is told of texts that are not run because their owner said so."""
+    return f"Not run: {len(texts)} text{'s' * (len(texts) > 1)} dropped."
 
 
 def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
@@ -5185,6 +5246,12 @@ class Sender:
             if text in vm.waiting:
                 vm.waiting.remove(text)
         self.queue(vm, out)
+
+    async def drop(self, vm: VmState) -> None:
+        """What waits for a VM that was locked is not run."""
+        if texts := vm.unreached():
+            vm.waiting = deque(text for text in vm.waiting if text not in texts)
+            await self.finish(vm, texts, [dropped(texts)], "cancelled")
 
     def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
         now = self.clock.monotonic()
@@ -5509,7 +5576,8 @@ class Runner:
         return is_well and not (vm.waiting or vm.accepting or vm.runner)
 
     def start(self, vm: VmState) -> None:
-        is_over = self.state.is_draining or vm.closing_notice or vm.is_paused
+        is_held = vm.is_paused or vm.owes_restart
+        is_over = self.state.is_draining or vm.closing_notice or is_held
         if vm.waiting and vm.runner is None and not is_over and self._route(vm):
             vm.runner = self.tasks.start(self._run(vm))
 
@@ -5611,12 +5679,15 @@ class Runner:
 
     async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
         """Whether the first text may go now: its VM is back, and the store says that it goes."""
+        if not (route.is_paired or text.may_have_reached):  # locked since it came
+            await self.sender.drop(vm)
+            return False
         if vm.away_since is not None:
             if not await self._wait_for_return(vm, route, text):
                 return False
             await self.waker.note_awake(vm.vm_id)
         elif route.state == "asleep":
-            if not await self.waker.rouse(vm):
+            if not await self.waker.rouse(vm) and text in vm.waiting:
                 await self._announce_outage(vm, text)
             return False  # its route is another by now
         if not text.handed_over:
@@ -5628,8 +5699,7 @@ class Runner:
 
     def _note_hand_over(self, vm: VmState, text: Text) -> None:
         now, trace = self.clock.monotonic(), text.trace
-        vm.is_handing_over = True
-        vm.handed_over_at = now
+        vm.is_handing_over, vm.handed_over_at = True, now
         vm.still_at, vm.still_told = now + STILL_AFTER_S, 0
         self.watch.start()
         text.attempts += 1
@@ -5662,9 +5732,8 @@ class Runner:
                 self.state.store.note(text.updated())
             return await self._announce_outage(vm, text)
         is_healthy = await self.vms.is_healthy(route)
-        is_drop = (
-            error.is_drop or is_healthy
-        )  # a proxy's 502 counts only against a VM that is there
+        # A proxy's 502 counts only against a VM that is there.
+        is_drop = error.is_drop or is_healthy
         if is_drop or not text.may_have_reached:  # 502s again and again do not prolong the wait
             text.dropped_at = self.clock.now()
         text.may_have_reached = True
@@ -5729,6 +5798,185 @@ class Runner:
             await self.sender.finish(vm, late, parts, "expired")
 
 
+def pairing_code_in(body: str) -> str:
+    """The six digits that a text is once spaces and dashes are removed, or nothing."""
+    return re.sub("[^0-9]", "", body) if PAIRING_CODE.fullmatch(body) else ""
+
+
+@dataclass(kw_only=True, eq=False)
+class PhoneDoor:
+    """Whose phone it is: the code that only the sign-up page shows pairs it, a lock undoes that.
+
+    A code is neither kept nor passed on.
+    """
+
+    clock: Clock
+    routes: RouteStore
+    keyring: Keyring
+    twilio: TwilioClient
+    state: RelayState
+    sender: Sender
+    tasks: Tasks
+    stamp: Callable[[str], Awaitable[None]]  # (vm_id): tells Fly
+    # By phone: pairings on their way to disk.
+    pairing: dict[str, asyncio.Event] = field(default_factory=dict)
+    closed: set[str] = field(default_factory=set)  # VMs that may be accepting no code
+
+    def __post_init__(self) -> None:
+        routes = self.routes.routes.values()
+        self.closed.update(route.vm_id for route in routes if route.closed_until)
+
+    async def settled(self, phone: str) -> None:
+        """Returns when no pairing of this phone is still to be written."""
+        while written := self.pairing.get(phone):
+            await written.wait()
+
+    def stops(self, message: InboundMessage, route: Route, command: str) -> bool:
+        """Whether a text goes no further than here: it is neither kept nor run."""
+        if not route.is_paired:
+            return not (route.was_paired and command in ("status", "help"))
+        return self._is_early(message, route) or self._fits(message, route)
+
+    @staticmethod
+    def _is_early(message: InboundMessage, route: Route) -> bool:
+        """Whether Twilio dates it before the pairing: it may have come during a lock."""
+        paired_at = parse_utc(route.paired_at) or 0.0
+        return 0 < message.dated < paired_at
+
+    def _fits(self, message: InboundMessage, route: Route) -> bool:
+        code = pairing_code_in(message.body)
+        return bool(code) and self.keyring.fits(code, route)
+
+    async def judge(self, message: InboundMessage, vm: VmState, route: Route) -> tuple[str, str]:
+        """What becomes of a text that is stopped, and what its sender reads; raises StoreError."""
+        outcome = await self._outcome(message, vm, route)
+        if outcome == "paired":
+            return outcome, CONNECTED
+        now = self.clock.now()
+        was_asked = now - vm.asked_for_code_at < ASK_FOR_CODE_EVERY_S
+        if was_asked or outcome == "before_pairing":
+            return outcome, ""
+        vm.asked_for_code_at = now
+        return outcome, TEXT_THE_CODE
+
+    async def _outcome(self, message: InboundMessage, vm: VmState, route: Route) -> str:
+        """What a code changes is on disk before its SID is."""
+        if route.is_paired:
+            return "paired" if self._fits(message, route) else "before_pairing"
+        if not pairing_code_in(message.body):
+            return "unpaired"
+        if await self.state.store.known([message.sid]):  # counted already
+            return "unpaired"
+        await self.settled(message.phone)
+        found = self.routes.find(vm.vm_id)
+        if found is None or self._is_closed(found[1]):
+            return "unpaired"
+        if self._fits(message, found[1]):
+            if not found[1].is_paired:
+                await self._pair(message, *found)
+            return "paired"
+        await self._count(*found)
+        return "wrong_code"
+
+    async def _pair(self, message: InboundMessage, phone: str, route: Route) -> None:
+        # Our time by Twilio's clock is up to a second behind it.
+        at = message.dated or self.twilio.now() + 1
+        paired = self._put(phone, route, f"{route.pairing_number}:paired", utc_millis(at))
+        written = self.pairing[phone] = asyncio.Event()
+        try:
+            await self.routes.commit()
+        except StoreError:
+            if self.routes.routes.get(phone) is paired:
+                self.routes.put(phone, route)
+            raise
+        finally:
+            del self.pairing[phone]
+            written.set()
+        log_event("phone_paired", vm_id=route.vm_id, phone=mask_phone(phone))
+        self._stamp_soon(route.vm_id)
+
+    async def _count(self, phone: str, route: Route) -> None:
+        """A wrong code more: each ten of them close the VM, twice as long as the last."""
+        count, until = route.wrong_codes + 1, ""
+        if count % CODES_AT_ONCE == 0:
+            pause_s = CLOSED.ceiling(count // CODES_AT_ONCE)
+            until = utc_millis(self.clock.now() + pause_s)
+            self.closed.add(route.vm_id)
+            log_warning("pairing_closed", vm_id=route.vm_id, until=until)
+        self.routes.put(phone, replace(route, wrong_codes=count, closed_until=until))
+        await self.routes.commit()
+
+    def _put(self, phone: str, route: Route, pairing: str, paired_at: str) -> Route:
+        changed = replace(
+            route, pairing=pairing, paired_at=paired_at, wrong_codes=0, closed_until=""
+        )
+        self.routes.put(phone, changed)
+        return changed
+
+    async def date_adopted(self, message: InboundMessage) -> None:
+        """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
+        route = self.routes.routes.get(message.phone)
+        is_undated = route and route.is_paired and not route.paired_at
+        if route and is_undated and self._fits(message, route):
+            at = utc_millis(message.dated)
+            await self.routes.update(route.vm_id, paired_at=at)
+
+    def _is_closed(self, route: Route) -> bool:
+        return (parse_utc(route.closed_until) or 0.0) > self.clock.now()
+
+    def closed_vms(self) -> list[str]:
+        """Which VMs accept no code for now."""
+        found = filter(None, map(self.routes.find, self.closed))
+        self.closed = {route.vm_id for _, route in found if self._is_closed(route)}
+        return sorted(self.closed)
+
+    # Locking
+
+    async def lock(self, vm: VmState) -> None:
+        """Run nothing more until the new code is texted; raises StoreError, and is locked then too."""
+        was_paired = self.close(vm)
+        await self.settle_lock(vm)
+        if was_paired:
+            await self.sender.notify(vm, LOCKED)
+        await self.sender.drop(vm)
+
+    def close(self, vm: VmState) -> bool:
+        """Lock a VM in memory: nothing more is handed over. Whether it was paired."""
+        found = self.routes.find(vm.vm_id)
+        if found is None:
+            return False
+        phone, route = found
+        number = max(route.pairing_number + 1, vm.owed_lock)
+        at = route.paired_at
+        if route.is_paired and not at:
+            at = utc_millis(self.twilio.now())
+        self._put(phone, route, f"{number}:unpaired", at)
+        log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
+        return route.is_paired
+
+    async def settle_lock(self, vm: VmState) -> None:
+        """Have it on disk, then at Fly; raises StoreError (the write is tried on)."""
+        await self.routes.commit()
+        self._stamp_soon(vm.vm_id)
+
+    async def do_owed(self, vm: VmState) -> None:
+        """At start: a lock that was asked for by text and is not in routes.json."""
+        found = self.routes.find(vm.vm_id)
+        if found and found[1].pairing_number < vm.owed_lock:
+            self.close(vm)
+            with contextlib.suppress(StoreError):
+                await self.settle_lock(vm)
+
+    def _stamp_soon(self, vm_id: str) -> None:
+        async def stamp() -> None:
+            try:
+                await self.stamp(vm_id)
+            except UpstreamError as error:  # left to the next sweep
+                log_warning("stamp_failed", vm_id=vm_id, error=str(error))
+
+        self.tasks.start(stamp())
+
+
 @dataclass(kw_only=True, eq=False)
 class OwnerCommands:
     """What an owner asks the gateway itself, by text: answered at once, with the VM dead too."""
@@ -5740,6 +5988,7 @@ class OwnerCommands:
     watch: Watch
     vms: VmClient
     tasks: Tasks
+    door: PhoneDoor
     check_restart: Callable[[str], object]  # raises Refusal
     restart: Callable[[str], Awaitable[None]]  # returns once it is on disk; raises Refusal
 
@@ -5763,7 +6012,9 @@ class OwnerCommands:
             now = "Waiting for the command before it."
         match command:
             case "cancel" if waiting:
-                return await self._cancel(vm, message, waiting)
+                return await self._drop(vm, message, waiting)
+            case "lock":
+                return await self._lock(vm, message)
             case "cancel":
                 reply = f"Nothing is waiting. {now}"
             case "restart":
@@ -5785,12 +6036,12 @@ class OwnerCommands:
         return await self._reply(vm, message, reply)
 
     async def _reply(
-        self, vm: VmState, message: InboundMessage, reply: str, *changes: Change
+        self, vm: VmState, message: InboundMessage, *replies: str, ends: Iterable[Change] = ()
     ) -> str | None:
-        out = self.sender.outbound(vm, split_text(reply))
-        changes = (out.added(), vm.put(), *changes)
+        outs = [self.sender.outbound(vm, split_text(reply)) for reply in replies]
+        changes = [*(out.added() for out in outs), vm.put(), *ends]
         known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
-        if known is None:
+        for out in outs if known is None else ():
             self.sender.queue(vm, out)
         return known
 
@@ -5815,22 +6066,39 @@ class OwnerCommands:
             now = f"{now}, for {max(0, int(age_s))} s."
         return f"{now[:-1]} ({note})." if note else now
 
-    async def _cancel(
-        self, vm: VmState, message: InboundMessage, waiting: list[Text]
+    async def _drop(
+        self, vm: VmState, message: InboundMessage, waiting: list[Text], *replies: str
     ) -> str | None:
-        count = "1 text" if len(waiting) == 1 else f"{len(waiting)} texts"
         # At once, so that none of them is handed over while the store writes.
-        vm.waiting = deque([vm.running] if vm.running else [])
+        before, vm.waiting = vm.waiting, deque(text for text in vm.waiting if text not in waiting)
         known: str | None = ""
         try:
+            if waiting:
+                replies = (*replies, dropped(waiting))
             ends = [text.ended() for text in waiting]
-            known = await self._reply(vm, message, f"Not run: {count} dropped.", *ends)
+            known = await self._reply(vm, message, *replies, ends=ends)
         finally:
             if known is None:
                 self.sender.note_ended(waiting, "cancelled", 1)
             else:  # not stored, or a repetition
-                first = [vm.waiting.popleft()] if vm.running else []
-                vm.waiting.extendleft(reversed(first + waiting))
+                later = [text for text in vm.waiting if text not in before]
+                kept = [text for text in before if text in waiting or text in vm.waiting]
+                vm.waiting = deque(kept + later)
+        return known
+
+    async def _lock(self, vm: VmState, message: InboundMessage) -> str | None:
+        """Owed once its SID is stored, and not before: a repetition does not lock again."""
+        route, owed = self.routes.routes[message.phone], vm.owed_lock
+        vm.owed_lock = route.pairing_number + 1
+        known: str | None = ""
+        try:
+            known = await self._drop(vm, message, vm.unreached(), LOCKED)
+        finally:
+            vm.owed_lock = vm.owed_lock if known is None else owed
+        if known is None:
+            self.door.close(vm)
+            with contextlib.suppress(StoreError):  # it is locked, and owed
+                await self.door.settle_lock(vm)
         return known
 
     async def _begin_restart(self, vm: VmState, message: InboundMessage) -> str | None:
@@ -5904,6 +6172,14 @@ class OwnerCommands:
         self.state.store.note(vm.put())
 
 
+def keyword_of(message: InboundMessage, vm: VmState | None) -> str:
+    """STOP, START or HELP when Twilio answers this text itself, else nothing."""
+    word = message.body.strip().upper() if len(message.body) < 40 else ""
+    if word == "YES" and not (vm and vm.opted_out.get(message.channel)):
+        return ""
+    return KEYWORDS.get(message.opt_out.upper()) or KEYWORDS.get(word, "")
+
+
 @dataclass(kw_only=True, eq=False)
 class Inbox:
     """Takes texts in: once, if they are allowed, and stored before they are acknowledged."""
@@ -5915,6 +6191,7 @@ class Inbox:
     sender: Sender
     runner: Runner
     commands: OwnerCommands
+    door: PhoneDoor
     tasks: Tasks
     metrics: Metrics
     invited: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
@@ -5926,11 +6203,15 @@ class Inbox:
         if self.state.is_draining:
             reason = "this gateway is shutting down; the text will be fetched from Twilio's list"
             raise Refusal("draining", reason)
+        await self.door.settled(message.phone)
         route = self.routes.routes.get(message.phone)
         vm = self.state.vm(route.vm_id, message.phone) if route else None
-        if word := self._keyword(message, vm):
+        if word := keyword_of(message, vm):
             return await self._accept_keyword(message, vm, word)
         command = self.commands.match(message.body) if vm else ""
+        if vm and route and self.door.stops(message, route, command):
+            outcome, words = await self.door.judge(message, vm, route)
+            return await self._refuse(message, vm, outcome, words=words)
         refused = self._judge(message, route, vm, is_command=bool(command))
         if route is None and self.state.closed_because:
             # Not taken, so that it is fetched from Twilio's list later.
@@ -5941,6 +6222,7 @@ class Inbox:
         if command:
             vm.reply_to = self._address(message)
             known = await self.commands.run(vm, message, command)
+            self.runner.start(vm)
         else:
             known = await self._accept_text(message, route, vm)
         if known is not None and (times := self.recent_texts.get(message.phone)):
@@ -5951,8 +6233,9 @@ class Inbox:
         """The same for texts of Twilio's list, oldest first; those beyond QUEUE_LIMIT are told together."""
         beyond: dict[str, list[InboundMessage]] = defaultdict(list)
         for message in messages:
-            vm = self.state.vms.get(getattr(self.routes.routes.get(message.phone), "vm_id", ""))
-            if vm and self._is_full(vm) and not self._keyword(message, vm) and not vm.opted_out:
+            await self.door.date_adopted(message)
+        for message in messages:
+            if vm := self._full_for(message):
                 beyond[vm.vm_id].append(message)
             else:
                 await self.accept(message)
@@ -5964,6 +6247,15 @@ class Inbox:
             await self.state.store.commit(*seen, out.added())
             self.sender.queue(vm, out)
             self.metrics.texts.add("queue_full", by=len(refused))
+
+    def _full_for(self, message: InboundMessage) -> VmState | None:
+        """The VM whose queue is too full for a fetched text."""
+        route = self.routes.routes.get(message.phone)
+        vm = self.state.vms.get(route.vm_id) if route else None
+        if vm is None or route is None or not self._is_full(vm) or vm.opted_out:
+            return None
+        is_other = keyword_of(message, vm) or self.door.stops(message, route, "")
+        return None if is_other else vm
 
     def _is_full(self, vm: VmState) -> bool:
         queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)
@@ -5979,14 +6271,6 @@ class Inbox:
         return Address(message.channel, "" if is_usual else message.recipient)
 
     # STOP, START, HELP
-
-    @staticmethod
-    def _keyword(message: InboundMessage, vm: VmState | None) -> str:
-        """STOP, START or HELP when Twilio answers this text itself, else nothing."""
-        word = message.body.strip().upper() if len(message.body) < 40 else ""
-        if word == "YES" and not (vm and vm.opted_out.get(message.channel)):
-            return ""
-        return KEYWORDS.get(message.opt_out.upper()) or KEYWORDS.get(word, "")
 
     async def _accept_keyword(self, message: InboundMessage, vm: VmState | None, word: str) -> str:
         """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
@@ -6064,15 +6348,30 @@ class Inbox:
         return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
 
     async def _refuse(
-        self, message: InboundMessage, vm: VmState | None, outcome: str, reply: str
+        self,
+        message: InboundMessage,
+        vm: VmState | None,
+        outcome: str,
+        reply: str = "",
+        words: str = "",
     ) -> str:
-        """Remembered like any other, so that it does not come back by Twilio's list."""
+        """Remembered like any other, so that it does not come back by Twilio's list.
+
+        `reply` goes with the webhook's answer, `words` by the send lane.
+        """
         if vm and vm.opted_out.get(message.channel):
-            reply = ""
-        known = await self.state.store.commit_once(message.sid, message.arrived, reply)
+            reply = words = ""
+        changes: list[Change] = []
+        if vm and words:
+            vm.reply_to = self._address(message)
+            out = self.sender.outbound(vm, [words])
+            changes = [out.added(), vm.put()]
+        known = await self.state.store.commit_once(message.sid, message.arrived, reply, *changes)
         self._acknowledge(outcome, known)
         if known is not None:
             return known
+        if vm and words:
+            self.sender.queue(vm, out)
         trace = self.state.trace(message.sid, "", self.clock.now())
         trace.outcome = outcome
         self.state.remember(trace)
@@ -6199,6 +6498,7 @@ class Relay:
     runner: Runner
     sender: Sender
     commands: OwnerCommands
+    door: PhoneDoor
     reports: DeliveryReports
     tasks: Tasks
     metrics: Metrics
@@ -6221,6 +6521,7 @@ class Relay:
         if waiting := self.waiting():
             self.metrics.texts.add("resumed", by=waiting)
         for vm in list(self.vms.values()):
+            await self.door.do_owed(vm)
             found, undone = self.routes.find(vm.vm_id), self.routes.undo.get(vm.vm_id)
             if undone or (found and found[1].state == "failed" and vm.waiting):
                 await self.vm_gone(vm.vm_id, vm.phone, str((undone or {}).get("reason")))
@@ -6277,7 +6578,7 @@ class Relay:
         if found := self.routes.find(vm_id):
             vm = self.state.vm(vm_id, found[0])
             vm.answered_at = self.clock.now()
-            if welcome:
+            if welcome and found[1].was_paired:
                 await self.sender.notify(vm, WELCOME)
             self.runner.start(vm)
 
@@ -6294,9 +6595,10 @@ class Relay:
         vm.away_since = None
         texts = list(vm.waiting)
         words = self.inbox.closing_words(vm.closing_notice, texts)
+        route = self.routes.routes.get(phone)
         if texts:
             await self.sender.finish(vm, texts, split_text(words), "gone")
-        elif reason == "vanished":
+        elif reason == "vanished" and route and route.was_paired:
             await self.sender.notify(vm, words)
         self.state.retire(vm)
 
@@ -6310,6 +6612,10 @@ class Relay:
         vm, parts = self.state.vm(vm_id, phone), split_text(words) if words else []
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        route = self.routes.routes.get(phone)
+        if route and not route.was_paired:
+            reason = "its phone has not texted the pairing code yet; nothing is sent to it"
+            raise Refusal("wrong_state", reason)
         if vm.opted_out.get(vm.reply_to.channel):
             reason = "the owner of this VM opted out of texts (STOP); nothing is sent until they text START"
             raise Refusal("wrong_state", reason)
@@ -6485,7 +6791,8 @@ class Backfill:
                 media = await self.twilio.media_of(sid)
             except UpstreamRejected as error:
                 log_warning("media_not_listed", message_sid=sid, error=str(error))
-        arrived = (listed_at(entry) or 0.0) + self.twilio.api.ahead_s
+        dated = listed_at(entry) or 0.0
+        arrived = dated + self.twilio.api.ahead_s
         return InboundMessage(
             sid=sid,
             sender=str(entry.get("from")),
@@ -6494,6 +6801,7 @@ class Backfill:
             arrived=min(arrived, self.clock.now()),
             media=media,
             is_fetched=True,
+            dated=dated,
         )
 
 
@@ -6674,9 +6982,10 @@ class VmChanges:
     async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
         """Set secrets, ours renewed, and send the whole config back: a VM reads them as it boots."""
         vm_id = change.vm_id
-        machine, route = await self._machine(vm_id), self._route(vm_id)
+        machine = await self._machine(vm_id)
         values = {**change.credentials, **self.blueprint.own_secrets(vm_id)}
         version = await self.fly.set_secrets(vm_id, values)
+        route = self._route(vm_id)
         stamp = self.blueprint.metadata(vm_id, change.phone, route.pairing)
         config = {
             **machine.config,
@@ -6993,7 +7302,7 @@ class Reconciler:
                 image = (await self.fly.get_machine(route.vm_id, route.machine_id)).image
                 await self.routes.update(route.vm_id, image=image or route.image)
             case "stamp":
-                await self._stamp(action.phone, route)
+                await self.stamp(action.vm_id)
             case "take_over":
                 await self._take_over(action, route)
             case "give_up":
@@ -7013,12 +7322,20 @@ class Reconciler:
         log_warning("hung_vm_restarted", vm_id=vm_id)
         self.changes.begin(vm_id, "restart")
 
-    async def _stamp(self, phone: str, route: Route) -> None:
-        """Write the stamp anew: it is of the first version, its secret is gone, or the VM rewrote it."""
-        stamp = self.blueprint.metadata(route.vm_id, phone, route.pairing)
-        for name, value in stamp.items():
-            await self.fly.set_metadata(route.vm_id, route.machine_id, name, value)
-        log_event("stamp_renewed", vm_id=route.vm_id)
+    async def stamp(self, vm_id: str) -> None:
+        """Write the stamp anew, again if the pairing changes meanwhile; raises UpstreamError.
+
+        It is of the first version, its secret is gone, the VM rewrote it, or it was locked.
+        """
+        written = ""
+        while (found := self.routes.find(vm_id)) and found[1].pairing != written:
+            phone, route = found
+            if not route.machine_id:
+                return
+            written = route.pairing
+            for name, value in self.blueprint.metadata(vm_id, phone, written).items():
+                await self.fly.set_metadata(vm_id, route.machine_id, name, value)
+            log_event("stamp_renewed", vm_id=vm_id)
 
     async def _proven(self, action: Action) -> Ownership | None:
         """Whose the machine is as Fly tells it now, asked for this very one."""
@@ -7334,6 +7651,7 @@ class Gateway:
         self.watch = self._make(Watch)
         self.waker = self._make(Waker)
         self.runner = self._make(Runner)
+        self.door = self._make(PhoneDoor, stamp=self._stamp)
         self.commands = self._make(
             OwnerCommands, check_restart=self._check_restart, restart=self._restart
         )
@@ -7359,6 +7677,9 @@ class Gateway:
 
     async def _restart(self, vm_id: str) -> None:
         await self.changes.begin_restart(vm_id)
+
+    async def _stamp(self, vm_id: str) -> None:
+        await self.reconciler.stamp(vm_id)
 
     def _make(self, part: type[T], **more: Any) -> T:
         """A part, given those made so far that its fields name, and `more`."""
@@ -7590,19 +7911,23 @@ def parse_order(body: Json, settings: Settings) -> Order:
     """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
     errors = FieldErrors()
     required = ("phone_number", "github_token", "api_keys")
-    errors.unknown(body, (*required, "region", "welcome"))
+    errors.unknown(body, (*required, "region", "welcome", "verify"))
     for name in required:
         if name not in body:
             errors.add(name, "is required")
     phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
     credentials = check_credentials(body, errors)
-    region, welcome = body.get("region"), body.get("welcome")
+    region = body.get("region")
+    flags = {"welcome": False, "verify": settings.gateway.verify_phone}
     if region is not None and not (isinstance(region, str) and re.fullmatch("[a-z]{2,5}", region)):
         errors.add("region", "must be a Fly region code such as iad")
-    if welcome is not None and not isinstance(welcome, bool):
-        errors.add("welcome", "must be true or false")
+    for name in flags:
+        if isinstance(body.get(name), bool):
+            flags[name] = body[name]
+        elif body.get(name) is not None:
+            errors.add(name, "must be true or false")
     errors.check()
-    return Order(phone=phone, credentials=credentials, region=region or "", welcome=bool(welcome))
+    return Order(phone=phone, credentials=credentials, region=region or "", **flags)
 
 
 def json_response(
@@ -7646,6 +7971,8 @@ def vm_record(gateway: Gateway, vm_id: str) -> Json:
         record |= {"state": "away"}
     if found := gateway.routes.find(record["vm_id"]):
         record |= {"awake_s": found[1].awake_for(gateway.clock.now())}
+        if not found[1].is_paired:
+            record |= {"pairing_code": gateway.keyring.pairing_codes(found[1])[0]}
     if vm and vm.error and not record["last_error"]:
         record |= {"last_error": vm.error}
     return record
@@ -7758,6 +8085,16 @@ async def change_vm(
         return accepted(gateway, change.vm_id)
     await change.outcome()
     return json_response(vm_record(gateway, change.vm_id))
+
+
+async def lock_vm(request: web.Request) -> web.Response:
+    gateway = request.app[GATEWAY]
+    vm_id = gateway.provisioner.record(request.match_info["vm_id"])["vm_id"]
+    found = gateway.routes.find(vm_id)
+    if found is None:
+        raise Refusal("wrong_state", f"{vm_id} is gone; there is nothing to lock", vm_id=vm_id)
+    await gateway.door.lock(gateway.state.vm(vm_id, found[0]))
+    return json_response(vm_record(gateway, vm_id))
 
 
 async def patch_provision(request: web.Request) -> web.Response:
@@ -7960,6 +8297,11 @@ def alerts(gateway: Gateway) -> list[Alert]:
         silent_s = now - api.silent_since if api.silent_since is not None else 0.0
         if silent_s > SILENCE_S:
             found.append(Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s"))
+    if closed := gateway.door.closed_vms():
+        named = ", ".join(closed[:5]) + ", ..." * (len(closed) > 5)
+        remedy = "POST /provision/{vm_id}/lock gives a new code"
+        words = f"no pairing code is accepted for a while, too many were wrong: {named}; {remedy}"
+        found.append(Alert("routes", words))
     if count := len(gateway.routes.undo):
         found.append(Alert("fly", f"{count} VMs are being deleted; Fly has not confirmed yet"))
     return [alert for alert in found if alert.words]
@@ -9620,6 +9962,7 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
             web.patch(vm, patch_provision),
             web.post(vm + "/restart", functools.partial(change_vm, what="restart")),
             web.post(vm + "/upgrade", functools.partial(change_vm, what="upgrade")),
+            web.post(vm + "/lock", lock_vm),
             web.post("/sms", post_sms),
             web.post("/sms/status", post_sms_status),
             web.post("/messages", post_messages),

@@ -9,7 +9,7 @@ remember what they were asked and fail on command; `FakeClock` is the time cockp
 `World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
 
 Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's own: settings, records and keys, time, routes on disk,
-messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, fleet, HTTP, page, local world, assembly; last, what
+messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, whose phone it is, fleet, HTTP, page, local world, assembly; last, what
 must hold whatever happens: never lose a text, never leave half a VM.
 """
 import asyncio
@@ -1543,7 +1543,8 @@ async def test_routes_survive_a_restart(world):
     assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "ready"
 
 
-@pytest.mark.parametrize("damage", ["", '{"version": 1, "rou', "[]", '{"version": 1, "routes": {"+15551234567": 5}}', "\x00" * 300])
+@pytest.mark.parametrize("damage", ["", '{"version": 1, "rou', "[]", '{"version": 1, "routes": {"+15551234567": 5}}',
+                                    '{"version": 1, "routes": {"+15551234567": {"vm_id": "a", "pairing": "soon"}}}', "\x00" * 300])
 async def test_an_unreadable_file_is_recovered_from_the_last_good_copy(world, damage):
     await world.ready()
     await world.stop()
@@ -3473,6 +3474,750 @@ async def test_a_text_that_names_too_many_pictures_is_a_text(world):
     await world.hears("ran: hello")
 
 
+# --- Whose phone it is ---
+
+ASKED, CONNECTED = "Text the code from the sign-up page to connect this phone.", "Connected. Text me anything."
+LOCKED = "Locked. Nothing is run until you text the code from the sign-up page."
+
+
+async def code_of(world, vm: FakeVM) -> str:
+    """What the sign-up page shows."""
+    record = (await world.call("GET", f"/provision/{vm.app}")).body
+    assert record["paired"] is False and re.fullmatch(r"\d{6}", record["pairing_code"])
+    return record["pairing_code"]
+
+
+async def unpaired(world, **changes: Any) -> tuple[FakeVM, str]:
+    """A gateway with a VM for Ann that wants its code."""
+    await world.start(**changes)
+    vm = await world.sign_up(verify=True)
+    return vm, await code_of(world, vm)
+
+
+async def paired(world, **changes: Any) -> FakeVM:
+    vm, code = await unpaired(world, **changes)
+    await world.text(code)
+    await world.hears(CONNECTED)
+    return vm
+
+
+async def lock(world, vm: FakeVM) -> str:
+    """Locks by the page; the new code."""
+    answer = await world.call("POST", f"/provision/{vm.app}/lock")
+    assert answer.status == 200, answer.text
+    assert answer.body["paired"] is False
+    return answer.body["pairing_code"]
+
+
+def wrong(code: str, n: int = 1) -> str:
+    return f"{(int(code) + n) % 10**6:06}"
+
+
+async def test_the_code_pairs_a_phone_and_the_next_text_runs(world):
+    vm, code = await unpaired(world)
+    await world.text("hello")
+    await world.hears(ASKED)
+    assert not vm.asked and not world.rows("SELECT * FROM texts")
+    await world.text(code)
+    await world.hears(ASKED, CONNECTED)
+    record = (await world.call("GET", f"/provision/{vm.app}")).body
+    assert record["paired"] is True and "pairing_code" not in record
+    await world.text("hello again")
+    await world.hears(ASKED, CONNECTED, "ran: hello again")
+    assert vm.ran == ["hello again"]
+
+
+@pytest.mark.parametrize("setting, asked, is_paired", [("off", {}, True), ("on", {}, False), ("on", {"verify": False}, True), ("off", {"verify": True}, False)])
+async def test_the_field_decides_and_the_setting_where_there_is_none(world, setting, asked, is_paired):
+    await world.start(VERIFY_PHONE=setting)
+    assert (await world.provision(**asked)).body["paired"] is is_paired
+
+
+def test_a_setting_that_is_neither_on_nor_off_is_refused():
+    assert any("VERIFY_PHONE" in problem for problem in problems(settings(VERIFY_PHONE="yes")))
+
+
+@pytest.mark.parametrize("typed", ["482 913", "482-913", " 4 8-2\n9 1 3 ", "482–913", "482\u00a0913"])
+async def test_spaces_and_dashes_in_a_code_do_not_matter(world, typed):
+    vm, code = await unpaired(world)
+    await world.text(typed.translate(dict(zip(map(ord, "482913"), code, strict=True))))
+    await world.hears(CONNECTED)
+    assert not vm.asked
+
+
+@pytest.mark.parametrize("body, more", [
+    ("rm -rf /", {}), ("", {}), ("cockpit status", {}), ("cockpit restart", {}), ("cockpit lock", {}), ("YES", {}), ("hello", {"From": f"whatsapp:{ANN}", "To": f"whatsapp:{NUMBER}"}),
+    ("look", {"NumMedia": "1", "MediaUrl0": "https://api.twilio.com/x"}), ("{code}0", {}), ("code {code}", {}), ("{code} {code}", {})])
+async def test_nothing_reaches_a_vm_before_the_code_whatever_it_is_and_however_often(world, body, more):
+    vm, code = await unpaired(world, QUEUE_LIMIT=1)
+    sid = "SM" + "7" * 32
+    for _ in range(2):
+        await world.text(body.format(code=code), MessageSid=sid, **more)
+        await world.text(body.format(code=code), **more)
+        await world.clock.advance(5)
+        await world.crash_and_restart()
+    await world.clock.advance(100)
+    sent = [message["body"] for message in world.twilio.messages if message["direction"] == "outbound-api"]
+    assert sent == [ASKED] and not vm.asked and not world.fly.count("restart_machine")
+    await world.text(code)
+    await world.clock.advance(100)
+    await world.text(body.format(code=code), MessageSid=sid, **more)
+    await world.clock.advance(100)
+    assert not vm.asked, "what was refused is not run later"
+
+
+async def test_a_phone_is_asked_for_its_code_at_most_hourly_also_across_restarts(world):
+    await unpaired(world)
+    for minutes in (0, 20, 20, 15, 10, 49, 2):
+        await world.clock.advance(minutes * 60)
+        await world.text("hello?")
+        await world.restart()
+    await world.clock.advance(5)
+    assert world.twilio.sent_to(ANN) == [ASKED] * 2
+
+
+async def test_a_phone_never_paired_is_sent_nothing_else(world):
+    world.twilio.media["x"] = ("", b"")
+    await world.start(RECONCILE_S=EVERY, TEXT_LIMIT=2)
+    gate, job = await world.begin(world.fly, "create_machine", verify=True, welcome=True)
+    for body in ("early", "cockpit status", "cockpit help", "HELP"):
+        await world.text(body)
+    gate.open()
+    vm = world.vms[(await world.clock.run(job)).body["vm_id"]]
+    refused = await unasked(world, vm, text="your VM speaks")
+    assert (refused.status, refused.body["code"]) == (409, "wrong_state")
+    await lock(world, vm)
+    await world.text("later")
+    world.fly.everything.clear()
+    await sweeps(world, 3)
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["state"] == "failed"
+    await world.call("DELETE", f"/provision/{vm.app}")
+    await world.clock.advance(60)
+    assert world.twilio.sent_to(ANN) == [ASKED]
+
+
+async def test_a_phone_paired_during_set_up_is_served_like_any_other(world):
+    await world.start(RECONCILE_S=EVERY)
+    gate, job = await world.begin(world.fly, "create_machine", after=True, verify=True, welcome=True)
+    code = (await world.call("GET", "/provision")).body["vms"][0]["pairing_code"]
+    await world.text(code)
+    await world.text("early")
+    await world.hears(CONNECTED, "Your VM is being set up. Your text is kept.")
+    gate.open()
+    vm = world.vms[(await world.clock.run(job)).body["vm_id"]]
+    await world.hears(CONNECTED, "Your VM is being set up. Your text is kept.", "Your VM is ready. Text me anything.", "ran: early")
+    await sweeps(world, 2)
+    assert world.fly.machines[0].config["metadata"]["cockpit_pairing"] == "0:paired", "though it was created unpaired"
+    assert vm.ran == ["early"]
+
+
+async def test_a_phone_that_signs_up_again_gets_another_code(world):
+    vm, code = await unpaired(world)
+    await world.call("DELETE", f"/provision/{vm.app}")
+    again = await world.sign_up(verify=True)
+    assert await code_of(world, again) != code
+    await world.text(code)
+    await world.hears(ASKED)
+    assert not vm.asked and not again.asked
+
+
+async def test_stop_and_start_count_before_the_code_as_ever(world):
+    vm, code = await unpaired(world)
+    await world.text("STOP")
+    await world.text("hello")
+    await world.text("START")
+    await world.text(code)
+    await world.text("go")
+    await world.clock.until(lambda: vm.ran)
+    await world.clock.settle()
+    assert world.twilio.sent_to(ANN) == [CONNECTED, "ran: go"]
+
+
+async def test_whatsapp_goes_by_the_same_door_and_is_answered_there(world):
+    vm, code = await unpaired(world)
+    there = {"From": f"whatsapp:{ANN}", "To": f"whatsapp:{NUMBER}"}
+    await world.text("hello", **there)
+    await world.hears(ASKED, phone=f"whatsapp:{ANN}")
+    await world.text(code, **there)
+    await world.text("by text")
+    await world.hears("ran: by text")
+    await world.hears(ASKED, CONNECTED, phone=f"whatsapp:{ANN}")
+    assert vm.ran == ["by text"]
+
+
+async def test_the_present_code_is_never_run_and_any_other_six_digits_are(world):
+    vm, code = await unpaired(world)
+    await world.text(code)
+    await world.hears(CONNECTED)
+    gate = await world.occupies(vm, "busy")
+    await world.text(f"{code[:3]} {code[3:]}")
+    await world.text(wrong(code))
+    gate.open()
+    await world.hears(CONNECTED, CONNECTED, "ran: busy", f"ran: {wrong(code)}")
+    assert vm.ran == ["busy", wrong(code)]
+
+
+# Guessing
+
+async def test_ten_wrong_codes_close_a_vm_for_an_hour_and_health_says_so(world):
+    vm, code = await unpaired(world)
+    for n in range(1, 10):
+        await world.text(wrong(code, n))
+    await world.text("12345")
+    await world.text("hello")
+    assert not await troubles(world)
+    await world.text(wrong(code, 10))
+    assert vm.app in await troubles(world) and code not in await troubles(world)
+    assert (await world.call("GET", "/health", key=None)).body["troubles"] == ["routes"]
+    await world.crash_and_restart()
+    await world.clock.advance(3590)
+    await world.text(code)
+    assert await code_of(world, vm) == code and vm.app in await troubles(world)
+    await world.clock.advance(20)
+    assert not await troubles(world)
+    await world.text(code)
+    await world.clock.advance(5)
+    assert world.twilio.sent_to(ANN) == [ASKED, CONNECTED]
+
+
+async def test_guessing_as_fast_as_allowed_finds_a_code_within_a_year_with_a_chance_below_1_in_100(world):
+    """Ten guesses, then closed for 1, 2, 4, 8, 16 hours, from then on 24 h each time. The first five closings take 31 h, the rest of a year
+    (8,760 h) has room for 8,729 / 24 = 363 more: 369 rounds and the first one are 370 x 10 = 3,700 guesses. While two secrets are set two of the
+    1,000,000 codes count: 3,700 x 2 / 1,000,000 = 0.74 % a year (one secret: 0.37 %).
+    """
+    _, code = await unpaired(world, COCKPIT_SECRET=f"{'another-root-' * 4},{SECRET}")
+    hours, guesses = [], 0
+    while len(hours) < 7:
+        for _ in range(10):
+            guesses += 1
+            await world.text(wrong(code, guesses * 7))
+        until = cockpit.parse_utc(world.saved["routes"][ANN]["closed_until"])
+        hours.append(round((until - world.clock.now()) / 3600, 3))
+        world.clock.elapsed = until - world.clock.now() + world.clock.elapsed + 0.01
+    assert hours == [1, 2, 4, 8, 16, 24, 24]
+    rounds = 1 + 5 + int((365 * 24 - sum(hours[:5])) / 24) + 1
+    assert rounds * 10 == 3700
+    assert rounds * 10 * 2 / 1_000_000 < 0.01
+
+
+async def test_many_guesses_in_one_moment_are_counted_one_by_one(world):
+    vm, code = await unpaired(world)
+    guesses = [wrong(code, n) for n in range(1, 31)]
+    await world.clock.run(asyncio.gather(*(world.text(guess) for guess in [*guesses, code])))
+    assert await code_of(world, vm) == code, "the code came after the tenth wrong one"
+    assert world.saved["routes"][ANN]["wrong_codes"] == 10
+
+
+async def test_a_wrong_code_delivered_again_is_not_counted_again(world):
+    vm, code = await unpaired(world)
+    for _ in range(12):
+        await world.text(wrong(code), MessageSid="SM" + "9" * 32)
+    assert world.saved["routes"][ANN]["wrong_codes"] == 1 and not await troubles(world)
+
+
+async def test_a_new_code_from_the_page_opens_a_closed_vm(world):
+    vm, code = await unpaired(world)
+    for n in range(1, 11):
+        await world.text(wrong(code, n))
+    new = await lock(world, vm)
+    assert not await troubles(world)
+    await world.text(code)
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["paired"] is False
+    await world.text(new)
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["paired"] is True
+    await world.clock.advance(5)
+    assert world.twilio.sent_to(ANN) == [ASKED, CONNECTED]
+
+
+async def test_a_code_is_in_no_log_line_file_metric_or_trace_and_reaches_no_vm(world, caplog):
+    vm, code = await unpaired(world, QUEUE_LIMIT=1, BACKFILL_S=60)
+    await world.text(wrong(code), MessageSid="SM" + "1" * 32)
+    await world.text(code, MessageSid="SM" + "2" * 32)
+    gate = await world.occupies(vm, "busy")
+    await world.text("waiting")
+    await world.text(code)
+    world.twilio.missed(ANN, code)
+    world.twilio.missed(ANN, "one too many")
+    await world.clock.advance(130)
+    gate.open()
+    await world.clock.advance(5)
+    assert world.twilio.sent_to(ANN).count(CONNECTED) == 3, "by webhook twice, by the list once, though the queue was full"
+    told = [(await world.call("GET", path)).text for path in (f"/messages/SM{'1' * 32}", f"/messages/SM{'2' * 32}", "/metrics", "/health", "/events", f"/provision/{vm.app}")]
+    told += [str(vars(record)) for record in caplog.records] + world.twilio.sent_to(ANN) + [str(vm.asked)]
+    await world.stop()
+    told += [file.read_bytes().decode("latin-1") for file in world.file.parent.iterdir()]
+    assert not [text for text in told if code in text or wrong(code) in text]
+
+
+# Killed and starved at the door
+
+async def test_a_code_whose_pairing_cannot_be_written_is_not_taken_and_pairs_when_it_comes_again(world):
+    vm, code = await unpaired(world)
+    in_the_way, sid = world.file.with_name("routes.json.tmp"), "SM" + "3" * 32
+    in_the_way.mkdir()
+    answer = await world.clock.run(world.twilio.texts(ANN, code, MessageSid=sid))
+    assert answer.status == 503 and not world.rows("SELECT * FROM seen"), "the pairing is on disk before the code's SID is"
+    await world.text("hello")
+    await world.clock.settle()
+    assert not vm.asked
+    in_the_way.rmdir()
+    await world.clock.run(world.text(code, MessageSid=sid))
+    await world.text("go")
+    await world.hears(ASKED, CONNECTED, "ran: go")
+
+
+async def test_of_two_codes_in_one_moment_none_is_taken_before_the_pairing_is_written(world):
+    vm, code = await unpaired(world)
+    in_the_way = world.file.with_name("routes.json.tmp")
+    in_the_way.mkdir()
+    assert (await world.clock.run(world.twilio.texts(ANN, code))).status == 503
+    answers = await world.clock.run(asyncio.gather(world.twilio.texts(ANN, code), world.twilio.texts(ANN, code)))
+    assert [answer.status for answer in answers] == [503, 503] and not world.rows("SELECT * FROM seen")
+    in_the_way.rmdir()
+    await world.clock.run(asyncio.gather(*(world.text(body) for body in (code, code))))
+    await world.hears(CONNECTED, CONNECTED)
+    assert not vm.asked
+
+
+async def test_a_text_right_behind_a_code_waits_until_the_pairing_is_written(world):
+    vm, code = await unpaired(world)
+    in_the_way = world.file.with_name("routes.json.tmp")
+    in_the_way.mkdir()
+    assert (await world.clock.run(world.twilio.texts(ANN, code))).status == 503
+    texts = []
+    for body in (code, "go"):  # while the disk is waited for
+        texts.append(asyncio.ensure_future(world.twilio.texts(ANN, body)))
+        await world.clock.settle()
+    assert not any(text.done() for text in texts)
+    answers = await world.clock.run(asyncio.gather(*texts))
+    assert [answer.status for answer in answers] == [503, 200] and not vm.asked
+    texts = []
+    in_the_way.rmdir()
+    for body in (code, "go again"):
+        texts.append(asyncio.ensure_future(world.twilio.texts(ANN, body)))
+        await world.clock.settle()
+    await world.clock.run(asyncio.gather(*texts))
+    await world.hears(ASKED, CONNECTED, "ran: go again")
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before", "after"])
+async def test_a_kill_before_or_behind_the_write_of_a_pairing_ends_paired(world, written):
+    vm, code = await unpaired(world)
+    await world.clock.advance(5)
+    before, sid = {file.name: file.read_bytes() for file in world.file.parent.iterdir()}, "SM" + "4" * 32
+    await world.text(code, MessageSid=sid)
+    await world.crash()
+    for name, content in before.items():  # the files of the moment in between: Twilio got no answer
+        if not (written and name == "routes.json"):
+            world.file.with_name(name).write_bytes(content)
+    heard = len(world.twilio.sent)
+    await world.start()
+    assert (await world.call("GET", f"/provision/{vm.app}")).body["paired"] is written
+    await world.text(code, MessageSid=sid)
+    await world.text("go")
+    await world.clock.until(lambda: vm.ran)
+    await world.clock.settle()
+    assert world.twilio.sent_to(ANN)[heard:] == [CONNECTED, "ran: go"] and vm.ran == ["go"]
+
+
+@beside
+async def test_a_code_and_a_lock_survive_real_kills(live):
+    child = await live.spawn()
+    vm = await live.sign_up(verify=True)
+    chance, codes = random.Random(5), []
+    for n in range(2):
+        codes.append((await live.ask("GET", f"/provision/{vm.app}")).body["pairing_code"])
+        sid, taken = f"SM{n:032x}".replace("0", "e"), False
+        texting = asyncio.ensure_future(live.twilio.texts(ANN, codes[-1], MessageSid=sid))
+        await asyncio.sleep(chance.uniform(0, 0.012))
+        await child.ends(signal.SIGKILL)
+        await asyncio.gather(texting, return_exceptions=True)
+        child = await live.spawn()
+        while not taken:
+            taken = (await live.twilio.texts(ANN, codes[-1], MessageSid=sid)).status == 200
+        await live.text(f"go {n}")
+        await live.clock.until(lambda: f"ran: go {n}" in live.twilio.sent_to(ANN))
+        await live.text("cockpit lock")
+        await child.ends(signal.SIGKILL)
+        child = await live.spawn()
+        await live.text("too late")
+        await live.clock.until(lambda: live.twilio.sent_to(ANN).count(LOCKED) == n + 1)
+    assert vm.ran == ["go 0", "go 1"] and len(set(codes)) == 2
+    assert 2 <= live.twilio.sent_to(ANN).count(CONNECTED) <= 4
+
+
+async def test_a_lock_by_text_killed_before_its_route_is_written_is_done_by_the_next_start_before_anything_runs(world):
+    vm = await paired(world, BACKFILL_S=60)
+    await world.clock.advance(5)
+    routes = world.file.read_bytes()
+    await world.text("cockpit lock")
+    await world.crash()
+    world.file.write_bytes(routes)
+    world.twilio.missed(ANN, "found by the start")
+    await world.start()
+    await world.text("by webhook")
+    await world.clock.advance(100)
+    assert world.saved["routes"][ANN]["pairing"] == "1:unpaired" and not vm.asked
+    await world.crash_and_restart()
+    await world.clock.advance(100)
+    assert world.saved["routes"][ANN]["pairing"] == "1:unpaired", "once is enough"
+    assert world.twilio.sent_to(ANN) == [CONNECTED, LOCKED, ASKED]
+
+
+async def test_a_lock_by_the_page_killed_before_what_waits_is_dropped_lets_none_of_it_run(world):
+    vm = await paired(world)
+    vm.away = 503
+    await world.text("one")
+    await world.hears(CONNECTED, RESTARTING)
+    await world.text("two")
+    await world.crash()
+    stored = world.saved
+    stored["routes"][ANN]["pairing"] = "1:unpaired"
+    world.file.write_text(json.dumps(stored))
+    vm.away = 0
+    await world.start()
+    await world.clock.advance(100)
+    assert world.twilio.sent_to(ANN) == [CONNECTED, RESTARTING, "Not run: 2 texts dropped."] and not vm.ran
+
+
+async def test_a_restart_owed_at_a_start_is_done_before_what_the_start_finds_runs(world):
+    vm = await world.ready(BACKFILL_S=60)
+    await world.clock.advance(5)
+    await world.text("cockpit queue")
+    await world.clock.advance(5)
+    await world.crash()
+    with contextlib.closing(sqlite3.connect(world.database)) as database, database:  # the moment in which its SID is stored, its route not
+        database.execute("UPDATE vms SET record = json_set(record, '$.owes_restart', json('true'))")
+    world.twilio.missed(ANN, "found by the start")
+    gate = world.fly.holds("restart_machine")
+    await world.start()
+    await world.clock.until(gate.arrived.is_set)
+    await world.clock.advance(30)
+    assert not vm.asked
+    gate.open()
+    await world.hears("Nothing is running.", "ran: found by the start")
+
+
+# By Twilio's list
+
+async def test_missed_texts_go_by_the_same_door_in_their_order(world):
+    vm, code = await unpaired(world, BACKFILL_S=60)
+    await world.stop()
+    for body in ("before the code", code, "behind it"):
+        world.clock.elapsed += 2
+        world.twilio.missed(ANN, body)
+    await world.start()
+    await world.hears(ASKED, CONNECTED, "ran: behind it")
+    await world.clock.advance(200)
+    assert vm.ran == ["behind it"]
+
+
+async def test_what_twilio_dates_before_the_pairing_is_not_run_though_it_is_found_behind_it(world):
+    vm, code = await unpaired(world, BACKFILL_S=60)
+    world.twilio.missed(ANN, "before")
+    world.twilio.missed(ANN, "cockpit restart")
+    await world.text(code)
+    await world.clock.advance(3)
+    world.twilio.missed(ANN, "behind")
+    await world.clock.advance(200)
+    assert vm.ran == ["behind"] and not world.fly.count("restart_machine")
+    assert world.twilio.sent_to(ANN) == [CONNECTED, "ran: behind"]
+
+
+async def test_what_twilio_dates_between_a_lock_and_the_next_code_is_not_run(world):
+    vm = await paired(world, BACKFILL_S=600)
+    new = await lock(world, vm)
+    await world.clock.advance(3)
+    world.twilio.missed(ANN, "meanwhile")
+    await world.clock.advance(3)
+    await world.text(new)
+    await world.clock.advance(3)
+    world.twilio.missed(ANN, "behind")
+    await world.clock.advance(700)
+    assert vm.ran == ["behind"]
+
+
+# Locking
+
+async def by_text(world, vm: FakeVM) -> None:
+    await world.text("Cockpit LOCK")
+
+
+@pytest.mark.parametrize("how", [by_text, lock])
+async def test_a_lock_drops_what_waits_at_once_and_lets_what_runs_answer(world, how):
+    vm = await paired(world)
+    gate = await world.occupies(vm, "running")
+    await world.text("waiting 1")
+    await world.text("waiting 2")
+    await how(world, vm)
+    heard = [CONNECTED, LOCKED, "Not run: 2 texts dropped."]
+    await world.hears(*heard)
+    await world.text("not run")
+    await world.hears(*heard, ASKED)
+    gate.open()
+    await world.hears(*heard, ASKED, "ran: running")
+    await world.text(await code_of(world, vm))
+    await world.text("again")
+    await world.hears(*heard, ASKED, "ran: running", CONNECTED, "ran: again")
+    assert vm.ran == ["running", "again"] and world.saved["routes"][ANN]["pairing"] == "1:paired"
+
+
+async def test_while_locked_status_and_help_work_and_nothing_else_does(world):
+    vm = await paired(world)
+    await world.text("cockpit lock")
+    await world.text("cockpit status")
+    await world.text("cockpit help")
+    await world.hears(CONNECTED, LOCKED, "Your VM is ready. Nothing is running. 0 waiting.", cockpit.COMMANDS_HELP)
+    code = await code_of(world, vm)
+    for verb in ("restart", "queue", "cancel", "lock"):
+        await world.text(f"cockpit {verb}")
+    await world.hears(CONNECTED, LOCKED, "Your VM is ready. Nothing is running. 0 waiting.", cockpit.COMMANDS_HELP, ASKED)
+    assert await code_of(world, vm) == code and not world.fly.count("restart_machine")
+    assert (await unasked(world, vm, text="what ran tells of itself")).status == 202
+
+
+async def test_a_lock_delivered_again_does_not_lock_again(world):
+    vm = await paired(world)
+    sid = "SM" + "8" * 32
+    await world.text("cockpit lock", MessageSid=sid)
+    await world.text(await code_of(world, vm))
+    gate = await world.occupies(vm, "one")
+    await world.text("two")
+    await world.text("cockpit lock", MessageSid=sid)
+    gate.open()
+    await world.clock.until(lambda: len(vm.ran) == 2)
+    await world.restart()
+    assert world.saved["routes"][ANN]["pairing"] == "1:paired" and vm.ran == ["one", "two"]
+
+
+async def test_a_lock_by_the_page_answers_with_a_new_code_in_any_state(world):
+    vm, code = await unpaired(world)
+    first, second = await lock(world, vm), await lock(world, vm)
+    assert len({code, first, second}) == 3 and await code_of(world, vm) == second
+    await world.text(second)
+    await lock(world, vm)
+    await world.hears(CONNECTED, LOCKED)
+    await world.restart()
+    await world.text(second)
+    await world.hears(CONNECTED, LOCKED, ASKED)
+    machine = next(iter(world.fly.apps[vm.app].machines))
+    assert (await world.call("POST", f"/provision/{machine}/lock")).body["vm_id"] == vm.app
+    assert (await world.call("POST", "/provision/nobody/lock")).status == 404
+    assert (await world.call("POST", f"/provision/{vm.app}/lock", key=None)).status == 401
+
+
+async def test_a_vm_that_never_wanted_a_code_can_be_locked_too(world):
+    vm = await world.ready()
+    await world.text("hello")
+    await world.hears("ran: hello")
+    await world.text("cockpit lock")
+    await world.text("cockpit status")
+    await world.hears("ran: hello", LOCKED, "Your VM is ready. Nothing is running. 0 waiting.")
+    await world.text(await code_of(world, vm))
+    await world.text("again")
+    await world.clock.until(lambda: vm.ran == ["hello", "again"])
+
+
+@pytest.mark.parametrize("how", [by_text, lock])
+async def test_a_lock_at_any_turn_of_a_hand_over_lets_that_text_answer_and_the_next_not_run(world, how):
+    """The lock comes some turns of the event loop behind two texts: at every await of the first one's hand-over, its answer and the next."""
+    vm, cut_short = await paired(world), 0
+    for turns in range(0, 100, 2):
+        vm.ran.clear()
+        world.twilio.messages.clear()
+        texts = [asyncio.ensure_future(world.text(body)) for body in ("one", "two")]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await how(world, vm)
+        ran_by_then = len([command for command in vm.asked if command.text in ("one", "two")])
+        await world.text("three")
+        await world.clock.run(asyncio.gather(*texts))
+        await world.clock.advance(30)
+        assert vm.ran in ([], ["one"], ["two"], ["one", "two"]), turns
+        assert len([command for command in vm.asked if command.text in ("one", "two")]) == ran_by_then, f"run behind the lock ({turns})"
+        heard = world.twilio.sent_to(ANN)
+        assert [body for body in heard if body.startswith("ran: ")] == [f"ran: {body}" for body in vm.ran], turns
+        dropped = sum(int(body.split()[2]) for body in heard if body.startswith("Not run: "))
+        assert LOCKED in heard and dropped + len(vm.ran) <= 2, turns
+        cut_short += 0 < len(vm.ran) < 2 or dropped > 0
+        vm.asked.clear()
+        await world.clock.advance(3600)
+        await world.text(await code_of(world, vm))
+        await world.clock.advance(5)
+    assert cut_short, "some lock came between the two"
+
+
+@pytest.mark.parametrize("how", [by_text, lock])
+@pytest.mark.parametrize("where", ["at work", "cut", "cut and away", "refused", "busy", "away"])
+async def test_a_lock_wherever_a_hand_over_waits_lets_only_what_reached_its_vm_answer(world, how, where):
+    vm = await paired(world)
+    reached, gate = where in ("at work", "cut", "cut and away"), None
+    if where == "at work":
+        gate = vm.holds()
+    elif where == "cut":
+        gate = world.vms.holds("health")  # which is asked behind a cut
+        vm.then({"cut": "after"})
+    elif where == "cut and away":
+        vm.then({"cut": "after"})
+        vm.answer = lambda text: setattr(vm, "away", 503) or {"text": f"ran: {text}"}
+    vm.away, vm.busy = 503 * (where in ("refused", "away")), where == "busy"
+    await world.text("one")
+    await world.clock.until(gate.arrived.is_set if gate else lambda: vm.asked)
+    if where.endswith("away"):
+        await world.hears(CONNECTED, RESTARTING)
+    await world.text("two")
+    await how(world, vm)
+    vm.away, vm.busy = 0, False
+    gate and gate.open()
+    await world.clock.advance(200)
+    heard = world.twilio.sent_to(ANN)
+    assert LOCKED in heard and vm.ran == ["one"] * reached and ("ran: one" in heard) == reached
+    assert sum(int(body.split()[2]) for body in heard if body.startswith("Not run: ")) == 2 - reached
+
+
+async def test_the_door_wakes_no_sleeper_and_the_first_text_that_is_run_does(world):
+    vm, code = await unpaired(world, VM_IDLE_S=IDLE)
+    await falls_asleep(world, vm)
+    for body in ("hello", wrong(code), code, "cockpit lock"):
+        await world.text(body)
+    await world.hears(ASKED, CONNECTED, LOCKED)
+    await world.text("cockpit status")
+    await world.text(await code_of(world, vm))
+    await world.clock.advance(5)
+    assert not world.fly.count("start_machine") and machine_of(world, vm) == "suspended"
+    await world.text("go")
+    await world.clock.until(lambda: vm.ran == ["go"])
+
+
+@pytest.mark.parametrize("how", [by_text, lock])
+async def test_a_lock_while_its_vm_wakes_lets_nothing_run_and_promises_nothing(world, how):
+    vm = await paired(world, VM_IDLE_S=IDLE)
+    await falls_asleep(world, vm)
+    world.fly.resume_s = 8
+    await world.text("wake up")
+    await world.clock.advance(2)
+    await how(world, vm)
+    await world.clock.advance(30)
+    assert world.twilio.sent_to(ANN) == [CONNECTED, LOCKED, "Not run: 1 text dropped."] and not vm.asked
+
+
+# What Fly holds
+
+async def test_a_stamp_follows_its_pairing_and_again_until_fly_took_it(world):
+    vm, code = await unpaired(world, RECONCILE_S=EVERY)
+    (machine,) = world.fly.machines
+    assert machine.config["metadata"]["cockpit_pairing"] == "0:unpaired"
+    await world.text(code)
+    await world.clock.advance(3)
+    assert machine.config["metadata"].items() >= stamp(vm.app, ANN, world.saved["gateway_id"]).items()
+    world.fly.fails("set_metadata", 400, times=3)
+    await lock(world, vm)
+    await world.clock.advance(3)
+    assert machine.config["metadata"]["cockpit_pairing"] == "0:paired", "Fly refused it"
+    await sweeps(world, 6)
+    assert machine.config["metadata"].items() >= stamp(vm.app, ANN, world.saved["gateway_id"], pairing="1:unpaired").items()
+    await lock(world, vm)
+    await world.clock.advance(3)
+    assert machine.config["metadata"]["cockpit_pairing"] == "2:unpaired", "without a sweep"
+
+
+async def test_a_stamp_overtaken_by_the_next_pairing_ends_as_the_route_says(world):
+    vm, code = await unpaired(world)
+    gate = world.fly.holds("set_metadata")
+    await world.text(code)
+    await world.clock.until(gate.arrived.is_set)
+    new = await lock(world, vm)
+    await world.text(new)
+    await lock(world, vm)
+    gate.open()
+    await world.clock.advance(30)
+    (machine,) = world.fly.machines
+    assert machine.config["metadata"].items() >= stamp(vm.app, ANN, world.saved["gateway_id"], pairing="2:unpaired").items()
+
+
+async def test_a_lock_during_a_rotation_stands_in_the_stamp_that_goes_with_it(world):
+    vm = await paired(world)
+    await world.clock.advance(5)
+    gate = world.fly.holds("set_secrets")
+    rotating = asyncio.ensure_future(world.ask("PATCH", f"/provision/{vm.app}", json={"github_token": "ghp_another"}))
+    await world.clock.until(gate.arrived.is_set)
+    await lock(world, vm)
+    await world.clock.advance(5)
+    gate.open()
+    assert (await world.clock.run(rotating)).body["pairing_code"]
+    (machine,) = world.fly.machines
+    assert machine.config["metadata"].items() >= stamp(vm.app, ANN, world.saved["gateway_id"], pairing="1:unpaired").items()
+
+
+@pytest.mark.parametrize("setting", ["off", "on"])
+@pytest.mark.parametrize("pairing", ["2:unpaired", "3:paired"])
+async def test_a_lost_disk_takes_over_what_a_verifying_stamp_says_whatever_the_setting(world, setting, pairing):
+    vm = await world.ready(VERIFY_PHONE=setting)
+    await world.clock.advance(5)
+    gateway_id = world.saved["gateway_id"]
+    await world.stop()
+    (machine,) = world.fly.machines
+    machine.config["metadata"] |= stamp(vm.app, ANN, gateway_id, pairing=pairing)
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    await world.start()
+    assert world.saved["routes"][ANN]["pairing"] == pairing
+    await world.text("hello")
+    if pairing == "3:paired":
+        return await world.hears("ran: hello")
+    await world.hears(ASKED)
+    await world.text(await code_of(world, vm))
+    await world.hears(ASKED, CONNECTED)
+    assert not vm.asked
+
+
+async def test_a_vm_that_rewrites_its_pairing_proves_nothing_and_is_not_adopted(world):
+    vm, _ = await unpaired(world)
+    await world.clock.advance(5)
+    await world.stop()
+    (machine,) = world.fly.machines
+    machine.config["metadata"]["cockpit_pairing"] = "0:paired"
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    await world.start()
+    await world.text("hello")
+    assert not world.saved.get("routes") and not vm.asked
+
+
+async def test_what_was_refused_before_a_lost_disk_is_not_run_behind_it(world):
+    vm, code = await unpaired(world, BACKFILL_S=60)
+    await world.text("before the code")
+    await world.clock.advance(3)
+    await world.text(code)
+    await world.clock.advance(3)
+    await world.text("behind it")
+    await world.hears(ASKED, CONNECTED, "ran: behind it")
+    await world.clock.advance(5)
+    await world.stop()
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    await world.start()
+    await world.clock.advance(200)
+    assert vm.ran == ["behind it"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+async def test_codes_of_both_secrets_count_while_two_are_set(world, which):
+    vm, old = await unpaired(world)
+    await world.restart(COCKPIT_SECRET=f"{'another-root-' * 4},{SECRET}")
+    new = await code_of(world, vm)
+    assert new != old
+    await world.text((old, new)[which])
+    await world.hears(CONNECTED)
+
+
+async def test_a_code_of_a_secret_that_is_gone_does_not_count(world):
+    vm, old = await unpaired(world)
+    await world.restart(COCKPIT_SECRET="another-root-" * 4)
+    await world.text(old)
+    await world.hears(ASKED)
+
+
 # --- Fleet ---
 
 EVERY, STAMP = 9, "cockpit.example.com/"  # a short pause between sweeps is quickly passed in virtual time
@@ -5016,7 +5761,7 @@ def form_with(**changes: Any) -> dict[str, Any]:
         ..., None, {}, [], "KEY", {"lower": "x"}, {"1KEY": "x"}, {"A-B": "x"}, {"": "x"}, {"PATH": "x"}, {"HOME": "x"}, {"PORT": "x"}, {"HOST": "x"}, {"GITHUB_TOKEN": "x"},
         {"NODE_OPTIONS": "x"}, {"BASH_ENV": "x"}, {"LD_PRELOAD": "x"}, {"PYTHONPATH": "x"}, {"FLY_APP_NAME": "x"}, {"COCKPIT_TOKEN": "x"}, {"A": 5}, {"A": None},
         {"A": "x\x00"}, {"A": "x\ny"}, {"A": "x" * 8193}, {"A": "é" * 4097}, {f"K{n}": "x" for n in range(51)})),
-    ("region", "not a region!"), ("region", 5), ("welcome", "yes")], ids=lambda value: str(value)[:30])
+    ("region", "not a region!"), ("region", 5), ("welcome", "yes"), ("verify", "yes"), ("verify", 1)], ids=lambda value: str(value)[:30])
 async def test_an_invalid_field_is_422_under_its_name_and_fly_is_not_asked(world, name, value):
     await world.start()
     asked = len(world.fly.seen)
