@@ -7548,7 +7548,7 @@ button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
 button,input,select,summary,label.row{min-height:40px}
 input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
 ::placeholder{color:var(--dim);opacity:1}
-button,summary{cursor:pointer;font-weight:550}
+button,summary{cursor:pointer;font-weight:550;flex:none}
 summary{padding:9px 0}
 :is(button,#rows li):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
@@ -7596,7 +7596,7 @@ svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-wid
 #thread .in{background:var(--go);color:var(--card);align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
 #thread :is(img,time){display:block;max-width:100%;font-size:11px}
-#phone p{padding:0 16px}
+#phone>:is(p,small){padding:0 16px}
 :is(.pair,#phone .row){flex-wrap:nowrap}
 dialog{padding:22px;width:min(640px,100vw - 20px)}
 dialog::backdrop{background:#0007}
@@ -7958,7 +7958,7 @@ function isFound(row, needle) {
   const end = /^\+?[\d .()-]{7,}$/.test(needle) && needle.replace(/\D/g, '').slice(-4);
   return words.includes(end ? `***${end}` : needle);  // the feed masks numbers
 }
-const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);  // troubles first
+const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
   const open = () => showDetails(row);
   return make('li', {id: `row-${row.vm_id}`},
@@ -8079,8 +8079,9 @@ async function showDetails(row) {
   await readVm();
   $('details').showModal();
 }
-$('details').onclose = () => {  // the row that opened it may be gone
-  if (document.activeElement === document.body) ($('rows').querySelector('button') || $('new')).focus();
+$('details').onclose = () => {  // its row may be gone
+  const row = $(`row-${shown.vm_id}`) || $('rows').firstChild;
+  (row?.firstChild || $('new')).focus();
 };
 
 async function change(title, call, form) {
