@@ -7746,7 +7746,7 @@ const REMEDIES = [  // by code or state, and words
   [/^not_found/, 'This gateway cannot do that.'],
   [/^away/, 'Its texts are kept and run when it is back; if this lasts, restart it.'],
   [/^failed .*gone/, 'Tear it down, then set it up anew.'],
-  [/ not paired/, 'Its details show the code to text from that phone.'],
+  [/ not paired/, 'Text the code in its details from that phone.'],
   [/ Twilio/, 'This goes away with the next answer that arrives.'],
   [/\/health/, 'VM_IMAGE must answer GET /health on port 3000.'],
   [/ no room/, 'Choose another region, or try again later.'],
