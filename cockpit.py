@@ -8022,16 +8022,15 @@ const RECORD = {
   created_at: 'Created',
   steps: 'Steps',
   awake_s: 'Awake',
-  awake_since: 'Since',
 };
 let shown = {};  // the row whose details are open
-let read = '';  // its record as it was drawn
 
 function stepsOf({state, step, steps = {}}) {
-  const now = state === 'provisioning' ? STEPS.indexOf(step) : 9;
+  const now = STEPS.includes(step) ? STEPS.indexOf(step) : 9;
   return STEPS.map((name, at) => {
     const time = name in steps ? ` ${took(steps[name])}` : '';
-    return `${at < now ? '✓' : at > now ? '○' : '●'}\u00a0${name}${time}`;
+    const mark = at < now ? '✓' : at > now ? '○' : state === 'failed' ? '✗' : '●';
+    return `${mark}\u00a0${name}${time}`;
   }).join(', ');
 }
 function pairingOf({paired, pairing_code: code}) {
@@ -8044,26 +8043,27 @@ function newText({message_sid: sid, outcome, steps, errors}) {
   const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
   return make('li', {}, words, make('small', {}, way.join(', ')), ...faults, make('code', {}, sid));
 }
+function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
+  if ($(id).textContent !== kids.map(kid => kid.textContent).join('')) $(id).replaceChildren(...kids);
+}
 function drawDetails(vm) {
   const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
   if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
-  if (vm.awake_since) facts.awake_since = when(vm.awake_since);
   const known = Object.entries(RECORD).filter(([name]) => facts[name]);
   const lines = known.flatMap(([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])]);
-  $('pairing').replaceChildren(...pairingOf(vm));
-  $('record').replaceChildren(...lines);
-  $('texts').replaceChildren(...vm.texts.map(newText));
+  draw('pairing', pairingOf(vm));
+  draw('record', lines);
+  draw('texts', vm.texts.map(newText));
 }
 async function readVm() {
   const {vm_id} = shown;
   try {
-    const text = await (await api(`provision/${vm_id}`)).text();
+    const told = await (await api(`provision/${vm_id}`)).json();
     if (vm_id !== shown.vm_id) return;
-    const vm = {...shown, ...JSON.parse(text)};
+    const vm = {...shown, ...told};
     say('who', `${vm.phone}: ${stateOf(vm)}`);
     say('trouble', troubleOf(vm));
-    if (text !== read) drawDetails(vm);  // what is the same stays, and what is marked in it
-    read = text;
+    drawDetails(vm);
   } catch (error) {
     if (vm_id !== shown.vm_id) return;
     say('who', shown.phone);
@@ -8072,8 +8072,8 @@ async function readVm() {
 }
 async function showDetails(row) {
   shown = row;
-  read = '';
   say('news', '');
+  for (const id of ['pairing', 'record', 'texts']) draw(id, []);
   $('renew').reset();
   for (const more of $('changes').children) more.open = false;
   await readVm();

@@ -5693,12 +5693,13 @@ class Tab:
         self.session = (await self.ask("Target.attachToTarget", flatten=True, **target))["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             await self.ask(f"{domain}.enable")
+        await self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
 
     async def show(self, url: str, width: int = 1440, scheme: str = "light", before: str = "") -> None:
         await self.looks(width, scheme)
         await self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         await self.ask("Page.navigate", url=url)
-        await self.until("document.activeElement?.id === 'key'")
+        await self.until("document.readyState === 'complete' && document.activeElement.id === 'key'")
 
     async def looks(self, width: int, scheme: str = "light") -> None:
         await self.ask("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 500)
@@ -5735,6 +5736,12 @@ class Tab:
     async def chooses(self, words: str) -> None:
         await self.walks_to(f"['BUTTON', 'SUMMARY'].includes(n.tagName) && n.textContent === {json.dumps(words)}")
         await self.presses("Enter")
+
+    async def fills(self, **fields: str) -> None:
+        for name, text in fields.items():
+            await self.walks_to(f"n.name === '{name}'")
+            await self.js("document.activeElement.select()")
+            await self.types(text)
 
     async def has_focus(self) -> str:
         return await self.js("(n => n.id || n.name || n.textContent || n.tagName)(document.activeElement)")
@@ -5840,9 +5847,7 @@ async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_l
     await tab.signs_in()
     assert await tab.has_focus() == "new"
     await tab.presses("Enter")
-    for field, text in (("phone_number", ANN), ("github_token", GITHUB), ("value", ANTHROPIC)):
-        await tab.walks_to(f"n.name === '{field}'")
-        await tab.types(text)
+    await tab.fills(phone_number=ANN, github_token=GITHUB, value=ANTHROPIC)
     await tab.chooses("Set up")
     await tab.until("document.querySelector('#who').textContent === '+1555***4567: ready'")
     assert await tab.has_focus() == "who"
@@ -5854,8 +5859,7 @@ async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_l
         assert await tab.has_focus() == change
     assert live.fly.count("restart_machine") == 1
     await tab.chooses("Change credentials")
-    await tab.walks_to("n.name === 'github_token'")
-    await tab.types("ghp_renewed")
+    await tab.fills(github_token="ghp_renewed")
     await tab.presses("Enter")
     await tab.until("document.querySelector('#news').textContent === 'Change of credentials, +1555***4567: done.'")
     assert live.fly.apps[vm["vm_id"]].secrets["GITHUB_TOKEN"] == "ghp_renewed" and await tab.has_focus() == "github_token"
@@ -5873,14 +5877,26 @@ async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_l
     assert await tab.has_focus() == "key" and await tab.js("sessionStorage.length") == 0
 
 
+async def test_a_set_up_that_fails_says_in_its_details_at_which_step_and_what_helps(live, tab):
+    await live.start()
+    live.fly.fails("create_machine", 422, body={"error": "insufficient memory"}, times=9)
+    await tab.show(live.twilio.gateway)
+    await tab.signs_in()
+    await tab.presses("Enter")
+    await tab.fills(phone_number=ANN, github_token=GITHUB, value=ANTHROPIC)
+    await tab.presses("Enter")
+    await tab.until("document.querySelector('#who').textContent.includes('failed: machine')")
+    shown = await tab.js("document.querySelector('#details').innerText")
+    assert "✓ address" in shown.replace("\u00a0", " ") and "✗ machine" in shown.replace("\u00a0", " ") and "○ health" in shown.replace("\u00a0", " ")
+    assert "insufficient memory" in shown and "Choose another region" in shown
+
+
 async def test_a_form_says_at_each_field_what_is_wrong_with_it(live, tab):
     await live.start()
     await tab.show(live.twilio.gateway)
     await tab.signs_in()
     await tab.presses("Enter")
-    for field, text in (("phone_number", "12"), ("github_token", GITHUB), ("variable", "lower case"), ("value", "x")):
-        await tab.walks_to(f"n.name === '{field}'")
-        await tab.types(text)
+    await tab.fills(phone_number="12", github_token=GITHUB, variable="lower case", value="x")
     await tab.presses("Enter")
     await tab.until("document.querySelector('#order-words').textContent === 'Correct what is marked.'")
     marked = await tab.js("[...document.querySelectorAll('#order [aria-invalid=true]')].map(n => [n.name, document.getElementById(n.getAttribute('aria-describedby')).textContent])")
@@ -5890,11 +5906,7 @@ async def test_a_form_says_at_each_field_what_is_wrong_with_it(live, tab):
     for width, scheme in ((1440, "dark"), (390, "light")):
         await tab.looks(width, scheme)
         assert await tab.js(EYES) == []
-    await tab.js("document.activeElement.select()")
-    await tab.types(ANN)
-    await tab.walks_to("n.name === 'variable'")
-    await tab.js("document.activeElement.select()")
-    await tab.types("AN_API_KEY")
+    await tab.fills(phone_number=ANN, variable="AN_API_KEY")
     await tab.presses("Enter")
     await tab.until("document.querySelector('#details').open")
     assert await tab.js("document.querySelectorAll('#order [aria-invalid], .fault').length") == 0
