@@ -4824,6 +4824,7 @@ CLOSED = Backoff(base_s=3600, cap_s=86_400)
 STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 TRACES_KEPT = 10_000
+TEXTS_SHOWN = 20  # of one VM, in its record
 
 END_TEXT = "DELETE FROM texts WHERE sid = ?"
 UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
@@ -5121,6 +5122,11 @@ class RelayState:
 
     def remember(self, trace: Trace) -> None:
         self.traces.put(trace.sid, trace, trace.began)
+
+    def texts_of(self, vm_id: str) -> list[Trace]:
+        """The ways of a VM's last 20 texts, the youngest first."""
+        newest_first = reversed(self.traces.values())
+        return [trace for trace in newest_first if trace.vm_id == vm_id][:TEXTS_SHOWN]
 
     def set_mark(self, name: str, at: float) -> Change:
         self.marks[name] = at
@@ -8061,7 +8067,10 @@ async def get_provisions(request: web.Request) -> web.Response:
 
 
 async def get_provision(request: web.Request) -> web.Response:
-    return json_response(vm_record(request.app[GATEWAY], request.match_info["vm_id"]))
+    gateway = request.app[GATEWAY]
+    record = vm_record(gateway, request.match_info["vm_id"])
+    texts = gateway.relay.state.texts_of(record["vm_id"])
+    return json_response({**record, "texts": [trace.to_json() for trace in texts]})
 
 
 async def delete_provision(request: web.Request) -> web.Response:
@@ -8398,6 +8407,7 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     names = ("vm_id", "state", "step", "region", "image", "last_error")
     row: Json = {name: record[name] or "" for name in names}
     row["phone"] = mask_phone(record["phone_number"])
+    row["paired"] = record.get("paired", True)
     row["waiting"] = gateway.relay.waiting(vm_id)
     row["last_text"] = vm.last_text if vm else None
     row["away_since"] = vm.away_since if vm else None
@@ -8474,94 +8484,109 @@ PAGE_HEAD = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <title>cockpit</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'
- fill='none' stroke='%233b6fe0' stroke-width='3'%3E%3Cpath d='M3 16a9 9 0 0 1 18 0M12 16l4-5'/%3E%3C/svg%3E">
+<link rel="icon" href="data:,">
 """
 
 PAGE_STYLE = """
-:root{color-scheme:light dark;--card:Canvas;--ink:CanvasText;--go:#3b6fe0}
-:root{--ok:#22915a;--warn:#b97a14;--bad:#d8404c}
-:root{--dim:color-mix(in srgb,var(--ink) 62%,var(--card))}
-:root{--line:color-mix(in srgb,var(--ink) 14%,var(--card))}
-:root{--soft:color-mix(in srgb,var(--ink) 5%,var(--card))}
+:root{
+color-scheme:light dark;
+scroll-padding-top:72px;
+--card:Canvas;
+--ink:CanvasText;
+--go:light-dark(#2b5fd0,#8db2ff);
+--ok:light-dark(#17743f,#56c78c);
+--warn:light-dark(#8a5800,#e5ab45);
+--bad:light-dark(#b92534,#ff9096);
+--dim:color-mix(in srgb,var(--ink) 66%,var(--card));
+--line:color-mix(in srgb,var(--ink) 14%,var(--card));
+--soft:color-mix(in srgb,var(--ink) 5%,var(--card));
+}
 *{box-sizing:border-box;min-width:0}
-[hidden],body:not(.in) :is(#tools,#board),.in #gate,:is(#troubles,#none,#toast):empty{display:none!important}
+[hidden],body:not(.in) :is(#tools,#board),.in #gate{display:none!important}
+:is(ul,#pairing,p:not([role])):empty{display:none}
 body{margin:0;background:var(--soft);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
-h1,h2,p,dl,dd,ol,ul{margin:0;padding:0;list-style:none;font-size:15px}
-code{display:block;font:12px ui-monospace,monospace;color:var(--dim)}
-button,input,select{font:inherit;font-weight:400;color:inherit;background:var(--card);padding:7px 11px}
+h1,h2,h3,p,ol,ul,dl,dd,figure{margin:0;padding:0;list-style:none;font-size:15px;outline:0}
+p,dd{font-size:14px;overflow-wrap:anywhere}
+code{font:12px ui-monospace,monospace;color:var(--dim);overflow-wrap:anywhere}
+button,input,select{font:inherit;color:inherit;background:var(--card);padding:7px 11px}
 button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
-input:not([type=checkbox]),select{width:100%}
-button{cursor:pointer;font-weight:550}
-button:hover,tbody tr:hover td{background:var(--soft)}
-button:disabled{opacity:.4}
-.go,.go:hover{background:var(--go);color:#fff}
+button,input,select,summary,label.row{min-height:40px}
+input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
+::placeholder{color:var(--dim);opacity:1}
+button,summary{cursor:pointer;font-weight:550;flex:none}
+summary{padding:9px 0}
+:is(button,#rows li):hover{background:var(--soft)}
+#kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
+.go,.go:hover{background:var(--go);border-color:var(--go);color:var(--card)}
+.go[name=teardown]{background:var(--bad);border-color:var(--bad)}
 .flat{border-color:transparent;background:none}
-.acts button{padding:3px 5px;font-size:13px}
-.error,td.last_error,[name=teardown],#kill{color:var(--bad)}
-.go[name=teardown]{background:var(--bad);color:#fff}
-.dim,small,dt,th button{color:var(--dim);font-size:12.5px;font-weight:400}
+.dim,small,dt{color:var(--dim);font-size:12.5px}
 header,.card,dialog{background:var(--card);color:var(--ink)}
-.row{display:flex;flex-wrap:wrap;gap:10px;align-items:center}
+.row{display:flex;flex-wrap:wrap;gap:8px 10px;align-items:center}
 .grow{flex:1}
 .stack{display:grid;gap:14px}
-header{padding:10px 24px;border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+.bar,#tiles .card{padding:12px 16px}
+header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
 #gate{max-width:380px;margin:14vh auto;padding:28px}
 #board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
-#tiles{display:grid;gap:12px;grid-template-columns:repeat(4,1fr) 2fr}
-#tiles .card,.bar{padding:12px 16px}
-#tiles dd{font-size:25px;font-weight:650;line-height:1.3}
-svg{display:block;width:100%;height:56px;border-bottom:1px solid var(--line);stroke-width:4.8}
+#tiles{display:grid;gap:12px;grid-template-columns:repeat(3,1fr) 3fr}
+#tiles b{display:block}
+#tiles b{font-size:25px;line-height:1.3}
+#hour{display:grid;grid-template:auto 1fr auto auto/auto 1fr;gap:1px 8px}
+figcaption{grid-column:1/-1}
+svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-width:1px 0;stroke-width:4.8}
+#hour .axis{grid-column:2;display:flex;justify-content:space-between}
+#all-sum::before,#failed-sum::before{content:"■ ";color:var(--go)}
+#failed-sum::before{color:var(--bad)}
 #work{display:flex;gap:14px;align-items:start}
-#filter{max-width:300px}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th button{border:0;padding:8px 0}
-[aria-sort=ascending] button::after{content:" ↑"}
-[aria-sort=descending] button::after{content:" ↓"}
-th,td{padding:0 6px;text-align:left;white-space:nowrap}
-td{padding:8px 6px;border-top:1px solid var(--line)}
-:is(th,td):first-child{padding-left:16px}
-.vm_id span{font-weight:600}
-td span{text-overflow:ellipsis}
-.acts{position:sticky;right:0;background:var(--card)}
-#status::before,.state span::before{content:"● ";color:var(--dim)}
-#status.live::before,.ready .state span::before{color:var(--ok)}
-#status.poll::before,:is(.away,.deleting) .state span::before{color:var(--warn)}
-#status.lost::before,.failed .state span::before{color:var(--bad)}
-.provisioning .state span::before{color:var(--go)}
-.asleep .state span::before{content:"○ "}
+#filter{flex:0 1 300px}
+#rows li{position:relative;display:grid;gap:2px 12px;padding:9px 16px;border-top:1px solid var(--line)}
+#rows li{grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;align-items:center}
+#rows .who{grid-area:who;padding:0;min-height:24px;border:0;background:none;text-align:left}
+.who::after{content:"";position:absolute;inset:0}
+#rows .spoke{grid-area:spoke;text-align:right;font-variant-numeric:tabular-nums}
+#rows p{grid-area:bad}
+#status::before,.state::before{content:"● ";color:var(--dim)}
+#status.live::before,.ready .state::before{color:var(--ok)}
+#status.poll::before,:is(.away,.deleting) .state::before{color:var(--warn)}
+#status.lost::before,.failed .state::before{color:var(--bad)}
+.asleep .state::before{content:"○ "}
 #none{padding:40px 16px;text-align:center}
-#phone{flex:0 0 310px;display:flex;flex-direction:column;height:min(640px,80vh)}
+#phone{flex:0 0 310px;display:flex;flex-direction:column;height:min(640px,100dvh - 90px)}
 #thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:4px}
-#thread:empty::before{content:"No texts yet. Choose a number and say hello.";color:var(--dim)}
-#thread li{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
-#thread li{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
-#thread .in{background:var(--go);color:#fff;align-self:flex-end}
+:is(#thread,#texts):empty::before{content:"No texts yet.";color:var(--dim)}
+#thread div{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
+#thread div{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
+#thread .in{background:var(--go);color:var(--card);align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
-#thread :is(img,time){display:block;max-width:100%;font-size:11px;opacity:.9}
-:is(#phone,.pair).row{flex-wrap:nowrap}
-dialog{padding:22px;width:min(460px,94vw)}
+#thread :is(img,time){display:block;max-width:100%;font-size:11px}
+#phone>:is(p,small){padding:0 16px}
+:is(.pair,#phone .row){flex-wrap:nowrap}
+dialog{padding:22px;width:min(640px,100vw - 20px)}
 dialog::backdrop{background:#0007}
 label:not(.row){display:grid;gap:4px;font-weight:550}
-#steps li::before{content:"○ "}
-#steps li:is(:first-child,.done+li)::before{content:"● ";color:var(--go)}
-#steps li.done:nth-child(n)::before{content:"✓ ";color:var(--ok)}
-#steps.broken{--go:var(--bad)}
-.broken+p{color:var(--bad)}
-#toast{position:fixed;inset:auto 12px 22px;margin:auto;width:fit-content;padding:11px 16px;z-index:9}
-#toast{background:var(--ink);color:var(--card);border-radius:9px}
-@media(max-width:1240px){#tiles{grid-template-columns:repeat(4,1fr)}#hour{grid-column:1/-1}}
-@media(max-width:1240px){#work{flex-direction:column;align-items:stretch}#phone{flex:none;height:520px}}
-@media(min-width:721px){:is(.image,.last_error) span{display:block;max-width:104px;overflow:hidden}}
-@media(max-width:720px){header,#board{padding:10px 12px}#mode,#number{display:none}}
-@media(max-width:720px){#tiles{grid-template-columns:1fr 1fr}tr{padding:10px}}
-@media(max-width:720px){table,thead,tbody,tr,td{display:block}thead tr{display:flex;flex-wrap:wrap}}
-@media(max-width:720px){tbody tr{border-top:1px solid var(--line)}th:first-child{padding:0 6px}}
-@media(max-width:720px){td,td:first-child{border:0;padding:1px 6px;white-space:normal}}
-@media(max-width:720px){td:has(span:empty){display:none}}
-@media(max-width:720px){td:nth-child(n+3)::before{content:attr(data-name)" ";color:var(--dim)}}
+#make{max-width:460px}
+#record{display:grid;grid-template-columns:5em 1fr;gap:3px 12px}
+.code{font:700 40px ui-monospace,monospace;letter-spacing:.12em}
+#texts li{padding:6px 0;border-top:1px solid var(--line)}
+#texts :is(small,code){display:block}
+details p{margin-bottom:10px}
+#changes :last-child>.go{background:var(--bad);border-color:var(--bad)}
+@media(min-width:1241px){#to-phone{display:none}}
+@media(max-width:1240px){
+#tiles{grid-template-columns:repeat(3,1fr)}
+#hour{grid-column:1/-1}
+#work{flex-direction:column;align-items:stretch}
+#phone{flex:none}
+}
+@media(max-width:720px){
+header,#board{padding:8px 12px}
+#mode,#rows code{display:none}
+#rows li{grid-template:"who spoke" "state state" "bad bad"/1fr auto}
+#status{order:9;flex:1 0 100%}
+#new{margin-left:auto}
+}
 """
 
 PAGE_BODY = """
@@ -8569,7 +8594,6 @@ PAGE_BODY = """
 <h1>cockpit</h1>
 <div id="tools" class="row grow">
 <span id="mode" class="dim"></span>
-<span id="number" class="dim"></span>
 <span id="status" class="dim grow" role="status"></span>
 <button id="new" class="go">New VM</button>
 <button id="out" class="flat">Sign out</button>
@@ -8579,7 +8603,8 @@ PAGE_BODY = """
 <form id="enter" class="stack">
 <h2>Sign in</h2>
 <p class="dim">The page keeps the key in this tab only.</p>
-<label>API key <input id="key" type="password" autocomplete="off" required autofocus></label>
+<label>API key
+<input id="key" type="password" autocomplete="off" required autofocus aria-describedby="why hint"></label>
 <p id="hint" class="dim">{hint}</p>
 <p id="why" class="error" role="alert"></p>
 <button class="go">Open</button>
@@ -8588,21 +8613,25 @@ PAGE_BODY = """
 <main id="board">
 <div class="stack">
 <ul id="troubles" class="card" aria-label="Troubles"></ul>
-<dl id="tiles">
-<div class="card"><dt>VMs</dt><dd id="vms">–</dd><small id="states"></small></div>
-<div class="card"><dt>Texts a minute</dt><dd id="rate">–</dd><small id="texts"></small></div>
-<div class="card"><dt>Text to answer</dt><dd id="median">–</dd><small id="p99"></small></div>
-<div class="card"><dt>Waiting</dt><dd id="waiting">–</dd><small id="oldest"></small></div>
-<div id="hour" class="card">
-<dt id="chart">Last hour</dt>
-<dd>
+<div id="tiles">
+<div class="card"><span class="dim">VMs</span><b id="vms">–</b><small id="states"></small></div>
+<div class="card"><span class="dim">Text to answer</span><b id="median">–</b><small id="p99"></small></div>
+<div class="card"><span class="dim">Waiting</span><b id="waiting">–</b><small id="oldest"></small></div>
+<figure id="hour" class="card">
+<figcaption class="row dim">
+<span id="rate" class="grow"></span>
+<span id="all-sum"></span>
+<span id="failed-sum"></span>
+</figcaption>
+<small id="most"></small>
 <svg viewBox="0 0 360 56" preserveAspectRatio="none" aria-hidden="true">
-<path id="good" stroke="var(--go)"/>
+<path id="all" stroke="var(--go)"/>
 <path id="failed" stroke="var(--bad)"/>
 </svg>
-</dd>
+<small>0</small>
+<small class="axis"><span>60 min ago</span><span>now</span></small>
+</figure>
 </div>
-</dl>
 <div id="work">
 <section class="card grow" aria-label="VMs">
 <div class="bar row">
@@ -8610,55 +8639,66 @@ PAGE_BODY = """
 <span id="count" class="dim grow" role="status"></span>
 <input id="filter" type="search" placeholder="Number, VM, state, image, error" aria-label="Filter the VMs">
 </div>
-<div class="scroll"><table><thead><tr id="heads"></tr></thead><tbody id="rows"></tbody></table></div>
+<ul id="rows"></ul>
 <p id="none" class="dim"></p>
 </section>
 {phone}</div>
 </div>
 </main>
+<dialog id="details" aria-labelledby="who" closedby="any">
+<div class="stack">
+<form method="dialog" class="row">
+<h2 id="who" class="grow" tabindex="-1" autofocus></h2>
+<button class="flat">Close</button>
+</form>
+<div id="pairing" class="stack"></div>
+<p id="trouble" class="error"></p>
+<dl id="record"></dl>
+<div id="changes">
+<details name="change">
+<summary>Change credentials</summary>
+<form id="renew" class="stack">
+<p>What you leave empty stays as it is. The VM restarts; its texts wait.</p>
+<label>GitHub token <input name="github_token" type="password" autocomplete="off"></label>
+<strong>API keys</strong>
+<button type="button" name="more" class="flat">+ Another key</button>
+<button class="go">Change credentials</button>
+</form>
+</details>
+</div>
+<p id="news" role="status"></p>
+<h3>Last texts since the gateway started</h3>
+<ol id="texts"></ol>
+</div>
+</dialog>
 <dialog id="make" aria-labelledby="make-title">
 <form id="order" class="stack">
-<h2 id="make-title" role="status"></h2>
-<div id="fields" class="stack">
-<label>Phone number <input name="phone" inputmode="tel" placeholder="+1 555 010 0199" required></label>
-<label>GitHub token <input name="token" type="password" autocomplete="off" required></label>
+<h2 id="make-title">New VM</h2>
+<label>Phone number
+<input name="phone_number" inputmode="tel" placeholder="+1 555 010 0199" required></label>
+<label>GitHub token <input name="github_token" type="password" autocomplete="off" required></label>
 <strong>API keys</strong>
-<div id="keys" class="stack">
-<div class="pair row">
-<input name="variable" value="ANTHROPIC_API_KEY" aria-label="Name of the variable">
-<input name="value" type="password" autocomplete="off" aria-label="Value of the variable">
-</div>
-</div>
-<button type="button" id="more" class="flat">+ Another key</button>
+<button type="button" name="more" value="ANTHROPIC_API_KEY" class="flat">+ Another key</button>
 <label>Region <select name="region" id="region"></select></label>
 <label class="row"><input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
+<label class="row"><input name="verify" type="checkbox"> Run texts only once its phone sent a code</label>
+<p id="order-words" role="alert" class="error"></p>
 <button class="go">Set up</button>
-</div>
-<ol id="steps"></ol>
-<p id="order-words" role="alert"></p>
 <button type="button" id="close" class="flat">Close</button>
 </form>
 </dialog>
-<dialog id="ask" aria-labelledby="ask-title" aria-describedby="ask-words">
-<form method="dialog" class="stack">
-<h2 id="ask-title"></h2>
-<p id="ask-words"></p>
-<button id="ask-yes" class="go" value="yes"></button>
-<button class="flat" value="" autofocus>Cancel</button>
-</form>
-</dialog>
-<div id="toast" role="status"></div>
 """
 
 PAGE_PHONE_PANE = """<section id="phone" class="card" aria-label="Phone">
 <div class="bar row">
-<input id="from" class="grow" list="known" inputmode="tel" placeholder="+1 555 010 0199" aria-label="Number">
+<input id="from" form="send" list="known" inputmode="tel" placeholder="+1 555 010 0199" aria-label="Number">
 <datalist id="known"></datalist>
-<button id="kill" title="End the process of this number's VM">Kill VM</button>
+<button id="kill">Kill VM</button>
 </div>
-<ol id="thread" role="log" aria-label="Texts" tabindex="0"></ol>
+<div id="thread" role="log" aria-label="Texts" tabindex="0"></div>
+<p id="phone-words" class="dim" role="status"></p>
 <form id="send" class="bar row">
-<input id="words" class="grow" autocomplete="off" maxlength="1600" required placeholder="Text your VM">
+<input id="words" autocomplete="off" maxlength="1600" required placeholder="Text your VM">
 <button class="go">Send</button>
 </form>
 </section>
@@ -8666,33 +8706,23 @@ PAGE_PHONE_PANE = """<section id="phone" class="card" aria-label="Phone">
 
 PAGE_FEED = r"""
 'use strict';
-const REMEDY = {
-  unauthorized: 'Sign in with the key that COCKPIT_API_KEY holds now.',
-  too_many: 'Wait a few seconds, then try again.',
-  vm_limit: 'Tear one down, or raise VM_LIMIT.',
-  storage: 'Check the disk that ROUTES_FILE is on.',
-  fly_rejected: 'Check FLY_API_TOKEN and FLY_ORG; python cockpit.py doctor says more.',
-  fly_unavailable: 'Fly may be having trouble: try again in a minute.',
-  no_capacity: 'Choose another region, or try again later.',
-  vm_unhealthy: 'Check VM_IMAGE: it must answer GET /health on port 3000.',
-  draining: 'The gateway is restarting: try again in a moment.',
-  phone_taken: 'Tear that VM down first if you want a new one.',
-  unknown_vm: 'It was torn down meanwhile.',
-  wrong_state: 'Wait until it is ready.',
-  internal: 'The gateway\u2019s log says what happened.',
-};
-const FIELDS = {
-  phone_number: 'The phone number',
-  github_token: 'The GitHub token',
-  api_keys: 'The API keys',
-  region: 'The region',
-};
+const REMEDIES = [  // by code or state, and words
+  [/^unauthorized/, 'Sign in with the key that COCKPIT_API_KEY holds now.'],
+  [/^not_found/, 'This gateway cannot do that.'],
+  [/^away/, 'Its texts are kept and run when it is back; if this lasts, restart it.'],
+  [/^failed .*gone/, 'Tear it down, then set it up anew.'],
+  [/ not paired/, 'Text the code in its details from that phone.'],
+  [/ Twilio/, 'This goes away with the next answer that arrives.'],
+  [/\/health/, 'VM_IMAGE must answer GET /health on port 3000.'],
+  [/ no room/, 'Choose another region, or try again later.'],
+  [/ Fly/, 'Check FLY_API_TOKEN and FLY_ORG; python cockpit.py doctor says more.'],
+  [/^ready/, 'Try it again.'],
+];
 let key = sessionStorage.getItem('cockpit-key') || '';
 let feed = 0;  // raised to end the one before
 let failures = 0;
 let cut = new AbortController();
 let heardAt = 0;
-let toastEnd = 0;
 
 const $ = id => document.getElementById(id);
 const sleep = ms => new Promise(done => setTimeout(done, ms));
@@ -8706,47 +8736,54 @@ function put(node, words) {
   if (node.textContent !== words) node.textContent = words;
 }
 const say = (id, words) => put($(id), words.toLocaleString('en'));
-function toast(words) {
-  say('toast', words);
-  clearTimeout(toastEnd);
-  toastEnd = setTimeout(say, 7000, 'toast', '');
+const sentence = words => `${words[0].toUpperCase()}${words.slice(1)}.`.replace(/\.\.$/, '.');
+function withRemedy(kind, words) {
+  const [, remedy = ''] = REMEDIES.find(([pattern]) => pattern.test(`${kind} ${words}`)) || [];
+  return `${sentence(words)} ${remedy}`;
 }
 
-const failure = problem => Object.assign(new Error(problem.detail), {problem});
 async function api(path, options) {
   const headers = {Authorization: `Bearer ${key}`, ...options?.headers};
   const answer = await fetch(path, {cache: 'no-store', ...options, headers});
   if (answer.ok) return answer;
   const told = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
-  throw failure({detail: `the gateway answered ${answer.status}`, ...told});
+  throw {problem: {detail: `the gateway answered ${answer.status}`, ...told}};
 }
-function post(path, body, accept = 'application/json') {
-  const headers = {'Content-Type': 'application/json', Accept: accept};
-  return api(path, {method: 'POST', body: JSON.stringify(body), headers});
+function post(path, body, more, method = 'POST') {
+  const headers = {'Content-Type': 'application/json', ...more};
+  return api(path, {method, body: JSON.stringify(body), headers});
 }
 function explain({problem}) {
   if (!problem) return 'The gateway did not answer. Check that it is running, then try again.';
-  const {code, detail, errors = []} = problem;
-  const name = field => FIELDS[field] || field.replace('api_keys.', '');
-  const faults = errors.map(({field, message}) => `${name(field)} ${message}`).join('; ');
-  const words = code === 'unauthorized' ? 'that key is not accepted' : faults || detail;
-  return `${words[0].toUpperCase()}${words.slice(1)}. ${REMEDY[code] || ''}`;
+  const {code, detail} = problem;
+  const words = code === 'unauthorized' ? 'that key is not accepted' : detail;
+  return withRemedy(code, words);
 }
 
-async function* eventsOf(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let text = '';
-  for (;;) {
-    const {value, done} = await reader.read().catch(() => ({done: true}));
-    if (done) return;
-    const blocks = (text + value).split('\n\n');
-    text = blocks.pop();
-    for (const block of blocks) {
-      const found = /^event: (.*)\ndata: (.*)$/.exec(block);
-      if (found) yield [found[1], JSON.parse(found[2])];
-    }
+function clearFaults(form) {
+  for (const words of document.querySelectorAll('.fault')) words.remove();
+  for (const field of form.elements) {
+    field.removeAttribute('aria-invalid');
+    field.removeAttribute('aria-describedby');
   }
 }
+function fieldOf(form, field) {
+  const names = [...form.querySelectorAll('[name=variable]')];
+  return form.elements[field] || names.find(({value}) => `api_keys.${value.trim()}` === field) || names[0];
+}
+function showFaults(form, error) {  // each at its field; returns what to say of the whole
+  for (const fault of error.problem?.errors || []) {
+    const field = fieldOf(form, fault.field);
+    const id = `${form.id}-${fault.field}`;
+    field.setAttribute('aria-invalid', 'true');
+    field.setAttribute('aria-describedby', id);
+    field.closest('label,.row').after(make('small', {id, className: 'fault'}, sentence(fault.message)));
+  }
+  const first = [...form.elements].find(({ariaInvalid}) => ariaInvalid);
+  first?.focus();
+  return first ? 'Correct what is marked.' : explain(error);
+}
+
 function status(kind, words) {
   $('status').className = `dim grow ${kind}`;
   say('status', words);
@@ -8757,19 +8794,25 @@ function readFeed(accept) {
   return api('events', {headers: {Accept: accept}, signal: cut.signal});
 }
 async function stream() {
-  for await (const [name, told] of eventsOf(await readFeed('text/event-stream'))) {
+  const {body} = await readFeed('text/event-stream');
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let text = ''; ;) {
+    const {value, done} = await reader.read();
+    if (done) throw new Error('the stream ended');
+    const blocks = (text + value).split('\n\n');
+    text = blocks.pop();
+    for (const block of blocks) {
+      const [, name, told] = /^event: (.*)\ndata: (.*)$/.exec(block);
+      TAKE[name](JSON.parse(told));
+    }
     heardAt = performance.now();
     failures = 0;
     status('live', 'Live');
-    if (name === 'fleet') takeFleet(told);
-    if (name === 'table') takeTable(told);
   }
-  throw new Error('the stream ended');
 }
 async function poll() {
   const told = await (await readFeed('application/json')).json();
-  takeFleet(told.fleet);
-  takeTable(told.table);
+  for (const name in told) TAKE[name](told[name]);
   status('poll', 'Live, every 5 s');
   await sleep(5000);
 }
@@ -8799,10 +8842,10 @@ function leave(why) {
   cut.abort();
   key = '';
   sessionStorage.removeItem('cockpit-key');
-  $('make').close();
-  $('ask').close();
+  for (const dialog of document.querySelectorAll('dialog')) dialog.close();
   document.body.className = '';
   say('why', why);
+  $('key').ariaInvalid = `${why !== ''}`;
   $('key').value = '';
   $('key').focus();
 }
@@ -8819,41 +8862,29 @@ $('enter').onsubmit = async event => {
   }
 };
 $('out').onclick = () => leave('');
-document.addEventListener('DOMContentLoaded', () => {  // the rest of the script is read by then
-  if (key) follow();
-});
 """
 
 PAGE_BOARD = r"""
-const COLUMNS = [
-  ['vm_id', 'VM', row => row.phone],
-  ['state', 'State', row => (row.step ? `${row.state}: ${row.step}` : row.state)],
-  ['region', 'Region', row => row.region],
-  ['image', 'Image', row => row.image.split('/').pop()],
-  ['waiting', 'Waiting', row => row.waiting || ''],
-  ['last_text', 'Last text', row => ago(row.last_text)],
-  ['away_since', 'Away since', row => ago(row.away_since)],
-  ['last_error', 'Last error', row => row.last_error],
-];
-const FILTERED = ['phone', 'vm_id', 'state', 'region', 'image', 'last_error'];
-const LARGEST_FIRST = ['waiting', 'last_text', 'away_since'];
-const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [1, 's']];
-let sortedBy = 'vm_id';
-let isFalling = false;
+const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [0, 's']];
 let fleet = null;
 let table = null;
 let skew = 0;  // of the gateway's clock against the browser's
 
-function span(seconds) {
-  if (seconds < 1) return `${Math.round(seconds * 1000)} ms`;
-  if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
+const took = seconds => `${Number(seconds.toFixed(seconds < 10 ? 2 : 0))} s`;
+const when = at => new Date(at > 1e9 ? at * 1000 : at).toLocaleString();
+function since(at) {
+  const seconds = Math.max(0, Date.now() / 1000 + skew - at);
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
-  return `${Math.floor(seconds / size)} ${unit}`;
+  return `${Math.floor(seconds / (size || 1))} ${unit}`;
 }
-function ago(at) {
-  const seconds = Math.round(Date.now() / 1000 + skew - at);
-  if (!at || seconds < 2) return at ? 'now' : '';
-  return `${span(seconds)} ago`;
+function troubleOf(row) {
+  const silent = row.away_since ? `no answer for ${since(row.away_since)}` : '';
+  const words = row.last_error || silent || (row.paired === false ? 'not paired yet' : '');
+  return words && withRemedy(row.state, words);
+}
+function stateOf({state, step, waiting, paired}) {
+  const how = paired === false && state === 'ready' ? 'not paired' : state;
+  return (step ? `${how}: ${step}` : how) + (waiting ? `, ${waiting} waiting` : '');
 }
 function takeFleet(told) {
   fleet = told;
@@ -8863,77 +8894,64 @@ function takeFleet(told) {
   if (!$('region').length) $('region').append(...regions);
   const states = Object.entries(fleet.vms).filter(([, count]) => count);
   const sum = counts => counts.reduce((total, count) => total + count, 0);
-  const good = fleet.hour.map(([count]) => count);
   const failed = fleet.hour.map(([, count]) => count);
-  const most = Math.max(8, ...good, ...failed);
-  for (const name of ['mode', 'number', 'waiting']) say(name, fleet[name]);
+  const all = fleet.hour.map(sum);
+  const most = Math.max(4, ...all);
+  say('mode', `${fleet.mode} ${fleet.number}`);
+  say('waiting', fleet.waiting);
   say('vms', sum(Object.values(fleet.vms)));
   say('states', states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet');
-  say('rate', fleet.texts_a_minute);
-  say('texts', `${sum(good)} in the last hour`);
-  say('median', fleet.median_s === null ? '–' : span(fleet.median_s));
-  say('p99', fleet.median_s === null ? 'no answers yet' : `median; p99 ${span(fleet.p99_s)}`);
-  say('oldest', fleet.waiting ? `oldest ${span(fleet.oldest_s)}` : 'nothing waits');
-  say('chart', `Last hour: ${sum(good)} texts, ${sum(failed)} failures`);
-  drawBars('good', good, most);
+  say('rate', `${fleet.texts_a_minute} texts a minute`);
+  say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
+  say('p99', fleet.median_s === null ? 'no answers yet' : `half of them; 99 % in ${took(fleet.p99_s)}`);
+  say('oldest', fleet.waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits');
+  say('all-sum', `${sum(all)} in the last hour`);
+  say('failed-sum', `${sum(failed)} failed`);
+  say('most', most);
+  drawBars('all', all, most);
   drawBars('failed', failed, most);
   $('troubles').replaceChildren(...fleet.troubles.map(words => make('li', {}, words)));
+  if ($('details').open) readVm();
 }
 function drawBars(id, counts, most) {
   const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
   $(id).setAttribute('d', bars.join(''));
 }
 
-function maskPhone(words) {  // as the gateway masks the numbers in the rows
-  const phone = `+${words.replace(/[+ .()-]/g, '')}`;
-  if (!/^\+\d{7,15}$/.test(phone)) return words;
-  const shown = Math.min(5, Math.max(2, phone.length - 7));
-  return `${phone.slice(0, shown)}***${phone.slice(-4)}`;
-}
 function isFound(row, needle) {
-  const words = FILTERED.map(name => row[name]).join(' ').toLowerCase();
-  return words.includes(needle) || words.includes(maskPhone(needle));
+  const words = Object.values(row).join(' ').toLowerCase();
+  const end = /^\+?[\d .()-]{7,}$/.test(needle) && needle.replace(/\D/g, '').slice(-4);
+  return words.includes(end ? `***${end}` : needle);  // the feed masks numbers
 }
-function compare(one, other) {
-  const [left, right] = [one[sortedBy] ?? 0, other[sortedBy] ?? 0];
-  const order = (left > right) - (left < right);
-  return isFalling ? -order : order;
-}
+const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
-  const cells = COLUMNS.map(([name, title]) => {
-    const cell = make('td', {className: name}, make('span'));
-    cell.dataset.name = title;
-    return cell;
-  });
-  cells[0].append(make('code', {}, row.vm_id));
-  const buttons = Object.entries(CHANGES).map(([name, [title]]) => {
-    const button = make('button', {name, className: 'flat', onclick: () => ask(row, name)}, title);
-    button.ariaLabel = `${title} ${row.phone}`;
-    return button;
-  });
-  cells.push(make('td', {className: 'acts'}, ...buttons));
-  return make('tr', {id: `row-${row.vm_id}`}, ...cells);
+  const open = () => showDetails(row);
+  return make('li', {id: `row-${row.vm_id}`},
+    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick: open}, row.phone),
+    make('code', {}, row.vm_id),
+    make('span', {className: 'state'}),
+    make('span', {className: 'spoke dim'}),
+    make('p', {className: 'error'}));
 }
 function lineOf(row) {
   const line = $(`row-${row.vm_id}`) || newLine(row);
-  line.className = row.state;
-  COLUMNS.forEach(([name, , words], at) => {
-    put(line.cells[at].firstChild, `${words(row)}`);
-    if (['image', 'last_error'].includes(name)) line.cells[at].title = row[name];
-  });
-  const isUp = ['ready', 'asleep', 'away'].includes(row.state);
-  for (const button of line.lastChild.children) button.disabled = !isUp && button.name !== 'teardown';
+  const [, , state, spoke, trouble] = line.children;
+  line.className = row.paired === false ? 'away' : row.state;
+  put(state, stateOf(row));
+  put(spoke, row.last_text ? `${since(row.last_text)} ago` : 'no text lately');
+  put(trouble, troubleOf(row));
   return line;
 }
 function drawTable() {
   const {rows, total} = table;
   const needle = $('filter').value.trim().toLowerCase();
-  const found = rows.filter(row => isFound(row, needle)).sort(compare).map(lineOf);
+  const some = rows.filter(row => isFound(row, needle));
+  const found = some.sort((one, other) => rank(one) - rank(other)).map(lineOf);
   const shown = $('rows').children;
   if (found.length !== shown.length || found.some((line, at) => line !== shown[at])) {
-    const focused = document.activeElement;  // moving a line takes the focus from its buttons
+    const focused = document.activeElement;  // moving a line takes the focus from it
     $('rows').replaceChildren(...found);
-    focused.focus();
+    (focused.isConnected ? focused : $('filter')).focus();
   }
   const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
   say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
@@ -8942,18 +8960,9 @@ function drawTable() {
 function takeTable(told) {
   table = told;
   drawTable();
+  shown = told.rows.find(({vm_id}) => vm_id === shown.vm_id) || shown;
 }
-function sortBy(name) {
-  isFalling = sortedBy === name ? !isFalling : LARGEST_FIRST.includes(name);
-  sortedBy = name;
-  for (const head of $('heads').children) head.ariaSort = null;
-  $(`by-${name}`).ariaSort = isFalling ? 'descending' : 'ascending';
-  if (table) drawTable();
-}
-for (const [name, title] of COLUMNS) {
-  const button = make('button', {onclick: () => sortBy(name)}, title);
-  $('heads').append(make('th', {id: `by-${name}`, scope: 'col'}, button));
-}
+const TAKE = {fleet: takeFleet, table: takeTable};
 $('filter').oninput = () => table && drawTable();
 setInterval(() => {
   if (performance.now() - heardAt > 15000) cut.abort();
@@ -8963,118 +8972,158 @@ setInterval(() => {
 
 PAGE_ACTIONS = r"""
 const CHANGES = {
-  restart: ['Restart', 'is restarted. What it runs now is cut off and handed over again. Texts wait.'],
-  upgrade: ['Upgrade', 'moves to the present VM_IMAGE, and back if that does not answer. Texts wait.'],
-  teardown: ['Tear down', 'is destroyed with its disk, and its number is freed. Texts that wait are not '
-    + 'run; the owner is told. This cannot be undone.'],
+  Lock: 'Runs nothing more until its phone texts a new pairing code. Texts that wait are dropped.',
+  Restart: 'What it runs now is cut off and handed over again. Texts wait.',
+  Upgrade: 'Moves it to the present VM_IMAGE, and back if that does not answer. Texts wait.',
+  'Tear down': 'Destroys it and its disk, frees its number, drops texts that wait. This cannot be undone.',
 };
-const STEPS = {
-  app: 'Create the app',
-  secrets: 'Store the credentials',
-  address: 'Allocate an address',
-  volume: 'Create the volume, if it has one',
-  machine: 'Create the machine',
-  start: 'Start it',
-  health: 'Wait for its /health',
+const STEPS = ['app', 'secrets', 'address', 'volume', 'machine', 'start', 'health'];
+const RECORD = {
+  vm_id: 'VM',
+  machine_id: 'Machine',
+  vm_url: 'Address',
+  region: 'Region',
+  image: 'Image',
+  created_at: 'Created',
+  steps: 'Steps',
+  awake_s: 'Awake',
 };
-let isSettingUp = false;
+let shown = {};  // the row whose details are open
 
-function ask(row, name) {
-  const [title, words] = CHANGES[name];
-  say('ask-title', `${title} ${row.phone}?`);
-  say('ask-words', `${row.vm_id} ${words}`);
-  say('ask-yes', title);
-  $('ask-yes').name = name;
-  $('ask').returnValue = '';
-  $('ask').onclose = () => $('ask').returnValue && change(row, name, `${title} ${row.phone}`);
-  $('ask').showModal();
+function stepsOf({state, step, steps = {}}) {
+  const now = STEPS.includes(step) ? STEPS.indexOf(step) : 9;
+  return STEPS.map((name, at) => {
+    const time = name in steps ? ` ${took(steps[name])}` : '';
+    const mark = at < now ? '✓' : at > now ? '○' : state === 'failed' ? '✗' : '●';
+    return `${mark}\u00a0${name}${time}`;
+  }).join(', ');
 }
-async function change(row, name, title) {
-  const path = `provision/${row.vm_id}`;
-  const isLast = name === 'teardown';
-  toast(`${title}: under way.`);
+function pairingOf({paired, pairing_code: code}) {
+  const words = 'Text this code from that phone to connect it. Until then nothing of it is run.';
+  return paired === false && code ? [make('b', {className: 'code'}, code), make('p', {}, words)] : [];
+}
+function newText({message_sid: sid, outcome, steps, errors}) {
+  const way = steps.slice(1).map(({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`);
+  const faults = errors.map(({error}) => make('small', {className: 'error'}, error));
+  const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
+  return make('li', {}, words, make('small', {}, way.join(', ')), ...faults, make('code', {}, sid));
+}
+function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
+  if ($(id).textContent !== kids.map(kid => kid.textContent).join('')) $(id).replaceChildren(...kids);
+}
+function drawDetails(vm) {
+  const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
+  if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
+  const known = Object.entries(RECORD).filter(([name]) => facts[name]);
+  const lines = known.flatMap(([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])]);
+  draw('pairing', pairingOf(vm));
+  draw('record', lines);
+  draw('texts', vm.texts.map(newText));
+}
+async function readVm() {
+  const {vm_id} = shown;
   try {
-    const answer = await (isLast ? api(path, {method: 'DELETE'}) : post(`${path}/${name}`, {}));
-    const isOpen = answer.status === 202;
-    toast(`${title}: ${isOpen ? 'Fly has not confirmed yet; it is tried until it has.' : 'done.'}`);
+    const told = await (await api(`provision/${vm_id}`)).json();
+    if (vm_id !== shown.vm_id) return;
+    const vm = {...shown, ...told};
+    say('who', `${vm.phone}: ${stateOf(vm)}`);
+    say('trouble', troubleOf(vm));
+    drawDetails(vm);
   } catch (error) {
-    toast(`${title}: ${explain(error)}`);
+    if (vm_id !== shown.vm_id) return;
+    say('who', shown.phone);
+    say('trouble', explain(error));
   }
 }
+async function showDetails(row) {
+  shown = row;
+  say('news', '');
+  for (const id of ['pairing', 'record', 'texts']) draw(id, []);
+  $('renew').reset();
+  for (const more of $('changes').children) more.open = false;
+  await readVm();
+  $('details').showModal();
+}
+$('details').onclose = () => {  // its row may be gone
+  const row = $(`row-${shown.vm_id}`) || $('rows').firstChild;
+  (row?.firstChild || $('new')).focus();
+};
 
-function readOrder() {
-  const form = new FormData($('order'));
-  const values = form.getAll('value');
-  const pairs = form.getAll('variable').map((name, at) => [name.trim(), values[at]]);
+async function change(title, call, form) {
+  const what = `${title}, ${shown.phone}`;
+  say('news', `${what}: under way.`);
+  try {
+    const {status} = await call(`provision/${shown.vm_id}`);
+    form?.reset();
+    const end = status === 202 ? 'Fly has not confirmed yet; it is asked until it has.' : 'done.';
+    say('news', `${what}: ${end}`);
+  } catch (error) {
+    say('news', `${what}: ${form ? showFaults(form, error) : explain(error)}`);
+  }
+  readVm();
+}
+for (const [title, words] of Object.entries(CHANGES)) {
+  const call = path => title === 'Tear down'
+    ? api(path, {method: 'DELETE'})
+    : post(`${path}/${title.toLowerCase()}`, {});
+  const button = make('button', {className: 'go', onclick: () => change(title, call)}, title);
+  const more = make('details', {}, make('summary', {}, title), make('p', {}, words), button);
+  more.name = 'change';
+  $('changes').append(more);
+}
+
+function readForm(form) {
+  const given = new FormData(form);
+  const values = given.getAll('value');
+  const pairs = given.getAll('variable').map((name, at) => [name.trim(), values[at]]);
+  const named = pairs.filter(([name, value]) => name || value);
   return {
-    phone_number: form.get('phone').trim(),
-    github_token: form.get('token'),
-    api_keys: Object.fromEntries(pairs.filter(([name, value]) => name || value)),
-    region: form.get('region') || undefined,
-    welcome: form.has('welcome'),
+    phone_number: given.get('phone_number')?.trim(),
+    github_token: given.get('github_token') || undefined,
+    api_keys: named.length ? Object.fromEntries(named) : undefined,
+    region: given.get('region') || undefined,
+    welcome: given.has('welcome') || undefined,
+    verify: given.has('verify') || undefined,
   };
 }
-function finishStep(step, words) {
-  const line = $(`step-${step}`);
-  say(`took-${step}`, words);
-  for (let done = line; done; done = done.previousElementSibling) done.className = 'done';
+function addPair(more, name) {
+  const variable = {name: 'variable', defaultValue: name, ariaLabel: 'Name of the variable'};
+  const value = {name: 'value', type: 'password', autocomplete: 'off', ariaLabel: 'Value of the variable'};
+  more.before(make('div', {className: 'pair row'}, make('input', variable), make('input', value)));
 }
-async function followOrder(answer) {
-  const lines = Object.entries(STEPS).map(([step, title]) => {
-    return make('li', {id: `step-${step}`}, `${title} `, make('small', {id: `took-${step}`}));
-  });
-  $('steps').replaceChildren(...lines);
-  if (answer.headers.get('Content-Type').includes('json')) return answer.json();
-  for await (const [name, told] of eventsOf(answer)) {
-    if (name === 'ready') return told;
-    if (name === 'failed') throw failure({...told, detail: `${told.detail}. What was made is being undone`});
-    if (told.step in STEPS) finishStep(told.step, span(told.seconds));
-  }
-  throw failure({detail: 'the connection broke; the gateway goes on by itself, as the table shows'});
+for (const more of document.getElementsByName('more')) {
+  addPair(more, more.value);
+  more.onclick = () => {
+    addPair(more, '');
+    more.previousElementSibling.firstElementChild.focus();
+  };
 }
-function showOrder(title, areFieldsShown) {
-  $('fields').hidden = !areFieldsShown;
-  $('steps').className = '';
-  $('steps').replaceChildren();
-  say('make-title', title);
-  say('order-words', '');
-}
+$('renew').onsubmit = event => {
+  event.preventDefault();
+  const form = $('renew');
+  clearFaults(form);
+  change('Change of credentials', path => post(path, readForm(form), {}, 'PATCH'), form);
+};
+
 $('order').onsubmit = async event => {
   event.preventDefault();
-  const order = readOrder();
-  const phone = order.phone_number;
-  const began = performance.now();
-  showOrder(`Setting up ${phone}`, false);
-  isSettingUp = true;
+  const form = $('order');
+  clearFaults(form);
+  say('order-words', '');
   try {
-    const vm = await followOrder(await post('provision', order, 'text/event-stream'));
-    const took = span((performance.now() - began) / 1000);
-    const code = vm.pairing_code;
-    finishStep('health', '');
-    say('make-title', `${phone} is ready`);
-    const next = code ? `Text ${code} from that phone to pair it.` : 'Its phone can text now.';
-    say('order-words', `${vm.vm_id}, after ${took}. ${next}`);
-    $('order').reset();
-    document.dispatchEvent(new CustomEvent('vm-ready', {detail: phone}));
+    const order = readForm(form);
+    const vm = await (await post('provision', order, {Prefer: 'respond-async'})).json();
+    form.reset();
+    document.dispatchEvent(new CustomEvent('vm-made', {detail: vm.phone_number}));
+    $('make').close();
+    showDetails({...vm, phone: 'New VM'});
   } catch (error) {
-    $('fields').hidden = false;
-    $('steps').className = 'broken';
-    say('make-title', `${phone} could not be set up`);
-    say('order-words', explain(error));
+    say('order-words', showFaults(form, error));
   }
-  isSettingUp = false;
 };
-$('new').onclick = () => {
-  if (!isSettingUp) showOrder('New VM', true);
-  $('make').showModal();
-};
+$('new').onclick = () => $('make').showModal();
 $('close').onclick = () => $('make').close();
-$('more').onclick = () => {
-  const pair = $('keys').firstElementChild.cloneNode(true);
-  for (const input of pair.children) input.value = input.defaultValue = '';
-  $('keys').append(pair);
-  pair.firstElementChild.focus();
-};
+if (key) follow();
 """
 
 PAGE_PHONE = r"""
@@ -9092,7 +9141,7 @@ function bubble({at, body, direction, media}) {
   const urls = media.map(url => new URL(url, location));
   const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture'}));
   const className = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
-  return make('li', {className}, body, ...pictures, make('time', {}, new Date(at).toLocaleTimeString()));
+  return make('div', {className}, body, ...pictures, make('time', {}, new Date(at).toLocaleTimeString()));
 }
 async function readThread() {
   const list = $('thread');
@@ -9118,26 +9167,28 @@ $('send').onsubmit = async event => {
   event.preventDefault();
   const body = $('words').value;
   $('words').value = '';
+  clearFaults($('send'));
   try {
     const answer = await post('_local/texts', {from: number(), body});
     const {webhook_status: code} = await answer.json();
-    if (code !== 200) toast(`The gateway answered this text with ${code}. Its log says why.`);
+    say('phone-words', code === 200 ? '' : `The gateway answered this text with ${code}. Its log says why.`);
   } catch (error) {
     $('words').value = body;
-    toast(explain(error));
+    say('phone-words', showFaults($('send'), error));
   }
 };
 $('kill').onclick = async () => {
   const vm = vms.find(known => known.phone_number === number());
-  if (!vm) return toast('This number has no VM. New VM sets one up.');
+  if (!vm) return say('phone-words', 'This number has no VM. New VM sets one up.');
   try {
     await post(`_local/vms/${vm.vm_id}/kill`, {});
-    toast('Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.');
+    say('phone-words', 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.');
   } catch (error) {
-    toast(explain(error));
+    say('phone-words', explain(error));
   }
 };
-document.addEventListener('vm-ready', event => { $('from').value = event.detail; });
+document.addEventListener('vm-made', event => { $('from').value = event.detail; });
+$('out').before(make('button', {id: 'to-phone', onclick: () => $('words').focus()}, 'Phone'));
 followThread();
 """
 # --- Local world ---
