@@ -1004,6 +1004,28 @@ class FakeTwilio(Fake):
 
 # --- World ---
 
+API = cockpit.describe_api(cockpit.CALLS, "")
+
+
+def operation(method: str, path: str) -> dict[str, Any] | None:
+    """What /openapi.json says of a call."""
+    path = path.partition("?")[0]
+    found = [calls.get(method.lower()) for template, calls in API["paths"].items() if re.fullmatch(re.sub("{.*?}", "[^/]+", template), path)]
+    return found[0] if found else None
+
+
+def assert_described(method: str, path: str, answer: Answer) -> None:
+    """Whatever a call of the gateway answers, its status, type and code stand in /openapi.json."""
+    if (described := operation(method, path)) is None:
+        return
+    response = described["responses"].get(str(answer.status))
+    kind = answer.headers.get("Content-Type", "").partition(";")[0]
+    assert response is not None and (kind in response["content"] or not answer.text), (method, path, answer.status, kind)
+    if kind == "application/problem+json":
+        codes = response["content"][kind]["schema"]["properties"]["code"]["enum"]
+        assert answer.body["code"] in codes, (method, path, answer.body["code"], codes)
+
+
 def settings(**changes: Any) -> dict[str, str]:
     """A complete production environment; the addresses of the fakes are filled in by `World`."""
     return {"COCKPIT_ENV": "production", "COCKPIT_API_KEY": KEY, "COCKPIT_SECRET": SECRET, "PUBLIC_URL": PUBLIC, "FLY_API_TOKEN": FLY_TOKEN,
@@ -1126,9 +1148,11 @@ class World:
         return child
 
     async def ask(self, method: str, path: str, *, key: str | None = KEY, headers: dict[str, str] | None = None, **more: Any) -> Answer:
-        sent = ({"Authorization": f"Bearer {key}"} if key is not None else {}) | (headers or {})
+        sent = ({"Authorization": f"Bearer {key}"} if key is not None else {}) | ({"Accept": "text/html"} if path == "/" else {}) | (headers or {})
         async with self.session.request(method, self.twilio.gateway + path, headers=sent, allow_redirects=False, **more) as response:
-            return Answer(response.status, await response.text(), response.headers)
+            answer = Answer(response.status, await response.text(), response.headers)
+        assert_described(method, path, answer)
+        return answer
 
     async def call(self, method: str, path: str, **more: Any) -> Answer:
         """Asks while letting time run."""
@@ -5002,6 +5026,91 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     disk.close()
     await world.hears("ran: text 0")
     assert vm.ran == ["text 0"] and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_the_description_holds_every_route_every_code_and_every_field_of_a_record(world):
+    await world.ready()
+    document = (await world.call("GET", "/openapi.json", key=None)).body
+    router = world.server.runner.app.router
+    routes = {(route.method.lower(), route.resource.canonical) for route in router.routes()} - {("head", resource.canonical) for resource in router.resources()}
+    assert routes == {(method, path) for path, calls in document["paths"].items() for method in calls}
+    assert document["servers"] == [{"url": PUBLIC}]
+    schemas = document["components"]["schemas"]
+    assert schemas["Problem"]["properties"]["code"]["enum"] == list(cockpit.STATUS_OF)
+    codes = {code for calls in document["paths"].values() for call in calls.values() for response in call["responses"].values()
+             for content in response["content"].values() for code in content.get("schema", {}).get("properties", {}).get("code", {}).get("enum", ())}
+    assert codes == set(cockpit.STATUS_OF) - {"method_not_allowed"}, "which no call that exists answers"
+    record, = (await world.call("GET", "/provision")).body["vms"]
+    assert set(record) == set(schemas["VM"]["properties"]) and set(schemas["VM"]["required"]) <= set(record)
+
+
+async def test_what_the_description_locks_is_answered_401_without_a_key(world):
+    vm = await world.ready(METRICS_TOKEN="prometheus")
+    for path, calls in API["paths"].items():
+        for method, call in calls.items():
+            answer = await world.call(method.upper(), re.sub("{.*?}", vm.app, path), key=None)
+            assert (answer.status == 401) == bool(call["security"]), (method, path, answer.status)
+
+
+def examples(schema: dict[str, Any]) -> list[Any]:
+    """Values that a schema accepts."""
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    of_kind = {"string": schema.get("examples", ["words"]), "object": schema.get("examples"), "array": [[], *schema.get("examples", [])], "boolean": [True, False], "null": [None],
+               "integer": [schema.get("minimum"), schema.get("maximum")]}
+    return [value for kind in kinds for value in of_kind[kind]]
+
+
+def misfits(schema: dict[str, Any]) -> list[Any]:
+    """Values that a schema refuses: of another type, out of its pattern, size or names."""
+    found = [value for kind, value in (("string", "words"), ("integer", 5), ("boolean", True), ("null", None), ("object", {"words": 5}), ("array", [5])) if kind not in schema["type"]]
+    if "pattern" in schema:
+        found += [value for value in ("a\nb", "!", "", "x" * 9000) if not re.search(schema["pattern"], value) or not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 9999)]
+    found += [[5], ["/etc/passwd"], [{"url": "/images/.."}], ["/images/a.png"] * (schema["maxItems"] + 1)] if "maxItems" in schema else []
+    if inner := schema.get("additionalProperties"):
+        found += [{}, {f"K{n}": "x" for n in range(schema["maxProperties"] + 1)}, {"words": "x"}, {"PATH": "x"}, *({"KEY": value} for value in misfits(inner))]
+    return found
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/provision"), ("PATCH", "/provision/{vm_id}"), ("POST", "/messages")])
+async def test_a_body_is_accepted_or_refused_as_the_description_says(world, method, path):
+    vm = await world.ready(VM_LIMIT=500)
+    key, phones = vm.env["COCKPIT_TOKEN"] if path == "/messages" else KEY, itertools.count(15551112000)
+    body = operation(method, path)["requestBody"]["content"]["application/json"]["schema"]
+    fields = body["properties"]
+
+    async def send(form: dict[str, Any]) -> Answer:
+        if form.get("phone_number") == ANN:
+            form |= {"phone_number": f"+{next(phones)}"}
+        return await world.call(method, path.replace("{vm_id}", vm.app), key=key, json=form)
+
+    whole = {name: examples(schema)[-1] for name, schema in fields.items()}
+    for name, schema in fields.items():
+        for value in examples(schema):
+            answer = await send(whole | {name: value})
+            assert answer.status in (200, 201, 202), (name, value, answer.text)
+        for value in misfits(schema):
+            answer = await send(whole | {name: value})
+            assert answer.status == 422 and {error["field"].partition(".")[0] for error in answer.body["errors"]} == {name}, (name, value, answer.text)
+        answer = await send({field: value for field, value in whole.items() if field != name})
+        assert answer.status == (422 if name in body["required"] else answer.status) and answer.status in (200, 201, 202, 422), (name, answer.text)
+        assert name in body["required"] or answer.status != 422, (name, answer.text)
+    assert not body["additionalProperties"] and (await send(whole | {"more": 1})).body["errors"][0]["field"] == "more"
+    assert body["minProperties"] == 1 and (await send({})).status == 422
+
+
+async def test_a_page_of_the_list_is_as_long_as_the_description_allows(world):
+    await world.start()
+    limit, after = operation("GET", "/provision")["parameters"]
+    statuses = {value: (await world.call("GET", f"/provision?limit={value}")).status for value in (*examples(limit["schema"]), 0, 1001, -1, "words", 1.5)}
+    assert statuses == {1: 200, 1000: 200, 0: 422, 1001: 422, -1: 422, "words": 422, 1.5: 422}
+    assert (await world.call("GET", f"/provision?{after['name']}=x")).status == 200 and (await world.call("GET", "/provision?more=x")).status == 422
+
+
+async def test_who_asks_by_hand_is_told_where_to_go_on(world):
+    await world.start()
+    answer = await world.call("GET", "/", key=None, headers={"Accept": "*/*"})
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
+    assert all(word in answer.text for word in (f"{PUBLIC}/ in a browser", f"{PUBLIC}/provision", f"{PUBLIC}/openapi.json", "doctor", "README.md")) and KEY not in answer.text
 
 
 # --- Doors ---
