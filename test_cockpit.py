@@ -12,6 +12,7 @@ Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's 
 messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, fleet, HTTP, page, local world, assembly; last, what
 must hold whatever happens: never lose a text, never leave half a VM.
 """
+import ast
 import asyncio
 import base64
 import contextlib
@@ -999,7 +1000,9 @@ class FakeTwilio(Fake):
         """A signed webhook; an empty signature is left out."""
         signed = {"X-Twilio-Signature": sign(self.public + path, form) if signature is None else signature} | (headers or {})
         async with self.session.post(self.gateway + path, data=form, headers={name: value for name, value in signed.items() if value}) as response:
-            return Answer(response.status, await response.text(), response.headers)
+            answer = Answer(response.status, await response.text(), response.headers)
+        assert_described("POST", path, answer)
+        return answer
 
 
 # --- World ---
@@ -6095,6 +6098,103 @@ def test_the_fly_configuration_keeps_one_gateway_running():
     service = config.get("http_service") or config["services"][0]
     assert config["kill_signal"] == "SIGTERM" and str(config["kill_timeout"]).rstrip("s") == "10" and config["mounts"]
     assert (service["auto_stop_machines"], service["auto_start_machines"]) == ("off", False)
+
+
+@pytest.mark.parametrize("older", [(3, 8), (3, 9)])
+def test_an_older_python_stops_at_a_line_that_says_which_one_is_needed(older):
+    before, match, rest = (HERE / "cockpit.py").read_text().partition("\nmatch ")
+    ast.parse(before, feature_version=older)
+    assert "cockpit needs Python 3.11" in rest.partition("\n")[0]
+    with pytest.raises(SyntaxError):
+        ast.parse(before + match + rest.partition("\nimport ")[0], feature_version=older)
+
+
+def test_python_3_10_is_told_in_one_line_which_one_is_needed():
+    head = (HERE / "cockpit.py").read_text().partition("import argparse")[0]
+    script = "import collections, sys; sys.version_info, sys.version = (3, 10, 13), '3.10.13 (main)'; exec(sys.argv[1])"
+    told = subprocess.run([sys.executable, "-c", script, head], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (1, "cockpit needs Python 3.11 or later; this is 3.10.13\n")
+
+
+def test_help_says_where_to_go_on(capsys):
+    with pytest.raises(SystemExit):
+        cockpit.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("doctor", "README.md", "http://127.0.0.1:8080/", "local"))
+
+
+README = (HERE / "README.md").read_text()
+COMING = {"VM_IDLE_S", "VERIFY_PHONE"}
+
+
+def test_the_manual_lists_every_setting_with_its_default():
+    given = dict(re.findall(r'(?:env\.\w+|self\.one_of)\(\s*"([A-Z_]+)"(?:,\s*("[^"]*"|[\d.]+)[,)])?', (HERE / "cockpit.py").read_text()))
+    rows = {name: row for row in re.findall(r"(?m)^\|`[A-Z].*", README) for name in re.findall(r"`([A-Z][A-Z_]+)`", row.split("|")[1])}
+    assert set(rows) == set(given) | COMING
+    wrong = [name for name, default in given.items() if default not in ("", '""') and "stand-in" not in rows[name] and f"`{default.strip(chr(34))}`" not in rows[name]]
+    assert not wrong
+
+
+def test_what_the_manual_calls_required_is_required():
+    assert {name for row in re.findall(r"(?m)^\|(`[A-Z].*?` \*\*P\*\*)\|", README) for name in re.findall(r"`(.*?)`", row)} == set(REQUIRED)
+
+
+def test_the_manual_names_every_call_and_every_state():
+    described = {path.replace("{signed}", "") for path in API["paths"]} - {"/", "/sms/status", "/media/"}
+    assert not [path for path in described if path.removeprefix("/provision/{vm_id}") not in README]
+    assert not [state for state in cockpit.STATES if f"`{state}`" not in README]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the walk needs curl")
+@beside
+async def test_the_walk_of_the_manual_runs_as_printed_twice_on_another_port(live):
+    walk = re.search(r"## The walk\n.*?```sh\n(.*?)```", README, re.DOTALL)[1]
+
+    async def run() -> tuple[int, str]:
+        shell = await asyncio.create_subprocess_exec("sh", "-c", walk, env={"PATH": os.environ["PATH"], "PORT": str(port)}, stdin=subprocess.DEVNULL,
+                                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said, _ = await asyncio.wait_for(shell.communicate(), 40)
+        return shell.returncode, said.decode()
+
+    port = free_port()
+    assert await run() == (1, f"There is no gateway at http://127.0.0.1:{port}. Start it in another terminal, or set PORT.\n")
+    await live.adopt(await Child.start({}, port, live.disks))
+    for _ in range(2):
+        status, said = await run()
+        assert status == 0, said
+        assert re.fullmatch(rf"""The VM is cockpit-vm-\w+
+phone:   hello
+cockpit: hello
+The VM was killed.
+phone:   are you still there\?
+cockpit: {re.escape(RESTARTING)}
+cockpit: are you still there\?
+The VM is gone \(204\).
+""", said), said
+
+
+async def test_a_dead_host_is_replaced_as_the_manual_says(world):
+    vm = await world.ready(BACKFILL_S=60, VERIFY_PHONE="off")
+    await world.text("run")
+    await world.hears("ran: run")
+    sending = world.twilio.holds("send")
+    await world.text("answered")
+    await world.clock.until(sending.arrived.is_set)
+    gate = await world.occupies(vm, "running")
+    await world.text("waiting")
+    await world.crash()
+    gate.open()
+    before = world.saved["routes"]
+    await world.clock.advance(120)
+    world.twilio.missed(ANN, "missed")
+    world.file = world.disks / "volume" / "routes.json"  # new, and empty
+    world.file.parent.mkdir()
+    await world.start()
+    await world.clock.until(lambda: len(vm.ran) == 5, 300)
+    assert vm.ran == ["run", "answered", "running", "waiting", "missed"], "once each: what it had run it answered from memory"
+    assert world.saved["routes"] == {ANN: without(before[ANN], "steps")}
+    health = (await world.call("GET", "/health")).body
+    assert (health["vms"], health["troubles"]) == ({"ready": 1}, [])
 
 
 # --- Never lose a text ---
