@@ -25,7 +25,7 @@ Sections, each knowing only those above it:
   Provisioning        one VM's steps; undoing; admission and teardown
   Relay               Inbox, OwnerCommands, Runner, Sender, DeliveryReports, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk
-  HTTP                thin handlers
+  HTTP                thin handlers; what they check, answer and refuse, as /openapi.json
   Page                the operator's page
   Local world         stand-ins for both clouds that last
   Assembly            the parts put together; command line
@@ -6674,6 +6674,7 @@ BODY_S = 10.0
 FORM_TYPE = "application/x-www-form-urlencoded"
 JSON_TYPE = "application/json"
 PROBLEM_TYPE = "application/problem+json"
+SSE_TYPE = "text/event-stream"
 CREDENTIAL_BYTES = 8 * 1024
 VARIABLES_MAX = 50
 PAGE_MAX = 1000  # VMs of one answer
@@ -6698,7 +6699,7 @@ PICTURE_HEADERS = {
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "Cache-Control": "private",
 }
-PATHS = "/provision, /sms, /messages, /media, /health, /metrics, / and /events; see /openapi.json"
+PATHS = "/provision, /sms, /messages, /media, /health, /metrics, /openapi.json, / and /events"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -7523,10 +7524,12 @@ KEYS: dict[str, Json] = {
     "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
 API_KEY = ("api_key", "x_api_key")
+# Codes that come together.
 BODY_CODES = "malformed too_large unsupported_media_type"
+FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
 FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
 CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
-WEBHOOK_CODES = f"{BODY_CODES} bad_signature"
+WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
 
 
 def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
@@ -7594,12 +7597,11 @@ class Call(NamedTuple):
             str(status): {"description": HTTPStatus(status).phrase, "content": content_of(kinds)}
             for status, kinds in self.answers.items()
         }
-        by_status = defaultdict[int, list[str]](list)
-        for code in f"{self.codes} forbidden internal".split():
-            by_status[STATUS_OF[code]].append(code)
+        by_status: dict[int, list[str]] = {}
+        for code in dict.fromkeys(f"{self.codes} forbidden internal".split()):
+            by_status.setdefault(STATUS_OF[code], []).append(code)
         for status, codes in by_status.items():
-            narrowed = {"properties": {"code": {"enum": codes}}}
-            schema = {"$ref": SCHEMAS + "Problem", **narrowed}
+            schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
             content = {PROBLEM_TYPE: {"schema": schema}}
             found[str(status)] = {"description": ", ".join(codes), "content": content}
         return found
@@ -9220,23 +9222,22 @@ async def drain(gateway: Gateway) -> None:
 
 
 VM_PATH = "/provision/{vm_id}"
-VM_OR_LATER = {200: "VM", 202: "VM"}
 RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
+CHANGED = {200: "VM", 202: "VM"}
 # The HTTP interface; /openapi.json is made of this.
 CALLS = (
     Call(
         "POST /provision",
         post_provision,
         "Make a VM for a phone",
-        {200: "text/event-stream", 201: "VM", 202: "VM"},
-        f"{BODY_CODES} {FLY_CODES} unauthorized invalid_request unknown_vm phone_taken vm_limit"
-        " too_many vm_unreachable",
+        {200: SSE_TYPE, 201: "VM", 202: "VM"},
+        f"{FIELD_CODES} {FLY_CODES} unknown_vm phone_taken vm_limit too_many vm_unreachable",
         ORDER_FIELDS | NO_WAIT,
     ),
     Call(
         "GET /provision",
         get_provisions,
-        "VMs by vm_id; `next` is the `after` of the next page",
+        "VMs, by vm_id",
         {200: "VMs"},
         "unauthorized invalid_request",
         PAGING,
@@ -9246,36 +9247,34 @@ CALLS = (
         f"PATCH {VM_PATH}",
         patch_provision,
         "Replace credentials, restart",
-        VM_OR_LATER,
-        f"{BODY_CODES} {CHANGE_CODES} invalid_request",
+        CHANGED,
+        f"{FIELD_CODES} {CHANGE_CODES}",
         NEW_CREDENTIALS | NO_WAIT,
     ),
     Call(
         f"DELETE {VM_PATH}",
         delete_provision,
-        "Tear it down",
+        "Tear down",
         {202: "VM", 204: ""},
         "unauthorized unknown_vm storage",
     ),
-    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", VM_OR_LATER, CHANGE_CODES, NO_WAIT),
-    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "To VM_IMAGE", VM_OR_LATER, CHANGE_CODES, NO_WAIT),
+    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
+    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
+    Call("POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM),
     Call(
-        "POST /sms",
-        post_sms,
-        "A text, from Twilio",
-        {200: "text/xml"},
-        f"{WEBHOOK_CODES} fly_unavailable storage draining",
+        "POST /sms/status",
+        post_sms_status,
+        "Twilio: a delivery",
+        {204: ""},
+        WEBHOOK_CODES,
         TWILIO_FORM,
-    ),
-    Call(
-        "POST /sms/status", post_sms_status, "Its delivery", {204: ""}, WEBHOOK_CODES, TWILIO_FORM
     ),
     Call(
         "POST /messages",
         post_messages,
         "A VM texts its owner",
         {202: JSON_TYPE},
-        f"{BODY_CODES} unauthorized invalid_request wrong_state too_many storage draining",
+        f"{FIELD_CODES} wrong_state too_many storage draining",
         VM_MESSAGE,
         ("vm_token",),
     ),
@@ -9305,8 +9304,8 @@ CALLS = (
     Call(
         "GET /events",
         get_events,
-        "The feed",
-        {200: f"{JSON_TYPE} text/event-stream"},
+        "The page's feed",
+        {200: f"{JSON_TYPE} {SSE_TYPE}"},
         "unauthorized",
     ),
     Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}),
