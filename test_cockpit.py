@@ -5101,6 +5101,17 @@ async def test_a_body_is_accepted_or_refused_as_the_description_says(world, meth
     assert body["minProperties"] == 1 and (await send({})).status == 422
 
 
+def test_the_description_of_a_phone_number_is_what_is_checked():
+    def is_one(text: str) -> bool:
+        with contextlib.suppress(ValueError):
+            return bool(cockpit.normalise_phone(text))
+        return False
+
+    pattern = cockpit.ORDER_FIELDS["phone_number"].schema["pattern"]
+    written = ["+", "555", ANN, "15551234567", "+05551234567", "+1 (555) 123-45.67", "( +1", *("+" + "1" * n for n in range(5, 18)), "+1555123456\u0667", ANN + "x", "x" + ANN, "++15551234567"]
+    assert [text for text in written if is_one(text)] == [text for text in written if re.search(pattern, text)] != []
+
+
 async def test_a_page_of_the_list_is_as_long_as_the_description_allows(world):
     await world.start()
     limit, after = operation("GET", "/provision")["parameters"]
