@@ -6933,7 +6933,7 @@ class Field(NamedTuple):
 JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
 TEXT: Json = {"type": "string"}
 TEXT_OR_NULL: Json = {"type": ["string", "null"]}
-LIST: Json = {"type": "array"}
+LIST: Json = {"type": "array", "items": {}}
 OBJECT: Json = {"type": "object"}
 FLAG_OR_NULL: Json = {"type": ["boolean", "null"]}
 CREDENTIAL: Json = {
@@ -7501,6 +7501,14 @@ async def get_health(request: web.Request) -> web.Response:
 OPENAPI = web.AppKey("openapi", bytes)
 SCHEMAS = "#/components/schemas/"
 STATES = ("provisioning", "ready", "away", "deleting", "failed")
+
+
+def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
+    properties = {name.rstrip("?"): schema for name, schema in fields.items()}
+    required = [name for name in fields if not name.endswith("?")]
+    return OBJECT | {"properties": properties, "required": required, **more}
+
+
 # The fields of answers; one with `?` is not always there.
 ANSWERS: dict[str, dict[str, Json]] = {
     "VM": {
@@ -7515,7 +7523,7 @@ ANSWERS: dict[str, dict[str, Json]] = {
         **dict.fromkeys(("type", "title", "detail", "vm_id?"), TEXT),
         "status": {"type": "integer"},
         "code": {"enum": list(STATUS_OF)},
-        "errors?": LIST,
+        "errors?": LIST | {"items": object_schema({"field": TEXT, "message": TEXT})},
     },
 }
 BEARER = {"type": "http", "scheme": "bearer"}
@@ -7530,12 +7538,6 @@ FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
 FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
 CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
 WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
-
-
-def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
-    properties = {name.rstrip("?"): schema for name, schema in fields.items()}
-    required = [name for name in fields if not name.endswith("?")]
-    return OBJECT | {"properties": properties, "required": required, **more}
 
 
 def content_of(kinds: str) -> Json:
