@@ -7500,7 +7500,7 @@ async def get_health(request: web.Request) -> web.Response:
 
 OPENAPI = web.AppKey("openapi", bytes)
 SCHEMAS = "#/components/schemas/"
-STATES = ("provisioning", "ready", "away", "deleting", "failed")
+STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
 
 
 def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
@@ -7517,6 +7517,7 @@ ANSWERS: dict[str, dict[str, Json]] = {
         **dict.fromkeys(("created_at", "last_error"), TEXT_OR_NULL),
         "state": {"enum": STATES},
         "steps?": OBJECT,
+        "awake_s?": {"type": "integer"},
     },
     "VMs": {"vms": LIST | {"items": {"$ref": SCHEMAS + "VM"}}, "next": TEXT_OR_NULL},
     "Problem": {
@@ -9292,7 +9293,7 @@ CALLS = (
         get_media,
         "A picture, for who has its link",
         {200: "image/png image/jpeg image/gif application/octet-stream"},
-        "gone not_found vm_unreachable",
+        "gone not_found fly_unavailable vm_unreachable",
     ),
     Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}),
     Call(
