@@ -25,13 +25,20 @@ Sections, each knowing only those above it:
   Provisioning        one VM's steps; undoing; admission and teardown
   Relay               Inbox, PhoneDoor, OwnerCommands, Runner, Sender, DeliveryReports, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk
-  HTTP                thin handlers
+  HTTP                thin handlers; what they check, answer and refuse, as /openapi.json
   Page                the operator's page
   Local world         stand-ins for both clouds that last
   Assembly            the parts put together; command line
 """
 
 from __future__ import annotations
+
+import sys
+
+# An older Python stops here: before 3.10 `match` is a SyntaxError, which shows this line.
+match sys.version_info >= (3, 11):  # cockpit needs Python 3.11 or later
+    case False:
+        sys.exit(f"cockpit needs Python 3.11 or later; this is {sys.version.split()[0]}")
 
 import argparse
 import asyncio
@@ -61,7 +68,6 @@ import shutil
 import signal
 import socket
 import sqlite3
-import sys
 import tempfile
 import time
 from bisect import bisect_left, bisect_right, insort
@@ -7616,7 +7622,13 @@ PROVISION_BODY_BYTES = 512 * 1024
 MESSAGE_BODY_BYTES = 256 * 1024
 SMS_BODY_BYTES = 64 * 1024
 BODY_S = 10.0
+FORM_TYPE = "application/x-www-form-urlencoded"
+JSON_TYPE = "application/json"
+PROBLEM_TYPE = "application/problem+json"
+SSE_TYPE = "text/event-stream"
 CREDENTIAL_BYTES = 8 * 1024
+VARIABLES_MAX = 50
+PAGE_MAX = 1000  # VMs of one answer
 STREAM_BEAT_S = 15.0
 MEDIA_WAKE_S = 10.0
 SILENCE_S = 60.0
@@ -7624,14 +7636,15 @@ VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
 RESERVED = re.compile(
     "PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_|OPENSSL_).*"
 )
-CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+CONTROLS = r"\x00-\x1f\x7f-\x9f"
+CONTROL = re.compile(rf"[{CONTROLS}\ud800-\udfff]")
 FLY_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 PICTURE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "Cache-Control": "private",
 }
-PATHS = "/provision, /sms, /messages, /media, /health, /metrics, / and /events"
+PATHS = "/provision, /sms, /messages, /media, /health, /metrics, /openapi.json, / and /events"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -7717,7 +7730,7 @@ def problem_response(refusal: Refusal) -> web.Response:
     return web.Response(
         body=to_json(problem_of(refusal)).encode(),
         status=refusal.status,
-        content_type="application/problem+json",
+        content_type=PROBLEM_TYPE,
         headers=refusal.headers,
     )
 
@@ -7837,7 +7850,7 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
 
 
 async def read_json(request: web.Request, limit: int) -> Json:
-    raw, where = await read_body(request, limit, "application/json"), ""
+    raw, where = await read_body(request, limit, JSON_TYPE), ""
     try:
         body = json.loads(raw)
     except json.JSONDecodeError as error:
@@ -7849,6 +7862,99 @@ async def read_json(request: web.Request, limit: int) -> Json:
     return body
 
 
+class Field(NamedTuple):
+    """A field of a request: its JSON Schema, and what is told of a value that does not fit it."""
+
+    schema: Json
+    remedy: str = ""  # empty: a check of its own tells more
+    is_required: bool = False
+    place: str = "body"  # or `query`, `header`, `path`
+
+    def fits(self, value: object) -> bool:
+        """Whether the value has the schema's type and pattern."""
+        kind, pattern = JSON_TYPES.get(type(value), "other"), self.schema.get("pattern", "")
+        is_text = pattern and isinstance(value, str)
+        return kind in self.schema["type"] and (
+            not is_text or bool(re.fullmatch(pattern, str(value)))
+        )
+
+
+JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
+TEXT: Json = {"type": "string"}
+TEXT_OR_NULL: Json = {"type": ["string", "null"]}
+LIST: Json = {"type": "array", "items": {}}
+OBJECT: Json = {"type": "object"}
+FLAG_OR_NULL: Json = {"type": ["boolean", "null"]}
+CREDENTIAL: Json = {
+    "type": "string",
+    "description": f"at most {CREDENTIAL_BYTES // 1024} KiB",
+    "minLength": 1,
+    "maxLength": CREDENTIAL_BYTES,
+    "pattern": f"^[^{CONTROLS}]*$",
+    "writeOnly": True,
+}
+CREDENTIALS = {
+    "github_token": Field(CREDENTIAL, is_required=True),
+    "api_keys": Field(
+        {
+            "type": "object",
+            "description": "environment variables of the VM",
+            "minProperties": 1,
+            "maxProperties": VARIABLES_MAX,
+            "propertyNames": {"pattern": f"^(?!({RESERVED.pattern})$){VARIABLE.pattern}$"},
+            "additionalProperties": CREDENTIAL,
+            "examples": [{"ANTHROPIC_API_KEY": "sk-..."}],
+        },
+        is_required=True,
+    ),
+}
+ORDER_FIELDS = {
+    "phone_number": Field(
+        {
+            "type": "string",
+            "description": "E.164; spaces, dots, dashes and parentheses are removed",
+            "pattern": r"^[ .()-]*\+[ .()-]*[1-9]([ .()-]*[0-9]){6,14}[ .()-]*$",
+            "examples": ["+15551234567"],
+        },
+        is_required=True,
+    ),
+    **CREDENTIALS,
+    "region": Field(
+        TEXT_OR_NULL | {"pattern": "^[a-z]{2,5}$", "examples": ["iad"]},
+        "must be a Fly region code such as iad",
+    ),
+    "welcome": Field(FLAG_OR_NULL, "must be true or false"),
+    "verify": Field(FLAG_OR_NULL, "must be true or false"),
+}
+NEW_CREDENTIALS = {name: Field(given.schema) for name, given in CREDENTIALS.items()}
+IMAGE_TEXT: Json = TEXT | {"pattern": f"^{IMAGE_PATH.pattern}$"}
+IMAGE: Json = {"type": "object", "properties": {"url": IMAGE_TEXT}, "required": ["url"]}
+VM_MESSAGE = {
+    "text": Field(TEXT | {"description": "not blank, unless there are images"}, "must be a text"),
+    "images": Field(
+        LIST
+        | {
+            "items": {"anyOf": [IMAGE_TEXT, IMAGE]},
+            "maxItems": MAX_IMAGES,
+            "examples": [["/images/chart.png"]],
+        }
+    ),
+}
+PAGING = {
+    "limit": Field(
+        {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": 100}, place="query"
+    ),
+    "after": Field(TEXT, place="query"),
+}
+PATH_PART = Field(TEXT, is_required=True, place="path")
+NO_WAIT = {"Prefer": Field(TEXT | {"examples": ["respond-async"]}, place="header")}
+TWILIO_FORM = {
+    "X-Twilio-Signature": Field(TEXT, is_required=True, place="header"),
+    "MessageSid": Field(TEXT | {"pattern": f"^{MESSAGE_SID.pattern}$"}, is_required=True),
+    "AccountSid": Field(TEXT, is_required=True),
+}
+
+
 class FieldErrors:
     """Collects what is wrong with a request's fields, so that all is told at once."""
 
@@ -7858,9 +7964,14 @@ class FieldErrors:
     def add(self, name: str, message: str) -> None:
         self.errors.append({"field": name, "message": message})
 
-    def unknown(self, body: Json, known: Iterable[str]) -> None:
-        for name in sorted(set(body) - set(known)):
+    def fit(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
+        for name in sorted(set(body) - set(fields)):
             self.add(redact(name)[:100], "is not a field of this request; leave it out")
+        for name, wanted in fields.items():
+            if name not in body and wanted.is_required:
+                self.add(name, "is required")
+            elif name in body and wanted.remedy and not wanted.fits(body[name]):
+                self.add(name, wanted.remedy)
 
     def credential(self, name: str, value: object) -> None:
         if not isinstance(value, str) or not value:
@@ -7884,9 +7995,9 @@ def check_credentials(body: Json, errors: FieldErrors) -> dict[str, str]:
         errors.credential("github_token", body["github_token"])
         credentials["GITHUB_TOKEN"] = body["github_token"]
     keys = body.get("api_keys", {})
-    if not isinstance(keys, dict) or ("api_keys" in body and not 1 <= len(keys) <= 50):
-        form = 'must be an object of 1 to 50 environment variables, such as {"ANTHROPIC_API_KEY": "..."}'
-        errors.add("api_keys", form)
+    if not isinstance(keys, dict) or ("api_keys" in body and not 1 <= len(keys) <= VARIABLES_MAX):
+        form = f"must be an object of 1 to {VARIABLES_MAX} environment variables, such as "
+        errors.add("api_keys", form + '{"ANTHROPIC_API_KEY": "..."}')
         return credentials
     for name, value in keys.items():
         label = f"api_keys.{redact(name)[:100]}"
@@ -7916,22 +8027,12 @@ def check_phone(given: object, settings: Settings, errors: FieldErrors) -> str:
 def parse_order(body: Json, settings: Settings) -> Order:
     """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
     errors = FieldErrors()
-    required = ("phone_number", "github_token", "api_keys")
-    errors.unknown(body, (*required, "region", "welcome", "verify"))
-    for name in required:
-        if name not in body:
-            errors.add(name, "is required")
+    errors.fit(body, ORDER_FIELDS)
     phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
     credentials = check_credentials(body, errors)
     region = body.get("region")
     flags = {"welcome": False, "verify": settings.gateway.verify_phone}
-    if region is not None and not (isinstance(region, str) and re.fullmatch("[a-z]{2,5}", region)):
-        errors.add("region", "must be a Fly region code such as iad")
-    for name in flags:
-        if isinstance(body.get(name), bool):
-            flags[name] = body[name]
-        elif body.get(name) is not None:
-            errors.add(name, "must be true or false")
+    flags |= {name: body[name] for name in flags if isinstance(body.get(name), bool)}
     errors.check()
     return Order(phone=phone, credentials=credentials, region=region or "", **flags)
 
@@ -8055,9 +8156,9 @@ async def stream_steps(
 async def get_provisions(request: web.Request) -> web.Response:
     gateway, errors = request.app[GATEWAY], FieldErrors()
     raw, after = request.query.get("limit", "100"), request.query.get("after", "")
-    errors.unknown(dict(request.query), ("limit", "after"))
-    if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= 1000:
-        errors.add("limit", "must be a whole number from 1 to 1000")
+    errors.fit(request.query, PAGING)
+    if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= PAGE_MAX:
+        errors.add("limit", f"must be a whole number from 1 to {PAGE_MAX}")
     errors.check()
     limit = int(raw)
     vm_ids = vm_ids_after(gateway.routes, after, limit + 1)
@@ -8108,7 +8209,7 @@ async def lock_vm(request: web.Request) -> web.Response:
 
 async def patch_provision(request: web.Request) -> web.Response:
     body, errors = await read_json(request, PROVISION_BODY_BYTES), FieldErrors()
-    errors.unknown(body, ("github_token", "api_keys"))
+    errors.fit(body, NEW_CREDENTIALS)
     credentials = check_credentials(body, errors)
     if not body:
         errors.add("github_token", "give this, api_keys, or both")
@@ -8123,7 +8224,7 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     """The form of a webhook that Twilio signed for our account; raises Refusal."""
     settings = request.app[SETTINGS]
     twilio = settings.twilio
-    raw = await read_body(request, SMS_BODY_BYTES, "application/x-www-form-urlencoded")
+    raw = await read_body(request, SMS_BODY_BYTES, FORM_TYPE)
     try:
         pairs = parse_form(raw)
     except ValueError:
@@ -8176,10 +8277,8 @@ async def post_messages(request: web.Request) -> web.Response:
     """A VM texts its own owner, unasked."""
     (phone, route), errors = require_vm(request), FieldErrors()
     body = await read_json(request, MESSAGE_BODY_BYTES)
-    errors.unknown(body, ("text", "images"))
+    errors.fit(body, VM_MESSAGE)
     words, listed = body.get("text", ""), body.get("images", [])
-    if not isinstance(words, str):
-        errors.add("text", "must be a text")
     paths = []
     for image in listed if isinstance(listed, list) else [None]:
         path = image.get("url") if isinstance(image, dict) else image
@@ -8370,6 +8469,143 @@ async def get_health(request: web.Request) -> web.Response:
     return json_response(body, status=503 if is_draining else 200)
 
 
+# What there is: /openapi.json
+
+OPENAPI = web.AppKey("openapi", bytes)
+SCHEMAS = "#/components/schemas/"
+STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
+
+
+def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
+    properties = {name.rstrip("?"): schema for name, schema in fields.items()}
+    required = [name for name in fields if not name.endswith("?")]
+    return OBJECT | {"properties": properties, "required": required, **more}
+
+
+# The fields of answers; one with `?` is not always there.
+ANSWERS: dict[str, dict[str, Json]] = {
+    "VM": {
+        **dict.fromkeys(("vm_id", "phone_number"), TEXT),
+        **dict.fromkeys(("machine_id", "vm_url", "region", "image", "step"), TEXT_OR_NULL),
+        **dict.fromkeys(("created_at", "last_error"), TEXT_OR_NULL),
+        "state": {"enum": STATES},
+        "steps?": OBJECT,
+        "texts?": LIST | {"items": OBJECT},  # of one VM that is asked for by itself
+        "awake_s?": {"type": "integer"},
+        "paired": {"type": "boolean"},
+        "pairing_code?": TEXT,
+    },
+    "VMs": {"vms": LIST | {"items": {"$ref": SCHEMAS + "VM"}}, "next": TEXT_OR_NULL},
+    "Problem": {
+        **dict.fromkeys(("type", "title", "detail", "vm_id?"), TEXT),
+        "status": {"type": "integer"},
+        "code": {"enum": list(STATUS_OF)},
+        "errors?": LIST | {"items": object_schema({"field": TEXT, "message": TEXT})},
+    },
+}
+BEARER = {"type": "http", "scheme": "bearer"}
+KEYS: dict[str, Json] = {
+    **dict.fromkeys(("api_key", "vm_token", "metrics_token"), BEARER),
+    "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+API_KEY = ("api_key", "x_api_key")
+# Codes that come together.
+BODY_CODES = "malformed too_large unsupported_media_type"
+FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
+FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
+CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
+WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
+
+
+def content_of(kinds: str) -> Json:
+    """Bodies by media type; what is no media type is one of ANSWERS, as JSON."""
+    found: Json = {}
+    for kind in kinds.split():
+        if "/" in kind:
+            found[kind] = {}
+        else:
+            found[JSON_TYPE] = {"schema": {"$ref": SCHEMAS + kind}}
+    return found
+
+
+class Call(NamedTuple):
+    """A call of the HTTP interface: who serves it, and what is said of it."""
+
+    name: str  # method and path
+    handler: Handler
+    summary: str
+    answers: Mapping[int, str]  # by status, as `content_of` reads them
+    codes: str = ""  # of STATUS_OF; each call may be answered `forbidden` and `internal`
+    fields: Mapping[str, Field] = {}
+    keys: Sequence[str] = API_KEY  # any opens it, where it may be `unauthorized`; "": so may none
+
+    def route(self) -> web.RouteDef:
+        method, path = self.name.split()
+        return web.route(method, path, self.handler)
+
+    def operation(self) -> Json:
+        """The call as OpenAPI describes it."""
+        fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
+        keys = self.keys if "unauthorized" in self.codes else ()
+        described: Json = {
+            "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
+            "summary": self.summary,
+            "security": [{key: []} if key else {} for key in keys],
+            "parameters": [
+                {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
+                for name, one in fields.items()
+                if one.place != "body"
+            ],
+            "responses": self.responses(),
+        }
+        body = {
+            name + "?" * (not one.is_required): one.schema
+            for name, one in fields.items()
+            if one.place == "body"
+        }
+        if body:
+            is_form = self.fields is TWILIO_FORM  # Twilio adds fields as it likes
+            schema = object_schema(body, additionalProperties=is_form, minProperties=1)
+            kind = FORM_TYPE if is_form else JSON_TYPE
+            described["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
+        return described
+
+    def responses(self) -> Json:
+        """What is answered, by status; of a refusal the codes."""
+        found: Json = {
+            str(status): {"description": HTTPStatus(status).phrase, "content": content_of(kinds)}
+            for status, kinds in self.answers.items()
+        }
+        by_status: dict[int, list[str]] = {}
+        for code in dict.fromkeys(f"{self.codes} forbidden internal".split()):
+            by_status.setdefault(STATUS_OF[code], []).append(code)
+        for status, codes in by_status.items():
+            schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
+            content = {PROBLEM_TYPE: {"schema": schema}}
+            found[str(status)] = {"description": ", ".join(codes), "content": content}
+        return found
+
+
+def describe_api(calls: Iterable[Call], url: str) -> Json:
+    """The OpenAPI document: what these calls are, from the tables that serve, check and refuse them."""
+    paths = defaultdict[str, Json](dict)
+    for call in calls:
+        method, path = call.name.split()
+        paths[path][method.lower()] = call.operation()
+    schemas = {name: object_schema(fields) for name, fields in ANSWERS.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "cockpit", "version": VERSION},
+        "servers": [{"url": url}],
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": KEYS},
+    }
+
+
+async def get_openapi(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[OPENAPI], content_type=JSON_TYPE)
+
+
 # --- Page ---
 
 FEED_EVERY_S = 2.0
@@ -8449,9 +8685,25 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
+WHERE_TO_GO = """\
+cockpit {version}: an engineer texts one phone number and drives the coding agent on a cloud VM of their own.
+
+The operator's page: {url}/ in a browser; it asks for the API key
+The VMs:             curl {url}/provision -H 'Authorization: Bearer {key}'
+All calls:           {url}/openapi.json
+What is wrong:       {url}/health, and python cockpit.py doctor
+The manual:          README.md
+"""
+
+
 async def get_page(request: web.Request) -> web.Response:
+    """The page for a browser; for who asks by hand, where to go on."""
     html, headers = request.app[PAGE]
-    return web.Response(text=html, content_type="text/html", headers=headers)
+    if "text/html" in request.headers.get("Accept", "").lower():
+        return web.Response(text=html, content_type="text/html", headers=headers)
+    gateway = request.app[SETTINGS].gateway
+    key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "KEY"
+    return web.Response(text=WHERE_TO_GO.format(version=VERSION, url=gateway.public_url, key=key))
 
 
 def csp_hash(inline: str) -> str:
@@ -9989,6 +10241,105 @@ async def drain(gateway: Gateway) -> None:
     log_event("drained", waiting=relay.waiting())
 
 
+VM_PATH = "/provision/{vm_id}"
+RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
+CHANGED = {200: "VM", 202: "VM"}
+# The HTTP interface; /openapi.json is made of this.
+CALLS = (
+    Call(
+        "POST /provision",
+        post_provision,
+        "Make a VM for a phone",
+        {200: SSE_TYPE, 201: "VM", 202: "VM"},
+        f"{FIELD_CODES} {FLY_CODES} unknown_vm phone_taken vm_limit too_many vm_unreachable",
+        ORDER_FIELDS | NO_WAIT,
+    ),
+    Call(
+        "GET /provision",
+        get_provisions,
+        "VMs, by vm_id",
+        {200: "VMs"},
+        "unauthorized invalid_request",
+        PAGING,
+    ),
+    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unauthorized unknown_vm"),
+    Call(
+        f"PATCH {VM_PATH}",
+        patch_provision,
+        "Replace credentials, restart",
+        CHANGED,
+        f"{FIELD_CODES} {CHANGE_CODES}",
+        NEW_CREDENTIALS | NO_WAIT,
+    ),
+    Call(
+        f"DELETE {VM_PATH}",
+        delete_provision,
+        "Tear down",
+        {202: "VM", 204: ""},
+        "unauthorized unknown_vm storage",
+    ),
+    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
+    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
+    Call(
+        f"POST {VM_PATH}/lock",
+        lock_vm,
+        "Run nothing until the new code is texted",
+        {200: "VM"},
+        "unauthorized unknown_vm wrong_state storage",
+    ),
+    Call("POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM),
+    Call(
+        "POST /sms/status",
+        post_sms_status,
+        "Twilio: a delivery",
+        {204: ""},
+        WEBHOOK_CODES,
+        TWILIO_FORM,
+    ),
+    Call(
+        "POST /messages",
+        post_messages,
+        "A VM texts its owner",
+        {202: JSON_TYPE},
+        f"{FIELD_CODES} wrong_state too_many storage draining",
+        VM_MESSAGE,
+        ("vm_token",),
+    ),
+    Call(
+        "GET /messages/{sid}",
+        get_message,
+        "A text's way",
+        {200: JSON_TYPE},
+        "unauthorized not_found",
+    ),
+    Call(
+        "GET /media/{signed}",
+        get_media,
+        "A picture, for who has its link",
+        {200: "image/png image/jpeg image/gif application/octet-stream"},
+        "gone not_found fly_unavailable vm_unreachable",
+    ),
+    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}),
+    Call(
+        "GET /metrics",
+        get_metrics,
+        "Prometheus text",
+        {200: "text/plain"},
+        "unauthorized",
+        keys=("", "metrics_token"),
+    ),
+    Call(
+        "GET /events",
+        get_events,
+        "The page's feed",
+        {200: f"{JSON_TYPE} {SSE_TYPE}"},
+        "unauthorized",
+    ),
+    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}),
+    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}),
+)
+
+
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     """The whole gateway as an aiohttp application; nothing starts before the application does."""
     is_local = settings.has_stand_in
@@ -10003,28 +10354,8 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
         if LOCAL_KEY in settings.gateway.api_keys
         else "It is what COCKPIT_API_KEY holds where this gateway runs.",
     )
-    vm = "/provision/{vm_id}"
-    app.add_routes(
-        [
-            web.post("/provision", post_provision),
-            web.get("/provision", get_provisions),
-            web.get(vm, get_provision),
-            web.delete(vm, delete_provision),
-            web.patch(vm, patch_provision),
-            web.post(vm + "/restart", functools.partial(change_vm, what="restart")),
-            web.post(vm + "/upgrade", functools.partial(change_vm, what="upgrade")),
-            web.post(vm + "/lock", lock_vm),
-            web.post("/sms", post_sms),
-            web.post("/sms/status", post_sms_status),
-            web.post("/messages", post_messages),
-            web.get("/messages/{sid}", get_message),
-            web.get("/media/{signed}", get_media),
-            web.get("/health", get_health),
-            web.get("/metrics", get_metrics),
-            web.get("/", get_page),
-            web.get("/events", get_events),
-        ]
-    )
+    app[OPENAPI] = to_json(describe_api(CALLS, settings.gateway.public_url)).encode()
+    app.add_routes([call.route() for call in CALLS])
     app.cleanup_ctx.append(run_gateway)
     if is_local:
         add_local_world(app, settings)
@@ -10290,7 +10621,9 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
-        description="Without a command it serves; settings come from the environment: README.md.",
+        description="Without a command it serves: with no settings a whole local world, no account needed.",
+        epilog="""While it serves, its first page says where to go on: http://127.0.0.1:8080/ (PORT). Settings
+        are environment variables; README.md lists them, and has a walk to try everything.""",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
     commands = parser.add_subparsers(dest="command")

@@ -12,6 +12,7 @@ Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's 
 messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, whose phone it is, fleet, HTTP, page, local world, assembly; last, what
 must hold whatever happens: never lose a text, never leave half a VM.
 """
+import ast
 import asyncio
 import base64
 import contextlib
@@ -1017,10 +1018,37 @@ class FakeTwilio(Fake):
         """A signed webhook; an empty signature is left out."""
         signed = {"X-Twilio-Signature": sign(self.public + path, form) if signature is None else signature} | (headers or {})
         async with self.session.post(self.gateway + path, data=form, headers={name: value for name, value in signed.items() if value}) as response:
-            return Answer(response.status, await response.text(), response.headers)
+            answer = Answer(response.status, await response.text(), response.headers)
+        assert_described("POST", path, answer)
+        return answer
 
 
 # --- World ---
+
+API = cockpit.describe_api(cockpit.CALLS, "")
+
+
+def operation(method: str, path: str) -> dict[str, Any] | None:
+    """What /openapi.json says of a call."""
+    path = path.partition("?")[0]
+    found = [calls.get(method.lower()) for template, calls in API["paths"].items() if re.fullmatch(re.sub("{.*?}", "[^/]+", template), path)]
+    return found[0] if found else None
+
+
+def assert_described(method: str, path: str, answer: Answer) -> None:
+    """Whatever a call of the gateway answers, its status, type, code and a record's fields stand in /openapi.json."""
+    if (described := operation(method, path)) is None:
+        return
+    response = described["responses"].get(str(answer.status))
+    kind = answer.headers.get("Content-Type", "").partition(";")[0]
+    assert response is not None and (kind in response["content"] or not answer.text), (method, path, answer.status, kind)
+    if kind == "application/problem+json":
+        codes = response["content"][kind]["schema"]["properties"]["code"]["enum"]
+        assert answer.body["code"] in codes, (method, path, answer.body["code"], codes)
+    elif reference := response["content"].get(kind, {}).get("schema", {}).get("$ref"):
+        schema = API["components"]["schemas"][reference.rpartition("/")[2]]
+        assert set(schema["required"]) <= set(answer.body) <= set(schema["properties"]), (method, path, answer.text)
+
 
 def settings(**changes: Any) -> dict[str, str]:
     """A complete production environment; the addresses of the fakes are filled in by `World`."""
@@ -1144,9 +1172,11 @@ class World:
         return child
 
     async def ask(self, method: str, path: str, *, key: str | None = KEY, headers: dict[str, str] | None = None, **more: Any) -> Answer:
-        sent = ({"Authorization": f"Bearer {key}"} if key is not None else {}) | (headers or {})
+        sent = ({"Authorization": f"Bearer {key}"} if key is not None else {}) | ({"Accept": "text/html"} if path == "/" else {}) | (headers or {})
         async with self.session.request(method, self.twilio.gateway + path, headers=sent, allow_redirects=False, **more) as response:
-            return Answer(response.status, await response.text(), response.headers)
+            answer = Answer(response.status, await response.text(), response.headers)
+        assert_described(method, path, answer)
+        return answer
 
     async def call(self, method: str, path: str, **more: Any) -> Answer:
         """Asks while letting time run."""
@@ -5936,6 +5966,102 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     assert vm.ran == ["text 0"] and not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
+async def test_the_description_holds_every_route_every_code_and_every_field_of_a_record(world):
+    await world.ready()
+    document = (await world.call("GET", "/openapi.json", key=None)).body
+    router = world.server.runner.app.router
+    routes = {(route.method.lower(), route.resource.canonical) for route in router.routes()} - {("head", resource.canonical) for resource in router.resources()}
+    assert routes == {(method, path) for path, calls in document["paths"].items() for method in calls}
+    assert document["servers"] == [{"url": PUBLIC}]
+    schemas = document["components"]["schemas"]
+    assert schemas["Problem"]["properties"]["code"]["enum"] == list(cockpit.STATUS_OF)
+    codes = {code for calls in document["paths"].values() for call in calls.values() for response in call["responses"].values()
+             for content in response["content"].values() for code in content.get("schema", {}).get("properties", {}).get("code", {}).get("enum", ())}
+    assert codes == set(cockpit.STATUS_OF) - {"method_not_allowed"}, "which no call that exists answers"
+    record, = (await world.call("GET", "/provision")).body["vms"]
+    assert set(schemas["VM"]["required"]) <= set(record) <= set(schemas["VM"]["properties"])
+
+
+async def test_what_the_description_locks_is_answered_401_without_a_key(world):
+    vm = await world.ready(METRICS_TOKEN="prometheus")
+    for path, calls in API["paths"].items():
+        for method, call in calls.items():
+            answer = await world.call(method.upper(), re.sub("{.*?}", vm.app, path), key=None)
+            assert (answer.status == 401) == bool(call["security"]), (method, path, answer.status)
+
+
+def examples(schema: dict[str, Any]) -> list[Any]:
+    """Values that a schema accepts."""
+    kinds = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    of_kind = {"string": schema.get("examples", ["words"]), "object": schema.get("examples"), "array": [[], *schema.get("examples", [])], "boolean": [True, False], "null": [None],
+               "integer": [schema.get("minimum"), schema.get("maximum")]}
+    return [value for kind in kinds for value in of_kind[kind]]
+
+
+def misfits(schema: dict[str, Any]) -> list[Any]:
+    """Values that a schema refuses: of another type, out of its pattern, size or names."""
+    found = [value for kind, value in (("string", "words"), ("integer", 5), ("boolean", True), ("null", None), ("object", {"words": 5}), ("array", [5])) if kind not in schema["type"]]
+    if "pattern" in schema:
+        found += [value for value in ("a\nb", "!", "", "x" * 9000) if not re.search(schema["pattern"], value) or not schema.get("minLength", 0) <= len(value) <= schema.get("maxLength", 9999)]
+    found += [[5], ["/etc/passwd"], [{"url": "/images/.."}], ["/images/a.png"] * (schema["maxItems"] + 1)] if "maxItems" in schema else []
+    if inner := schema.get("additionalProperties"):
+        found += [{}, {f"K{n}": "x" for n in range(schema["maxProperties"] + 1)}, {"words": "x"}, {"PATH": "x"}, *({"KEY": value} for value in misfits(inner))]
+    return found
+
+
+@pytest.mark.parametrize("method, path", [("POST", "/provision"), ("PATCH", "/provision/{vm_id}"), ("POST", "/messages")])
+async def test_a_body_is_accepted_or_refused_as_the_description_says(world, method, path):
+    vm = await world.ready(VM_LIMIT=500)
+    key, phones = vm.env["COCKPIT_TOKEN"] if path == "/messages" else KEY, itertools.count(15551112000)
+    body = operation(method, path)["requestBody"]["content"]["application/json"]["schema"]
+    fields = body["properties"]
+
+    async def send(form: dict[str, Any]) -> Answer:
+        if form.get("phone_number") == ANN:
+            form |= {"phone_number": f"+{next(phones)}"}
+        return await world.call(method, path.replace("{vm_id}", vm.app), key=key, json=form)
+
+    whole = {name: examples(schema)[-1] for name, schema in fields.items()}
+    for name, schema in fields.items():
+        for value in examples(schema):
+            answer = await send(whole | {name: value})
+            assert answer.status in (200, 201, 202), (name, value, answer.text)
+        for value in misfits(schema):
+            answer = await send(whole | {name: value})
+            assert answer.status == 422 and {error["field"].partition(".")[0] for error in answer.body["errors"]} == {name}, (name, value, answer.text)
+        answer = await send({field: value for field, value in whole.items() if field != name})
+        assert answer.status == (422 if name in body["required"] else answer.status) and answer.status in (200, 201, 202, 422), (name, answer.text)
+        assert name in body["required"] or answer.status != 422, (name, answer.text)
+    assert not body["additionalProperties"] and (await send(whole | {"more": 1})).body["errors"][0]["field"] == "more"
+    assert body["minProperties"] == 1 and (await send({})).status == 422
+
+
+def test_the_description_of_a_phone_number_is_what_is_checked():
+    def is_one(text: str) -> bool:
+        with contextlib.suppress(ValueError):
+            return bool(cockpit.normalise_phone(text))
+        return False
+
+    pattern = cockpit.ORDER_FIELDS["phone_number"].schema["pattern"]
+    written = ["+", "555", ANN, "15551234567", "+05551234567", "+1 (555) 123-45.67", "( +1", *("+" + "1" * n for n in range(5, 18)), "+1555123456\u0667", ANN + "x", "x" + ANN, "++15551234567"]
+    assert [text for text in written if is_one(text)] == [text for text in written if re.search(pattern, text)] != []
+
+
+async def test_a_page_of_the_list_is_as_long_as_the_description_allows(world):
+    await world.start()
+    limit, after = operation("GET", "/provision")["parameters"]
+    statuses = {value: (await world.call("GET", f"/provision?limit={value}")).status for value in (*examples(limit["schema"]), 0, 1001, -1, "words", 1.5)}
+    assert statuses == {1: 200, 1000: 200, 0: 422, 1001: 422, -1: 422, "words": 422, 1.5: 422}
+    assert (await world.call("GET", f"/provision?{after['name']}=x")).status == 200 and (await world.call("GET", "/provision?more=x")).status == 422
+
+
+async def test_who_asks_by_hand_is_told_where_to_go_on(world):
+    await world.start()
+    answer = await world.call("GET", "/", key=None, headers={"Accept": "*/*"})
+    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
+    assert all(word in answer.text for word in (f"{PUBLIC}/ in a browser", f"{PUBLIC}/provision", f"{PUBLIC}/openapi.json", "doctor", "README.md")) and KEY not in answer.text
+
+
 # --- Doors ---
 
 def rss(child: Child) -> float:
@@ -7610,6 +7736,102 @@ def test_the_fly_configuration_keeps_one_gateway_running():
     service = config.get("http_service") or config["services"][0]
     assert config["kill_signal"] == "SIGTERM" and str(config["kill_timeout"]).rstrip("s") == "10" and config["mounts"]
     assert (service["auto_stop_machines"], service["auto_start_machines"]) == ("off", False)
+
+
+@pytest.mark.parametrize("older", [(3, 8), (3, 9)])
+def test_an_older_python_stops_at_a_line_that_says_which_one_is_needed(older):
+    before, match, rest = (HERE / "cockpit.py").read_text().partition("\nmatch ")
+    ast.parse(before, feature_version=older)
+    assert "cockpit needs Python 3.11" in rest.partition("\n")[0]
+    with pytest.raises(SyntaxError):
+        ast.parse(before + match + rest.partition("\nimport ")[0], feature_version=older)
+
+
+def test_python_3_10_is_told_in_one_line_which_one_is_needed():
+    head = (HERE / "cockpit.py").read_text().partition("import argparse")[0]
+    script = "import collections, sys; sys.version_info, sys.version = (3, 10, 13), '3.10.13 (main)'; exec(sys.argv[1])"
+    told = subprocess.run([sys.executable, "-c", script, head], capture_output=True, text=True)
+    assert (told.returncode, told.stderr) == (1, "cockpit needs Python 3.11 or later; this is 3.10.13\n")
+
+
+def test_help_says_where_to_go_on(capsys):
+    with pytest.raises(SystemExit):
+        cockpit.main(["--help"])
+    told = capsys.readouterr().out
+    assert all(word in told for word in ("doctor", "README.md", "http://127.0.0.1:8080/", "local"))
+
+
+README = (HERE / "README.md").read_text()
+
+
+def test_the_manual_lists_every_setting_with_its_default():
+    given = dict(re.findall(r'(?:env\.\w+|self\.one_of)\(\s*"([A-Z_]+)"(?:,\s*("[^"]*"|[\d.]+)[,)])?', (HERE / "cockpit.py").read_text()))
+    rows = {name: row for row in re.findall(r"(?m)^\|`[A-Z].*", README) for name in re.findall(r"`([A-Z][A-Z_]+)`", row.split("|")[1])}
+    assert set(rows) == set(given)
+    wrong = [name for name, default in given.items() if default not in ("", '""') and "stand-in" not in rows[name] and f"`{default.strip(chr(34))}`" not in rows[name]]
+    assert not wrong
+
+
+def test_what_the_manual_calls_required_is_required():
+    assert {name for row in re.findall(r"(?m)^\|(`[A-Z].*?` \*\*P\*\*)\|", README) for name in re.findall(r"`(.*?)`", row)} == set(REQUIRED)
+
+
+def test_the_manual_names_every_call_and_every_state():
+    described = {path.replace("{signed}", "") for path in API["paths"]} - {"/", "/sms/status", "/media/"}
+    assert not [path for path in described if path.removeprefix("/provision/{vm_id}") not in README]
+    assert not [state for state in cockpit.STATES if f"`{state}`" not in README]
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="the walk needs curl")
+@beside
+async def test_the_walk_of_the_manual_runs_as_printed_twice_on_another_port(live):
+    walk = re.search(r"## The walk\n.*?```sh\n(.*?)```", README, re.DOTALL)[1]
+
+    async def run() -> tuple[int, str]:
+        shell = await asyncio.create_subprocess_exec("sh", "-c", walk, env={"PATH": os.environ["PATH"], "PORT": str(port)}, stdin=subprocess.DEVNULL,
+                                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said, _ = await asyncio.wait_for(shell.communicate(), 40)
+        return shell.returncode, said.decode()
+
+    port = free_port()
+    assert await run() == (1, f"There is no gateway at http://127.0.0.1:{port}. Start it in another terminal, or set PORT.\n")
+    await live.adopt(await Child.start({}, port, live.disks))
+    for _ in range(2):
+        status, said = await run()
+        assert status == 0, said
+        assert re.fullmatch(rf"""The VM is cockpit-vm-\w+
+phone:   hello
+cockpit: hello
+The VM was killed.
+phone:   are you still there\?
+cockpit: {re.escape(RESTARTING)}
+cockpit: are you still there\?
+The VM is gone \(204\).
+""", said), said
+
+
+async def test_a_dead_host_is_replaced_as_the_manual_says(world):
+    vm = await world.ready(BACKFILL_S=60, VERIFY_PHONE="off")
+    await world.text("run")
+    await world.hears("ran: run")
+    sending = world.twilio.holds("send")
+    await world.text("answered")
+    await world.clock.until(sending.arrived.is_set)
+    gate = await world.occupies(vm, "running")
+    await world.text("waiting")
+    await world.crash()
+    gate.open()
+    before = world.saved["routes"]
+    await world.clock.advance(120)
+    world.twilio.missed(ANN, "missed")
+    world.file = world.disks / "volume" / "routes.json"  # new, and empty
+    world.file.parent.mkdir()
+    await world.start()
+    await world.clock.until(lambda: len(vm.ran) == 5, 300)
+    assert vm.ran == ["run", "answered", "running", "waiting", "missed"], "once each: what it had run it answered from memory"
+    assert without(world.saved["routes"][ANN], "awake_since") == without(before[ANN], "steps", "awake_since")
+    health = (await world.call("GET", "/health")).body
+    assert (health["vms"], health["troubles"]) == ({"ready": 1}, [])
 
 
 # --- Never lose a text ---
