@@ -6184,6 +6184,12 @@ class OwnerCommands:
         self.state.store.note(vm.put())
 
 
+def address_of(message: InboundMessage, usual: str) -> Address:
+    """Where its sender is answered from; `usual`: TWILIO_PHONE_NUMBER."""
+    is_usual = message.recipient in ("", message.channel + usual)
+    return Address(message.channel, "" if is_usual else message.recipient)
+
+
 def keyword_of(message: InboundMessage, vm: VmState | None) -> str:
     """STOP, START or HELP when Twilio answers this text itself, else nothing."""
     word = message.body.strip().upper() if len(message.body) < 40 else ""
@@ -6232,7 +6238,7 @@ class Inbox:
             return await self._refuse(message, vm, *refused)
         assert vm is not None and route is not None
         if command:
-            vm.reply_to = self._address(message)
+            vm.reply_to = address_of(message, self.settings.twilio.phone_number)
             known = await self.commands.run(vm, message, command)
             self.runner.start(vm)
         else:
@@ -6277,10 +6283,6 @@ class Inbox:
         """The reply: of the first time, if this SID was known."""
         self.metrics.texts.add(outcome if known is None else "repeated")
         return known or ""
-
-    def _address(self, message: InboundMessage) -> Address:
-        is_usual = message.recipient in ("", message.channel + self.settings.twilio.phone_number)
-        return Address(message.channel, "" if is_usual else message.recipient)
 
     # STOP, START, HELP
 
@@ -6375,7 +6377,7 @@ class Inbox:
             reply = words = ""
         changes: list[Change] = []
         if vm and words:
-            vm.reply_to = self._address(message)
+            vm.reply_to = address_of(message, self.settings.twilio.phone_number)
             out = self.sender.outbound(vm, [words])
             changes = [out.added(), vm.put()]
         known = await self.state.store.commit_once(message.sid, message.arrived, reply, *changes)
@@ -6395,7 +6397,7 @@ class Inbox:
 
     async def _accept_text(self, message: InboundMessage, route: Route, vm: VmState) -> str | None:
         """None when its SID is new, else the reply of that time; raises StoreError."""
-        reply_to = self._address(message)
+        reply_to = address_of(message, self.settings.twilio.phone_number)
         text = Text(
             sid=message.sid,
             vm_id=vm.vm_id,
@@ -7948,6 +7950,7 @@ PAGING = {
 }
 PATH_PART = Field(TEXT, is_required=True, place="path")
 NO_WAIT = {"Prefer": Field(TEXT | {"examples": ["respond-async"]}, place="header")}
+ONCE = {"Idempotency-Key": Field(TEXT | {"maxLength": 128}, place="header")}
 TWILIO_FORM = {
     "X-Twilio-Signature": Field(TEXT, is_required=True, place="header"),
     "MessageSid": Field(TEXT | {"pattern": f"^{MESSAGE_SID.pattern}$"}, is_required=True),
@@ -10302,7 +10305,7 @@ CALLS = (
         "A VM texts its owner",
         {202: JSON_TYPE},
         f"{FIELD_CODES} wrong_state too_many storage draining",
-        VM_MESSAGE,
+        VM_MESSAGE | ONCE,
         ("vm_token",),
     ),
     Call(
@@ -10643,7 +10646,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
     )
     vm.add_argument("--user", default="", help="as root: work as this user")
-    say = commands.add_parser("say", help="on a VM: text its owner")
+    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
+    say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="PNG, JPEG or GIF files")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
