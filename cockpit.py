@@ -21,12 +21,18 @@ Sections, each knowing only those above it:
   Calls out           one request, one error, one metric
   Fly                 the Machines API, a method a verb
   Twilio              signatures, splitting, error codes, sending exactly once
-  The VM              client and server of one contract
+  The VM              client of the contract; what it says is not trusted
+  Agents              server of the contract, what a VM runs, `say`
   Provisioning        one VM's steps; undoing; admission and teardown
-  Relay               Inbox, PhoneDoor, OwnerCommands, Runner, Sender, DeliveryReports, Backfill
-  Fleet               changes, reconciling with Fly, adoption after a lost disk
-  HTTP                thin handlers; what they check, answer and refuse, as /openapi.json
+  In flight           texts, what is to be told, one record per VM; notices
+  Sending             Sender, DeliveryReports
+  Running             Waker, Runner: the run lane of each VM, outages, deadlines
+  Taking in           PhoneDoor, OwnerCommands, Inbox
+  Relay               its start and end, what happens to VMs, Backfill
+  Fleet               changes, reconciling with Fly, adoption after a lost disk, sleep
+  HTTP                thin handlers, and what they check
   Page                the operator's page
+  Description         the table of calls, /openapi.json
   Local world         stand-ins for both clouds that last
   Assembly            the parts put together; command line
 """
@@ -3367,6 +3373,10 @@ class VmClient:
         raise VmBusy if status == HTTPStatus.CONFLICT else VmFailed(status)
 
 
+# --- Agents ---
+#
+# What runs on a VM: the server's half of the contract, the agent it calls, and `say`.
+
 COMMAND_BODY_BYTES = 256 * 1024
 OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
 ERRORS_CHARACTERS = 2000
@@ -4750,10 +4760,10 @@ class Provisioner:
         return record | {"state": "failed" if undone.get("reason") == "failed" else "deleting"}
 
 
-# --- Relay ---
+# --- In flight ---
 #
-# Inbox takes texts in, Runner hands them to VMs, Sender hands what is to be told to Twilio. All three work
-# on RelayState: one VmState per VM, in memory, and the MessageStore beneath it.
+# What the relay works on: one VmState per VM, in memory, and the MessageStore beneath it. Inbox takes texts
+# in, Runner hands them to VMs, Sender hands what is to be told to Twilio.
 
 # What the gateway itself tells an owner.
 NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
@@ -4793,42 +4803,6 @@ cockpit cancel: drop what waits
 cockpit lock: run nothing more until you text a new code
 Anything else goes to your VM."""
 
-COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
-VERBS = ("status", "stop", "new", "restart", "queue", "cancel", "lock")
-# Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
-# sender is opted out.
-STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
-KEYWORDS = {
-    **dict.fromkeys(STOP_WORDS, "STOP"),
-    **dict.fromkeys(("START", "UNSTOP", "YES"), "START"),
-    **dict.fromkeys(("HELP", "INFO"), "HELP"),
-}
-# Callbacks come in any order: a status that does not come later here than one already told says nothing new.
-STATUS_ORDER = (
-    "accepted scheduled",
-    "queued",
-    "sending",
-    "sent",
-    "delivered undelivered failed canceled",
-    "read",
-)
-STATUS_RANKS = {name: rank for rank, names in enumerate(STATUS_ORDER) for name in names.split()}
-VM_RETURN = Backoff(base_s=0.25, cap_s=4)
-VM_BUSY = Backoff(base_s=0.25, cap_s=10)
-VM_WAKES = Backoff(base_s=0.1, cap_s=0.1)
-WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
-WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
-BUSY_LIMIT_S = 1800.0
-ASK_FLY_EVERY_S = 15.0
-UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
-NOTE_S = 1.0
-PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
-ASK_FOR_CODE_EVERY_S = 3600.0
-CODES_AT_ONCE = 10
-# After so many wrong ones none is accepted for an hour, doubled each time up to a day.
-CLOSED = Backoff(base_s=3600, cap_s=86_400)
-STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
-VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 TRACES_KEPT = 10_000
 TEXTS_SHOWN = 20  # of one VM, in its record
 
@@ -5192,6 +5166,20 @@ class RelayState:
         )
 
 
+# --- Sending ---
+
+# Callbacks come in any order: a status that does not come later here than one already told says nothing new.
+STATUS_ORDER = (
+    "accepted scheduled",
+    "queued",
+    "sending",
+    "sent",
+    "delivered undelivered failed canceled",
+    "read",
+)
+STATUS_RANKS = {name: rank for rank, names in enumerate(STATUS_ORDER) for name in names.split()}
+
+
 @dataclass(kw_only=True, eq=False)
 class Sender:
     """The send lane of each VM: in the order they were stored, the next after Twilio took the last."""
@@ -5422,6 +5410,68 @@ class Sender:
 
 def in_ms(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1000)
+
+
+@dataclass(kw_only=True, eq=False)
+class DeliveryReports:
+    """What Twilio reports of messages it took: out of order, twice, and before the create's own answer."""
+
+    clock: Clock
+    routes: RouteStore
+    twilio: TwilioClient
+    state: RelayState
+    sender: Sender
+    metrics: Metrics
+    ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))  # of a message's last status
+
+    def handle(self, form: Mapping[str, str], vm_id: str) -> None:
+        """One callback; `vm_id` is what its address named."""
+        sid, status = form.get("MessageSid", ""), form.get("MessageStatus", "")
+        rank = STATUS_RANKS.get(status, -1)
+        if rank <= self.ranks.get(sid, -1):
+            return
+        now = self.clock.monotonic()
+        self.ranks.put(sid, rank, now)
+        self.metrics.deliveries.add(status)
+        found, recipient = self.routes.find(vm_id), form.get("To", "")
+        phone = recipient.removeprefix(WHATSAPP)
+        if found is None or found[0] != phone or rank < STATUS_RANKS["delivered"]:
+            return
+        vm, channel = self.state.vm(vm_id, phone), recipient.removesuffix(phone)
+        traces = self.sender.sent_as.get(sid, ())
+        if status in ("delivered", "read"):
+            for trace in traces:
+                trace.delivered = now - trace.began
+            if not vm.opted_out.get(channel):
+                self.sender.note_error(vm, "")
+            return
+        reason = self._undelivered(vm, sid, form.get("ErrorCode", ""), channel)
+        for trace in traces:
+            trace.note_error(now, reason)
+
+    def _undelivered(self, vm: VmState, sid: str, code: str, channel: str) -> str:
+        """It is not sent again: its cause stands in the VM's record."""
+        reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
+        log_warning("undelivered", vm_id=vm.vm_id, message_sid=sid, error=reason)
+        self.metrics.twilio_errors.add(code if policy else "other")
+        if policy and policy.action == "opted_out":
+            self.sender.opt_out(vm, channel)
+        elif policy and policy.action == "retry_and_alert":
+            self.twilio.trouble = f"texts do not arrive: {reason}"
+        self.sender.note_error(vm, reason)
+        return reason
+
+
+# --- Running ---
+
+VM_RETURN = Backoff(base_s=0.25, cap_s=4)
+VM_BUSY = Backoff(base_s=0.25, cap_s=10)
+VM_WAKES = Backoff(base_s=0.1, cap_s=0.1)
+WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
+WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
+BUSY_LIMIT_S = 1800.0
+ASK_FLY_EVERY_S = 15.0
+STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5808,6 +5858,26 @@ class Runner:
         if late:
             parts = split_text(AWAY_TOO_LONG.format(texts=quoted(*late)))
             await self.sender.finish(vm, late, parts, "expired")
+
+
+# --- Taking in ---
+
+COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
+VERBS = ("status", "stop", "new", "restart", "queue", "cancel", "lock")
+# Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
+# sender is opted out.
+STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
+KEYWORDS = {
+    **dict.fromkeys(STOP_WORDS, "STOP"),
+    **dict.fromkeys(("START", "UNSTOP", "YES"), "START"),
+    **dict.fromkeys(("HELP", "INFO"), "HELP"),
+}
+PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
+ASK_FOR_CODE_EVERY_S = 3600.0
+CODES_AT_ONCE = 10
+# After so many wrong ones none is accepted for an hour, doubled each time up to a day.
+CLOSED = Backoff(base_s=3600, cap_s=86_400)
+NOTE_S = 1.0
 
 
 def pairing_code_in(body: str) -> str:
@@ -6450,54 +6520,10 @@ class Inbox:
         return None
 
 
-@dataclass(kw_only=True, eq=False)
-class DeliveryReports:
-    """What Twilio reports of messages it took: out of order, twice, and before the create's own answer."""
+# --- Relay ---
 
-    clock: Clock
-    routes: RouteStore
-    twilio: TwilioClient
-    state: RelayState
-    sender: Sender
-    metrics: Metrics
-    ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))  # of a message's last status
-
-    def handle(self, form: Mapping[str, str], vm_id: str) -> None:
-        """One callback; `vm_id` is what its address named."""
-        sid, status = form.get("MessageSid", ""), form.get("MessageStatus", "")
-        rank = STATUS_RANKS.get(status, -1)
-        if rank <= self.ranks.get(sid, -1):
-            return
-        now = self.clock.monotonic()
-        self.ranks.put(sid, rank, now)
-        self.metrics.deliveries.add(status)
-        found, recipient = self.routes.find(vm_id), form.get("To", "")
-        phone = recipient.removeprefix(WHATSAPP)
-        if found is None or found[0] != phone or rank < STATUS_RANKS["delivered"]:
-            return
-        vm, channel = self.state.vm(vm_id, phone), recipient.removesuffix(phone)
-        traces = self.sender.sent_as.get(sid, ())
-        if status in ("delivered", "read"):
-            for trace in traces:
-                trace.delivered = now - trace.began
-            if not vm.opted_out.get(channel):
-                self.sender.note_error(vm, "")
-            return
-        reason = self._undelivered(vm, sid, form.get("ErrorCode", ""), channel)
-        for trace in traces:
-            trace.note_error(now, reason)
-
-    def _undelivered(self, vm: VmState, sid: str, code: str, channel: str) -> str:
-        """It is not sent again: its cause stands in the VM's record."""
-        reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
-        log_warning("undelivered", vm_id=vm.vm_id, message_sid=sid, error=reason)
-        self.metrics.twilio_errors.add(code if policy else "other")
-        if policy and policy.action == "opted_out":
-            self.sender.opt_out(vm, channel)
-        elif policy and policy.action == "retry_and_alert":
-            self.twilio.trouble = f"texts do not arrive: {reason}"
-        self.sender.note_error(vm, reason)
-        return reason
+UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
+VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 
 
 @dataclass(kw_only=True, eq=False)
@@ -8472,143 +8498,6 @@ async def get_health(request: web.Request) -> web.Response:
     return json_response(body, status=503 if is_draining else 200)
 
 
-# What there is: /openapi.json
-
-OPENAPI = web.AppKey("openapi", bytes)
-SCHEMAS = "#/components/schemas/"
-STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
-
-
-def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
-    properties = {name.rstrip("?"): schema for name, schema in fields.items()}
-    required = [name for name in fields if not name.endswith("?")]
-    return OBJECT | {"properties": properties, "required": required, **more}
-
-
-# The fields of answers; one with `?` is not always there.
-ANSWERS: dict[str, dict[str, Json]] = {
-    "VM": {
-        **dict.fromkeys(("vm_id", "phone_number"), TEXT),
-        **dict.fromkeys(("machine_id", "vm_url", "region", "image", "step"), TEXT_OR_NULL),
-        **dict.fromkeys(("created_at", "last_error"), TEXT_OR_NULL),
-        "state": {"enum": STATES},
-        "steps?": OBJECT,
-        "texts?": LIST | {"items": OBJECT},  # of one VM that is asked for by itself
-        "awake_s?": {"type": "integer"},
-        "paired": {"type": "boolean"},
-        "pairing_code?": TEXT,
-    },
-    "VMs": {"vms": LIST | {"items": {"$ref": SCHEMAS + "VM"}}, "next": TEXT_OR_NULL},
-    "Problem": {
-        **dict.fromkeys(("type", "title", "detail", "vm_id?"), TEXT),
-        "status": {"type": "integer"},
-        "code": {"enum": list(STATUS_OF)},
-        "errors?": LIST | {"items": object_schema({"field": TEXT, "message": TEXT})},
-    },
-}
-BEARER = {"type": "http", "scheme": "bearer"}
-KEYS: dict[str, Json] = {
-    **dict.fromkeys(("api_key", "vm_token", "metrics_token"), BEARER),
-    "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-}
-API_KEY = ("api_key", "x_api_key")
-# Codes that come together.
-BODY_CODES = "malformed too_large unsupported_media_type"
-FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
-FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
-CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
-WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
-
-
-def content_of(kinds: str) -> Json:
-    """Bodies by media type; what is no media type is one of ANSWERS, as JSON."""
-    found: Json = {}
-    for kind in kinds.split():
-        if "/" in kind:
-            found[kind] = {}
-        else:
-            found[JSON_TYPE] = {"schema": {"$ref": SCHEMAS + kind}}
-    return found
-
-
-class Call(NamedTuple):
-    """A call of the HTTP interface: who serves it, and what is said of it."""
-
-    name: str  # method and path
-    handler: Handler
-    summary: str
-    answers: Mapping[int, str]  # by status, as `content_of` reads them
-    codes: str = ""  # of STATUS_OF; each call may be answered `forbidden` and `internal`
-    fields: Mapping[str, Field] = {}
-    keys: Sequence[str] = API_KEY  # any opens it, where it may be `unauthorized`; "": so may none
-
-    def route(self) -> web.RouteDef:
-        method, path = self.name.split()
-        return web.route(method, path, self.handler)
-
-    def operation(self) -> Json:
-        """The call as OpenAPI describes it."""
-        fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
-        keys = self.keys if "unauthorized" in self.codes else ()
-        described: Json = {
-            "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
-            "summary": self.summary,
-            "security": [{key: []} if key else {} for key in keys],
-            "parameters": [
-                {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
-                for name, one in fields.items()
-                if one.place != "body"
-            ],
-            "responses": self.responses(),
-        }
-        body = {
-            name + "?" * (not one.is_required): one.schema
-            for name, one in fields.items()
-            if one.place == "body"
-        }
-        if body:
-            is_form = self.fields is TWILIO_FORM  # Twilio adds fields as it likes
-            schema = object_schema(body, additionalProperties=is_form, minProperties=1)
-            kind = FORM_TYPE if is_form else JSON_TYPE
-            described["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
-        return described
-
-    def responses(self) -> Json:
-        """What is answered, by status; of a refusal the codes."""
-        found: Json = {
-            str(status): {"description": HTTPStatus(status).phrase, "content": content_of(kinds)}
-            for status, kinds in self.answers.items()
-        }
-        by_status: dict[int, list[str]] = {}
-        for code in dict.fromkeys(f"{self.codes} forbidden internal".split()):
-            by_status.setdefault(STATUS_OF[code], []).append(code)
-        for status, codes in by_status.items():
-            schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
-            content = {PROBLEM_TYPE: {"schema": schema}}
-            found[str(status)] = {"description": ", ".join(codes), "content": content}
-        return found
-
-
-def describe_api(calls: Iterable[Call], url: str) -> Json:
-    """The OpenAPI document: what these calls are, from the tables that serve, check and refuse them."""
-    paths = defaultdict[str, Json](dict)
-    for call in calls:
-        method, path = call.name.split()
-        paths[path][method.lower()] = call.operation()
-    schemas = {name: object_schema(fields) for name, fields in ANSWERS.items()}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "cockpit", "version": VERSION},
-        "servers": [{"url": url}],
-        "paths": paths,
-        "components": {"schemas": schemas, "securitySchemes": KEYS},
-    }
-
-
-async def get_openapi(request: web.Request) -> web.Response:
-    return web.Response(body=request.app[OPENAPI], content_type=JSON_TYPE)
-
-
 # --- Page ---
 
 FEED_EVERY_S = 2.0
@@ -9446,6 +9335,244 @@ document.addEventListener('vm-made', event => { $('from').value = event.detail; 
 $('out').before(make('button', {id: 'to-phone', onclick: () => $('words').focus()}, 'Phone'));
 followThread();
 """
+# --- Description ---
+#
+# The table of the HTTP interface, and /openapi.json made of it.
+
+OPENAPI = web.AppKey("openapi", bytes)
+SCHEMAS = "#/components/schemas/"
+STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
+
+
+def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
+    properties = {name.rstrip("?"): schema for name, schema in fields.items()}
+    required = [name for name in fields if not name.endswith("?")]
+    return OBJECT | {"properties": properties, "required": required, **more}
+
+
+# The fields of answers; one with `?` is not always there.
+ANSWERS: dict[str, dict[str, Json]] = {
+    "VM": {
+        **dict.fromkeys(("vm_id", "phone_number"), TEXT),
+        **dict.fromkeys(("machine_id", "vm_url", "region", "image", "step"), TEXT_OR_NULL),
+        **dict.fromkeys(("created_at", "last_error"), TEXT_OR_NULL),
+        "state": {"enum": STATES},
+        "steps?": OBJECT,
+        "texts?": LIST | {"items": OBJECT},  # of one VM that is asked for by itself
+        "awake_s?": {"type": "integer"},
+        "paired": {"type": "boolean"},
+        "pairing_code?": TEXT,
+    },
+    "VMs": {"vms": LIST | {"items": {"$ref": SCHEMAS + "VM"}}, "next": TEXT_OR_NULL},
+    "Problem": {
+        **dict.fromkeys(("type", "title", "detail", "vm_id?"), TEXT),
+        "status": {"type": "integer"},
+        "code": {"enum": list(STATUS_OF)},
+        "errors?": LIST | {"items": object_schema({"field": TEXT, "message": TEXT})},
+    },
+}
+BEARER = {"type": "http", "scheme": "bearer"}
+KEYS: dict[str, Json] = {
+    **dict.fromkeys(("api_key", "vm_token", "metrics_token"), BEARER),
+    "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+}
+API_KEY = ("api_key", "x_api_key")
+# Codes that come together.
+BODY_CODES = "malformed too_large unsupported_media_type"
+FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
+FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
+CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
+WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
+
+
+def content_of(kinds: str) -> Json:
+    """Bodies by media type; what is no media type is one of ANSWERS, as JSON."""
+    found: Json = {}
+    for kind in kinds.split():
+        if "/" in kind:
+            found[kind] = {}
+        else:
+            found[JSON_TYPE] = {"schema": {"$ref": SCHEMAS + kind}}
+    return found
+
+
+class Call(NamedTuple):
+    """A call of the HTTP interface: who serves it, and what is said of it."""
+
+    name: str  # method and path
+    handler: Handler
+    summary: str
+    answers: Mapping[int, str]  # by status, as `content_of` reads them
+    codes: str = ""  # of STATUS_OF; each call may be answered `forbidden` and `internal`
+    fields: Mapping[str, Field] = {}
+    keys: Sequence[str] = API_KEY  # any opens it, where it may be `unauthorized`; "": so may none
+
+    def route(self) -> web.RouteDef:
+        method, path = self.name.split()
+        return web.route(method, path, self.handler)
+
+    def operation(self) -> Json:
+        """The call as OpenAPI describes it."""
+        fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
+        keys = self.keys if "unauthorized" in self.codes else ()
+        described: Json = {
+            "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
+            "summary": self.summary,
+            "security": [{key: []} if key else {} for key in keys],
+            "parameters": [
+                {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
+                for name, one in fields.items()
+                if one.place != "body"
+            ],
+            "responses": self.responses(),
+        }
+        body = {
+            name + "?" * (not one.is_required): one.schema
+            for name, one in fields.items()
+            if one.place == "body"
+        }
+        if body:
+            is_form = self.fields is TWILIO_FORM  # Twilio adds fields as it likes
+            schema = object_schema(body, additionalProperties=is_form, minProperties=1)
+            kind = FORM_TYPE if is_form else JSON_TYPE
+            described["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
+        return described
+
+    def responses(self) -> Json:
+        """What is answered, by status; of a refusal the codes."""
+        found: Json = {
+            str(status): {"description": HTTPStatus(status).phrase, "content": content_of(kinds)}
+            for status, kinds in self.answers.items()
+        }
+        by_status: dict[int, list[str]] = {}
+        for code in dict.fromkeys(f"{self.codes} forbidden internal".split()):
+            by_status.setdefault(STATUS_OF[code], []).append(code)
+        for status, codes in by_status.items():
+            schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
+            content = {PROBLEM_TYPE: {"schema": schema}}
+            found[str(status)] = {"description": ", ".join(codes), "content": content}
+        return found
+
+
+def describe_api(calls: Iterable[Call], url: str) -> Json:
+    """The OpenAPI document: what these calls are, from the tables that serve, check and refuse them."""
+    paths = defaultdict[str, Json](dict)
+    for call in calls:
+        method, path = call.name.split()
+        paths[path][method.lower()] = call.operation()
+    schemas = {name: object_schema(fields) for name, fields in ANSWERS.items()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "cockpit", "version": VERSION},
+        "servers": [{"url": url}],
+        "paths": paths,
+        "components": {"schemas": schemas, "securitySchemes": KEYS},
+    }
+
+
+async def get_openapi(request: web.Request) -> web.Response:
+    return web.Response(body=request.app[OPENAPI], content_type=JSON_TYPE)
+
+
+VM_PATH = "/provision/{vm_id}"
+RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
+CHANGED = {200: "VM", 202: "VM"}
+# The HTTP interface; /openapi.json is made of this.
+CALLS = (
+    Call(
+        "POST /provision",
+        post_provision,
+        "Make a VM for a phone",
+        {200: SSE_TYPE, 201: "VM", 202: "VM"},
+        f"{FIELD_CODES} {FLY_CODES} unknown_vm phone_taken vm_limit too_many vm_unreachable",
+        ORDER_FIELDS | NO_WAIT,
+    ),
+    Call(
+        "GET /provision",
+        get_provisions,
+        "VMs, by vm_id",
+        {200: "VMs"},
+        "unauthorized invalid_request",
+        PAGING,
+    ),
+    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unauthorized unknown_vm"),
+    Call(
+        f"PATCH {VM_PATH}",
+        patch_provision,
+        "Replace credentials, restart",
+        CHANGED,
+        f"{FIELD_CODES} {CHANGE_CODES}",
+        NEW_CREDENTIALS | NO_WAIT,
+    ),
+    Call(
+        f"DELETE {VM_PATH}",
+        delete_provision,
+        "Tear down",
+        {202: "VM", 204: ""},
+        "unauthorized unknown_vm storage",
+    ),
+    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
+    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
+    Call(
+        f"POST {VM_PATH}/lock",
+        lock_vm,
+        "Run nothing until the new code is texted",
+        {200: "VM"},
+        "unauthorized unknown_vm wrong_state storage",
+    ),
+    Call("POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM),
+    Call(
+        "POST /sms/status",
+        post_sms_status,
+        "Twilio: a delivery",
+        {204: ""},
+        WEBHOOK_CODES,
+        TWILIO_FORM,
+    ),
+    Call(
+        "POST /messages",
+        post_messages,
+        "A VM texts its owner",
+        {202: JSON_TYPE},
+        f"{FIELD_CODES} wrong_state too_many storage draining",
+        VM_MESSAGE | ONCE,
+        ("vm_token",),
+    ),
+    Call(
+        "GET /messages/{sid}",
+        get_message,
+        "A text's way",
+        {200: JSON_TYPE},
+        "unauthorized not_found",
+    ),
+    Call(
+        "GET /media/{signed}",
+        get_media,
+        "A picture, for who has its link",
+        {200: "image/png image/jpeg image/gif application/octet-stream"},
+        "gone not_found fly_unavailable vm_unreachable",
+    ),
+    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}),
+    Call(
+        "GET /metrics",
+        get_metrics,
+        "Prometheus text",
+        {200: "text/plain"},
+        "unauthorized",
+        keys=("", "metrics_token"),
+    ),
+    Call(
+        "GET /events",
+        get_events,
+        "The page's feed",
+        {200: f"{JSON_TYPE} {SSE_TYPE}"},
+        "unauthorized",
+    ),
+    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}),
+    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}),
+)
+
+
 # --- Local world ---
 
 THIS_FILE = os.path.realpath(__file__)
@@ -10244,105 +10371,6 @@ async def drain(gateway: Gateway) -> None:
     log_event("drained", waiting=relay.waiting())
 
 
-VM_PATH = "/provision/{vm_id}"
-RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
-CHANGED = {200: "VM", 202: "VM"}
-# The HTTP interface; /openapi.json is made of this.
-CALLS = (
-    Call(
-        "POST /provision",
-        post_provision,
-        "Make a VM for a phone",
-        {200: SSE_TYPE, 201: "VM", 202: "VM"},
-        f"{FIELD_CODES} {FLY_CODES} unknown_vm phone_taken vm_limit too_many vm_unreachable",
-        ORDER_FIELDS | NO_WAIT,
-    ),
-    Call(
-        "GET /provision",
-        get_provisions,
-        "VMs, by vm_id",
-        {200: "VMs"},
-        "unauthorized invalid_request",
-        PAGING,
-    ),
-    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unauthorized unknown_vm"),
-    Call(
-        f"PATCH {VM_PATH}",
-        patch_provision,
-        "Replace credentials, restart",
-        CHANGED,
-        f"{FIELD_CODES} {CHANGE_CODES}",
-        NEW_CREDENTIALS | NO_WAIT,
-    ),
-    Call(
-        f"DELETE {VM_PATH}",
-        delete_provision,
-        "Tear down",
-        {202: "VM", 204: ""},
-        "unauthorized unknown_vm storage",
-    ),
-    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
-    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
-    Call(
-        f"POST {VM_PATH}/lock",
-        lock_vm,
-        "Run nothing until the new code is texted",
-        {200: "VM"},
-        "unauthorized unknown_vm wrong_state storage",
-    ),
-    Call("POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM),
-    Call(
-        "POST /sms/status",
-        post_sms_status,
-        "Twilio: a delivery",
-        {204: ""},
-        WEBHOOK_CODES,
-        TWILIO_FORM,
-    ),
-    Call(
-        "POST /messages",
-        post_messages,
-        "A VM texts its owner",
-        {202: JSON_TYPE},
-        f"{FIELD_CODES} wrong_state too_many storage draining",
-        VM_MESSAGE | ONCE,
-        ("vm_token",),
-    ),
-    Call(
-        "GET /messages/{sid}",
-        get_message,
-        "A text's way",
-        {200: JSON_TYPE},
-        "unauthorized not_found",
-    ),
-    Call(
-        "GET /media/{signed}",
-        get_media,
-        "A picture, for who has its link",
-        {200: "image/png image/jpeg image/gif application/octet-stream"},
-        "gone not_found fly_unavailable vm_unreachable",
-    ),
-    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}),
-    Call(
-        "GET /metrics",
-        get_metrics,
-        "Prometheus text",
-        {200: "text/plain"},
-        "unauthorized",
-        keys=("", "metrics_token"),
-    ),
-    Call(
-        "GET /events",
-        get_events,
-        "The page's feed",
-        {200: f"{JSON_TYPE} {SSE_TYPE}"},
-        "unauthorized",
-    ),
-    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}),
-    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}),
-)
-
-
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     """The whole gateway as an aiohttp application; nothing starts before the application does."""
     is_local = settings.has_stand_in
@@ -10646,7 +10674,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
     )
     vm.add_argument("--user", default="", help="as root: work as this user")
-    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
+    codes = (
+        "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
+    )
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="PNG, JPEG or GIF files")
