@@ -6659,13 +6659,13 @@ class Relay:
         if vm.opted_out.get(vm.reply_to.channel):
             reason = "the owner of this VM opted out of texts (STOP); nothing is sent until they text START"
             raise Refusal("wrong_state", reason)
-        self._count_vm_message(vm, len(parts) + len(images))
+        counted = self._count_vm_message(vm, len(parts) + len(images))
         out = self.sender.outbound(vm, parts, images=images, id=f"v-{self.clock.random_id()}")
         if key:
             seen = f"{vm_id} {key}", self.clock.now(), out.id
             known = await self.state.store.commit_once(*seen, out.added(), vm.put())
             if known is not None:
-                vm.vm_messages.pop()
+                vm.vm_messages.remove(counted)
                 return known
         else:
             await self.state.store.commit(out.added(), vm.put())
@@ -6676,7 +6676,7 @@ class Relay:
         self.metrics.vm_messages.add()
         return out.id
 
-    def _count_vm_message(self, vm: VmState, cost: int) -> None:
+    def _count_vm_message(self, vm: VmState, cost: int) -> tuple[float, int]:
         """Raises Refusal when that would be more of Twilio's messages than a VM may cause."""
         now = self.clock.now()
         for seconds, most in VM_MESSAGE_LIMITS:
@@ -6688,6 +6688,7 @@ class Relay:
                 )
                 raise Refusal("too_many", reason, retry_after_s=wait_s)
         vm.vm_messages = [*recent, (now, cost)]
+        return now, cost
 
     # Questions
 

@@ -3257,6 +3257,25 @@ async def test_a_vm_texts_its_owner_unasked_in_the_order_of_its_lane(world):
     assert (await fetch(world, world.twilio.media_sent[-1]))[1] == PNG
 
 
+async def test_a_vm_that_repeats_a_message_beside_others_is_limited_no_less(world):
+    """The repetition costs nothing; the one stored in the same moment is counted all the same."""
+    vm, taken = await world.ready(), 0
+
+    def tells(key: str, text: str) -> Any:
+        return world.ask("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], headers={"Idempotency-Key": key}, json={"text": text})
+
+    await world.clock.run(tells("first", "hello"))
+    for n in range(8):
+        with contextlib.closing(sqlite3.connect(world.database)) as disk:
+            disk.execute("BEGIN IMMEDIATE")
+            both = []
+            for key, text in (("first", "hello"), (f"other {n}", "eight parts " * 1000)):
+                both.append(asyncio.ensure_future(tells(key, text)))
+                await asyncio.sleep(0.02)
+        taken += (await world.clock.run(asyncio.gather(*both)))[1].status == 202
+    assert taken == 4, "40 a minute"
+
+
 async def test_a_vm_s_own_messages_are_limited_by_the_minute_and_by_the_day(world):
     await world.start()
     vm, other = await world.sign_up(), await world.sign_up(BOB)
