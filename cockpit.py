@@ -6104,9 +6104,7 @@ class OwnerCommands:
             case "stop":
                 return await self._begin_stop(vm, message)
             case "new":
-                waiting_sids = [text.sid for text in vm.waiting]
-                vm.new_sids = [sid for sid in vm.new_sids if sid in waiting_sids] + [""]
-                reply = NEXT_IS_NEW
+                return await self._begin_anew(vm, message)
             case "queue":
                 lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
                 reply = "\n".join([now, *lines])
@@ -6196,6 +6194,17 @@ class OwnerCommands:
             vm.owes_restart = known is None
         if known is None:
             await self.do_owed(vm)
+        return known
+
+    async def _begin_anew(self, vm: VmState, message: InboundMessage) -> str | None:
+        before, waiting = vm.new_sids, [text.sid for text in vm.waiting]
+        vm.new_sids = [sid for sid in before if sid in waiting] + [""]
+        known: str | None = ""
+        try:
+            known = await self._reply(vm, message, NEXT_IS_NEW)
+        finally:
+            if known is not None:  # not stored, or a repetition
+                vm.new_sids = before
         return known
 
     async def _begin_stop(self, vm: VmState, message: InboundMessage) -> str | None:

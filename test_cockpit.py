@@ -5176,6 +5176,17 @@ async def test_a_repeated_stop_ends_no_later_command(world):
     assert world.vms.count("cancel") == 1
 
 
+async def test_a_new_conversation_that_is_asked_for_again_by_the_same_text_begins_once(world):
+    vm = await world.ready()
+    sid = "SM" + "d" * 32
+    await world.text("cockpit new", MessageSid=sid)
+    await world.text("one")
+    await world.text("cockpit new", MessageSid=sid)
+    await world.text("two")
+    await world.hears("The next text starts a new conversation.", "ran: anew one", "ran: two")
+    assert vm.ran == ["one", "two"]
+
+
 async def test_a_repeated_text_is_not_the_next_one(world):
     vm = await world.ready()
     sid = "SM" + "e" * 32
