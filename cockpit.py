@@ -6208,16 +6208,17 @@ class OwnerCommands:
         return known
 
     async def _begin_stop(self, vm: VmState, message: InboundMessage) -> str | None:
-        before = vm.owes_stop, vm.stopped_sid
-        vm.owes_stop, vm.stopped_sid = True, ""
-        if vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
+        before, is_first = (vm.owes_stop, vm.stopped_sid), not vm.owes_stop
+        if is_first:  # else one is being carried out
+            vm.owes_stop, vm.stopped_sid = True, ""
+        if is_first and vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
             vm.stopped_sid = vm.waiting[0].sid
         sid, at = message.sid, message.arrived
         known: str | None = ""
         try:
             known = await self.state.store.commit_once(sid, at, "", vm.put())
         finally:
-            if known is not None:
+            if known is not None and is_first:
                 vm.owes_stop, vm.stopped_sid = before
         if known is None:
             self.tasks.start(self.do_stop(vm))

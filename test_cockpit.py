@@ -5176,6 +5176,28 @@ async def test_a_repeated_stop_ends_no_later_command(world):
     assert world.vms.count("cancel") == 1
 
 
+async def test_a_stop_repeated_while_it_is_carried_out_stays_one_stop(world):
+    vm = await world.ready()
+    sid = "SM" + "d" * 32
+    await world.occupies(vm, "long")
+    cancel = world.vms.holds("cancel")
+    await world.text("cockpit stop", MessageSid=sid)
+    await world.clock.until(cancel.arrived.is_set)
+    with contextlib.closing(sqlite3.connect(world.database)) as disk:
+        disk.execute("BEGIN IMMEDIATE")
+        again = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit stop", MessageSid=sid))
+        await real_until(world.clock.is_writing)
+        cancel.open()
+        await asyncio.sleep(0.1)  # the first one is over
+    await world.clock.run(again)
+    await world.hears("Stopped.", "so far")
+    gate = await world.occupies(vm, "later")
+    await world.crash_and_restart()
+    await world.clock.advance(5)
+    gate.open()
+    await world.hears("Stopped.", "so far", "ran: later")
+
+
 async def test_a_new_conversation_that_is_asked_for_again_by_the_same_text_begins_once(world):
     vm = await world.ready()
     sid = "SM" + "d" * 32
