@@ -6241,8 +6241,7 @@ class OwnerCommands:
             may_run |= text.may_have_reached or text.busy_since is not None
         try:
             # Named, so that no later text is ended in its place.
-            sid = vm.stopped_sid if vm.running else ""
-            stopped = await self.vms.cancel(found[1], sid)
+            stopped = await self.vms.cancel(found[1], vm.stopped_sid)
         except VmAway:
             return NOT_STOPPED
         except VmFailed as error:

@@ -5163,6 +5163,25 @@ async def test_a_stop_that_was_asked_for_is_carried_out_though_the_gateway_is_ki
     await world.hears("Stopped.", "so far")
 
 
+async def test_a_stop_that_a_start_carries_out_ends_no_later_text_in_its_place(world):
+    vm = await world.ready()
+    gate = await world.occupies(vm, "one")
+    held = world.vms.holds("cancel")
+    await world.text("cockpit stop")
+    await world.clock.until(held.arrived.is_set)
+    await world.crash()
+    gate.open()
+    await world.clock.until(lambda: not vm.busy)
+    cancel, gate = world.vms.holds("cancel"), vm.holds()
+    await world.start()
+    await world.text("two")
+    await world.clock.until(lambda: cancel.arrived.is_set() and gate.arrived.is_set())
+    cancel.open()
+    await world.clock.advance(2)
+    gate.open()
+    await world.hears("ran: one", "Nothing is running.", "ran: two")
+
+
 async def test_a_repeated_stop_ends_no_later_command(world):
     vm = await world.ready()
     sid = "SM" + "d" * 32
