@@ -6101,6 +6101,9 @@ class OwnerCommands:
                 reply = f"Nothing is waiting. {now}"
             case "restart":
                 return await self._begin_restart(vm, message)
+            # By Twilio's list, whose dates are whole seconds: what runs came behind it.
+            case "stop" if vm.running and message.arrived < vm.running.arrived - 1:
+                reply = now
             case "stop":
                 return await self._begin_stop(vm, message)
             case "new":

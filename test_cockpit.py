@@ -5182,6 +5182,18 @@ async def test_a_stop_that_a_start_carries_out_ends_no_later_text_in_its_place(w
     await world.hears("ran: one", "Nothing is running.", "ran: two")
 
 
+async def test_a_stop_that_twilio_s_list_tells_late_ends_no_text_that_came_behind_it(world):
+    vm = await world.ready(BACKFILL_S=20)
+    await world.clock.advance(5)
+    world.twilio.missed(ANN, "cockpit stop")
+    await world.clock.advance(10)
+    gate = await world.occupies(vm, "behind it")
+    await world.hears('Running: "behind it"')
+    world.twilio.missed(ANN, "cockpit stop")
+    await world.hears('Running: "behind it"', "Stopped.", "so far")
+    assert gate.opened.is_set() and world.vms.count("cancel") == 1
+
+
 async def test_a_repeated_stop_ends_no_later_command(world):
     vm = await world.ready()
     sid = "SM" + "d" * 32
