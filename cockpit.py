@@ -5936,7 +5936,8 @@ class PhoneDoor:
             return outcome, CONNECTED
         now = self.clock.now()
         was_asked = now - vm.asked_for_code_at < ASK_FOR_CODE_EVERY_S
-        if was_asked or outcome == "before_pairing":
+        hears_nothing = vm.opted_out.get(message.channel)
+        if was_asked or hears_nothing or outcome == "before_pairing":
             return outcome, ""
         vm.asked_for_code_at = now
         return outcome, TEXT_THE_CODE

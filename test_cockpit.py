@@ -3694,6 +3694,13 @@ async def test_whatsapp_goes_by_the_same_door_and_is_answered_there(world):
     assert vm.ran == ["by text"]
 
 
+async def test_a_phone_that_could_not_be_asked_for_its_code_is_asked_once_it_can_be(world):
+    await unpaired(world)
+    for body in ("STOP", "hello", "START", "hello again"):
+        await world.text(body)
+    await world.hears(ASKED)
+
+
 async def test_the_present_code_is_never_run_and_any_other_six_digits_are(world):
     vm, code = await unpaired(world)
     await world.text(code)
