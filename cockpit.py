@@ -5029,6 +5029,12 @@ class VmState:
         """The texts that wait, without the one that runs."""
         return [text for text in self.waiting if text is not self.running]
 
+    def will_not_run(self, texts: Sequence[Text]) -> None:
+        """A conversation that one of these was to begin is begun by the next text that is run."""
+        sids = [text.sid for text in texts]
+        heir = next((text.sid for text in self.unreached() if text not in texts), "")
+        self.new_sids = [heir if sid in sids else sid for sid in self.new_sids]
+
     def unreached(self) -> list[Text]:
         """Those of them that surely did not reach the VM."""
         return [text for text in self.queued() if not text.may_have_reached]
@@ -5240,6 +5246,8 @@ class Sender:
         out = self.outbound(vm, parts, texts[-1], images, id=texts[0].sid, traces=traces)
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
+        if outcome in ("expired", "cancelled"):
+            vm.will_not_run(texts)
         added = [out.added()] if out.size else []
         await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
         for text in texts:
@@ -6155,6 +6163,8 @@ class OwnerCommands:
     ) -> str | None:
         # At once, so that none of them is handed over while the store writes.
         before, vm.waiting = vm.waiting, deque(text for text in vm.waiting if text not in waiting)
+        new_sids = vm.new_sids
+        vm.will_not_run(waiting)
         known: str | None = ""
         try:
             if waiting:
@@ -6168,6 +6178,7 @@ class OwnerCommands:
                 later = [text for text in vm.waiting if text not in before]
                 kept = [text for text in before if text in waiting or text in vm.waiting]
                 vm.waiting = deque(kept + later)
+                vm.new_sids = new_sids
         return known
 
     async def _lock(self, vm: VmState, message: InboundMessage) -> str | None:

@@ -5270,6 +5270,39 @@ async def test_a_new_conversation_begins_with_the_text_behind_what_waits(world):
     assert world.twilio.sent_to(ANN)[2:] == ["ran: one", "ran: two", "ran: anew three", "ran: anew four"]
 
 
+@pytest.mark.parametrize("how", ["cancel", "lock"])
+async def test_a_new_conversation_begins_with_the_next_text_when_its_own_is_dropped(world, how):
+    vm = await world.ready()
+    gate = await world.occupies(vm, "one")
+    for body in ("cockpit new", "two", f"cockpit {how}"):
+        await world.text(body)
+    vm.gate = None
+    gate.open()
+    await world.clock.until(lambda: "ran: one" in world.twilio.sent_to(ANN))
+    if how == "lock":
+        await world.text(await code_of(world, vm))
+    await world.crash_and_restart()
+    await world.text("three")
+    await world.clock.until(lambda: len(vm.ran) == 2)
+    await world.clock.settle()
+    assert world.twilio.sent_to(ANN)[-1] == "ran: anew three"
+
+
+async def test_a_new_conversation_begins_with_what_is_behind_a_text_that_waited_too_long(world):
+    vm = await world.ready(VM_AWAY_LIMIT_S=100)
+    vm.away = 503
+    await world.text("cockpit new")
+    await world.text("two")
+    await world.clock.advance(50)
+    await world.text("three")
+    await world.clock.advance(60)
+    vm.away = 0
+    await world.text("four")
+    await world.clock.until(lambda: len(vm.ran) == 2)
+    await world.clock.settle()
+    assert world.twilio.sent_to(ANN)[-2:] == ["ran: anew three", "ran: four"]
+
+
 async def test_a_status_tells_how_long_a_command_has_run_and_what_it_is_doing(world):
     vm = await world.ready()
     gate = await world.occupies(vm, "long")
