@@ -5004,9 +5004,8 @@ class VmState:
 
     def may_sleep(self) -> bool:
         """Whether nothing of it is in flight, and nothing is done to it."""
-        is_well = self.away_since is None and not self.closing_notice
-        owes = self.owes_restart or self.owes_stop
-        return self.is_idle() and is_well and not (self.is_paused or owes)
+        is_held = self.is_paused or self.owes_restart or self.owes_stop
+        return self.is_idle() and not (is_held or self.closing_notice)
 
     def is_turning(self) -> bool:
         """Whether it is just falling asleep or waking."""
@@ -7646,6 +7645,9 @@ class Sleeper:
     async def _suspend(self, route: Route, vm: VmState) -> bool:
         """False when it stays awake; an outcome that is not known counts as asleep."""
         vm.is_falling_asleep = True
+        if vm.away_since is not None:  # it answers again, and nobody waited for that
+            vm.away_since = None
+            self.relay.state.store.note(vm.put())
         try:
             await self.routes.update(route.vm_id, state="asleep")
             if not self.routes.find(route.vm_id) or not self._is_idle(route, vm):

@@ -5420,6 +5420,24 @@ async def test_a_vm_with_work_or_without_an_answer_is_not_suspended(world, why):
     assert world.saved["routes"][ANN]["state"] == "ready"
 
 
+async def test_a_vm_whose_return_nobody_waited_for_sleeps_too_and_is_away_no_more(world):
+    vm = await drowsy(world)
+    vm.away = 503
+    await world.text("hello")
+    await world.hears(RESTARTING)
+    await world.text("cockpit cancel")
+    await world.hears(RESTARTING, "Not run: 1 text dropped.")
+    await world.clock.advance(3 * IDLE)
+    assert not world.fly.count("suspend_machine")
+    vm.away = 0
+    await falls_asleep(world, vm)
+    await world.crash_and_restart()
+    assert await state_of(world, vm) == "asleep"
+    await world.text("cockpit status")
+    await world.text("wake up")
+    await world.hears(RESTARTING, "Not run: 1 text dropped.", "Your VM is asleep. Nothing is running. 0 waiting.", "ran: wake up")
+
+
 async def test_a_vm_that_was_busy_is_asked_again_and_then_suspended(world):
     vm = await drowsy(world)
     vm.health = {"status": "ok", "busy": True}
