@@ -5736,6 +5736,18 @@ async def test_a_message_of_a_sleeper_s_own_says_that_it_is_awake(world):
     assert not world.fly.count("start_machine")
 
 
+async def test_a_message_that_a_vm_sent_while_it_was_being_frozen_does_not_say_that_it_is_awake(world):
+    vm = await drowsy(world)
+    world.fly.freeze_s = 3
+    await world.clock.until(lambda: world.fly.count("wait_machine") > 1, IDLE + 30)
+    answer = await world.ask("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], json={"text": "good night"})
+    assert answer.status == 202
+    await world.clock.advance(10)
+    assert (await state_of(world, vm), machine_of(world, vm)) == ("asleep", "suspended")
+    await world.text("wake up")
+    await world.hears("good night", "ran: wake up")
+
+
 async def test_a_refused_suspension_is_told_and_tried_again_in_an_hour(world, caplog):
     vm = await drowsy(world)
     world.fly.fails("suspend_machine", 422)
