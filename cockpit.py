@@ -5705,7 +5705,7 @@ class Runner:
         limits = self.settings.limits
         if text.drops >= 2:
             return await self._finish(vm, text, "crashed", about(AWAY_TWICE, text))
-        if not text.attempts and self._deadline(vm, text) <= self.clock.now():
+        if not text.attempts and self.is_late(vm, text):
             return await self._expire(vm)
         if not await self._may_hand_over(vm, route, text):
             return None
@@ -5854,14 +5854,17 @@ class Runner:
     def _deadline(self, vm: VmState, text: Text) -> float:
         return deadline(text, vm, self.state.began, self.settings.limits.vm_away_limit_s)
 
+    def is_late(self, vm: VmState, text: Text) -> bool:
+        return self._deadline(vm, text) <= self.clock.now()
+
     async def _expire(self, vm: VmState) -> None:
         """The first text's time is over; those behind it are judged at once and share the notice."""
-        first, now = vm.waiting[0], self.clock.now()
+        first = vm.waiting[0]
         if first.may_have_reached:
             notice = about(NO_ANSWER, first, s=self.settings.limits.vm_away_limit_s)
             await self._finish(vm, first, "silent", notice)
         waiting = [text for text in vm.waiting if not text.may_have_reached]
-        late = [text for text in waiting if self._deadline(vm, text) <= now]
+        late = [text for text in waiting if self.is_late(vm, text)]
         if late:
             parts = split_text(AWAY_TOO_LONG.format(texts=quoted(*late)))
             await self.sender.finish(vm, late, parts, "expired")
@@ -6508,7 +6511,7 @@ class Inbox:
             vm.new_sids = [sid or text.sid for sid in new_sids]
             vm.reply_to = reply_to
             changes.append(vm.put())
-        if route.state == "asleep":
+        if route.state == "asleep" and not self.runner.is_late(vm, text):
             self.runner.waker.begin(vm)  # beside the fsync
         vm.accepting += 1
         known: str | None = ""

@@ -5667,6 +5667,17 @@ async def test_a_refused_text_wakes_nobody(world):
     assert not world.fly.count("start_machine")
 
 
+async def test_a_text_that_is_found_too_late_to_be_run_wakes_nobody(world):
+    await asleep(world, BACKFILL_S=60, VM_AWAY_LIMIT_S=100)
+    await world.stop()
+    world.twilio.missed(ANN, "too old")
+    world.clock.elapsed += 300
+    await world.start()
+    await world.hears('Not run, your VM was away too long: "too old"')
+    await world.clock.advance(5)
+    assert not world.fly.count("start_machine")
+
+
 async def test_the_status_of_a_sleeper_says_so(world):
     await asleep(world)
     await world.text("cockpit status")
