@@ -5002,10 +5002,13 @@ class VmState:
     def is_idle(self) -> bool:
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
 
+    def is_held(self) -> bool:
+        """Whether no lane may begin: it is being changed, or a verb of its owner comes first."""
+        return self.is_paused or self.owes_restart or self.owes_stop
+
     def may_sleep(self) -> bool:
         """Whether nothing of it is in flight, and nothing is done to it."""
-        is_held = self.is_paused or self.owes_restart or self.owes_stop
-        return self.is_idle() and not (is_held or self.closing_notice)
+        return self.is_idle() and not (self.is_held() or self.closing_notice)
 
     def is_turning(self) -> bool:
         """Whether it is just falling asleep or waking."""
@@ -5641,12 +5644,11 @@ class Runner:
 
     def is_free(self, vm: VmState, route: Route) -> bool:
         """Whether a text that came now would be handed over at once."""
-        is_well = route.state == "ready" and vm.away_since is None and not vm.is_paused
+        is_well = route.state == "ready" and vm.away_since is None and not vm.is_held()
         return is_well and not (vm.waiting or vm.accepting or vm.runner)
 
     def start(self, vm: VmState) -> None:
-        is_held = vm.is_paused or vm.owes_restart
-        is_over = self.state.is_draining or vm.closing_notice or is_held
+        is_over = self.state.is_draining or vm.closing_notice or vm.is_held()
         if vm.waiting and vm.runner is None and not is_over and self._route(vm):
             vm.runner = self.tasks.start(self._run(vm))
 
@@ -6082,6 +6084,7 @@ class OwnerCommands:
     vms: VmClient
     tasks: Tasks
     door: PhoneDoor
+    runner: Runner
     check_restart: Callable[[str], object]  # raises Refusal
     restart: Callable[[str], Awaitable[None]]  # returns once it is on disk; raises Refusal
 
@@ -6237,6 +6240,7 @@ class OwnerCommands:
         finally:
             if known is not None and is_first:
                 vm.owes_stop, vm.stopped_sid = before
+                self.runner.start(vm)
         if known is None:
             self.tasks.start(self.do_stop(vm))
         return known
@@ -6248,6 +6252,7 @@ class OwnerCommands:
             vm.stopped_sid = ""
         vm.owes_stop = False
         await self.sender.notify(vm, reply, vm.put())
+        self.runner.start(vm)
 
     async def _stop(self, vm: VmState) -> str:
         found = self.routes.find(vm.vm_id)

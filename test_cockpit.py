@@ -5179,14 +5179,15 @@ async def test_a_stop_that_a_start_carries_out_ends_no_later_text_in_its_place(w
     await world.crash()
     gate.open()
     await world.clock.until(lambda: not vm.busy)
-    cancel, gate = world.vms.holds("cancel"), vm.holds()
+    cancel = world.vms.holds("cancel")
     await world.start()
     await world.text("two")
-    await world.clock.until(lambda: cancel.arrived.is_set() and gate.arrived.is_set())
-    cancel.open()
+    await world.clock.until(cancel.arrived.is_set)
     await world.clock.advance(2)
-    gate.open()
-    await world.hears("ran: one", "Nothing is running.", "ran: two")
+    assert vm.ran == ["one"]
+    cancel.open()
+    await world.hears("Nothing is running.", "ran: one", "ran: two")
+    assert world.vms.calls("cancel")[-1].headers["Idempotency-Key"] == vm.asked[0].key
 
 
 async def test_a_stop_that_twilio_s_list_tells_late_ends_no_text_that_came_behind_it(world):
@@ -5199,6 +5200,26 @@ async def test_a_stop_that_twilio_s_list_tells_late_ends_no_text_that_came_behin
     world.twilio.missed(ANN, "cockpit stop")
     await world.hears('Running: "behind it"', "Stopped.", "so far")
     assert gate.opened.is_set() and world.vms.count("cancel") == 1
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_a_text_behind_a_stop_that_is_still_on_its_way_is_not_ended_by_it(world, is_killed):
+    vm = await world.ready()
+    cancel = world.vms.holds("cancel")
+    await world.text("cockpit stop")
+    await world.clock.until(cancel.arrived.is_set)
+    if is_killed:
+        await world.crash()
+        cancel = world.vms.holds("cancel")
+        await world.start()
+        await world.clock.until(cancel.arrived.is_set)
+    await world.text("behind it")
+    await world.clock.advance(2)
+    gate = vm.holds()
+    cancel.open()
+    await world.clock.advance(2)
+    gate.open()
+    await world.hears("Nothing is running.", "ran: behind it")
 
 
 async def test_a_repeated_stop_ends_no_later_command(world):
