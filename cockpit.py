@@ -6115,11 +6115,8 @@ class OwnerCommands:
                 reply = f"Nothing is waiting. {now}"
             case "restart":
                 return await self._begin_restart(vm, message)
-            # By Twilio's list, whose dates are whole seconds: what runs came behind it.
-            case "stop" if vm.running and message.arrived < vm.running.arrived - 1:
-                reply = now
             case "stop":
-                return await self._begin_stop(vm, message)
+                return await self._begin_stop(vm, message, now)
             case "new":
                 return await self._begin_anew(vm, message)
             case "queue":
@@ -6227,7 +6224,10 @@ class OwnerCommands:
                 vm.new_sids = before
         return known
 
-    async def _begin_stop(self, vm: VmState, message: InboundMessage) -> str | None:
+    async def _begin_stop(self, vm: VmState, message: InboundMessage, now: str) -> str | None:
+        # By Twilio's list, whose dates are whole seconds: what runs came behind it.
+        if vm.running and message.arrived < vm.running.arrived - 1:
+            return await self._reply(vm, message, now)
         before, is_first = (vm.owes_stop, vm.stopped_sid), not vm.owes_stop
         if is_first:  # else one is being carried out
             vm.owes_stop, vm.stopped_sid = True, ""
