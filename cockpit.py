@@ -3635,8 +3635,8 @@ class CommandAgent(Agent):
             except asyncio.CancelledError:
                 await end_group(process.pid)
                 code = CANCELLED
-            said = await asyncio.to_thread(self._said, code)
-            return said, code if code >= 0 else 128 - code
+            # Not in a thread: a stop that comes now would lose it.
+            return self._said(code), code if code >= 0 else 128 - code
         except (OSError, ValueError) as error:
             return f"The agent could not be started: {error}", 127
         finally:
@@ -3752,7 +3752,7 @@ class VmServer:
         self._tasks = Tasks()
         self._running: asyncio.Task[Json] | None = None  # the command
         self._key = ""  # of it
-        self._is_cancelled = False
+        self._is_cancelled = self._has_ended = False
         self._is_closing = False
         self._answers_file = folder / ".cockpit-vm-answers.json"
         self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
@@ -3850,7 +3850,7 @@ class VmServer:
         if self._running is not None:
             return web.json_response({"error": "busy"}, status=409)
         # A caller who hangs up does not stop it: the answer is stored for the next time.
-        self._key, self._is_cancelled = key, False
+        self._key, self._is_cancelled, self._has_ended = key, False, False
         self._running = self._tasks.start(self._run(key, body), "command")
         return web.json_response(await asyncio.shield(self._running))
 
@@ -3862,7 +3862,7 @@ class VmServer:
             groups = set() if key else self._agent.left_running()
             await asyncio.gather(*map(end_group, groups))
             stopped = bool(groups)
-        elif stopped := key in ("", self._key):
+        elif stopped := key in ("", self._key) and not self._has_ended:
             if not self._is_cancelled:
                 self._is_cancelled = True
                 await asyncio.sleep(0)  # it has begun then, and takes note of its end
@@ -3895,6 +3895,7 @@ class VmServer:
             if inbox:
                 text = "\n".join([text, "", "Pictures:", *inbox])
             said, code = await self._agent.run(text, is_new=body.get("new") is True)
+            self._has_ended = True  # from here on a stop would only lose the answer
             return said, code, await asyncio.to_thread(self._pictures.shown_since, before)
         except asyncio.CancelledError:
             if not self._is_cancelled:

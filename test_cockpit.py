@@ -7613,6 +7613,21 @@ async def test_a_command_that_ignores_the_interrupt_is_ended_with_its_children_a
     assert (await vm.command("next"))["text"].strip() == "did next"
 
 
+async def test_a_stop_that_comes_as_a_command_ends_leaves_its_answer_whole(live, monkeypatch):
+    vm = AgentVM(live)
+    async with vm.serves("cat; while [ ! -e go ]; do sleep 0.05; done", monkeypatch):
+        command = asyncio.ensure_future(vm.command("hello", key="K1"))
+        while (await vm.health()).get("note") != "hello":
+            await asyncio.sleep(0.02)
+        reading = live.threads.holds()
+        (vm.folder / "go").touch()
+        await live.clock.until(lambda: live.threads.at_work)
+        stopped = await vm.ask("POST", "/cancel", headers={"Idempotency-Key": "K1"})
+        reading.set()
+        answer = await command
+    assert (answer["text"], answer["exitCode"], stopped.body) == ("hello", 0, {"stopped": False})
+
+
 @beside
 async def test_what_an_agent_leaves_running_holds_up_no_answer_is_told_and_can_be_ended(live):
     a_program(live.disks / "bin", "claude")
