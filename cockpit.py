@@ -8659,9 +8659,9 @@ input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
 ::placeholder{color:var(--dim);opacity:1}
 button,summary{cursor:pointer;font-weight:550;flex:none}
 summary{padding:9px 0}
-:is(button,#rows li):hover{background:var(--soft)}
+:is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
-.go,.go:hover{background:var(--go);border-color:var(--go);color:var(--card)}
+.go{background:var(--go);border-color:var(--go);color:var(--card)}
 .go[name=teardown]{background:var(--bad);border-color:var(--bad)}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}

@@ -6896,6 +6896,18 @@ async def test_a_trouble_of_300_characters_is_read_whole_at_every_width_in_light
         await tab.js("document.querySelector('#details').close()")
 
 
+async def test_what_the_pointer_rests_on_can_be_read(live, tab):
+    await live.start()
+    await tab.show(live.twilio.gateway)
+    await tab.signs_in()
+    for scheme in ("light", "dark"):
+        await tab.looks(1440, scheme)
+        x, y = await tab.js("(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector('#new').getBoundingClientRect())")
+        await tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        await tab.until("document.querySelector('#new').matches(':hover')")
+        assert await tab.js(EYES) == [], scheme
+
+
 async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_lost(live, tab):
     await live.start()
     await tab.show(live.twilio.gateway)
