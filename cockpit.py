@@ -10518,6 +10518,9 @@ def print_banner(settings: Settings) -> None:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
+    if settings.fly.is_local and gateway.local_agent:
+        if trouble := CommandAgent(gateway.local_agent, LOCAL_FOLDER).trouble():
+            print(f"LOCAL_AGENT: {trouble}", flush=True)
     if settings.fly.is_local and gateway.local_agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
         where = Path(LOCAL_FOLDER, "vms").absolute()

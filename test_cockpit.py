@@ -7470,8 +7470,9 @@ async def test_any_command_is_an_agent_and_its_complaints_are_shown_when_it_says
 @beside
 async def test_an_agent_that_is_missing_is_told_at_the_start_and_fails_the_sign_up_with_the_reason(live):
     child = await a_laptop(live, LOCAL_AGENT="gemini", PROVISION_TIMEOUT_S="4", PATH="/usr/bin:/bin")
-    answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
     missing = "there is no gemini on this VM's PATH; install it or choose another --agent"
+    answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    assert f"LOCAL_AGENT: {missing}" in child.log, "nobody waits for a sign-up to learn it"
     assert (answer.status, answer.body["code"]) == (504, "vm_unhealthy") and answer.body["detail"].endswith(missing)
     assert "gemini acts without asking, with all that " in child.log and str(live.disks / ".cockpit" / "vms") in child.log
     vm = AgentVM(live)
