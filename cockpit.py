@@ -8727,6 +8727,7 @@ details p{margin-bottom:10px}
 @media(max-width:720px){
 header,#board{padding:8px 12px}
 #mode,#rows code{display:none}
+#tiles b{font-size:20px}
 #rows li{grid-template:"who spoke" "state state" "bad bad"/1fr auto}
 #status{order:9;flex:1 0 100%}
 #new{margin-left:auto}
