@@ -5684,6 +5684,8 @@ async def test_a_kill_at_any_instant_of_falling_asleep_ends_in_agreement_with_fl
     if with_text:
         await world.hears("ran: wake up")
         assert vm.ran == ["wake up"]
+    else:
+        assert not vm.asked_asleep, "a probe would wake it"
     assert (await state_of(world, vm), machine_of(world, vm)) in (("asleep", "suspended"), ("ready", "started"))
 
 
@@ -6929,6 +6931,11 @@ async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_l
         await tab.until(f"document.querySelector('#news').textContent === '{change}, +1555***4567: {end}'")
         assert await tab.has_focus() == change
     assert live.fly.count("restart_machine") == 1
+    await tab.chooses("Lock")
+    await tab.presses("Tab", "Enter")
+    await tab.until("document.querySelector('#news').textContent === 'Lock, +1555***4567: done.' && document.querySelector('#pairing b')")
+    code = (await live.call("GET", f"/provision/{vm['vm_id']}")).body["pairing_code"]
+    assert await tab.js("document.querySelector('#pairing b').textContent") == code and await tab.has_focus() == "Lock"
     await tab.chooses("Change credentials")
     await tab.fills(github_token="ghp_renewed")
     await tab.presses("Enter")
