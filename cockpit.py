@@ -10683,7 +10683,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
-    say.add_argument("images", nargs="*", type=Path, help="PNG, JPEG or GIF files")
+    say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
