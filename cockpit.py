@@ -10520,7 +10520,8 @@ def print_banner(settings: Settings) -> None:
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
     if settings.fly.is_local and gateway.local_agent:
-        if trouble := CommandAgent(gateway.local_agent, LOCAL_FOLDER).trouble():
+        agent = CommandAgent(gateway.local_agent, LOCAL_FOLDER)
+        if trouble := agent.trouble():
             print(f"LOCAL_AGENT: {trouble}", flush=True)
     if settings.fly.is_local and gateway.local_agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
