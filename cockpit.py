@@ -8702,9 +8702,9 @@ input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
 ::placeholder{color:var(--dim);opacity:1}
 button,summary{cursor:pointer;font-weight:550;flex:none}
 summary{padding:9px 0}
-:is(button,#rows li):hover{background:var(--soft)}
+:is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
-.go,.go:hover{background:var(--go);border-color:var(--go);color:var(--card)}
+.go{background:var(--go);border-color:var(--go);color:var(--card)}
 .go[name=teardown]{background:var(--bad);border-color:var(--bad)}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}
@@ -8770,6 +8770,7 @@ details p{margin-bottom:10px}
 @media(max-width:720px){
 header,#board{padding:8px 12px}
 #mode,#rows code{display:none}
+#tiles b{font-size:20px}
 #rows li{grid-template:"who spoke" "state state" "bad bad"/1fr auto}
 #status{order:9;flex:1 0 100%}
 #new{margin-left:auto}
@@ -10561,6 +10562,10 @@ def print_banner(settings: Settings) -> None:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
+    if settings.fly.is_local and gateway.local_agent:
+        agent = CommandAgent(gateway.local_agent, LOCAL_FOLDER)
+        if trouble := agent.trouble():
+            print(f"LOCAL_AGENT: {trouble}", flush=True)
     if settings.fly.is_local and gateway.local_agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
         where = Path(LOCAL_FOLDER, "vms").absolute()
@@ -10722,7 +10727,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
-    say.add_argument("images", nargs="*", type=Path, help="PNG, JPEG or GIF files")
+    say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

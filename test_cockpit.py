@@ -5869,6 +5869,8 @@ async def test_a_kill_at_any_instant_of_falling_asleep_ends_in_agreement_with_fl
     if with_text:
         await world.hears("ran: wake up")
         assert vm.ran == ["wake up"]
+    else:
+        assert not vm.asked_asleep, "a probe would wake it"
     assert (await state_of(world, vm), machine_of(world, vm)) in (("asleep", "suspended"), ("ready", "started"))
 
 
@@ -7081,6 +7083,18 @@ async def test_a_trouble_of_300_characters_is_read_whole_at_every_width_in_light
         await tab.js("document.querySelector('#details').close()")
 
 
+async def test_what_the_pointer_rests_on_can_be_read(live, tab):
+    await live.start()
+    await tab.show(live.twilio.gateway)
+    await tab.signs_in()
+    for scheme in ("light", "dark"):
+        await tab.looks(1440, scheme)
+        x, y = await tab.js("(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelector('#new').getBoundingClientRect())")
+        await tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        await tab.until("document.querySelector('#new').matches(':hover')")
+        assert await tab.js(EYES) == [], scheme
+
+
 async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_lost(live, tab):
     await live.start()
     await tab.show(live.twilio.gateway)
@@ -7102,6 +7116,11 @@ async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_l
         await tab.until(f"document.querySelector('#news').textContent === '{change}, +1555***4567: {end}'")
         assert await tab.has_focus() == change
     assert live.fly.count("restart_machine") == 1
+    await tab.chooses("Lock")
+    await tab.presses("Tab", "Enter")
+    await tab.until("document.querySelector('#news').textContent === 'Lock, +1555***4567: done.' && document.querySelector('#pairing b')")
+    code = (await live.call("GET", f"/provision/{vm['vm_id']}")).body["pairing_code"]
+    assert await tab.js("document.querySelector('#pairing b').textContent") == code and await tab.has_focus() == "Lock"
     await tab.chooses("Change credentials")
     await tab.fills(github_token="ghp_renewed")
     await tab.presses("Enter")
@@ -7637,7 +7656,9 @@ async def test_what_an_agent_leaves_running_holds_up_no_answer_is_told_and_can_b
     began = time.monotonic()
     assert (await vm.command("leave it"))["text"].strip() == "did leave it"
     assert time.monotonic() - began < 3
-    assert await vm.health() == {"status": "ok", "busy": True, "note": "left running: sleep"}
+    deadline = time.monotonic() + 5
+    while await vm.health() != {"status": "ok", "busy": True, "note": "left running: sleep"}:  # until its exec it is called like its parent
+        assert time.monotonic() < deadline, await vm.health()
     assert (await vm.ask("POST", "/cancel")).body == {"stopped": True}
     deadline = time.monotonic() + 5
     while await vm.health() != {"status": "ok"}:  # once somebody reaped it
@@ -7658,8 +7679,9 @@ async def test_any_command_is_an_agent_and_its_complaints_are_shown_when_it_says
 @beside
 async def test_an_agent_that_is_missing_is_told_at_the_start_and_fails_the_sign_up_with_the_reason(live):
     child = await a_laptop(live, LOCAL_AGENT="gemini", PROVISION_TIMEOUT_S="4", PATH="/usr/bin:/bin")
-    answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
     missing = "there is no gemini on this VM's PATH; install it or choose another --agent"
+    answer = await live.ask("POST", "/provision", key="local", json=sign_up_form())
+    assert f"LOCAL_AGENT: {missing}" in child.log, "nobody waits for a sign-up to learn it"
     assert (answer.status, answer.body["code"]) == (504, "vm_unhealthy") and answer.body["detail"].endswith(missing)
     assert "gemini acts without asking, with all that " in child.log and str(live.disks / ".cockpit" / "vms") in child.log
     vm = AgentVM(live)
