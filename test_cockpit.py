@@ -29,6 +29,7 @@ import os
 import random
 import re
 import resource
+import selectors
 import shutil
 import signal
 import socket
@@ -43,7 +44,7 @@ import tomllib
 import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
@@ -95,6 +96,36 @@ class Popen(subprocess.Popen):
     def __init__(self, *given: Any, **more: Any):
         with FORKING:
             super().__init__(*given, **more)
+
+
+class Selector(selectors.DefaultSelector):
+    """What every loop here waits with: asked to, it tells when the loop has nothing left to do, no thread works for it and no byte is under way to it."""
+
+    asked = threading.local()  # by the loop of this thread: what to tell, and whether a thread is at work
+    ends: list[socket.socket] = []
+
+    def select(self, timeout: float | None = None) -> list:
+        told, is_writing = getattr(self.asked, "now", None) or (None, None)
+        if told is None or told.done() or timeout is not None and timeout <= 0:
+            return super().select(timeout)
+        if is_writing():
+            return super().select(0.001 if timeout is None else min(timeout, 0.001))
+        self._overtake_nothing()
+        found = super().select(0)
+        found or told.set_result(None)
+        return found
+
+    def _overtake_nothing(self) -> None:
+        """A byte through loopback arrives behind all that was sent, connected and closed before it."""
+        if not self.ends:
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                self.ends += socket.create_connection(server.getsockname()), server.accept()[0]
+            self.ends[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.ends[0].send(b".")
+        self.ends[1].recv(1)
+
+
+selectors.DefaultSelector = Selector
 
 
 class FakeClock:
@@ -157,12 +188,10 @@ class FakeClock:
         self.moves += 1
 
     async def settle(self) -> None:
-        """Returns when nothing moves: no thread of the gateway writes, nothing has touched clock or wires for some turns of the loop, and what was closed is closed."""
-        quiet = 0
-        while quiet < 18:
-            before, writing = self.moves, self.is_writing() or FORKING.locked()
-            await asyncio.sleep(0.001 if writing else 0)
-            quiet = quiet + 1 if self.moves == before and not writing else 0
+        """Returns when nothing moves any more: whatever is to go on waits for this clock, for real time or for the test."""
+        told = asyncio.get_running_loop().create_future()
+        Selector.asked.now = told, lambda: self.is_writing() or FORKING.locked()
+        await told
 
     async def _wake_next(self, end: float, unless: Callable[[], Any] = bool) -> bool:
         """Wakes the next sleeper if it is due by then."""
@@ -1080,14 +1109,24 @@ class Threads(ThreadPoolExecutor):
         self.held = threading.Event()
         return self.held
 
-    def submit(self, work: Callable, *given: Any, **more: Any) -> Any:
+    def submit(self, work: Callable, *given: Any, **more: Any) -> Future:
         self.at_work += 1
         held, self.held = self.held, None
-        future = super().submit(lambda: (held is None or held.wait(10)) and work(*given, **more))
-        future.add_done_callback(self._ended)
-        return future
+        outcome = Future()
+        super().submit(self._work, outcome, held, lambda: work(*given, **more), asyncio.get_running_loop())
+        return outcome
 
-    def _ended(self, _: Any) -> None:
+    def _work(self, outcome: Future, held: threading.Event | None, work: Callable, loop: asyncio.AbstractEventLoop) -> None:
+        try:
+            held is None or held.wait(10)
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+        finally:
+            loop.call_soon_threadsafe(self._ended)  # behind all that the outcome set off
+
+    def _ended(self) -> None:
         self.at_work -= 1
 
 
