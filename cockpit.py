@@ -100,7 +100,10 @@ from typing import IO, Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
-import aiohttp
+try:
+    import aiohttp
+except ModuleNotFoundError:
+    sys.exit('cockpit needs aiohttp: pip install "aiohttp>=3.14,<4"')
 from aiohttp import web
 from yarl import URL
 
@@ -3475,7 +3478,7 @@ class Pictures:
         return found[:MAX_IMAGES]
 
     def _read(self, name: str, folder: int) -> IO[bytes]:
-        flags = os.O_RDONLY | os.O_NOFOLLOW
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
         return os.fdopen(os.open(name, flags, dir_fd=folder), "rb")
 
     def begin(self) -> set[Shown]:
@@ -4035,10 +4038,10 @@ def explain_problem(raw: bytes) -> tuple[str, str]:
 async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     """Text the VM's owner; tried for a minute. Raises CockpitError."""
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
-    if not url or not token or len(paths) > MAX_IMAGES:
-        raise CockpitError(
-            "it needs COCKPIT_URL and COCKPIT_TOKEN, as on a VM, and ten pictures at most"
-        )
+    if not url or not token:
+        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
+    if len(paths) > MAX_IMAGES:
+        raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
     pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
     names = [await asyncio.to_thread(pictures.put, path) for path in paths]
     dialect = Dialect(
@@ -6145,6 +6148,8 @@ class OwnerCommands:
         route = self.routes.routes.get(vm.phone)
         if route is None or route.state == "failed":
             return VM_GONE
+        if not route.is_paired:
+            return "Your VM is locked."
         if route.state == "provisioning":
             return f"Your VM is being set up ({route.step or 'begun'})."
         if vm.is_paused:

@@ -4062,11 +4062,11 @@ async def test_while_locked_status_and_help_work_and_nothing_else_does(world):
     await world.text("cockpit lock")
     await world.text("cockpit status")
     await world.text("cockpit help")
-    await world.hears(CONNECTED, LOCKED, "Your VM is ready. Nothing is running. 0 waiting.", cockpit.COMMANDS_HELP)
+    await world.hears(CONNECTED, LOCKED, "Your VM is locked. Nothing is running. 0 waiting.", cockpit.COMMANDS_HELP)
     code = await code_of(world, vm)
     for verb in ("restart", "queue", "cancel", "lock"):
         await world.text(f"cockpit {verb}")
-    await world.hears(CONNECTED, LOCKED, "Your VM is ready. Nothing is running. 0 waiting.", cockpit.COMMANDS_HELP, ASKED)
+    await world.hears(CONNECTED, LOCKED, "Your VM is locked. Nothing is running. 0 waiting.", cockpit.COMMANDS_HELP, ASKED)
     assert await code_of(world, vm) == code and not world.fly.count("restart_machine")
     assert (await unasked(world, vm, text="what ran tells of itself")).status == 202
 
@@ -7628,6 +7628,14 @@ async def test_only_pictures_that_appear_are_shown_and_none_that_a_link_leads_to
         assert (await vm.command("hello"))["images"] == []
 
 
+def test_a_pipe_in_the_place_of_what_say_sent_holds_up_no_command(tmp_path):
+    pictures = cockpit.Pictures(tmp_path)
+    pictures.images.mkdir()
+    os.mkfifo(pictures.images / pictures.SAID)
+    (pictures.images / "plot.png").write_bytes(PNG)
+    assert [image["url"] for image in pictures.shown_since(set())] == ["/images/plot.png"]
+
+
 async def test_the_phone_s_pictures_are_files_that_the_agent_can_open_and_never_leave_the_inbox(live, monkeypatch):
     vm = AgentVM(live)
     live.vms.boot("gateway", lambda: True, {})
@@ -7848,7 +7856,10 @@ async def test_say_texts_the_owner_with_pictures_and_tells_by_its_exit_code_why_
     for wrong, why in ((str(HERE / "README.md"), "is not a PNG, JPEG or GIF picture"), ("none.png", "No such file")):
         code, printed = await says(live, vm, "look", wrong)
         assert code == 2 and why in printed
-    assert (await says(live, vm, "hello", COCKPIT_URL=""))[0] == 2
+    assert (await says(live, vm, "look", *["none.png"] * 11)) == (2, "cockpit say: 11 pictures are too many; give 10 at most\n")
+    code, printed = await says(live, vm, "hello", COCKPIT_URL="")
+    assert code == 2
+    assert "COCKPIT_URL and COCKPIT_TOKEN are not set" in printed
     assert (await says(live, vm, "hello", COCKPIT_TOKEN="vm-x.wrong"))[0] == 1
     for size in [20_000] * 4 + [1] * 6:
         await unasked(live, vm, text="x" * size)
@@ -8013,6 +8024,12 @@ def test_python_3_10_is_told_in_one_line_which_one_is_needed():
     script = "import collections, sys; sys.version_info, sys.version = (3, 10, 13), '3.10.13 (main)'; exec(sys.argv[1])"
     told = subprocess.run([sys.executable, "-c", script, head], capture_output=True, text=True)
     assert (told.returncode, told.stderr) == (1, "cockpit needs Python 3.11 or later; this is 3.10.13\n")
+
+
+def test_without_aiohttp_the_start_says_how_to_get_it():
+    script = "import sys; sys.modules['aiohttp'] = None; exec(open('cockpit.py').read())"
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=HERE)
+    assert (told.returncode, told.stderr) == (1, 'cockpit needs aiohttp: pip install "aiohttp>=3.14,<4"\n')
 
 
 def test_help_says_where_to_go_on(capsys):
