@@ -4107,7 +4107,7 @@ async def test_a_vm_that_never_wanted_a_code_can_be_locked_too(world):
     await world.hears("ran: hello")
     await world.text("cockpit lock")
     await world.text("cockpit status")
-    await world.hears("ran: hello", LOCKED, "Your VM is ready. Nothing is running. 0 waiting.")
+    await world.hears("ran: hello", LOCKED, "Your VM is locked. Nothing is running. 0 waiting.")
     await world.text(await code_of(world, vm))
     await world.text("again")
     await world.clock.until(lambda: vm.ran == ["hello", "again"])
