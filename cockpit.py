@@ -1632,6 +1632,7 @@ class RouteStore:
 
     async def _write_while_needed(self) -> None:
         failures = 0
+        written: asyncio.Future[None] | None = None
         try:
             while self._written or failures:
                 written, self._written = self._written, None
@@ -1655,9 +1656,10 @@ class RouteStore:
                     await asyncio.to_thread(write_atomically, copy, content)
         finally:
             self._writer = None
-            if self._written:
-                reason = f"{self.path.name} was not written: shutting down"
-                self._written.set_exception(StoreError(reason))
+            for cut_off in (written, self._written):
+                if cut_off and not cut_off.done():
+                    reason = f"{self.path.name} was not written: shutting down"
+                    cut_off.set_exception(StoreError(reason))
 
     def _content(self) -> list[bytes]:
         head = to_json({"version": 1, "gateway_id": self.gateway_id, **self._extra})[:-1]
@@ -5138,7 +5140,8 @@ class RelayState:
             out = self._loaded_outbound(row)
             self._loaded_vm(out.vm_id).outbox.append(out)
         for vm in list(self.vms.values()):
-            if not vm.phone and vm.is_idle():  # long gone
+            # Long gone, unless its route may yet be found.
+            if not (vm.phone or self.closed_because) and vm.is_idle():
                 vm.closing_notice = VM_GONE
                 self.retire(vm)
         return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
@@ -6622,9 +6625,11 @@ class Relay:
         self.sender.start(vm)
         self.state.retire(vm)
 
-    def resume_unrouted(self) -> None:
-        """Routes were found: the texts of their VMs go on."""
-        for vm in list(self.vms.values()):
+    async def vm_adopted(self, vm_id: str, phone: str) -> None:
+        """Its route was found: what is owed to it is done, its texts go on."""
+        if vm := self.vms.get(vm_id):
+            vm.phone = phone
+            await self.door.do_owed(vm)
             self.runner.start(vm)
 
     async def _forget_unrouted(self, vms: Sequence[VmState]) -> None:
@@ -7441,7 +7446,7 @@ class Reconciler:
         if owned is None or not is_wanted or action.phone in self.routes.routes:
             return
         self.routes.put(action.phone, self.blueprint.adopted_route(owned))
-        self.relay.resume_unrouted()
+        await self.relay.vm_adopted(action.vm_id, action.phone)
         phone = mask_phone(action.phone)
         log_warning("vm_adopted", vm_id=action.vm_id, phone=phone)
         await self.routes.commit()

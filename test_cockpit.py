@@ -3959,6 +3959,41 @@ async def test_a_lock_by_text_killed_before_its_route_is_written_is_done_by_the_
     assert world.twilio.sent_to(ANN) == [CONNECTED, LOCKED, ASKED]
 
 
+async def test_an_owed_lock_of_a_vm_that_is_adopted_only_after_the_start_is_done_before_anything_runs(world):
+    vm = await paired(world)
+    await world.clock.advance(5)
+    written = world.threads.holds()
+    lock = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit lock"))
+    await real_until(lambda: any("owed_lock\": 1" in record for record, in world.rows("SELECT record FROM vms")))
+    world.fly.fails("set_metadata", 503, times=1000)
+    await world.crash()
+    written.set()
+    await asyncio.gather(lock, return_exceptions=True)
+    for name in ("routes.json", "routes.json.bak"):
+        world.file.with_name(name).unlink(missing_ok=True)
+    world.fly.deaf = True
+    await world.start()
+    world.fly.deaf = False
+    await world.clock.until(lambda: ANN in world.saved["routes"], 400)
+    await world.text("not to be run")
+    await world.clock.advance(30)
+    assert not vm.asked
+    assert world.saved["routes"][ANN]["pairing"] == "1:unpaired"
+
+
+async def test_an_opt_out_outlives_lost_routes_that_are_adopted_only_after_the_start(world):
+    vm = await world.ready()
+    await world.text("STOP")
+    await world.stop()
+    for name in ("routes.json", "routes.json.bak"):
+        world.file.with_name(name).unlink()
+    world.fly.deaf = True
+    await world.start()
+    world.fly.deaf = False
+    await world.clock.until(lambda: ANN in world.saved["routes"], 400)
+    assert (await world.call("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], json={"text": "news"})).body["code"] == "wrong_state"
+
+
 async def test_a_lock_by_the_page_killed_before_what_waits_is_dropped_lets_none_of_it_run(world):
     vm = await paired(world)
     vm.away = 503
