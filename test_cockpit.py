@@ -7844,7 +7844,7 @@ async def test_a_repository_is_cloned_at_the_first_start_with_a_token_that_is_in
     Path(f"{git}.fails").touch()
 
     async def becomes(status: int, words: str = "") -> None:
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 12
         while (health := await vm.ask("GET", "/health")).status != status or words not in health.text:
             assert time.monotonic() < deadline, health.text
             await asyncio.sleep(0.03)
