@@ -6711,7 +6711,7 @@ class Relay:
                 return known
         else:
             await self.state.store.commit(out.added(), vm.put())
-        if not vm.is_falling_asleep:
+        if route and route.state == "asleep":
             self.tasks.start(self._look(vm_id))
         vm.still_at = max(vm.still_at, self.clock.monotonic() + STILL_EVERY_S)
         self.sender.queue(vm, out)
@@ -6720,10 +6720,8 @@ class Relay:
 
     async def _look(self, vm_id: str) -> None:
         """One that is said to sleep was woken by somebody else, or sent this as it froze."""
-        found = self.routes.find(vm_id)
-        if found and found[1].state == "asleep":
-            with contextlib.suppress(UpstreamError):  # a sweep sees it too
-                await self.runner.waker.look(vm_id)
+        with contextlib.suppress(UpstreamError):  # a sweep sees it too
+            await self.runner.waker.look(vm_id)
 
     def _count_vm_message(self, vm: VmState, cost: int) -> tuple[float, int]:
         """Raises Refusal when that would be more of Twilio's messages than a VM may cause."""

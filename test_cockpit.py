@@ -1670,6 +1670,18 @@ async def test_the_file_is_whole_at_every_moment(live):
     await live.spawn()
 
 
+async def test_who_waits_for_a_write_that_a_shutdown_cuts_off_is_told_so(world):
+    tasks = cockpit.Tasks()
+    routes = cockpit.RouteStore(world.file, world.clock.clock, tasks)
+    written = world.threads.holds()
+    waiting = asyncio.ensure_future(routes.commit())
+    await real_until(lambda: world.threads.at_work)
+    await tasks.close()
+    written.set()
+    with pytest.raises(cockpit.StoreError, match="shutting down"):
+        await asyncio.wait_for(waiting, 5)
+
+
 # --- Messages on disk ---
 
 async def a_store(world: World) -> cockpit.MessageStore:
@@ -5570,6 +5582,17 @@ def test_the_start_and_the_doctor_are_told_of_guests_too_large_to_sleep():
     assert "VM_MEMORY_MB" in cockpit.Settings.from_env(large).sleep_obstacle
     assert not cockpit.Settings.from_env(large | {"VM_IDLE_S": "0"}).sleep_obstacle
     assert not cockpit.Settings.from_env(large | {"VM_MEMORY_MB": "2048"}).sleep_obstacle
+
+
+@pytest.mark.parametrize("command, said", [("doctor", "note  settings: VM_IDLE_S: Fly suspends no guest over 2048 MB"), ("", "vms_stay_awake")])
+@beside
+async def test_what_keeps_vms_awake_is_printed(live, command, said):
+    child = await Child.start(live.environ | {"VM_IDLE_S": "60", "VM_CPUS": "2", "VM_MEMORY_MB": "4096", "ROUTES_FILE": str(live.file)}, free_port(), live.disks, *command.split())
+    deadline = time.monotonic() + 12
+    while said not in child.log:
+        assert time.monotonic() < deadline, child.log
+        await asyncio.sleep(0.03)
+    await child.ends(signal.SIGTERM)
 
 
 async def test_with_no_idle_time_set_no_vm_sleeps_and_its_machine_is_as_before(world):
