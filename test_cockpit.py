@@ -5587,7 +5587,8 @@ def test_the_start_and_the_doctor_are_told_of_guests_too_large_to_sleep():
 @pytest.mark.parametrize("command, said", [("doctor", "note  settings: VM_IDLE_S: Fly suspends no guest over 2048 MB"), ("", "vms_stay_awake")])
 @beside
 async def test_what_keeps_vms_awake_is_printed(live, command, said):
-    child = await Child.start(live.environ | {"VM_IDLE_S": "60", "VM_CPUS": "2", "VM_MEMORY_MB": "4096", "ROUTES_FILE": str(live.file)}, free_port(), live.disks, *command.split())
+    large = {"VM_IDLE_S": "60", "VM_CPUS": "2", "VM_MEMORY_MB": "4096", "ROUTES_FILE": str(live.file)}
+    child = await live.adopt(await Child.start(live.environ | large, free_port(), live.disks, *command.split()), wait=False)
     deadline = time.monotonic() + 12
     while said not in child.log:
         assert time.monotonic() < deadline, child.log
