@@ -96,7 +96,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, ClassVar, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -10445,17 +10445,46 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
+class Connection(web.RequestHandler):
+    """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if status != HTTPStatus.BAD_REQUEST:
+            return super().handle_error(request, status, exc, message)
+        log_warning("request_unreadable", error=type(exc).__name__)  # its words may hold a key
+        reason = "this cannot be read as HTTP/1.1; check the request line and the headers"
+        answer = problem_response(Refusal("malformed", reason))
+        answer.force_close()
+        return answer
+
+
+class GatewayRunner(web.AppRunner):
+    """aiohttp's, but its connections are ours: bodies are never inflated, idle ones end after 15 s."""
+
+    OPTIONS: ClassVar[Json] = {
+        "access_log": None,
+        "auto_decompress": False,
+        "keepalive_timeout": 15,
+        "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
+        "max_line_size": 16 * 1024,
+        "max_field_size": 16 * 1024,
+    }
+
+    @property
+    def server(self) -> Any:
+        """What a site calls to have a connection; None before `setup`."""
+        server, loop = super().server, asyncio.get_running_loop()
+        return server and functools.partial(Connection, server, loop=loop, **self.OPTIONS)
+
+
 def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.AppRunner:
-    """aiohttp's server as we want it: bodies are never inflated, idle connections kept for 15 s."""
-    return web.AppRunner(
-        app,
-        access_log=None,
-        shutdown_timeout=shutdown_timeout_s,
-        auto_decompress=False,
-        keepalive_timeout=15,
-        max_line_size=16 * 1024,
-        max_field_size=16 * 1024,
-    )
+    return GatewayRunner(app, shutdown_timeout=shutdown_timeout_s)
 
 
 # Serving
@@ -10469,13 +10498,10 @@ def set_up_logging(log_format: str) -> None:
 
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
-    """aiohttp logs what it cannot parse word for word, and a key may be among it: only its kind is told."""
-    error = record.exc_info[1] if record.exc_info else None
-    is_parsing = type(error).__module__.startswith("aiohttp.http")
-    if is_parsing or isinstance(error, web.RequestPayloadError):
+    """aiohttp logs a body that it cannot read word for word, and a key may be among it: only that is told."""
+    if record.exc_info and isinstance(record.exc_info[1], web.RequestPayloadError):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
         record.levelname = "WARNING"
-        record.fields = {"error": type(error).__name__}
     return True
 
 

@@ -263,11 +263,15 @@ class Server:
         self.url, self.listening = f"http://127.0.0.1:{self.port}", True
         return self
 
+    @property
+    def connections(self) -> list[web.RequestHandler]:
+        return web.AppRunner.server.fget(self.runner).connections
+
     async def refuse(self) -> None:
         """Nobody listens any more; connections kept open are cut."""
         for site in list(self.runner.sites):
             await site.stop()
-        for connection in self.runner.server.connections:
+        for connection in self.connections:
             connection.transport and connection.transport.abort()
         self.listening = False
 
@@ -6236,13 +6240,13 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     vm = await world.ready()
     disk = sqlite3.connect(f"{world.file}.db", isolation_level=None)
     disk.execute("BEGIN IMMEDIATE")
-    others = len(world.server.runner.server.connections)
+    others = len(world.server.connections)
     _, writer = await connect(world)
     writer.write(webhook(text_form(0)))
     while not world.server.runner.app[cockpit.GATEWAY].messages.is_writing:
         await asyncio.sleep(0)
     writer.transport.abort()
-    while len(connections := world.server.runner.server.connections) > others and all(connection.transport for connection in connections):
+    while len(connections := world.server.connections) > others and all(connection.transport for connection in connections):
         await asyncio.sleep(0)
     assert not vm.ran
     disk.execute("ROLLBACK")
@@ -6389,8 +6393,9 @@ async def test_a_body_that_never_ends_is_closed_and_not_kept(live):
     child = await live.spawn()
     reader, writer = await asyncio.open_connection("127.0.0.1", child.port)
     writer.write(b"POST /sms HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 60000\r\n\r\na=b")
-    assert b"400" in await asyncio.wait_for(reader.readline(), 15)
-    await asyncio.wait_for(reader.read(), 15)
+    async with asyncio.timeout(15):
+        assert b"400" in await reader.readline()
+        await reader.read()
     writer.close()
 
 
@@ -7980,17 +7985,37 @@ async def test_a_port_that_is_no_number_is_reported_like_any_setting(tmp_path):
     assert await child.ends() == 2 and "PORT: must be" in child.log and "Traceback" not in child.log
 
 
+async def said_to(port: int, words: str) -> str:
+    """What comes back to words that need not be HTTP, until the connection ends."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(words.encode())
+    with contextlib.closing(writer):
+        return (await asyncio.wait_for(reader.read(), 10)).decode()
+
+
+UNREADABLE = (f"GET /provision HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\0\r\n\r\n", f"GET /provision HTTP/1.1\r\nHost: a\r\n{GITHUB} {ANN}\r\n\r\n",
+              f"{GITHUB} {ANN} {KEY}\r\n\r\n", f"GET /{GITHUB} HTTP/1.1\r\nHost: a\r\nX: {'x' * 20_000}{GITHUB}\r\n\r\n")
+
+
 @beside
 async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live):
     child = await live.spawn()
-    for line in (f"Authorization: Bearer {KEY}\0", f"{GITHUB} {ANN}"):
-        reader, writer = await asyncio.open_connection("127.0.0.1", child.port)
-        writer.write(f"GET /provision HTTP/1.1\r\nHost: a\r\n{line}\r\n\r\n".encode())
-        assert b" 400 " in await reader.readline()
-        writer.close()
+    chunked = f"POST /health HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{GITHUB} {ANN}\r\n{KEY}\r\n"
+    for words in (*UNREADABLE, chunked):
+        await said_to(child.port, words)
     await child.ends(signal.SIGTERM)
-    assert child.log.count("request_unreadable") == 2
+    assert child.log.count("request_unreadable") >= len(UNREADABLE)
     assert_nothing_secret(child.log)
+
+
+@pytest.mark.parametrize("words", UNREADABLE, ids=["header", "no-colon", "no-http", "too-long"])
+async def test_what_cannot_be_parsed_is_answered_by_a_problem_that_echoes_nothing(world, words):
+    await world.start()
+    head, _, body = (await said_to(world.server.port, words)).partition("\r\n\r\n")
+    assert " 400 " in head.splitlines()[0]
+    assert "Content-Type: application/problem+json" in head
+    assert json.loads(body)["code"] == "malformed"
+    assert not any(secret in head + body for secret in (KEY, GITHUB, ANN))
 
 
 @beside
