@@ -1955,22 +1955,16 @@ class MessageStore:
         self.thread.shutdown(wait=False)
 
 
-class OldJournal:
-    """The `.journal` of the first version, whose records become changes of the database."""
-
-    def __init__(self, path: Path) -> None:
-        """Blocking."""
-        self._lines = read_nofollow(path).splitlines()
-
-    def changes(self, phone_of: Callable[[str], str]) -> Iterator[Change]:
-        for line in self._lines:
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
-                record = json.loads(line)
-                yield from (*old_changes(record, phone_of), *old_memory(record))
-        yield DROP_SENT, ()
+def journal_changes(journal: bytes, phone_of: Mapping[str, str]) -> Iterator[Change]:
+    """The `.journal` of the first version as changes of the database; `phone_of`: by vm_id."""
+    for line in journal.splitlines():
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
+            record = json.loads(line)
+            yield from (*old_changes(record, phone_of), *old_memory(record))
+    yield DROP_SENT, ()
 
 
-def old_changes(record: Json, phone_of: Callable[[str], str]) -> Iterator[Change]:
+def old_changes(record: Json, phone_of: Mapping[str, str]) -> Iterator[Change]:
     """What a record of the first version's journal means now; an unknown one means nothing."""
     address = record.get("channel", ""), record.get("ours", "")
     match record:
@@ -1985,7 +1979,7 @@ def old_changes(record: Json, phone_of: Callable[[str], str]) -> Iterator[Change
         case {"k": "out", "id": id_, "vm": vm_id, "at": at, "parts": parts}:
             content = to_json(parts), to_json(record.get("images", []))
             progress = at, record.get("sent", 0), to_json(record.get("in_words", []))
-            yield ADD_OUTBOUND, (id_, vm_id, phone_of(vm_id), *address, *content, *progress)
+            yield ADD_OUTBOUND, (id_, vm_id, phone_of.get(vm_id, ""), *address, *content, *progress)
             for sid in record.get("re", ()):
                 yield "DELETE FROM texts WHERE sid = ?", (sid,)
         case {"k": "sent", "id": id_, "n": sent}:
@@ -4811,6 +4805,7 @@ Anything else goes to your VM."""
 
 TRACES_KEPT = 10_000
 TEXTS_SHOWN = 20  # of one VM, in its record
+JSON_COLUMNS = {"media", "parts", "images", "in_words"}
 
 END_TEXT = "DELETE FROM texts WHERE sid = ?"
 UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
@@ -4907,9 +4902,8 @@ class Outbound:
     created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
     in_words: list[int] = field(default_factory=list)  # pictures that go as a link
-    attempted_at: float | None = (
-        None  # by Twilio's clock: since when an earlier process may have sent it
-    )
+    # By Twilio's clock: since when an earlier process may have sent it.
+    attempted_at: float | None = None
     traces: Sequence[Trace] = ()  # of the texts it answers
 
     @property
@@ -4918,13 +4912,8 @@ class Outbound:
 
     def added(self) -> Change:
         row = self.id, self.vm_id, self.phone, *self.reply_to, to_json(self.parts)
-        return ADD_OUTBOUND, (
-            *row,
-            to_json(self.images),
-            self.created_at,
-            self.sent,
-            to_json(self.in_words),
-        )
+        progress = self.created_at, self.sent, to_json(self.in_words)
+        return ADD_OUTBOUND, (*row, to_json(self.images), *progress)
 
     def updated(self) -> Change:
         if self.sent >= self.size:
@@ -4936,11 +4925,9 @@ class Outbound:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class VmState:
-    """What is known of one VM, and what is on its way; what `KEPT` names outlives a restart."""
+class KeptOfVm:
+    """What is known of one VM and outlives a restart."""
 
-    vm_id: str
-    phone: str  # empty while no route tells it
     away_since: float | None = None
     error: str = ""  # why its owner did not hear something
     reply_to: Address = USUAL_ADDRESS  # where its owner last texted from
@@ -4956,6 +4943,13 @@ class VmState:
     owed_lock: int = 0  # asked for by text: the number its pairing has to reach
     asked_for_code_at: float = 0.0
 
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class VmState(KeptOfVm):
+    """What is known of one VM, and what is on its way."""
+
+    vm_id: str
+    phone: str  # empty while no route tells it
     waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
     outbox: deque[Outbound] = field(default_factory=deque)
     accepting: int = 0  # texts being stored
@@ -4977,21 +4971,7 @@ class VmState:
     still_at: float = NEVER  # monotonic: when its owner hears that the command still runs
     still_told: int = 0
 
-    KEPT = (
-        "away_since",
-        "error",
-        "reply_to",
-        "opted_out",
-        "opted_at",
-        "vm_messages",
-        "answered_at",
-        "owes_restart",
-        "owes_stop",
-        "stopped_sid",
-        "new_sids",
-        "owed_lock",
-        "asked_for_code_at",
-    )
+    KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
     def put(self) -> Change:
         return PUT_VM, (self.vm_id, to_json({name: getattr(self, name) for name in self.KEPT}))
@@ -5028,10 +5008,10 @@ class VmState:
     @property
     def running(self) -> Text | None:
         """The text that its VM has in hand; one that met 409 waits for the command before it."""
-        first = self.waiting[0] if self.waiting and self.is_handing_over else None
-        return (
-            None if first and first.busy_since is not None and not first.may_have_reached else first
-        )
+        if not (self.waiting and self.is_handing_over):
+            return None
+        first = self.waiting[0]
+        return first if first.busy_since is None or first.may_have_reached else None
 
     def queued(self) -> list[Text]:
         """The texts that wait, without the one that runs."""
@@ -5073,15 +5053,6 @@ def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
     if code:
         return [f"{code}, no output."]
     return [] if answer.images or is_stopped else [DONE]
-
-
-def deadline(text: Text, vm: VmState, began: float, limit_s: float) -> float:
-    """Until when a text waits for its VM (wall clock): from its arrival or its cut.
-
-    `began`: the gateway's start, which is no cut: what was handed over before waits from then on.
-    """
-    since = (text.dropped_at or began) if text.may_have_reached else text.arrived
-    return max(since, vm.answered_at) + limit_s
 
 
 class RelayState:
@@ -5137,7 +5108,7 @@ class RelayState:
         for row in await read("SELECT * FROM texts ORDER BY rowid"):
             self._loaded_vm(row["vm_id"]).waiting.append(self._loaded_text(row, now))
         for row in await read("SELECT * FROM outbound ORDER BY rowid"):
-            out = self._loaded_outbound(row)
+            out = Outbound(**fields_of(row), attempted_at=row["created_at"])
             self._loaded_vm(out.vm_id).outbox.append(out)
         for vm in list(self.vms.values()):
             # Long gone, unless its route may yet be found.
@@ -5151,34 +5122,23 @@ class RelayState:
         return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
 
     def _loaded_text(self, row: Row, now: float) -> Text:
-        arrived, handed_over = min(row["arrived"], now), bool(row["handed_over"])
-        trace = self.trace(row["sid"], row["vm_id"], arrived)
+        row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
+        trace = self.trace(row["sid"], row["vm_id"], row["arrived"])
         self.remember(trace)
+        was_handed_over = bool(row["handed_over"])
         return Text(
-            sid=row["sid"],
-            vm_id=row["vm_id"],
-            body=row["body"],
-            arrived=arrived,
-            reply_to=Address(row["channel"], row["number"]),
-            media=json.loads(row["media"]),
-            handed_over=handed_over,
-            may_have_reached=handed_over,
-            is_resumed=handed_over,
-            drops=row["drops"],
-            dropped_at=min(row["dropped_at"], now),
+            **fields_of(row),
+            may_have_reached=was_handed_over,
+            is_resumed=was_handed_over,
             trace=trace,
         )
 
-    @staticmethod
-    def _loaded_outbound(row: Row) -> Outbound:
-        names = ("id", "vm_id", "phone", "created_at", "sent")
-        lists = {name: json.loads(row[name]) for name in ("parts", "images", "in_words")}
-        return Outbound(
-            **{name: row[name] for name in names},
-            **lists,
-            reply_to=Address(row["channel"], row["number"]),
-            attempted_at=row["created_at"],
-        )
+
+def fields_of(row: Row) -> Row:
+    """What a row of `texts` or `outbound` says, as its record names it."""
+    lists = {name: json.loads(row[name]) for name in row.keys() & JSON_COLUMNS}
+    reply_to = Address(row.pop("channel"), row.pop("number"))
+    return {**row, **lists, "reply_to": reply_to}
 
 
 # --- Sending ---
@@ -5861,7 +5821,13 @@ class Runner:
     # Deadlines
 
     def _deadline(self, vm: VmState, text: Text) -> float:
-        return deadline(text, vm, self.state.began, self.settings.limits.vm_away_limit_s)
+        """Until when a text waits for its VM (wall clock): from its arrival or its cut.
+
+        The gateway's start is no cut: what was handed over before waits from then on.
+        """
+        cut_at = text.dropped_at or self.state.began
+        since = cut_at if text.may_have_reached else text.arrived
+        return max(since, vm.answered_at) + self.settings.limits.vm_away_limit_s
 
     def is_late(self, vm: VmState, text: Text) -> bool:
         return self._deadline(vm, text) <= self.clock.now()
@@ -10367,7 +10333,7 @@ def read_old_journal(path: Path, routes: RouteStore) -> list[Change]:
     if not journal.exists():
         return []
     phone_of = {route.vm_id: phone for phone, route in routes.routes.items()}
-    changes = list(OldJournal(journal).changes(lambda vm_id: phone_of.get(vm_id, "")))
+    changes = list(journal_changes(read_nofollow(journal), phone_of))
     log_warning("journal_moved", changes=len(changes), into=f"{path.name}.db")
     return changes
 
