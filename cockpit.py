@@ -1617,6 +1617,10 @@ class RouteStore:
         phone = self._phone_of.get(vm_id)
         return (phone, self.routes[phone]) if phone else None
 
+    def of(self, vm_id: str) -> Route | None:
+        """The route of a vm_id or machine id."""
+        return self.routes.get(self._phone_of.get(vm_id, ""))
+
     def page(self, after: str, limit: int) -> list[str]:
         """Up to `limit` vm_ids behind `after`, in order."""
         start = bisect_right(self._vm_ids, after)
@@ -5017,11 +5021,11 @@ class VmState(KeptOfVm):
         """The texts that wait, without the one that runs."""
         return [text for text in self.waiting if text is not self.running]
 
-    def will_not_run(self, texts: Sequence[Text]) -> None:
+    def new_without(self, texts: Sequence[Text]) -> list[str]:
         """A conversation that one of these was to begin is begun by the next text that is run."""
         sids = [text.sid for text in texts]
         heir = next((text.sid for text in self.unreached() if text not in texts), "")
-        self.new_sids = [heir if sid in sids else sid for sid in self.new_sids]
+        return [heir if sid in sids else sid for sid in self.new_sids]
 
     def unreached(self) -> list[Text]:
         """Those of them that surely did not reach the VM."""
@@ -5093,6 +5097,27 @@ class RelayState:
         newest_first = reversed(self.traces.values())
         return [trace for trace in newest_first if trace.vm_id == vm_id][:TEXTS_SHOWN]
 
+    async def once(
+        self, vm: VmState, message: InboundMessage, *changes: Change, **values: Any
+    ) -> str | None:
+        """Give a VM these values and store that with a text's SID: in memory at once, all or nothing.
+
+        None when the SID is new, else the reply of that time; raises StoreError.
+        """
+        before = {name: getattr(vm, name) for name in values}
+        for name, value in values.items():
+            setattr(vm, name, value)
+        stored = *changes, vm.put()
+        known: str | None = ""
+        try:
+            known = await self.store.commit_once(message.sid, message.arrived, "", *stored)
+        finally:
+            for name, value in before.items() if known is not None else ():
+                # What was so already belongs to another text, which may have been stored.
+                if value != values[name]:
+                    setattr(vm, name, value)
+        return known
+
     def set_mark(self, name: str, at: float) -> Change:
         self.marks[name] = at
         return SET_MARK, (name, at)
@@ -5144,15 +5169,14 @@ def fields_of(row: Row) -> Row:
 # --- Sending ---
 
 # Callbacks come in any order: a status that does not come later here than one already told says nothing new.
-STATUS_ORDER = (
-    "accepted scheduled",
-    "queued",
-    "sending",
-    "sent",
-    "delivered undelivered failed canceled",
-    "read",
-)
-STATUS_RANKS = {name: rank for rank, names in enumerate(STATUS_ORDER) for name in names.split()}
+STATUS_RANKS = {
+    **dict.fromkeys(("accepted", "scheduled"), 0),
+    "queued": 1,
+    "sending": 2,
+    "sent": 3,
+    **dict.fromkeys(("delivered", "undelivered", "failed", "canceled"), 4),
+    "read": 5,
+}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5216,7 +5240,7 @@ class Sender:
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
         if outcome in ("expired", "cancelled"):
-            vm.will_not_run(texts)
+            vm.new_sids = vm.new_without(texts)
         added = [out.added()] if out.size else []
         await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
         for text in texts:
@@ -5292,9 +5316,8 @@ class Sender:
             self.metrics.messages_sent.add("sent")
             if self.callback and out.traces:
                 self.sent_as.put(sid, out.traces, 0)
-            self.state.store.note(
-                out.updated(), *([(NOTE_SENT, (sid, self.clock.now()))] if sid else [])
-            )
+            noted = [(NOTE_SENT, (sid, self.clock.now()))] if sid else []
+            self.state.store.note(out.updated(), *noted)
         for trace in out.traces:
             self._note_sent(trace)
         return None
@@ -5329,9 +5352,8 @@ class Sender:
 
     def link(self, vm_id: str, path: str, since: float) -> str:
         """An address under which a picture can be fetched for a day."""
-        return (
-            f"{self.settings.gateway.public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
-        )
+        public_url = self.settings.gateway.public_url
+        return f"{public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
 
     def command_of(self, vm: VmState, text: Text) -> Json:
         """What a VM is handed: words, and links to what lies at Twilio's own address."""
@@ -5489,11 +5511,11 @@ class Watch:
 
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
         """A line of what a VM is doing; one that is away or asleep is not asked."""
-        found = self.routes.find(vm.vm_id)
+        route = self.routes.of(vm.vm_id)
         is_there = vm.away_since is None and not vm.is_paused
-        if found is None or found[1].state != "ready" or not is_there:
+        if route is None or route.state != "ready" or not is_there:
             return ""
-        return (await self.vms.health(found[1], within_s)).note
+        return (await self.vms.health(route, within_s)).note
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5523,7 +5545,10 @@ class Waker:
         try:
             await self.start_machine(vm)
             async with self.clock.time_limit(WAKE.budget_s):
-                await self._wait_until_it_answers(vm.vm_id)
+                # What is handed to it before its `/health` answers is refused.
+                while (route := self._sleeper(vm.vm_id)) and not await self.vms.is_healthy(route):
+                    await VM_WAKES.pause(self.clock, 1)
+            await self.note_awake(vm.vm_id)
             return True
         except (UpstreamError, TimeoutError) as error:
             log_warning("wake_failed", vm_id=vm.vm_id, error=str(error) or "no answer in time")
@@ -5531,23 +5556,19 @@ class Waker:
         finally:
             vm.waker = None
 
-    async def _wait_until_it_answers(self, vm_id: str) -> None:
-        """A sleeper is `ready` once its `/health` answers: what is handed to it before is refused."""
-        while (found := self.routes.find(vm_id)) and found[1].state == "asleep":
-            if await self.vms.is_healthy(found[1]):
-                return await self.note_awake(vm_id)
-            await VM_WAKES.pause(self.clock, 1)
-        return None
+    def _sleeper(self, vm_id: str) -> Route | None:
+        """The route of a VM that is asleep."""
+        route = self.routes.of(vm_id)
+        return route if route and route.state == "asleep" else None
 
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
         async with vm.machine:
-            found = self.routes.find(vm.vm_id)
-            if found and found[1].state == "asleep":
-                await self._resume(vm.vm_id, found[1].machine_id)
+            if route := self._sleeper(vm.vm_id):
+                await self._resume(vm.vm_id, route.machine_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
-            elif found:
-                machine = await self.fly.get_machine(vm.vm_id, found[1].machine_id)
+            elif route := self.routes.of(vm.vm_id):
+                machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
                 if machine.state in RESTING and machine.host_ok:
                     log_event("machine_started", vm_id=vm.vm_id, was=machine.state)
                     await self.fly.start_machine(vm.vm_id, machine.id)
@@ -5570,17 +5591,16 @@ class Waker:
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
-        found = self.routes.find(vm_id)
-        if found and found[1].state == "asleep":
+        if self._sleeper(vm_id):
             with contextlib.suppress(StoreError):  # the write is tried on, and a sweep sees it too
                 await self.routes.update(vm_id, state="ready")
 
     async def look(self, vm_id: str) -> None:
         """Ask Fly whether one that is said to sleep is awake; raises UpstreamError."""
-        found, vm = self.routes.find(vm_id), self.state.vms.get(vm_id)
-        if found is None:
+        route, vm = self.routes.of(vm_id), self.state.vms.get(vm_id)
+        if route is None:
             return
-        machine = await self.fly.get_machine(vm_id, found[1].machine_id)
+        machine = await self.fly.get_machine(vm_id, route.machine_id)
         if machine.state == "started" and machine.host_ok and not (vm and vm.is_falling_asleep):
             await self.note_awake(vm_id)
 
@@ -5615,8 +5635,8 @@ class Runner:
         return is_well and not (vm.waiting or vm.accepting or vm.runner)
 
     def start(self, vm: VmState) -> None:
-        is_over = self.state.is_draining or vm.closing_notice or vm.is_held()
-        if vm.waiting and vm.runner is None and not is_over and self._route(vm):
+        is_held = vm.runner or vm.closing_notice or vm.is_held() or self.state.is_draining
+        if vm.waiting and not is_held and self._route(vm):
             vm.runner = self.tasks.start(self._run(vm))
 
     def _route(self, vm: VmState) -> Route | None:
@@ -5671,9 +5691,8 @@ class Runner:
 
     async def hand_over(self, vm: VmState, route: Route, text: Text) -> None:
         """One attempt to run the first text, or one wait for the VM's return."""
-        limits = self.settings.limits
         if text.drops >= 2:
-            return await self._finish(vm, text, "crashed", about(AWAY_TWICE, text))
+            return await self._finish(vm, text, "crashed", AWAY_TWICE)
         if not text.attempts and self.is_late(vm, text):
             return await self._expire(vm)
         if not await self._may_hand_over(vm, route, text):
@@ -5687,13 +5706,12 @@ class Runner:
             await self._wait_while_busy(vm, text)
         except VmSilent:
             vm.last_call_failed = True
-            notice = about(NO_ANSWER, text, s=limits.vm_command_timeout_s)
-            await self._finish(vm, text, "silent", notice)
+            await self._finish(vm, text, "silent", NO_ANSWER, s=self.vms.command_timeout_s)
         except VmFailed as error:
             if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(vm, route):
                 return None  # it goes again
             self._record_answer(vm, ends_outage=error.status < 500)
-            await self._finish(vm, text, "failed", about(VM_ERROR, text, status=error.status))
+            await self._finish(vm, text, "failed", VM_ERROR, status=error.status)
         else:
             self._record_answer(vm)
             parts = words_of(answer, is_stopped=text.sid == vm.stopped_sid)
@@ -5712,8 +5730,10 @@ class Runner:
             await self.routes.update(vm.vm_id, key_id=others[0])
         return True
 
-    async def _finish(self, vm: VmState, text: Text, outcome: str, notice: str) -> None:
-        await self.sender.finish(vm, [text], [notice], outcome)
+    async def _finish(
+        self, vm: VmState, text: Text, outcome: str, notice: str, **values: object
+    ) -> None:
+        await self.sender.finish(vm, [text], [about(notice, text, **values)], outcome)
 
     async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
         """Whether the first text may go now: its VM is back, and the store says that it goes."""
@@ -5777,9 +5797,9 @@ class Runner:
         text.may_have_reached = True
         text.drops += is_drop
         await self.state.store.save(text.updated())
-        if is_healthy:  # the road may be at fault: the text goes again at once, under its key
-            return None
-        return await self._announce_outage(vm, text)
+        if not is_healthy:  # else the road may be at fault: it goes again at once, under its key
+            await self._announce_outage(vm, text)
+        return None
 
     async def _announce_outage(self, vm: VmState, text: Text) -> None:
         """Once per outage, also across restarts."""
@@ -5811,7 +5831,7 @@ class Runner:
         if text.busy_since is None:
             text.busy_since, text.attempts = now, 1
         if now - text.busy_since > BUSY_LIMIT_S:
-            return await self._finish(vm, text, "failed", about(VM_ERROR, text, status=409))
+            return await self._finish(vm, text, "failed", VM_ERROR, status=409)
         if text.attempts % 10 == 1:
             self.state.store.note(vm.put())
         await VM_BUSY.pause(self.clock, text.attempts)
@@ -5836,11 +5856,10 @@ class Runner:
         """The first text's time is over; those behind it are judged at once and share the notice."""
         first = vm.waiting[0]
         if first.may_have_reached:
-            notice = about(NO_ANSWER, first, s=self.settings.limits.vm_away_limit_s)
-            await self._finish(vm, first, "silent", notice)
+            limit_s = self.settings.limits.vm_away_limit_s
+            await self._finish(vm, first, "silent", NO_ANSWER, s=limit_s)
         waiting = [text for text in vm.waiting if not text.may_have_reached]
-        late = [text for text in waiting if self.is_late(vm, text)]
-        if late:
+        if late := [text for text in waiting if self.is_late(vm, text)]:
             parts = split_text(AWAY_TOO_LONG.format(texts=quoted(*late)))
             await self.sender.finish(vm, late, parts, "expired")
 
@@ -5902,13 +5921,9 @@ class PhoneDoor:
         """Whether a text goes no further than here: it is neither kept nor run."""
         if not route.is_paired:
             return not (route.was_paired and command in ("status", "help"))
-        return self._is_early(message, route) or self._fits(message, route)
-
-    @staticmethod
-    def _is_early(message: InboundMessage, route: Route) -> bool:
-        """Whether Twilio dates it before the pairing: it may have come during a lock."""
-        paired_at = parse_utc(route.paired_at) or 0.0
-        return 0 < message.dated < paired_at
+        # One that Twilio dates before the pairing may have come during a lock.
+        is_early = 0 < message.dated < (parse_utc(route.paired_at) or 0.0)
+        return is_early or self._fits(message, route)
 
     def _fits(self, message: InboundMessage, route: Route) -> bool:
         code = pairing_code_in(message.body)
@@ -5939,12 +5954,12 @@ class PhoneDoor:
         found = self.routes.find(vm.vm_id)
         if found is None or self._is_closed(found[1]):
             return "unpaired"
-        if self._fits(message, found[1]):
-            if not found[1].is_paired:
-                await self._pair(message, *found)
-            return "paired"
-        await self._count(*found)
-        return "wrong_code"
+        if not self._fits(message, found[1]):
+            await self._count(*found)
+            return "wrong_code"
+        if not found[1].is_paired:
+            await self._pair(message, *found)
+        return "paired"
 
     async def _pair(self, message: InboundMessage, phone: str, route: Route) -> None:
         # Our time by Twilio's clock is up to a second behind it.
@@ -5984,10 +5999,8 @@ class PhoneDoor:
     async def date_adopted(self, message: InboundMessage) -> None:
         """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
         route = self.routes.routes.get(message.phone)
-        is_undated = route and route.is_paired and not route.paired_at
-        if route and is_undated and self._fits(message, route):
-            at = utc_millis(message.dated)
-            await self.routes.update(route.vm_id, paired_at=at)
+        if route and route.is_paired and not route.paired_at and self._fits(message, route):
+            await self.routes.update(route.vm_id, paired_at=utc_millis(message.dated))
 
     def _is_closed(self, route: Route) -> bool:
         return (parse_utc(route.closed_until) or 0.0) > self.clock.now()
@@ -6002,14 +6015,15 @@ class PhoneDoor:
 
     async def lock(self, vm: VmState) -> None:
         """Run nothing more until the new code is texted; raises StoreError, and is locked then too."""
-        was_paired = self.close(vm)
-        await self.settle_lock(vm)
-        if was_paired:
+        if await self._close(vm):
             await self.sender.notify(vm, LOCKED)
         await self.sender.drop(vm)
 
-    def close(self, vm: VmState) -> bool:
-        """Lock a VM in memory: nothing more is handed over. Whether it was paired."""
+    async def _close(self, vm: VmState) -> bool:
+        """Hand over nothing more: in memory at once, then on disk, then at Fly. Whether it was paired.
+
+        Raises StoreError; the write is tried on.
+        """
         found = self.routes.find(vm.vm_id)
         if found is None:
             return False
@@ -6020,20 +6034,16 @@ class PhoneDoor:
             at = utc_millis(self.twilio.now())
         self._put(phone, route, f"{number}:unpaired", at)
         log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
-        return route.is_paired
-
-    async def settle_lock(self, vm: VmState) -> None:
-        """Have it on disk, then at Fly; raises StoreError (the write is tried on)."""
         await self.routes.commit()
         self._stamp_soon(vm.vm_id)
+        return route.is_paired
 
     async def do_owed(self, vm: VmState) -> None:
-        """At start: a lock that was asked for by text and is not in routes.json."""
-        found = self.routes.find(vm.vm_id)
-        if found and found[1].pairing_number < vm.owed_lock:
-            self.close(vm)
-            with contextlib.suppress(StoreError):
-                await self.settle_lock(vm)
+        """A lock that was asked for by text and is not in routes.json."""
+        route = self.routes.of(vm.vm_id)
+        if route and route.pairing_number < vm.owed_lock:
+            with contextlib.suppress(StoreError):  # it is locked, and owed
+                await self._close(vm)
 
     def _stamp_soon(self, vm_id: str) -> None:
         async def stamp() -> None:
@@ -6091,7 +6101,9 @@ class OwnerCommands:
             case "stop":
                 return await self._begin_stop(vm, message, now)
             case "new":
-                return await self._begin_anew(vm, message)
+                sids = [text.sid for text in vm.waiting]
+                anew = [*(sid for sid in vm.new_sids if sid in sids), ""]
+                return await self._reply(vm, message, NEXT_IS_NEW, new_sids=anew)
             case "queue":
                 lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
                 reply = "\n".join([now, *lines])
@@ -6103,11 +6115,16 @@ class OwnerCommands:
         return await self._reply(vm, message, reply)
 
     async def _reply(
-        self, vm: VmState, message: InboundMessage, *replies: str, ends: Iterable[Change] = ()
+        self,
+        vm: VmState,
+        message: InboundMessage,
+        *replies: str,
+        ends: Sequence[Text] = (),
+        **values: Any,
     ) -> str | None:
         outs = [self.sender.outbound(vm, split_text(reply)) for reply in replies]
-        changes = [*(out.added() for out in outs), vm.put(), *ends]
-        known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
+        changes = [out.added() for out in outs] + [text.ended() for text in ends]
+        known = await self.state.once(vm, message, *changes, **values)
         for out in outs if known is None else ():
             self.sender.queue(vm, out)
         return known
@@ -6136,18 +6153,21 @@ class OwnerCommands:
         return f"{now[:-1]} ({note})." if note else now
 
     async def _drop(
-        self, vm: VmState, message: InboundMessage, waiting: list[Text], *replies: str
+        self,
+        vm: VmState,
+        message: InboundMessage,
+        waiting: list[Text],
+        *replies: str,
+        **values: Any,
     ) -> str | None:
         # At once, so that none of them is handed over while the store writes.
         before, vm.waiting = vm.waiting, deque(text for text in vm.waiting if text not in waiting)
-        new_sids = vm.new_sids
-        vm.will_not_run(waiting)
+        if waiting:
+            replies = (*replies, dropped(waiting))
+            values["new_sids"] = vm.new_without(waiting)
         known: str | None = ""
         try:
-            if waiting:
-                replies = (*replies, dropped(waiting))
-            ends = [text.ended() for text in waiting]
-            known = await self._reply(vm, message, *replies, ends=ends)
+            known = await self._reply(vm, message, *replies, ends=waiting, **values)
         finally:
             if known is None:
                 self.sender.note_ended(waiting, "cancelled", 1)
@@ -6155,22 +6175,14 @@ class OwnerCommands:
                 later = [text for text in vm.waiting if text not in before]
                 kept = [text for text in before if text in waiting or text in vm.waiting]
                 vm.waiting = deque(kept + later)
-                vm.new_sids = new_sids
         return known
 
     async def _lock(self, vm: VmState, message: InboundMessage) -> str | None:
         """Owed once its SID is stored, and not before: a repetition does not lock again."""
-        route, owed = self.routes.routes[message.phone], vm.owed_lock
-        vm.owed_lock = route.pairing_number + 1
-        known: str | None = ""
-        try:
-            known = await self._drop(vm, message, vm.unreached(), LOCKED)
-        finally:
-            vm.owed_lock = vm.owed_lock if known is None else owed
+        owed = self.routes.routes[message.phone].pairing_number + 1
+        known = await self._drop(vm, message, vm.unreached(), LOCKED, owed_lock=owed)
         if known is None:
-            self.door.close(vm)
-            with contextlib.suppress(StoreError):  # it is locked, and owed
-                await self.door.settle_lock(vm)
+            await self.door.do_owed(vm)
         return known
 
     async def _begin_restart(self, vm: VmState, message: InboundMessage) -> str | None:
@@ -6178,44 +6190,21 @@ class OwnerCommands:
             self.check_restart(vm.vm_id)
         except Refusal as refusal:
             return await self._reply(vm, message, f"Not restarted: {refusal.detail}")
-        vm.owes_restart = True
-        known: str | None = ""
-        try:
-            known = await self._reply(vm, message, RESTART_BEGUN)
-        finally:
-            vm.owes_restart = known is None
+        known = await self._reply(vm, message, RESTART_BEGUN, owes_restart=True)
         if known is None:
             await self.do_owed(vm)
-        return known
-
-    async def _begin_anew(self, vm: VmState, message: InboundMessage) -> str | None:
-        before, waiting = vm.new_sids, [text.sid for text in vm.waiting]
-        vm.new_sids = [sid for sid in before if sid in waiting] + [""]
-        known: str | None = ""
-        try:
-            known = await self._reply(vm, message, NEXT_IS_NEW)
-        finally:
-            if known is not None:  # not stored, or a repetition
-                vm.new_sids = before
         return known
 
     async def _begin_stop(self, vm: VmState, message: InboundMessage, now: str) -> str | None:
         # By Twilio's list, whose dates are whole seconds: what runs came behind it.
         if vm.running and message.arrived < vm.running.arrived - 1:
             return await self._reply(vm, message, now)
-        before, is_first = (vm.owes_stop, vm.stopped_sid), not vm.owes_stop
-        if is_first:  # else one is being carried out
-            vm.owes_stop, vm.stopped_sid = True, ""
-        if is_first and vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
-            vm.stopped_sid = vm.waiting[0].sid
-        sid, at = message.sid, message.arrived
-        known: str | None = ""
-        try:
-            known = await self.state.store.commit_once(sid, at, "", vm.put())
-        finally:
-            if known is not None and is_first:
-                vm.owes_stop, vm.stopped_sid = before
-                self.runner.start(vm)
+        stopped_sid = ""
+        if vm.owes_stop:  # one is being carried out
+            stopped_sid = vm.stopped_sid
+        elif vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
+            stopped_sid = vm.waiting[0].sid
+        known = await self.state.once(vm, message, owes_stop=True, stopped_sid=stopped_sid)
         if known is None:
             self.tasks.start(self.do_stop(vm))
         return known
@@ -6230,15 +6219,15 @@ class OwnerCommands:
         self.runner.start(vm)
 
     async def _stop(self, vm: VmState) -> str:
-        found = self.routes.find(vm.vm_id)
-        if found is None or found[1].state != "ready":
+        route = self.routes.of(vm.vm_id)
+        if route is None or route.state != "ready":
             return NOTHING_RUNS
         may_run = vm.running is not None
         for text in vm.waiting:
             may_run |= text.may_have_reached or text.busy_since is not None
         try:
             # Named, so that no later text is ended in its place.
-            stopped = await self.vms.cancel(found[1], vm.stopped_sid)
+            stopped = await self.vms.cancel(route, vm.stopped_sid)
         except VmAway:
             return NOT_STOPPED
         except VmFailed as error:
@@ -6315,8 +6304,10 @@ class Inbox:
         assert vm is not None and route is not None
         if command:
             vm.reply_to = address_of(message, self.settings.twilio.phone_number)
-            known = await self.commands.run(vm, message, command)
-            self.runner.start(vm)
+            try:
+                known = await self.commands.run(vm, message, command)
+            finally:
+                self.runner.start(vm)  # a verb that is not stored holds up no text
         else:
             known = await self._accept_text(message, route, vm)
         if known is not None and (times := self.recent_texts.get(message.phone)):
@@ -6366,18 +6357,16 @@ class Inbox:
         """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
         changes: list[Change] = []
         # What the list tells late does not undo what was said since.
-        is_late = (
-            message.is_fetched and vm and message.arrived < vm.opted_at.get(message.channel, 0.0)
-        )
+        channel, at = message.channel, message.arrived
+        is_late = vm and message.is_fetched and at < vm.opted_at.get(channel, 0.0)
         if vm and word != "HELP" and not is_late:
-            vm.opted_out[message.channel] = word == "STOP"
-            vm.opted_at[message.channel] = message.arrived
+            vm.opted_out[channel], vm.opted_at[channel] = word == "STOP", at
             if word == "START":
                 vm.error = ""
             changes.append(vm.put())
             event = "opted_out" if word == "STOP" else "opted_in"
             log_event(event, vm_id=vm.vm_id, message_sid=message.sid)
-        known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
+        known = await self.state.store.commit_once(message.sid, at, "", *changes)
         return self._acknowledge("keyword", known)
 
     # Texts that are not taken
@@ -6400,24 +6389,25 @@ class Inbox:
                 return "queue_full", about(QUEUE_FULL, message, n=limits.queue_limit)
         if message.is_fetched or self._is_within_rate(phone):
             return None
-        now = self.clock.monotonic()
-        reply = (
-            "" if self.told_too_fast.is_fresh(phone, now) else TOO_FAST.format(n=limits.text_limit)
-        )
-        if reply:
-            self.told_too_fast.put(phone, None, now)
-        return "too_fast", reply
+        is_told = self._is_told_now(phone, self.told_too_fast)
+        return "too_fast", TOO_FAST.format(n=limits.text_limit) if is_told else ""
 
     def _elsewhere(self, message: InboundMessage | Text) -> int:
         """How many of its pictures do not lie at Twilio's own address."""
         return sum(not self.sender.twilio.media_path(url) for url, _ in message.media)
 
     def _invitation(self, phone: str) -> str:
-        url, now = self.settings.gateway.onboarding_url, self.clock.monotonic()
-        if not url or self.invited.is_fresh(phone, now):
-            return ""
-        self.invited.put(phone, None, now)
-        return NO_VM_YET.format(url=url)
+        url = self.settings.gateway.onboarding_url
+        is_told = url and self._is_told_now(phone, self.invited)
+        return NO_VM_YET.format(url=url) if is_told else ""
+
+    def _is_told_now(self, phone: str, told: Recent[None]) -> bool:
+        """Whether a phone is to be told what it was not lately; it counts as told then."""
+        now = self.clock.monotonic()
+        if told.is_fresh(phone, now):
+            return False
+        told.put(phone, None, now)
+        return True
 
     def _is_within_rate(self, phone: str) -> bool:
         """TEXT_LIMIT within any minute."""
@@ -6548,7 +6538,6 @@ class Relay:
     reports: DeliveryReports
     tasks: Tasks
     metrics: Metrics
-    command_timeout_s: float
 
     @property
     def vms(self) -> dict[str, VmState]:
@@ -6614,10 +6603,10 @@ class Relay:
         for vm in self.vms.values():
             if vm.runner is not None and not vm.is_handing_over:
                 vm.runner.cancel()
-        while tasks := [
-            task for vm in self.vms.values() for task in (vm.runner, vm.sender) if task
+        while lanes := [
+            lane for vm in self.vms.values() for lane in (vm.runner, vm.sender) if lane
         ]:
-            await asyncio.wait(tasks)
+            await asyncio.wait(lanes)
 
     # What happens to VMs
 
@@ -6696,9 +6685,8 @@ class Relay:
             recent = [(at, count) for at, count in vm.vm_messages if now - seconds < at <= now]
             if sum(count for _, count in recent) + cost > most:
                 wait_s = int(recent[0][0] + seconds - now) + 1 if recent else int(seconds)
-                reason = (
-                    f"a VM may text {most} messages in {seconds:g} s, parts and pictures counted"
-                )
+                limit = f"a VM may text {most} messages in {seconds:g} s"
+                reason = f"{limit}, parts and pictures counted"
                 raise Refusal("too_many", reason, retry_after_s=wait_s)
         vm.vm_messages = [*recent, (now, cost)]
         return now, cost
@@ -6725,15 +6713,13 @@ class Relay:
     def away_states(self) -> Counter[str]:
         """How many VMs are away, by their routes' states."""
         away = (vm.vm_id for vm in self.vms.values() if vm.away_since is not None)
-        return Counter(found[1].state for vm_id in away if (found := self.routes.find(vm_id)))
+        return Counter(route.state for route in map(self.routes.of, away) if route)
 
     def may_be_running(self, vm_id: str) -> bool:
         """Whether a command that was handed over may still run there, so that a restart would cut it."""
-        vm = self.vms.get(vm_id)
-        if vm is None:
-            return False
-        age_s = self.clock.monotonic() - vm.handed_over_at
-        return vm.is_handing_over or age_s < self.command_timeout_s
+        vm, now = self.vms.get(vm_id), self.clock.monotonic()
+        timeout_s = self.runner.vms.command_timeout_s
+        return vm is not None and (vm.is_handing_over or now < vm.handed_over_at + timeout_s)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -6781,10 +6767,8 @@ class Backfill:
         except (UpstreamError, Refusal, StoreError) as error:
             log_warning("backfill_failed", error=str(error))
         else:
-            is_read = not any(self.unread.values())
-            if (
-                is_read and not self.state.closed_because
-            ):  # else routes are missing by which texts are known
+            # Where routes are missing, texts are not known by them.
+            if not (any(self.unread.values()) or self.state.closed_because):
                 self.long_at = began if is_long else self.long_at
                 self._set_mark(until)
 
@@ -7721,7 +7705,7 @@ class Gateway:
         )
         self.inbox = self._make(Inbox)
         self.reports = self._make(DeliveryReports)
-        self.relay = self._make(Relay, command_timeout_s=self.vms.command_timeout_s)
+        self.relay = self._make(Relay)
         self.backfill = self._make(Backfill)
         self.blueprint = Blueprint(self.settings, self.keyring, self.routes)
         self.readiness = self._make(Readiness)
