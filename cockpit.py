@@ -6693,9 +6693,9 @@ class Relay:
 
     # Questions
 
-    def waiting(self, vm_id: str = "") -> int:
-        """Texts not yet finished, of one VM or of all."""
-        return sum(len(vm.waiting) for vm in self.vms.values() if vm_id in ("", vm.vm_id))
+    def waiting(self) -> int:
+        """Texts not yet finished."""
+        return sum(len(vm.waiting) for vm in self.vms.values())
 
     def oldest_waiting_s(self) -> float:
         """Age of the text that waits longest, 0 when none does."""
@@ -8537,7 +8537,7 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     row: Json = {name: record[name] or "" for name in names}
     row["phone"] = mask_phone(record["phone_number"])
     row["paired"] = record.get("paired", True)
-    row["waiting"] = gateway.relay.waiting(vm_id)
+    row["waiting"] = len(vm.waiting) if vm else 0
     row["last_text"] = vm.last_text if vm else None
     row["away_since"] = vm.away_since if vm else None
     return row

@@ -6994,6 +6994,15 @@ async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
     assert not re.search(r"\s(?:on[a-z]+|style)=\"", page) and not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|cookie", page)
 
 
+async def test_the_table_tells_how_many_texts_of_each_vm_wait(world):
+    vm, _ = await world.ready(), await world.sign_up(BOB)
+    gate = await world.occupies(vm, "running")
+    await world.text("waiting")
+    rows = (await world.call("GET", "/events")).body["table"]["rows"]
+    assert {row["vm_id"]: row["waiting"] for row in rows if row["waiting"]} == {vm.app: 2}
+    gate.open()
+
+
 async def test_the_live_feed_needs_the_key_and_shows_masked_numbers(world):
     vm = await world.ready()
     assert (await world.call("GET", "/events", key=None)).status == 401
