@@ -4772,13 +4772,13 @@ class Provisioner:
 # What the gateway itself tells an owner.
 NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
 SETTING_UP = "Your VM is being set up. Your text is kept."
-QUEUE_FULL = 'Your queue is full ({n} waiting). This text was not kept: "{text}"'
+QUEUE_FULL = "Your queue is full ({n} waiting). This text was not kept: {texts}"
 TOO_FAST = "More than {n} texts a minute. This text was not kept; wait a minute."
 VM_AWAY = "Your VM is restarting... Your text is kept and will run when it is back."
 AWAY_TOO_LONG = "Not run, your VM was away too long: {texts}"
-AWAY_TWICE = 'Your VM went away twice while running this; not tried again: "{text}"'
-NO_ANSWER = 'No answer after {s:g} s; it may still be running: "{text}"'
-VM_ERROR = 'Your VM answered with an error ({status}): "{text}"'
+AWAY_TWICE = "Your VM went away twice while running this; not tried again: {texts}"
+NO_ANSWER = "No answer after {s:g} s; it may still be running: {texts}"
+VM_ERROR = "Your VM answered with an error ({status}): {texts}"
 DONE = "Done, no output."
 UNREADABLE = "Your VM's answer could not be read."
 VM_GONE = "Your VM is gone."
@@ -5037,9 +5037,9 @@ def quoted(*texts: Text | InboundMessage) -> str:
     return ", ".join(f'"{clean_text(text.body)[:80]}"' for text in texts)
 
 
-def about(notice: str, text: Text | InboundMessage, **values: object) -> str:
-    """A notice about one text."""
-    return notice.format(text=quoted(text)[1:-1], **values)
+def about(notice: str, *texts: Text | InboundMessage, **values: object) -> str:
+    """A notice that quotes texts."""
+    return notice.format(texts=quoted(*texts), **values)
 
 
 def dropped(texts: Sequence[Text]) -> str:
@@ -5253,6 +5253,12 @@ class Sender:
         if texts := vm.unreached():
             vm.waiting = deque(text for text in vm.waiting if text not in texts)
             await self.finish(vm, texts, [dropped(texts)], "cancelled")
+
+    def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
+        """What is told of a VM that is no more, and of texts that were not run."""
+        words = notice + about(NOT_RUN, *texts) if texts else notice
+        url = self.settings.gateway.onboarding_url
+        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
 
     def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
         now = self.clock.monotonic()
@@ -5860,7 +5866,7 @@ class Runner:
             await self._finish(vm, first, "silent", NO_ANSWER, s=limit_s)
         waiting = [text for text in vm.waiting if not text.may_have_reached]
         if late := [text for text in waiting if self.is_late(vm, text)]:
-            parts = split_text(AWAY_TOO_LONG.format(texts=quoted(*late)))
+            parts = split_text(about(AWAY_TOO_LONG, *late))
             await self.sender.finish(vm, late, parts, "expired")
 
 
@@ -6086,7 +6092,7 @@ class OwnerCommands:
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
         note = await self.watch.note(vm, NOTE_S) if command == "status" else ""
         waiting = vm.queued()
-        now = about('Running: "{text}"', vm.running) if vm.running else NOTHING_RUNS
+        now = about("Running: {texts}", vm.running) if vm.running else NOTHING_RUNS
         if waiting and waiting[0].busy_since is not None:
             now = "Waiting for the command before it."
         match command:
@@ -6291,17 +6297,14 @@ class Inbox:
         vm = self.state.vm(route.vm_id, message.phone) if route else None
         if word := keyword_of(message, vm):
             return await self._accept_keyword(message, vm, word)
-        command = self.commands.match(message.body) if vm else ""
-        if vm and route and self.door.stops(message, route, command):
+        if route is None or vm is None:
+            return await self._accept_unrouted(message)
+        command = self.commands.match(message.body)
+        if self.door.stops(message, route, command):
             outcome, words = await self.door.judge(message, vm, route)
             return await self._refuse(message, vm, outcome, words=words)
-        refused = self._judge(message, route, vm, is_command=bool(command))
-        if route is None and self.state.closed_because:
-            # Not taken, so that it is fetched from Twilio's list later.
-            raise Refusal("fly_unavailable", self.state.closed_because)
-        if refused:
+        if refused := self._judge(message, route, vm, is_command=bool(command)):
             return await self._refuse(message, vm, *refused)
-        assert vm is not None and route is not None
         if command:
             vm.reply_to = address_of(message, self.settings.twilio.phone_number)
             try:
@@ -6326,7 +6329,7 @@ class Inbox:
                 await self.accept(message)
         for vm_id, refused in beyond.items():
             vm = self.state.vms[vm_id]
-            notice = QUEUE_FULL.format(n=len(vm.queued()), text=quoted(*refused)[1:-1])
+            notice = about(QUEUE_FULL, *refused, n=len(vm.queued()))
             out = self.sender.outbound(vm, split_text(notice))
             seen = [(SEE, (message.sid, message.arrived, "")) for message in refused]
             await self.state.store.commit(*seen, out.added())
@@ -6371,17 +6374,27 @@ class Inbox:
 
     # Texts that are not taken
 
+    async def _accept_unrouted(self, message: InboundMessage) -> str:
+        """One whose sender has no VM."""
+        phone = message.phone
+        if self.state.closed_because:
+            # Not taken, so that it is fetched from Twilio's list later.
+            raise Refusal("fly_unavailable", self.state.closed_because)
+        if not PHONE.fullmatch(phone) or phone == self.settings.twilio.phone_number:
+            return await self._refuse(message, None, "ignored")
+        url = self.settings.gateway.onboarding_url
+        is_told = url and self._is_told_now(phone, self.invited)
+        reply = NO_VM_YET.format(url=url) if is_told else ""
+        return await self._refuse(message, None, "unknown", reply)
+
     def _judge(
-        self, message: InboundMessage, route: Route | None, vm: VmState | None, *, is_command: bool
+        self, message: InboundMessage, route: Route, vm: VmState, *, is_command: bool
     ) -> tuple[str, str] | None:
         """Why a text is not taken, and what its sender reads; None when it is."""
         limits, phone = self.settings.limits, message.phone
-        if route is None or vm is None:
-            is_number = PHONE.fullmatch(phone) and phone != self.settings.twilio.phone_number
-            return ("unknown", self._invitation(phone)) if is_number else ("ignored", "")
         if not is_command:
             if route.state == "failed":
-                return "gone", self.closing_words(VM_GONE, [message])
+                return "gone", self.sender.closing_words(VM_GONE, [message])
             elsewhere = self._elsewhere(message)
             if elsewhere and elsewhere == len(message.media) and not message.body.strip():
                 return "picture_elsewhere", PICTURE_ELSEWHERE
@@ -6395,11 +6408,6 @@ class Inbox:
     def _elsewhere(self, message: InboundMessage | Text) -> int:
         """How many of its pictures do not lie at Twilio's own address."""
         return sum(not self.sender.twilio.media_path(url) for url, _ in message.media)
-
-    def _invitation(self, phone: str) -> str:
-        url = self.settings.gateway.onboarding_url
-        is_told = url and self._is_told_now(phone, self.invited)
-        return NO_VM_YET.format(url=url) if is_told else ""
 
     def _is_told_now(self, phone: str, told: Recent[None]) -> bool:
         """Whether a phone is to be told what it was not lately; it counts as told then."""
@@ -6420,12 +6428,6 @@ class Inbox:
         times.append(now)
         self.recent_texts.put(phone, times, now)
         return True
-
-    def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
-        """What is told of a VM that is no more, and of texts that were not run."""
-        words = notice + NOT_RUN.format(texts=quoted(*texts)) if texts else notice
-        url = self.settings.gateway.onboarding_url
-        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
 
     async def _refuse(
         self,
@@ -6505,7 +6507,7 @@ class Inbox:
         vm.last_text = text.arrived
         vm.waiting.append(text)
         if vm.closing_notice:  # torn down while it was stored
-            parts = split_text(self.closing_words(vm.closing_notice, [text]))
+            parts = split_text(self.sender.closing_words(vm.closing_notice, [text]))
             return await self.sender.finish(vm, [text], parts, "gone")
         self.runner.start(vm)
         if self._elsewhere(text):
@@ -6530,12 +6532,10 @@ class Relay:
     routes: RouteStore
     twilio: TwilioClient
     state: RelayState
-    inbox: Inbox
     runner: Runner
     sender: Sender
     commands: OwnerCommands
     door: PhoneDoor
-    reports: DeliveryReports
     tasks: Tasks
     metrics: Metrics
 
@@ -6598,8 +6598,7 @@ class Relay:
                 self.state.retire(vm)
 
     async def drain(self) -> None:
-        """Take in and hand over nothing more; wait for what is out (bounded by the caller)."""
-        self.state.is_draining = True
+        """Hand over nothing more; wait for what is out (bounded by the caller)."""
         for vm in self.vms.values():
             if vm.runner is not None and not vm.is_handing_over:
                 vm.runner.cancel()
@@ -6631,7 +6630,7 @@ class Relay:
         await self.runner.stop(vm)
         vm.away_since = None
         texts = list(vm.waiting)
-        words = self.inbox.closing_words(vm.closing_notice, texts)
+        words = self.sender.closing_words(vm.closing_notice, texts)
         route = self.routes.routes.get(phone)
         if texts:
             await self.sender.finish(vm, texts, split_text(words), "gone")
@@ -8282,13 +8281,13 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
 async def post_sms(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     message = parse_inbound(await read_webhook(request), gateway.clock.now())
-    reply = await gateway.relay.inbox.accept(message)
+    reply = await gateway.inbox.accept(message)
     return web.Response(body=twiml(reply).encode(), content_type="text/xml", charset="utf-8")
 
 
 async def post_sms_status(request: web.Request) -> web.Response:
     form = dict(reversed(await read_webhook(request)))
-    request.app[GATEWAY].relay.reports.handle(form, request.query.get("vm", ""))
+    request.app[GATEWAY].reports.handle(form, request.query.get("vm", ""))
     return web.Response(status=204)
 
 
