@@ -1703,8 +1703,13 @@ PRAGMA user_version = 1;
 COMMIT;
 """
 SEE = "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)"
+NOTE_SENT = "INSERT OR IGNORE INTO sent VALUES (?, ?)"
 ADD_TEXT = "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 ADD_OUTBOUND = "INSERT OR REPLACE INTO outbound VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
+UPDATE_OUTBOUND = "UPDATE outbound SET sent = ?, in_words = ? WHERE id = ?"
+END_TEXT = "DELETE FROM texts WHERE sid = ?"
+END_OUTBOUND = "DELETE FROM outbound WHERE id = ?"
 PUT_VM = "INSERT OR REPLACE INTO vms VALUES (?, ?)"
 PATCH_VM = """INSERT INTO vms VALUES (?, ?)
     ON CONFLICT (vm_id) DO UPDATE SET record = json_patch(record, excluded.record)"""
@@ -1978,18 +1983,17 @@ def old_changes(record: Json, phone_of: Mapping[str, str]) -> Iterator[Change]:
         case {"k": "run" | "held" as kind, "sid": sid}:
             yield "UPDATE texts SET handed_over = ? WHERE sid = ?", (kind == "run", sid)
         case {"k": "cut", "sid": sid, "n": drops, "at": at}:
-            cut = "UPDATE texts SET handed_over = 1, drops = ?, dropped_at = ? WHERE sid = ?"
-            yield cut, (drops, at, sid)
+            yield UPDATE_TEXT, (True, drops, at, sid)
         case {"k": "out", "id": id_, "vm": vm_id, "at": at, "parts": parts}:
             content = to_json(parts), to_json(record.get("images", []))
             progress = at, record.get("sent", 0), to_json(record.get("in_words", []))
             yield ADD_OUTBOUND, (id_, vm_id, phone_of.get(vm_id, ""), *address, *content, *progress)
             for sid in record.get("re", ()):
-                yield "DELETE FROM texts WHERE sid = ?", (sid,)
+                yield END_TEXT, (sid,)
         case {"k": "sent", "id": id_, "n": sent}:
             yield "UPDATE outbound SET sent = ? WHERE id = ?", (sent, id_)
         case {"k": "done", "id": id_}:
-            yield "DELETE FROM outbound WHERE id = ?", (id_,)
+            yield END_OUTBOUND, (id_,)
 
 
 def old_memory(record: Json) -> Iterator[Change]:
@@ -4811,14 +4815,6 @@ TRACES_KEPT = 10_000
 TEXTS_SHOWN = 20  # of one VM, in its record
 JSON_COLUMNS = {"media", "parts", "images", "in_words"}
 
-END_TEXT = "DELETE FROM texts WHERE sid = ?"
-UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
-END_OUTBOUND = "DELETE FROM outbound WHERE id = ?"
-UPDATE_OUTBOUND = "UPDATE outbound SET sent = ?, in_words = ? WHERE id = ?"
-NOTE_SENT = "INSERT OR IGNORE INTO sent VALUES (?, ?)"
-FORGET_VM = "DELETE FROM vms WHERE vm_id = ?"
-SET_MARK = "INSERT OR REPLACE INTO marks VALUES (?, ?)"
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trace:
@@ -5082,7 +5078,7 @@ class RelayState:
         """Forget a VM that is gone once nothing of it is left to be told."""
         if vm.closing_notice and vm.is_idle() and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
-            self.store.note((FORGET_VM, (vm.vm_id,)))
+            self.store.note(("DELETE FROM vms WHERE vm_id = ?", (vm.vm_id,)))
 
     def trace(self, sid: str, vm_id: str, received: float) -> Trace:
         began = self.clock.monotonic() - max(0.0, self.clock.now() - received)
@@ -5120,7 +5116,7 @@ class RelayState:
 
     def set_mark(self, name: str, at: float) -> Change:
         self.marks[name] = at
-        return SET_MARK, (name, at)
+        return "INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)
 
     async def load(self) -> list[str]:
         """At start: read everything; returns the SIDs of messages lately sent. Raises StoreError."""
@@ -6228,9 +6224,9 @@ class OwnerCommands:
         route = self.routes.of(vm.vm_id)
         if route is None or route.state != "ready":
             return NOTHING_RUNS
-        may_run = vm.running is not None
-        for text in vm.waiting:
-            may_run |= text.may_have_reached or text.busy_since is not None
+        may_run = bool(vm.running) or any(
+            text.may_have_reached or text.busy_since is not None for text in vm.waiting
+        )
         try:
             # Named, so that no later text is ended in its place.
             stopped = await self.vms.cancel(route, vm.stopped_sid)
@@ -6240,9 +6236,8 @@ class OwnerCommands:
             if error.status not in (404, 405, 501):
                 return NOT_STOPPED
             return CANNOT_STOP if may_run else NOTHING_RUNS
-        if stopped is None:
-            stopped = may_run
-        return STOPPED if stopped else NOTHING_RUNS
+        is_ended = may_run if stopped is None else stopped
+        return STOPPED if is_ended else NOTHING_RUNS
 
     async def do_owed(self, vm: VmState) -> None:
         """Begin the restart that was asked for; its own record on disk takes over from ours."""
