@@ -5343,6 +5343,20 @@ async def test_a_stop_repeated_while_it_is_carried_out_stays_one_stop(world):
     await world.hears("Stopped.", "so far", "ran: later")
 
 
+async def test_a_restart_that_cannot_be_stored_holds_up_no_text_that_came_just_before_it(world):
+    vm = await world.ready()
+    with contextlib.closing(sqlite3.connect(world.database)) as disk:
+        disk.execute("BEGIN IMMEDIATE")
+        text = asyncio.ensure_future(world.twilio.texts(ANN, "one"))
+        await real_until(world.clock.is_writing)
+        restart = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit restart"))
+        await asyncio.sleep(0.1)  # it waits behind the text
+        world.database.unlink()
+    answers = await world.clock.run(asyncio.gather(text, restart))
+    assert [answer.status for answer in answers] == [200, 503]
+    await world.clock.until(lambda: vm.ran == ["one"], 60)
+
+
 async def test_a_new_conversation_that_is_asked_for_again_by_the_same_text_begins_once(world):
     vm = await world.ready()
     sid = "SM" + "d" * 32
