@@ -6567,9 +6567,9 @@ class Relay:
             self.tasks.start(self._start_vm(vm))
 
     async def _start_vm(self, vm: VmState) -> None:
-        if vm.owes_stop:
+        if vm.owes_stop and vm.phone:  # else its route may yet be found
             await self.commands.do_stop(vm)
-        if vm.owes_restart:
+        if vm.owes_restart and vm.phone:
             await self.commands.do_owed(vm)
         self.runner.start(vm)
         self.sender.start(vm)
@@ -6580,7 +6580,7 @@ class Relay:
         if vm := self.vms.get(vm_id):
             vm.phone = phone
             await self.door.do_owed(vm)
-            self.runner.start(vm)
+            self.tasks.start(self._start_vm(vm))
 
     async def _forget_unrouted(self, vms: Sequence[VmState]) -> None:
         await self.clock.sleep(UNROUTED_S)

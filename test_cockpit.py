@@ -3993,6 +3993,27 @@ async def test_an_owed_lock_of_a_vm_that_is_adopted_only_after_the_start_is_done
     assert world.saved["routes"][ANN]["pairing"] == "1:unpaired"
 
 
+async def test_an_owed_restart_of_a_vm_that_is_adopted_only_after_the_start_is_begun_then(world):
+    vm = await world.ready()
+    await world.clock.advance(5)
+    written = world.threads.holds()
+    restart = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit restart"))
+    await real_until(lambda: any("owes_restart\": true" in record for record, in world.rows("SELECT record FROM vms")))
+    await world.crash()
+    written.set()
+    await asyncio.gather(restart, return_exceptions=True)
+    for name in ("routes.json", "routes.json.bak"):
+        world.file.with_name(name).unlink(missing_ok=True)
+    world.fly.deaf = True
+    await world.start()
+    world.fly.deaf = False
+    await world.clock.until(lambda: ANN in world.saved["routes"], 400)
+    await world.text("behind it")
+    await world.clock.until(lambda: vm.ran == ["behind it"], 60)
+    assert world.fly.count("restart_machine") == 1
+    assert {to for to, _ in world.twilio.sent} == {ANN}
+
+
 async def test_an_opt_out_outlives_lost_routes_that_are_adopted_only_after_the_start(world):
     vm = await world.ready()
     await world.text("STOP")
