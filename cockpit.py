@@ -6335,10 +6335,11 @@ class Inbox:
         """The VM whose queue is too full for a fetched text."""
         route = self.routes.routes.get(message.phone)
         vm = self.state.vms.get(route.vm_id) if route else None
-        if vm is None or route is None or not self._is_full(vm) or vm.opted_out:
+        if vm is None or route is None or not self._is_full(vm):
             return None
+        hears_nothing = vm.opted_out.get(message.channel)
         is_other = keyword_of(message, vm) or self.door.stops(message, route, "")
-        return None if is_other else vm
+        return None if hears_nothing or is_other else vm
 
     def _is_full(self, vm: VmState) -> bool:
         queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)

@@ -6598,8 +6598,11 @@ async def test_a_list_of_more_than_20_pages_is_read_on_until_its_end(world):
     assert sorted(vm.ran) == sorted(f"missed {n}" for n in range(50))
 
 
-async def test_fetched_texts_beyond_the_queue_s_limit_are_told_together(world):
+@pytest.mark.parametrize("before", [(), ("STOP", "START")])
+async def test_fetched_texts_beyond_the_queue_s_limit_are_told_together(world, before):
     vm = await world.ready(QUEUE_LIMIT=2, VM_AWAY_LIMIT_S=6000)
+    for word in before:
+        await world.text(word)
     await world.clock.advance(5)
     await world.stop()
     vm.away = 503
