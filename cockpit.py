@@ -5312,8 +5312,9 @@ class Sender:
                     continue
                 if action == "opted_out":
                     self.opt_out(vm, out.reply_to.channel)
-                explained = f"{explain_code(error.code)} " if error.code in TWILIO_ERRORS else ""
-                return self._give_up(vm, out, f"{explained}({error})" if explained else str(error))
+                is_known = error.code in TWILIO_ERRORS
+                reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
+                return self._give_up(vm, out, reason)
             out.sent += 1
             self.metrics.messages_sent.add("sent")
             if self.callback and out.traces:
@@ -5321,7 +5322,7 @@ class Sender:
             noted = [(NOTE_SENT, (sid, self.clock.now()))] if sid else []
             self.state.store.note(out.updated(), *noted)
         for trace in out.traces:
-            self._note_sent(trace)
+            self._note_sent(trace, out.phone)
         return None
 
     def _obstacle(self, vm: VmState, out: Outbound) -> str:
@@ -5387,17 +5388,16 @@ class Sender:
         vm.opted_out[channel], vm.opted_at[channel] = True, self.clock.now()
         self.state.store.note(vm.put())
 
-    def _note_sent(self, trace: Trace) -> None:
+    def _note_sent(self, trace: Trace, phone: str) -> None:
         """The one log line of a text with which all is well."""
         passed_s = trace.sent = self.clock.monotonic() - trace.began
         if trace.outcome == "answered":
             self.metrics.text_answer.observe(passed_s)
             self.metrics.recent_answers.append(passed_s)
-        found = self.routes.find(trace.vm_id)
         log_event(
             "text_done",
             vm_id=trace.vm_id,
-            phone=mask_phone(found[0]) if found else None,
+            phone=mask_phone(phone),
             message_sid=trace.sid,
             request_id=trace.request_id,
             outcome=trace.outcome,
@@ -5984,8 +5984,7 @@ class PhoneDoor:
         """A wrong code more: each ten of them close the VM, twice as long as the last."""
         count, until = route.wrong_codes + 1, ""
         if count % CODES_AT_ONCE == 0:
-            pause_s = CLOSED.ceiling(count // CODES_AT_ONCE)
-            until = utc_millis(self.clock.now() + pause_s)
+            until = utc_millis(self.clock.now() + CLOSED.ceiling(count // CODES_AT_ONCE))
             self.closed.add(route.vm_id)
             log_warning("pairing_closed", vm_id=route.vm_id, until=until)
         self.routes.put(phone, replace(route, wrong_codes=count, closed_until=until))
@@ -6031,10 +6030,8 @@ class PhoneDoor:
             return False
         phone, route = found
         number = max(route.pairing_number + 1, vm.owed_lock)
-        at = route.paired_at
-        if route.is_paired and not at:
-            at = utc_millis(self.twilio.now())
-        self._put(phone, route, f"{number}:unpaired", at)
+        now = utc_millis(self.twilio.now()) if route.is_paired else ""
+        self._put(phone, route, f"{number}:unpaired", route.paired_at or now)
         log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
         await self.routes.commit()
         self._stamp_soon(vm.vm_id)
@@ -6092,12 +6089,11 @@ class OwnerCommands:
         if waiting and waiting[0].busy_since is not None:
             now = "Waiting for the command before it."
         match command:
-            case "cancel" if waiting:
-                return await self._drop(vm, message, waiting)
+            case "cancel":
+                replies = [] if waiting else [f"Nothing is waiting. {now}"]
+                return await self._drop(vm, message, waiting, *replies)
             case "lock":
                 return await self._lock(vm, message)
-            case "cancel":
-                reply = f"Nothing is waiting. {now}"
             case "restart":
                 return await self._begin_restart(vm, message)
             case "stop":
@@ -6553,8 +6549,8 @@ class Relay:
             self.metrics.texts.add("resumed", by=waiting)
         for vm in list(self.vms.values()):
             await self.door.do_owed(vm)
-            found, undone = self.routes.find(vm.vm_id), self.routes.undo.get(vm.vm_id)
-            if undone or (found and found[1].state == "failed" and vm.waiting):
+            route, undone = self.routes.of(vm.vm_id), self.routes.undo.get(vm.vm_id)
+            if undone or (route and route.state == "failed" and vm.waiting):
                 await self.vm_gone(vm.vm_id, vm.phone, str((undone or {}).get("reason")))
             if any(text.may_have_reached for text in vm.waiting):
                 vm.handed_over_at = self.clock.monotonic()
