@@ -5860,8 +5860,7 @@ class Runner:
         if first.may_have_reached:
             limit_s = self.settings.limits.vm_away_limit_s
             await self._finish(vm, first, "silent", NO_ANSWER, s=limit_s)
-        waiting = [text for text in vm.waiting if not text.may_have_reached]
-        if late := [text for text in waiting if self.is_late(vm, text)]:
+        if late := [text for text in vm.unreached() if self.is_late(vm, text)]:
             parts = split_text(about(AWAY_TOO_LONG, *late))
             await self.sender.finish(vm, late, parts, "expired")
 
