@@ -1617,6 +1617,10 @@ class RouteStore:
         phone = self._phone_of.get(vm_id)
         return (phone, self.routes[phone]) if phone else None
 
+    def of(self, vm_id: str) -> Route | None:
+        """The route of a vm_id or machine id."""
+        return self.routes.get(self._phone_of.get(vm_id, ""))
+
     def page(self, after: str, limit: int) -> list[str]:
         """Up to `limit` vm_ids behind `after`, in order."""
         start = bisect_right(self._vm_ids, after)
@@ -1699,8 +1703,13 @@ PRAGMA user_version = 1;
 COMMIT;
 """
 SEE = "INSERT OR IGNORE INTO seen VALUES (?, ?, ?)"
+NOTE_SENT = "INSERT OR IGNORE INTO sent VALUES (?, ?)"
 ADD_TEXT = "INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 ADD_OUTBOUND = "INSERT OR REPLACE INTO outbound VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
+UPDATE_OUTBOUND = "UPDATE outbound SET sent = ?, in_words = ? WHERE id = ?"
+END_TEXT = "DELETE FROM texts WHERE sid = ?"
+END_OUTBOUND = "DELETE FROM outbound WHERE id = ?"
 PUT_VM = "INSERT OR REPLACE INTO vms VALUES (?, ?)"
 PATCH_VM = """INSERT INTO vms VALUES (?, ?)
     ON CONFLICT (vm_id) DO UPDATE SET record = json_patch(record, excluded.record)"""
@@ -1955,22 +1964,16 @@ class MessageStore:
         self.thread.shutdown(wait=False)
 
 
-class OldJournal:
-    """The `.journal` of the first version, whose records become changes of the database."""
-
-    def __init__(self, path: Path) -> None:
-        """Blocking."""
-        self._lines = read_nofollow(path).splitlines()
-
-    def changes(self, phone_of: Callable[[str], str]) -> Iterator[Change]:
-        for line in self._lines:
-            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
-                record = json.loads(line)
-                yield from (*old_changes(record, phone_of), *old_memory(record))
-        yield DROP_SENT, ()
+def journal_changes(journal: bytes, phone_of: Mapping[str, str]) -> Iterator[Change]:
+    """The `.journal` of the first version as changes of the database; `phone_of`: by vm_id."""
+    for line in journal.splitlines():
+        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
+            record = json.loads(line)
+            yield from (*old_changes(record, phone_of), *old_memory(record))
+    yield DROP_SENT, ()
 
 
-def old_changes(record: Json, phone_of: Callable[[str], str]) -> Iterator[Change]:
+def old_changes(record: Json, phone_of: Mapping[str, str]) -> Iterator[Change]:
     """What a record of the first version's journal means now; an unknown one means nothing."""
     address = record.get("channel", ""), record.get("ours", "")
     match record:
@@ -1980,18 +1983,17 @@ def old_changes(record: Json, phone_of: Callable[[str], str]) -> Iterator[Change
         case {"k": "run" | "held" as kind, "sid": sid}:
             yield "UPDATE texts SET handed_over = ? WHERE sid = ?", (kind == "run", sid)
         case {"k": "cut", "sid": sid, "n": drops, "at": at}:
-            cut = "UPDATE texts SET handed_over = 1, drops = ?, dropped_at = ? WHERE sid = ?"
-            yield cut, (drops, at, sid)
+            yield UPDATE_TEXT, (True, drops, at, sid)
         case {"k": "out", "id": id_, "vm": vm_id, "at": at, "parts": parts}:
             content = to_json(parts), to_json(record.get("images", []))
             progress = at, record.get("sent", 0), to_json(record.get("in_words", []))
-            yield ADD_OUTBOUND, (id_, vm_id, phone_of(vm_id), *address, *content, *progress)
+            yield ADD_OUTBOUND, (id_, vm_id, phone_of.get(vm_id, ""), *address, *content, *progress)
             for sid in record.get("re", ()):
-                yield "DELETE FROM texts WHERE sid = ?", (sid,)
+                yield END_TEXT, (sid,)
         case {"k": "sent", "id": id_, "n": sent}:
             yield "UPDATE outbound SET sent = ? WHERE id = ?", (sent, id_)
         case {"k": "done", "id": id_}:
-            yield "DELETE FROM outbound WHERE id = ?", (id_,)
+            yield END_OUTBOUND, (id_,)
 
 
 def old_memory(record: Json) -> Iterator[Change]:
@@ -4774,13 +4776,13 @@ class Provisioner:
 # What the gateway itself tells an owner.
 NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
 SETTING_UP = "Your VM is being set up. Your text is kept."
-QUEUE_FULL = 'Your queue is full ({n} waiting). This text was not kept: "{text}"'
+QUEUE_FULL = "Your queue is full ({n} waiting). This text was not kept: {texts}"
 TOO_FAST = "More than {n} texts a minute. This text was not kept; wait a minute."
 VM_AWAY = "Your VM is restarting... Your text is kept and will run when it is back."
 AWAY_TOO_LONG = "Not run, your VM was away too long: {texts}"
-AWAY_TWICE = 'Your VM went away twice while running this; not tried again: "{text}"'
-NO_ANSWER = 'No answer after {s:g} s; it may still be running: "{text}"'
-VM_ERROR = 'Your VM answered with an error ({status}): "{text}"'
+AWAY_TWICE = "Your VM went away twice while running this; not tried again: {texts}"
+NO_ANSWER = "No answer after {s:g} s; it may still be running: {texts}"
+VM_ERROR = "Your VM answered with an error ({status}): {texts}"
 DONE = "Done, no output."
 UNREADABLE = "Your VM's answer could not be read."
 VM_GONE = "Your VM is gone."
@@ -4811,14 +4813,7 @@ Anything else goes to your VM."""
 
 TRACES_KEPT = 10_000
 TEXTS_SHOWN = 20  # of one VM, in its record
-
-END_TEXT = "DELETE FROM texts WHERE sid = ?"
-UPDATE_TEXT = "UPDATE texts SET handed_over = ?, drops = ?, dropped_at = ? WHERE sid = ?"
-END_OUTBOUND = "DELETE FROM outbound WHERE id = ?"
-UPDATE_OUTBOUND = "UPDATE outbound SET sent = ?, in_words = ? WHERE id = ?"
-NOTE_SENT = "INSERT OR IGNORE INTO sent VALUES (?, ?)"
-FORGET_VM = "DELETE FROM vms WHERE vm_id = ?"
-SET_MARK = "INSERT OR REPLACE INTO marks VALUES (?, ?)"
+JSON_COLUMNS = {"media", "parts", "images", "in_words"}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -4907,9 +4902,8 @@ class Outbound:
     created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
     in_words: list[int] = field(default_factory=list)  # pictures that go as a link
-    attempted_at: float | None = (
-        None  # by Twilio's clock: since when an earlier process may have sent it
-    )
+    # By Twilio's clock: since when an earlier process may have sent it.
+    attempted_at: float | None = None
     traces: Sequence[Trace] = ()  # of the texts it answers
 
     @property
@@ -4918,13 +4912,8 @@ class Outbound:
 
     def added(self) -> Change:
         row = self.id, self.vm_id, self.phone, *self.reply_to, to_json(self.parts)
-        return ADD_OUTBOUND, (
-            *row,
-            to_json(self.images),
-            self.created_at,
-            self.sent,
-            to_json(self.in_words),
-        )
+        progress = self.created_at, self.sent, to_json(self.in_words)
+        return ADD_OUTBOUND, (*row, to_json(self.images), *progress)
 
     def updated(self) -> Change:
         if self.sent >= self.size:
@@ -4936,11 +4925,9 @@ class Outbound:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class VmState:
-    """What is known of one VM, and what is on its way; what `KEPT` names outlives a restart."""
+class KeptOfVm:
+    """What is known of one VM and outlives a restart."""
 
-    vm_id: str
-    phone: str  # empty while no route tells it
     away_since: float | None = None
     error: str = ""  # why its owner did not hear something
     reply_to: Address = USUAL_ADDRESS  # where its owner last texted from
@@ -4956,6 +4943,13 @@ class VmState:
     owed_lock: int = 0  # asked for by text: the number its pairing has to reach
     asked_for_code_at: float = 0.0
 
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class VmState(KeptOfVm):
+    """What is known of one VM, and what is on its way."""
+
+    vm_id: str
+    phone: str  # empty while no route tells it
     waiting: deque[Text] = field(default_factory=deque)  # the first one is being run
     outbox: deque[Outbound] = field(default_factory=deque)
     accepting: int = 0  # texts being stored
@@ -4977,21 +4971,7 @@ class VmState:
     still_at: float = NEVER  # monotonic: when its owner hears that the command still runs
     still_told: int = 0
 
-    KEPT = (
-        "away_since",
-        "error",
-        "reply_to",
-        "opted_out",
-        "opted_at",
-        "vm_messages",
-        "answered_at",
-        "owes_restart",
-        "owes_stop",
-        "stopped_sid",
-        "new_sids",
-        "owed_lock",
-        "asked_for_code_at",
-    )
+    KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
     def put(self) -> Change:
         return PUT_VM, (self.vm_id, to_json({name: getattr(self, name) for name in self.KEPT}))
@@ -5028,20 +5008,20 @@ class VmState:
     @property
     def running(self) -> Text | None:
         """The text that its VM has in hand; one that met 409 waits for the command before it."""
-        first = self.waiting[0] if self.waiting and self.is_handing_over else None
-        return (
-            None if first and first.busy_since is not None and not first.may_have_reached else first
-        )
+        if not (self.waiting and self.is_handing_over):
+            return None
+        first = self.waiting[0]
+        return first if first.busy_since is None or first.may_have_reached else None
 
     def queued(self) -> list[Text]:
         """The texts that wait, without the one that runs."""
         return [text for text in self.waiting if text is not self.running]
 
-    def will_not_run(self, texts: Sequence[Text]) -> None:
+    def new_without(self, texts: Sequence[Text]) -> list[str]:
         """A conversation that one of these was to begin is begun by the next text that is run."""
         sids = [text.sid for text in texts]
         heir = next((text.sid for text in self.unreached() if text not in texts), "")
-        self.new_sids = [heir if sid in sids else sid for sid in self.new_sids]
+        return [heir if sid in sids else sid for sid in self.new_sids]
 
     def unreached(self) -> list[Text]:
         """Those of them that surely did not reach the VM."""
@@ -5053,9 +5033,9 @@ def quoted(*texts: Text | InboundMessage) -> str:
     return ", ".join(f'"{clean_text(text.body)[:80]}"' for text in texts)
 
 
-def about(notice: str, text: Text | InboundMessage, **values: object) -> str:
-    """A notice about one text."""
-    return notice.format(text=quoted(text)[1:-1], **values)
+def about(notice: str, *texts: Text | InboundMessage, **values: object) -> str:
+    """A notice that quotes texts."""
+    return notice.format(texts=quoted(*texts), **values)
 
 
 def dropped(texts: Sequence[Text]) -> str:
@@ -5073,15 +5053,6 @@ def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
     if code:
         return [f"{code}, no output."]
     return [] if answer.images or is_stopped else [DONE]
-
-
-def deadline(text: Text, vm: VmState, began: float, limit_s: float) -> float:
-    """Until when a text waits for its VM (wall clock): from its arrival or its cut.
-
-    `began`: the gateway's start, which is no cut: what was handed over before waits from then on.
-    """
-    since = (text.dropped_at or began) if text.may_have_reached else text.arrived
-    return max(since, vm.answered_at) + limit_s
 
 
 class RelayState:
@@ -5107,7 +5078,7 @@ class RelayState:
         """Forget a VM that is gone once nothing of it is left to be told."""
         if vm.closing_notice and vm.is_idle() and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
-            self.store.note((FORGET_VM, (vm.vm_id,)))
+            self.store.note(("DELETE FROM vms WHERE vm_id = ?", (vm.vm_id,)))
 
     def trace(self, sid: str, vm_id: str, received: float) -> Trace:
         began = self.clock.monotonic() - max(0.0, self.clock.now() - received)
@@ -5122,9 +5093,30 @@ class RelayState:
         newest_first = reversed(self.traces.values())
         return [trace for trace in newest_first if trace.vm_id == vm_id][:TEXTS_SHOWN]
 
+    async def once(
+        self, vm: VmState, message: InboundMessage, *changes: Change, **values: Any
+    ) -> str | None:
+        """Give a VM these values and store that with a text's SID: in memory at once, all or nothing.
+
+        None when the SID is new, else the reply of that time; raises StoreError.
+        """
+        before = {name: getattr(vm, name) for name in values}
+        for name, value in values.items():
+            setattr(vm, name, value)
+        stored = *changes, vm.put()
+        known: str | None = ""
+        try:
+            known = await self.store.commit_once(message.sid, message.arrived, "", *stored)
+        finally:
+            for name, value in before.items() if known is not None else ():
+                # What was so already belongs to another text, which may have been stored.
+                if value != values[name]:
+                    setattr(vm, name, value)
+        return known
+
     def set_mark(self, name: str, at: float) -> Change:
         self.marks[name] = at
-        return SET_MARK, (name, at)
+        return "INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)
 
     async def load(self) -> list[str]:
         """At start: read everything; returns the SIDs of messages lately sent. Raises StoreError."""
@@ -5137,7 +5129,7 @@ class RelayState:
         for row in await read("SELECT * FROM texts ORDER BY rowid"):
             self._loaded_vm(row["vm_id"]).waiting.append(self._loaded_text(row, now))
         for row in await read("SELECT * FROM outbound ORDER BY rowid"):
-            out = self._loaded_outbound(row)
+            out = Outbound(**fields_of(row), attempted_at=row["created_at"])
             self._loaded_vm(out.vm_id).outbox.append(out)
         for vm in list(self.vms.values()):
             # Long gone, unless its route may yet be found.
@@ -5151,48 +5143,36 @@ class RelayState:
         return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
 
     def _loaded_text(self, row: Row, now: float) -> Text:
-        arrived, handed_over = min(row["arrived"], now), bool(row["handed_over"])
-        trace = self.trace(row["sid"], row["vm_id"], arrived)
+        row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
+        trace = self.trace(row["sid"], row["vm_id"], row["arrived"])
         self.remember(trace)
+        was_handed_over = bool(row["handed_over"])
         return Text(
-            sid=row["sid"],
-            vm_id=row["vm_id"],
-            body=row["body"],
-            arrived=arrived,
-            reply_to=Address(row["channel"], row["number"]),
-            media=json.loads(row["media"]),
-            handed_over=handed_over,
-            may_have_reached=handed_over,
-            is_resumed=handed_over,
-            drops=row["drops"],
-            dropped_at=min(row["dropped_at"], now),
+            **fields_of(row),
+            may_have_reached=was_handed_over,
+            is_resumed=was_handed_over,
             trace=trace,
         )
 
-    @staticmethod
-    def _loaded_outbound(row: Row) -> Outbound:
-        names = ("id", "vm_id", "phone", "created_at", "sent")
-        lists = {name: json.loads(row[name]) for name in ("parts", "images", "in_words")}
-        return Outbound(
-            **{name: row[name] for name in names},
-            **lists,
-            reply_to=Address(row["channel"], row["number"]),
-            attempted_at=row["created_at"],
-        )
+
+def fields_of(row: Row) -> Row:
+    """What a row of `texts` or `outbound` says, as its record names it."""
+    lists = {name: json.loads(row[name]) for name in row.keys() & JSON_COLUMNS}
+    reply_to = Address(row.pop("channel"), row.pop("number"))
+    return {**row, **lists, "reply_to": reply_to}
 
 
 # --- Sending ---
 
 # Callbacks come in any order: a status that does not come later here than one already told says nothing new.
-STATUS_ORDER = (
-    "accepted scheduled",
-    "queued",
-    "sending",
-    "sent",
-    "delivered undelivered failed canceled",
-    "read",
-)
-STATUS_RANKS = {name: rank for rank, names in enumerate(STATUS_ORDER) for name in names.split()}
+STATUS_RANKS = {
+    **dict.fromkeys(("accepted", "scheduled"), 0),
+    "queued": 1,
+    "sending": 2,
+    "sent": 3,
+    **dict.fromkeys(("delivered", "undelivered", "failed", "canceled"), 4),
+    "read": 5,
+}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5256,7 +5236,7 @@ class Sender:
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
         if outcome in ("expired", "cancelled"):
-            vm.will_not_run(texts)
+            vm.new_sids = vm.new_without(texts)
         added = [out.added()] if out.size else []
         await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
         for text in texts:
@@ -5269,6 +5249,12 @@ class Sender:
         if texts := vm.unreached():
             vm.waiting = deque(text for text in vm.waiting if text not in texts)
             await self.finish(vm, texts, [dropped(texts)], "cancelled")
+
+    def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
+        """What is told of a VM that is no more, and of texts that were not run."""
+        words = notice + about(NOT_RUN, *texts) if texts else notice
+        url = self.settings.gateway.onboarding_url
+        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
 
     def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
         now = self.clock.monotonic()
@@ -5326,17 +5312,17 @@ class Sender:
                     continue
                 if action == "opted_out":
                     self.opt_out(vm, out.reply_to.channel)
-                explained = f"{explain_code(error.code)} " if error.code in TWILIO_ERRORS else ""
-                return self._give_up(vm, out, f"{explained}({error})" if explained else str(error))
+                is_known = error.code in TWILIO_ERRORS
+                reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
+                return self._give_up(vm, out, reason)
             out.sent += 1
             self.metrics.messages_sent.add("sent")
             if self.callback and out.traces:
                 self.sent_as.put(sid, out.traces, 0)
-            self.state.store.note(
-                out.updated(), *([(NOTE_SENT, (sid, self.clock.now()))] if sid else [])
-            )
+            noted = [(NOTE_SENT, (sid, self.clock.now()))] if sid else []
+            self.state.store.note(out.updated(), *noted)
         for trace in out.traces:
-            self._note_sent(trace)
+            self._note_sent(trace, out.phone)
         return None
 
     def _obstacle(self, vm: VmState, out: Outbound) -> str:
@@ -5369,9 +5355,8 @@ class Sender:
 
     def link(self, vm_id: str, path: str, since: float) -> str:
         """An address under which a picture can be fetched for a day."""
-        return (
-            f"{self.settings.gateway.public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
-        )
+        public_url = self.settings.gateway.public_url
+        return f"{public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
 
     def command_of(self, vm: VmState, text: Text) -> Json:
         """What a VM is handed: words, and links to what lies at Twilio's own address."""
@@ -5403,17 +5388,16 @@ class Sender:
         vm.opted_out[channel], vm.opted_at[channel] = True, self.clock.now()
         self.state.store.note(vm.put())
 
-    def _note_sent(self, trace: Trace) -> None:
+    def _note_sent(self, trace: Trace, phone: str) -> None:
         """The one log line of a text with which all is well."""
         passed_s = trace.sent = self.clock.monotonic() - trace.began
         if trace.outcome == "answered":
             self.metrics.text_answer.observe(passed_s)
             self.metrics.recent_answers.append(passed_s)
-        found = self.routes.find(trace.vm_id)
         log_event(
             "text_done",
             vm_id=trace.vm_id,
-            phone=mask_phone(found[0]) if found else None,
+            phone=mask_phone(phone),
             message_sid=trace.sid,
             request_id=trace.request_id,
             outcome=trace.outcome,
@@ -5529,11 +5513,11 @@ class Watch:
 
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
         """A line of what a VM is doing; one that is away or asleep is not asked."""
-        found = self.routes.find(vm.vm_id)
+        route = self.routes.of(vm.vm_id)
         is_there = vm.away_since is None and not vm.is_paused
-        if found is None or found[1].state != "ready" or not is_there:
+        if route is None or route.state != "ready" or not is_there:
             return ""
-        return (await self.vms.health(found[1], within_s)).note
+        return (await self.vms.health(route, within_s)).note
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5563,7 +5547,10 @@ class Waker:
         try:
             await self.start_machine(vm)
             async with self.clock.time_limit(WAKE.budget_s):
-                await self._wait_until_it_answers(vm.vm_id)
+                # What is handed to it before its `/health` answers is refused.
+                while (route := self._sleeper(vm.vm_id)) and not await self.vms.is_healthy(route):
+                    await VM_WAKES.pause(self.clock, 1)
+            await self.note_awake(vm.vm_id)
             return True
         except (UpstreamError, TimeoutError) as error:
             log_warning("wake_failed", vm_id=vm.vm_id, error=str(error) or "no answer in time")
@@ -5571,23 +5558,19 @@ class Waker:
         finally:
             vm.waker = None
 
-    async def _wait_until_it_answers(self, vm_id: str) -> None:
-        """A sleeper is `ready` once its `/health` answers: what is handed to it before is refused."""
-        while (found := self.routes.find(vm_id)) and found[1].state == "asleep":
-            if await self.vms.is_healthy(found[1]):
-                return await self.note_awake(vm_id)
-            await VM_WAKES.pause(self.clock, 1)
-        return None
+    def _sleeper(self, vm_id: str) -> Route | None:
+        """The route of a VM that is asleep."""
+        route = self.routes.of(vm_id)
+        return route if route and route.state == "asleep" else None
 
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
         async with vm.machine:
-            found = self.routes.find(vm.vm_id)
-            if found and found[1].state == "asleep":
-                await self._resume(vm.vm_id, found[1].machine_id)
+            if route := self._sleeper(vm.vm_id):
+                await self._resume(vm.vm_id, route.machine_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
-            elif found:
-                machine = await self.fly.get_machine(vm.vm_id, found[1].machine_id)
+            elif route := self.routes.of(vm.vm_id):
+                machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
                 if machine.state in RESTING and machine.host_ok:
                     log_event("machine_started", vm_id=vm.vm_id, was=machine.state)
                     await self.fly.start_machine(vm.vm_id, machine.id)
@@ -5610,17 +5593,16 @@ class Waker:
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
-        found = self.routes.find(vm_id)
-        if found and found[1].state == "asleep":
+        if self._sleeper(vm_id):
             with contextlib.suppress(StoreError):  # the write is tried on, and a sweep sees it too
                 await self.routes.update(vm_id, state="ready")
 
     async def look(self, vm_id: str) -> None:
         """Ask Fly whether one that is said to sleep is awake; raises UpstreamError."""
-        found, vm = self.routes.find(vm_id), self.state.vms.get(vm_id)
-        if found is None:
+        route, vm = self.routes.of(vm_id), self.state.vms.get(vm_id)
+        if route is None:
             return
-        machine = await self.fly.get_machine(vm_id, found[1].machine_id)
+        machine = await self.fly.get_machine(vm_id, route.machine_id)
         if machine.state == "started" and machine.host_ok and not (vm and vm.is_falling_asleep):
             await self.note_awake(vm_id)
 
@@ -5655,8 +5637,8 @@ class Runner:
         return is_well and not (vm.waiting or vm.accepting or vm.runner)
 
     def start(self, vm: VmState) -> None:
-        is_over = self.state.is_draining or vm.closing_notice or vm.is_held()
-        if vm.waiting and vm.runner is None and not is_over and self._route(vm):
+        is_held = vm.runner or vm.closing_notice or vm.is_held() or self.state.is_draining
+        if vm.waiting and not is_held and self._route(vm):
             vm.runner = self.tasks.start(self._run(vm))
 
     def _route(self, vm: VmState) -> Route | None:
@@ -5711,9 +5693,8 @@ class Runner:
 
     async def hand_over(self, vm: VmState, route: Route, text: Text) -> None:
         """One attempt to run the first text, or one wait for the VM's return."""
-        limits = self.settings.limits
         if text.drops >= 2:
-            return await self._finish(vm, text, "crashed", about(AWAY_TWICE, text))
+            return await self._finish(vm, text, "crashed", AWAY_TWICE)
         if not text.attempts and self.is_late(vm, text):
             return await self._expire(vm)
         if not await self._may_hand_over(vm, route, text):
@@ -5727,13 +5708,12 @@ class Runner:
             await self._wait_while_busy(vm, text)
         except VmSilent:
             vm.last_call_failed = True
-            notice = about(NO_ANSWER, text, s=limits.vm_command_timeout_s)
-            await self._finish(vm, text, "silent", notice)
+            await self._finish(vm, text, "silent", NO_ANSWER, s=self.vms.command_timeout_s)
         except VmFailed as error:
             if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(vm, route):
                 return None  # it goes again
             self._record_answer(vm, ends_outage=error.status < 500)
-            await self._finish(vm, text, "failed", about(VM_ERROR, text, status=error.status))
+            await self._finish(vm, text, "failed", VM_ERROR, status=error.status)
         else:
             self._record_answer(vm)
             parts = words_of(answer, is_stopped=text.sid == vm.stopped_sid)
@@ -5752,8 +5732,10 @@ class Runner:
             await self.routes.update(vm.vm_id, key_id=others[0])
         return True
 
-    async def _finish(self, vm: VmState, text: Text, outcome: str, notice: str) -> None:
-        await self.sender.finish(vm, [text], [notice], outcome)
+    async def _finish(
+        self, vm: VmState, text: Text, outcome: str, notice: str, **values: object
+    ) -> None:
+        await self.sender.finish(vm, [text], [about(notice, text, **values)], outcome)
 
     async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
         """Whether the first text may go now: its VM is back, and the store says that it goes."""
@@ -5817,9 +5799,9 @@ class Runner:
         text.may_have_reached = True
         text.drops += is_drop
         await self.state.store.save(text.updated())
-        if is_healthy:  # the road may be at fault: the text goes again at once, under its key
-            return None
-        return await self._announce_outage(vm, text)
+        if not is_healthy:  # else the road may be at fault: it goes again at once, under its key
+            await self._announce_outage(vm, text)
+        return None
 
     async def _announce_outage(self, vm: VmState, text: Text) -> None:
         """Once per outage, also across restarts."""
@@ -5851,7 +5833,7 @@ class Runner:
         if text.busy_since is None:
             text.busy_since, text.attempts = now, 1
         if now - text.busy_since > BUSY_LIMIT_S:
-            return await self._finish(vm, text, "failed", about(VM_ERROR, text, status=409))
+            return await self._finish(vm, text, "failed", VM_ERROR, status=409)
         if text.attempts % 10 == 1:
             self.state.store.note(vm.put())
         await VM_BUSY.pause(self.clock, text.attempts)
@@ -5861,7 +5843,13 @@ class Runner:
     # Deadlines
 
     def _deadline(self, vm: VmState, text: Text) -> float:
-        return deadline(text, vm, self.state.began, self.settings.limits.vm_away_limit_s)
+        """Until when a text waits for its VM (wall clock): from its arrival or its cut.
+
+        The gateway's start is no cut: what was handed over before waits from then on.
+        """
+        cut_at = text.dropped_at or self.state.began
+        since = cut_at if text.may_have_reached else text.arrived
+        return max(since, vm.answered_at) + self.settings.limits.vm_away_limit_s
 
     def is_late(self, vm: VmState, text: Text) -> bool:
         return self._deadline(vm, text) <= self.clock.now()
@@ -5870,12 +5858,10 @@ class Runner:
         """The first text's time is over; those behind it are judged at once and share the notice."""
         first = vm.waiting[0]
         if first.may_have_reached:
-            notice = about(NO_ANSWER, first, s=self.settings.limits.vm_away_limit_s)
-            await self._finish(vm, first, "silent", notice)
-        waiting = [text for text in vm.waiting if not text.may_have_reached]
-        late = [text for text in waiting if self.is_late(vm, text)]
-        if late:
-            parts = split_text(AWAY_TOO_LONG.format(texts=quoted(*late)))
+            limit_s = self.settings.limits.vm_away_limit_s
+            await self._finish(vm, first, "silent", NO_ANSWER, s=limit_s)
+        if late := [text for text in vm.unreached() if self.is_late(vm, text)]:
+            parts = split_text(about(AWAY_TOO_LONG, *late))
             await self.sender.finish(vm, late, parts, "expired")
 
 
@@ -5936,13 +5922,9 @@ class PhoneDoor:
         """Whether a text goes no further than here: it is neither kept nor run."""
         if not route.is_paired:
             return not (route.was_paired and command in ("status", "help"))
-        return self._is_early(message, route) or self._fits(message, route)
-
-    @staticmethod
-    def _is_early(message: InboundMessage, route: Route) -> bool:
-        """Whether Twilio dates it before the pairing: it may have come during a lock."""
-        paired_at = parse_utc(route.paired_at) or 0.0
-        return 0 < message.dated < paired_at
+        # One that Twilio dates before the pairing may have come during a lock.
+        is_early = 0 < message.dated < (parse_utc(route.paired_at) or 0.0)
+        return is_early or self._fits(message, route)
 
     def _fits(self, message: InboundMessage, route: Route) -> bool:
         code = pairing_code_in(message.body)
@@ -5973,12 +5955,12 @@ class PhoneDoor:
         found = self.routes.find(vm.vm_id)
         if found is None or self._is_closed(found[1]):
             return "unpaired"
-        if self._fits(message, found[1]):
-            if not found[1].is_paired:
-                await self._pair(message, *found)
-            return "paired"
-        await self._count(*found)
-        return "wrong_code"
+        if not self._fits(message, found[1]):
+            await self._count(*found)
+            return "wrong_code"
+        if not found[1].is_paired:
+            await self._pair(message, *found)
+        return "paired"
 
     async def _pair(self, message: InboundMessage, phone: str, route: Route) -> None:
         # Our time by Twilio's clock is up to a second behind it.
@@ -6001,8 +5983,7 @@ class PhoneDoor:
         """A wrong code more: each ten of them close the VM, twice as long as the last."""
         count, until = route.wrong_codes + 1, ""
         if count % CODES_AT_ONCE == 0:
-            pause_s = CLOSED.ceiling(count // CODES_AT_ONCE)
-            until = utc_millis(self.clock.now() + pause_s)
+            until = utc_millis(self.clock.now() + CLOSED.ceiling(count // CODES_AT_ONCE))
             self.closed.add(route.vm_id)
             log_warning("pairing_closed", vm_id=route.vm_id, until=until)
         self.routes.put(phone, replace(route, wrong_codes=count, closed_until=until))
@@ -6018,10 +5999,8 @@ class PhoneDoor:
     async def date_adopted(self, message: InboundMessage) -> None:
         """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
         route = self.routes.routes.get(message.phone)
-        is_undated = route and route.is_paired and not route.paired_at
-        if route and is_undated and self._fits(message, route):
-            at = utc_millis(message.dated)
-            await self.routes.update(route.vm_id, paired_at=at)
+        if route and route.is_paired and not route.paired_at and self._fits(message, route):
+            await self.routes.update(route.vm_id, paired_at=utc_millis(message.dated))
 
     def _is_closed(self, route: Route) -> bool:
         return (parse_utc(route.closed_until) or 0.0) > self.clock.now()
@@ -6036,38 +6015,33 @@ class PhoneDoor:
 
     async def lock(self, vm: VmState) -> None:
         """Run nothing more until the new code is texted; raises StoreError, and is locked then too."""
-        was_paired = self.close(vm)
-        await self.settle_lock(vm)
-        if was_paired:
+        if await self._close(vm):
             await self.sender.notify(vm, LOCKED)
         await self.sender.drop(vm)
 
-    def close(self, vm: VmState) -> bool:
-        """Lock a VM in memory: nothing more is handed over. Whether it was paired."""
+    async def _close(self, vm: VmState) -> bool:
+        """Hand over nothing more: in memory at once, then on disk, then at Fly. Whether it was paired.
+
+        Raises StoreError; the write is tried on.
+        """
         found = self.routes.find(vm.vm_id)
         if found is None:
             return False
         phone, route = found
         number = max(route.pairing_number + 1, vm.owed_lock)
-        at = route.paired_at
-        if route.is_paired and not at:
-            at = utc_millis(self.twilio.now())
-        self._put(phone, route, f"{number}:unpaired", at)
+        now = utc_millis(self.twilio.now()) if route.is_paired else ""
+        self._put(phone, route, f"{number}:unpaired", route.paired_at or now)
         log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
-        return route.is_paired
-
-    async def settle_lock(self, vm: VmState) -> None:
-        """Have it on disk, then at Fly; raises StoreError (the write is tried on)."""
         await self.routes.commit()
         self._stamp_soon(vm.vm_id)
+        return route.is_paired
 
     async def do_owed(self, vm: VmState) -> None:
-        """At start: a lock that was asked for by text and is not in routes.json."""
-        found = self.routes.find(vm.vm_id)
-        if found and found[1].pairing_number < vm.owed_lock:
-            self.close(vm)
-            with contextlib.suppress(StoreError):
-                await self.settle_lock(vm)
+        """A lock that was asked for by text and is not in routes.json."""
+        route = self.routes.of(vm.vm_id)
+        if route and route.pairing_number < vm.owed_lock:
+            with contextlib.suppress(StoreError):  # it is locked, and owed
+                await self._close(vm)
 
     def _stamp_soon(self, vm_id: str) -> None:
         async def stamp() -> None:
@@ -6110,22 +6084,23 @@ class OwnerCommands:
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
         note = await self.watch.note(vm, NOTE_S) if command == "status" else ""
         waiting = vm.queued()
-        now = about('Running: "{text}"', vm.running) if vm.running else NOTHING_RUNS
+        now = about("Running: {texts}", vm.running) if vm.running else NOTHING_RUNS
         if waiting and waiting[0].busy_since is not None:
             now = "Waiting for the command before it."
         match command:
-            case "cancel" if waiting:
-                return await self._drop(vm, message, waiting)
+            case "cancel":
+                replies = [] if waiting else [f"Nothing is waiting. {now}"]
+                return await self._drop(vm, message, waiting, *replies)
             case "lock":
                 return await self._lock(vm, message)
-            case "cancel":
-                reply = f"Nothing is waiting. {now}"
             case "restart":
                 return await self._begin_restart(vm, message)
             case "stop":
                 return await self._begin_stop(vm, message, now)
             case "new":
-                return await self._begin_anew(vm, message)
+                sids = [text.sid for text in vm.waiting]
+                anew = [*(sid for sid in vm.new_sids if sid in sids), ""]
+                return await self._reply(vm, message, NEXT_IS_NEW, new_sids=anew)
             case "queue":
                 lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
                 reply = "\n".join([now, *lines])
@@ -6137,11 +6112,16 @@ class OwnerCommands:
         return await self._reply(vm, message, reply)
 
     async def _reply(
-        self, vm: VmState, message: InboundMessage, *replies: str, ends: Iterable[Change] = ()
+        self,
+        vm: VmState,
+        message: InboundMessage,
+        *replies: str,
+        ends: Sequence[Text] = (),
+        **values: Any,
     ) -> str | None:
         outs = [self.sender.outbound(vm, split_text(reply)) for reply in replies]
-        changes = [*(out.added() for out in outs), vm.put(), *ends]
-        known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
+        changes = [out.added() for out in outs] + [text.ended() for text in ends]
+        known = await self.state.once(vm, message, *changes, **values)
         for out in outs if known is None else ():
             self.sender.queue(vm, out)
         return known
@@ -6170,18 +6150,21 @@ class OwnerCommands:
         return f"{now[:-1]} ({note})." if note else now
 
     async def _drop(
-        self, vm: VmState, message: InboundMessage, waiting: list[Text], *replies: str
+        self,
+        vm: VmState,
+        message: InboundMessage,
+        waiting: list[Text],
+        *replies: str,
+        **values: Any,
     ) -> str | None:
         # At once, so that none of them is handed over while the store writes.
         before, vm.waiting = vm.waiting, deque(text for text in vm.waiting if text not in waiting)
-        new_sids = vm.new_sids
-        vm.will_not_run(waiting)
+        if waiting:
+            replies = (*replies, dropped(waiting))
+            values["new_sids"] = vm.new_without(waiting)
         known: str | None = ""
         try:
-            if waiting:
-                replies = (*replies, dropped(waiting))
-            ends = [text.ended() for text in waiting]
-            known = await self._reply(vm, message, *replies, ends=ends)
+            known = await self._reply(vm, message, *replies, ends=waiting, **values)
         finally:
             if known is None:
                 self.sender.note_ended(waiting, "cancelled", 1)
@@ -6189,22 +6172,14 @@ class OwnerCommands:
                 later = [text for text in vm.waiting if text not in before]
                 kept = [text for text in before if text in waiting or text in vm.waiting]
                 vm.waiting = deque(kept + later)
-                vm.new_sids = new_sids
         return known
 
     async def _lock(self, vm: VmState, message: InboundMessage) -> str | None:
         """Owed once its SID is stored, and not before: a repetition does not lock again."""
-        route, owed = self.routes.routes[message.phone], vm.owed_lock
-        vm.owed_lock = route.pairing_number + 1
-        known: str | None = ""
-        try:
-            known = await self._drop(vm, message, vm.unreached(), LOCKED)
-        finally:
-            vm.owed_lock = vm.owed_lock if known is None else owed
+        owed = self.routes.routes[message.phone].pairing_number + 1
+        known = await self._drop(vm, message, vm.unreached(), LOCKED, owed_lock=owed)
         if known is None:
-            self.door.close(vm)
-            with contextlib.suppress(StoreError):  # it is locked, and owed
-                await self.door.settle_lock(vm)
+            await self.door.do_owed(vm)
         return known
 
     async def _begin_restart(self, vm: VmState, message: InboundMessage) -> str | None:
@@ -6212,44 +6187,21 @@ class OwnerCommands:
             self.check_restart(vm.vm_id)
         except Refusal as refusal:
             return await self._reply(vm, message, f"Not restarted: {refusal.detail}")
-        vm.owes_restart = True
-        known: str | None = ""
-        try:
-            known = await self._reply(vm, message, RESTART_BEGUN)
-        finally:
-            vm.owes_restart = known is None
+        known = await self._reply(vm, message, RESTART_BEGUN, owes_restart=True)
         if known is None:
             await self.do_owed(vm)
-        return known
-
-    async def _begin_anew(self, vm: VmState, message: InboundMessage) -> str | None:
-        before, waiting = vm.new_sids, [text.sid for text in vm.waiting]
-        vm.new_sids = [sid for sid in before if sid in waiting] + [""]
-        known: str | None = ""
-        try:
-            known = await self._reply(vm, message, NEXT_IS_NEW)
-        finally:
-            if known is not None:  # not stored, or a repetition
-                vm.new_sids = before
         return known
 
     async def _begin_stop(self, vm: VmState, message: InboundMessage, now: str) -> str | None:
         # By Twilio's list, whose dates are whole seconds: what runs came behind it.
         if vm.running and message.arrived < vm.running.arrived - 1:
             return await self._reply(vm, message, now)
-        before, is_first = (vm.owes_stop, vm.stopped_sid), not vm.owes_stop
-        if is_first:  # else one is being carried out
-            vm.owes_stop, vm.stopped_sid = True, ""
-        if is_first and vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
-            vm.stopped_sid = vm.waiting[0].sid
-        sid, at = message.sid, message.arrived
-        known: str | None = ""
-        try:
-            known = await self.state.store.commit_once(sid, at, "", vm.put())
-        finally:
-            if known is not None and is_first:
-                vm.owes_stop, vm.stopped_sid = before
-                self.runner.start(vm)
+        stopped_sid = ""
+        if vm.owes_stop:  # one is being carried out
+            stopped_sid = vm.stopped_sid
+        elif vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
+            stopped_sid = vm.waiting[0].sid
+        known = await self.state.once(vm, message, owes_stop=True, stopped_sid=stopped_sid)
         if known is None:
             self.tasks.start(self.do_stop(vm))
         return known
@@ -6264,24 +6216,23 @@ class OwnerCommands:
         self.runner.start(vm)
 
     async def _stop(self, vm: VmState) -> str:
-        found = self.routes.find(vm.vm_id)
-        if found is None or found[1].state != "ready":
+        route = self.routes.of(vm.vm_id)
+        if route is None or route.state != "ready":
             return NOTHING_RUNS
-        may_run = vm.running is not None
-        for text in vm.waiting:
-            may_run |= text.may_have_reached or text.busy_since is not None
+        may_run = bool(vm.running) or any(
+            text.may_have_reached or text.busy_since is not None for text in vm.waiting
+        )
         try:
             # Named, so that no later text is ended in its place.
-            stopped = await self.vms.cancel(found[1], vm.stopped_sid)
+            stopped = await self.vms.cancel(route, vm.stopped_sid)
         except VmAway:
             return NOT_STOPPED
         except VmFailed as error:
             if error.status not in (404, 405, 501):
                 return NOT_STOPPED
             return CANNOT_STOP if may_run else NOTHING_RUNS
-        if stopped is None:
-            stopped = may_run
-        return STOPPED if stopped else NOTHING_RUNS
+        is_ended = may_run if stopped is None else stopped
+        return STOPPED if is_ended else NOTHING_RUNS
 
     async def do_owed(self, vm: VmState) -> None:
         """Begin the restart that was asked for; its own record on disk takes over from ours."""
@@ -6336,21 +6287,20 @@ class Inbox:
         vm = self.state.vm(route.vm_id, message.phone) if route else None
         if word := keyword_of(message, vm):
             return await self._accept_keyword(message, vm, word)
-        command = self.commands.match(message.body) if vm else ""
-        if vm and route and self.door.stops(message, route, command):
+        if route is None or vm is None:
+            return await self._accept_unrouted(message)
+        command = self.commands.match(message.body)
+        if self.door.stops(message, route, command):
             outcome, words = await self.door.judge(message, vm, route)
             return await self._refuse(message, vm, outcome, words=words)
-        refused = self._judge(message, route, vm, is_command=bool(command))
-        if route is None and self.state.closed_because:
-            # Not taken, so that it is fetched from Twilio's list later.
-            raise Refusal("fly_unavailable", self.state.closed_because)
-        if refused:
+        if refused := self._judge(message, route, vm, is_command=bool(command)):
             return await self._refuse(message, vm, *refused)
-        assert vm is not None and route is not None
         if command:
             vm.reply_to = address_of(message, self.settings.twilio.phone_number)
-            known = await self.commands.run(vm, message, command)
-            self.runner.start(vm)
+            try:
+                known = await self.commands.run(vm, message, command)
+            finally:
+                self.runner.start(vm)  # a verb that is not stored holds up no text
         else:
             known = await self._accept_text(message, route, vm)
         if known is not None and (times := self.recent_texts.get(message.phone)):
@@ -6369,7 +6319,7 @@ class Inbox:
                 await self.accept(message)
         for vm_id, refused in beyond.items():
             vm = self.state.vms[vm_id]
-            notice = QUEUE_FULL.format(n=len(vm.queued()), text=quoted(*refused)[1:-1])
+            notice = about(QUEUE_FULL, *refused, n=len(vm.queued()))
             out = self.sender.outbound(vm, split_text(notice))
             seen = [(SEE, (message.sid, message.arrived, "")) for message in refused]
             await self.state.store.commit(*seen, out.added())
@@ -6380,10 +6330,11 @@ class Inbox:
         """The VM whose queue is too full for a fetched text."""
         route = self.routes.routes.get(message.phone)
         vm = self.state.vms.get(route.vm_id) if route else None
-        if vm is None or route is None or not self._is_full(vm) or vm.opted_out:
+        if vm is None or route is None or not self._is_full(vm):
             return None
+        hears_nothing = vm.opted_out.get(message.channel)
         is_other = keyword_of(message, vm) or self.door.stops(message, route, "")
-        return None if is_other else vm
+        return None if hears_nothing or is_other else vm
 
     def _is_full(self, vm: VmState) -> bool:
         queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)
@@ -6400,33 +6351,41 @@ class Inbox:
         """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
         changes: list[Change] = []
         # What the list tells late does not undo what was said since.
-        is_late = (
-            message.is_fetched and vm and message.arrived < vm.opted_at.get(message.channel, 0.0)
-        )
+        channel, at = message.channel, message.arrived
+        is_late = vm and message.is_fetched and at < vm.opted_at.get(channel, 0.0)
         if vm and word != "HELP" and not is_late:
-            vm.opted_out[message.channel] = word == "STOP"
-            vm.opted_at[message.channel] = message.arrived
+            vm.opted_out[channel], vm.opted_at[channel] = word == "STOP", at
             if word == "START":
                 vm.error = ""
             changes.append(vm.put())
             event = "opted_out" if word == "STOP" else "opted_in"
             log_event(event, vm_id=vm.vm_id, message_sid=message.sid)
-        known = await self.state.store.commit_once(message.sid, message.arrived, "", *changes)
+        known = await self.state.store.commit_once(message.sid, at, "", *changes)
         return self._acknowledge("keyword", known)
 
     # Texts that are not taken
 
+    async def _accept_unrouted(self, message: InboundMessage) -> str:
+        """One whose sender has no VM."""
+        phone = message.phone
+        if self.state.closed_because:
+            # Not taken, so that it is fetched from Twilio's list later.
+            raise Refusal("fly_unavailable", self.state.closed_because)
+        if not PHONE.fullmatch(phone) or phone == self.settings.twilio.phone_number:
+            return await self._refuse(message, None, "ignored")
+        url = self.settings.gateway.onboarding_url
+        is_told = url and self._is_told_now(phone, self.invited)
+        reply = NO_VM_YET.format(url=url) if is_told else ""
+        return await self._refuse(message, None, "unknown", reply)
+
     def _judge(
-        self, message: InboundMessage, route: Route | None, vm: VmState | None, *, is_command: bool
+        self, message: InboundMessage, route: Route, vm: VmState, *, is_command: bool
     ) -> tuple[str, str] | None:
         """Why a text is not taken, and what its sender reads; None when it is."""
         limits, phone = self.settings.limits, message.phone
-        if route is None or vm is None:
-            is_number = PHONE.fullmatch(phone) and phone != self.settings.twilio.phone_number
-            return ("unknown", self._invitation(phone)) if is_number else ("ignored", "")
         if not is_command:
             if route.state == "failed":
-                return "gone", self.closing_words(VM_GONE, [message])
+                return "gone", self.sender.closing_words(VM_GONE, [message])
             elsewhere = self._elsewhere(message)
             if elsewhere and elsewhere == len(message.media) and not message.body.strip():
                 return "picture_elsewhere", PICTURE_ELSEWHERE
@@ -6434,24 +6393,20 @@ class Inbox:
                 return "queue_full", about(QUEUE_FULL, message, n=limits.queue_limit)
         if message.is_fetched or self._is_within_rate(phone):
             return None
-        now = self.clock.monotonic()
-        reply = (
-            "" if self.told_too_fast.is_fresh(phone, now) else TOO_FAST.format(n=limits.text_limit)
-        )
-        if reply:
-            self.told_too_fast.put(phone, None, now)
-        return "too_fast", reply
+        is_told = self._is_told_now(phone, self.told_too_fast)
+        return "too_fast", TOO_FAST.format(n=limits.text_limit) if is_told else ""
 
     def _elsewhere(self, message: InboundMessage | Text) -> int:
         """How many of its pictures do not lie at Twilio's own address."""
         return sum(not self.sender.twilio.media_path(url) for url, _ in message.media)
 
-    def _invitation(self, phone: str) -> str:
-        url, now = self.settings.gateway.onboarding_url, self.clock.monotonic()
-        if not url or self.invited.is_fresh(phone, now):
-            return ""
-        self.invited.put(phone, None, now)
-        return NO_VM_YET.format(url=url)
+    def _is_told_now(self, phone: str, told: Recent[None]) -> bool:
+        """Whether a phone is to be told what it was not lately; it counts as told then."""
+        now = self.clock.monotonic()
+        if told.is_fresh(phone, now):
+            return False
+        told.put(phone, None, now)
+        return True
 
     def _is_within_rate(self, phone: str) -> bool:
         """TEXT_LIMIT within any minute."""
@@ -6464,12 +6419,6 @@ class Inbox:
         times.append(now)
         self.recent_texts.put(phone, times, now)
         return True
-
-    def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
-        """What is told of a VM that is no more, and of texts that were not run."""
-        words = notice + NOT_RUN.format(texts=quoted(*texts)) if texts else notice
-        url = self.settings.gateway.onboarding_url
-        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
 
     async def _refuse(
         self,
@@ -6549,7 +6498,7 @@ class Inbox:
         vm.last_text = text.arrived
         vm.waiting.append(text)
         if vm.closing_notice:  # torn down while it was stored
-            parts = split_text(self.closing_words(vm.closing_notice, [text]))
+            parts = split_text(self.sender.closing_words(vm.closing_notice, [text]))
             return await self.sender.finish(vm, [text], parts, "gone")
         self.runner.start(vm)
         if self._elsewhere(text):
@@ -6574,15 +6523,12 @@ class Relay:
     routes: RouteStore
     twilio: TwilioClient
     state: RelayState
-    inbox: Inbox
     runner: Runner
     sender: Sender
     commands: OwnerCommands
     door: PhoneDoor
-    reports: DeliveryReports
     tasks: Tasks
     metrics: Metrics
-    command_timeout_s: float
 
     @property
     def vms(self) -> dict[str, VmState]:
@@ -6602,8 +6548,8 @@ class Relay:
             self.metrics.texts.add("resumed", by=waiting)
         for vm in list(self.vms.values()):
             await self.door.do_owed(vm)
-            found, undone = self.routes.find(vm.vm_id), self.routes.undo.get(vm.vm_id)
-            if undone or (found and found[1].state == "failed" and vm.waiting):
+            route, undone = self.routes.of(vm.vm_id), self.routes.undo.get(vm.vm_id)
+            if undone or (route and route.state == "failed" and vm.waiting):
                 await self.vm_gone(vm.vm_id, vm.phone, str((undone or {}).get("reason")))
             if any(text.may_have_reached for text in vm.waiting):
                 vm.handed_over_at = self.clock.monotonic()
@@ -6617,9 +6563,9 @@ class Relay:
             self.tasks.start(self._start_vm(vm))
 
     async def _start_vm(self, vm: VmState) -> None:
-        if vm.owes_stop:
+        if vm.owes_stop and vm.phone:  # else its route may yet be found
             await self.commands.do_stop(vm)
-        if vm.owes_restart:
+        if vm.owes_restart and vm.phone:
             await self.commands.do_owed(vm)
         self.runner.start(vm)
         self.sender.start(vm)
@@ -6630,7 +6576,7 @@ class Relay:
         if vm := self.vms.get(vm_id):
             vm.phone = phone
             await self.door.do_owed(vm)
-            self.runner.start(vm)
+            self.tasks.start(self._start_vm(vm))
 
     async def _forget_unrouted(self, vms: Sequence[VmState]) -> None:
         await self.clock.sleep(UNROUTED_S)
@@ -6643,15 +6589,14 @@ class Relay:
                 self.state.retire(vm)
 
     async def drain(self) -> None:
-        """Take in and hand over nothing more; wait for what is out (bounded by the caller)."""
-        self.state.is_draining = True
+        """Hand over nothing more; wait for what is out (bounded by the caller)."""
         for vm in self.vms.values():
             if vm.runner is not None and not vm.is_handing_over:
                 vm.runner.cancel()
-        while tasks := [
-            task for vm in self.vms.values() for task in (vm.runner, vm.sender) if task
+        while lanes := [
+            lane for vm in self.vms.values() for lane in (vm.runner, vm.sender) if lane
         ]:
-            await asyncio.wait(tasks)
+            await asyncio.wait(lanes)
 
     # What happens to VMs
 
@@ -6676,7 +6621,7 @@ class Relay:
         await self.runner.stop(vm)
         vm.away_since = None
         texts = list(vm.waiting)
-        words = self.inbox.closing_words(vm.closing_notice, texts)
+        words = self.sender.closing_words(vm.closing_notice, texts)
         route = self.routes.routes.get(phone)
         if texts:
             await self.sender.finish(vm, texts, split_text(words), "gone")
@@ -6730,18 +6675,17 @@ class Relay:
             recent = [(at, count) for at, count in vm.vm_messages if now - seconds < at <= now]
             if sum(count for _, count in recent) + cost > most:
                 wait_s = int(recent[0][0] + seconds - now) + 1 if recent else int(seconds)
-                reason = (
-                    f"a VM may text {most} messages in {seconds:g} s, parts and pictures counted"
-                )
+                limit = f"a VM may text {most} messages in {seconds:g} s"
+                reason = f"{limit}, parts and pictures counted"
                 raise Refusal("too_many", reason, retry_after_s=wait_s)
         vm.vm_messages = [*recent, (now, cost)]
         return now, cost
 
     # Questions
 
-    def waiting(self, vm_id: str = "") -> int:
-        """Texts not yet finished, of one VM or of all."""
-        return sum(len(vm.waiting) for vm in self.vms.values() if vm_id in ("", vm.vm_id))
+    def waiting(self) -> int:
+        """Texts not yet finished."""
+        return sum(len(vm.waiting) for vm in self.vms.values())
 
     def oldest_waiting_s(self) -> float:
         """Age of the text that waits longest, 0 when none does."""
@@ -6759,15 +6703,13 @@ class Relay:
     def away_states(self) -> Counter[str]:
         """How many VMs are away, by their routes' states."""
         away = (vm.vm_id for vm in self.vms.values() if vm.away_since is not None)
-        return Counter(found[1].state for vm_id in away if (found := self.routes.find(vm_id)))
+        return Counter(route.state for route in map(self.routes.of, away) if route)
 
     def may_be_running(self, vm_id: str) -> bool:
         """Whether a command that was handed over may still run there, so that a restart would cut it."""
-        vm = self.vms.get(vm_id)
-        if vm is None:
-            return False
-        age_s = self.clock.monotonic() - vm.handed_over_at
-        return vm.is_handing_over or age_s < self.command_timeout_s
+        vm, now = self.vms.get(vm_id), self.clock.monotonic()
+        timeout_s = self.runner.vms.command_timeout_s
+        return vm is not None and (vm.is_handing_over or now < vm.handed_over_at + timeout_s)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -6815,10 +6757,8 @@ class Backfill:
         except (UpstreamError, Refusal, StoreError) as error:
             log_warning("backfill_failed", error=str(error))
         else:
-            is_read = not any(self.unread.values())
-            if (
-                is_read and not self.state.closed_because
-            ):  # else routes are missing by which texts are known
+            # Where routes are missing, texts are not known by them.
+            if not (any(self.unread.values()) or self.state.closed_because):
                 self.long_at = began if is_long else self.long_at
                 self._set_mark(until)
 
@@ -7755,7 +7695,7 @@ class Gateway:
         )
         self.inbox = self._make(Inbox)
         self.reports = self._make(DeliveryReports)
-        self.relay = self._make(Relay, command_timeout_s=self.vms.command_timeout_s)
+        self.relay = self._make(Relay)
         self.backfill = self._make(Backfill)
         self.blueprint = Blueprint(self.settings, self.keyring, self.routes)
         self.readiness = self._make(Readiness)
@@ -8332,13 +8272,13 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
 async def post_sms(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     message = parse_inbound(await read_webhook(request), gateway.clock.now())
-    reply = await gateway.relay.inbox.accept(message)
+    reply = await gateway.inbox.accept(message)
     return web.Response(body=twiml(reply).encode(), content_type="text/xml", charset="utf-8")
 
 
 async def post_sms_status(request: web.Request) -> web.Response:
     form = dict(reversed(await read_webhook(request)))
-    request.app[GATEWAY].relay.reports.handle(form, request.query.get("vm", ""))
+    request.app[GATEWAY].reports.handle(form, request.query.get("vm", ""))
     return web.Response(status=204)
 
 
@@ -8587,7 +8527,7 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     row: Json = {name: record[name] or "" for name in names}
     row["phone"] = mask_phone(record["phone_number"])
     row["paired"] = record.get("paired", True)
-    row["waiting"] = gateway.relay.waiting(vm_id)
+    row["waiting"] = len(vm.waiting) if vm else 0
     row["last_text"] = vm.last_text if vm else None
     row["away_since"] = vm.away_since if vm else None
     return row
@@ -10367,7 +10307,7 @@ def read_old_journal(path: Path, routes: RouteStore) -> list[Change]:
     if not journal.exists():
         return []
     phone_of = {route.vm_id: phone for phone, route in routes.routes.items()}
-    changes = list(OldJournal(journal).changes(lambda vm_id: phone_of.get(vm_id, "")))
+    changes = list(journal_changes(read_nofollow(journal), phone_of))
     log_warning("journal_moved", changes=len(changes), into=f"{path.name}.db")
     return changes
 

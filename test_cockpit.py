@@ -3997,6 +3997,27 @@ async def test_an_owed_lock_of_a_vm_that_is_adopted_only_after_the_start_is_done
     assert world.saved["routes"][ANN]["pairing"] == "1:unpaired"
 
 
+async def test_an_owed_restart_of_a_vm_that_is_adopted_only_after_the_start_is_begun_then(world):
+    vm = await world.ready()
+    await world.clock.advance(5)
+    written = world.threads.holds()
+    restart = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit restart"))
+    await real_until(lambda: any("owes_restart\": true" in record for record, in world.rows("SELECT record FROM vms")))
+    await world.crash()
+    written.set()
+    await asyncio.gather(restart, return_exceptions=True)
+    for name in ("routes.json", "routes.json.bak"):
+        world.file.with_name(name).unlink(missing_ok=True)
+    world.fly.deaf = True
+    await world.start()
+    world.fly.deaf = False
+    await world.clock.until(lambda: ANN in world.saved["routes"], 400)
+    await world.text("behind it")
+    await world.clock.until(lambda: vm.ran == ["behind it"], 60)
+    assert world.fly.count("restart_machine") == 1
+    assert {to for to, _ in world.twilio.sent} == {ANN}
+
+
 async def test_an_opt_out_outlives_lost_routes_that_are_adopted_only_after_the_start(world):
     vm = await world.ready()
     await world.text("STOP")
@@ -5347,6 +5368,20 @@ async def test_a_stop_repeated_while_it_is_carried_out_stays_one_stop(world):
     await world.hears("Stopped.", "so far", "ran: later")
 
 
+async def test_a_restart_that_cannot_be_stored_holds_up_no_text_that_came_just_before_it(world):
+    vm = await world.ready()
+    with contextlib.closing(sqlite3.connect(world.database)) as disk:
+        disk.execute("BEGIN IMMEDIATE")
+        text = asyncio.ensure_future(world.twilio.texts(ANN, "one"))
+        await real_until(world.clock.is_writing)
+        restart = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit restart"))
+        await asyncio.sleep(0.1)  # it waits behind the text
+        world.database.unlink()
+    answers = await world.clock.run(asyncio.gather(text, restart))
+    assert [answer.status for answer in answers] == [200, 503]
+    await world.clock.until(lambda: vm.ran == ["one"], 60)
+
+
 async def test_a_new_conversation_that_is_asked_for_again_by_the_same_text_begins_once(world):
     vm = await world.ready()
     sid = "SM" + "d" * 32
@@ -6568,8 +6603,11 @@ async def test_a_list_of_more_than_20_pages_is_read_on_until_its_end(world):
     assert sorted(vm.ran) == sorted(f"missed {n}" for n in range(50))
 
 
-async def test_fetched_texts_beyond_the_queue_s_limit_are_told_together(world):
+@pytest.mark.parametrize("before", [(), ("STOP", "START")])
+async def test_fetched_texts_beyond_the_queue_s_limit_are_told_together(world, before):
     vm = await world.ready(QUEUE_LIMIT=2, VM_AWAY_LIMIT_S=6000)
+    for word in before:
+        await world.text(word)
     await world.clock.advance(5)
     await world.stop()
     vm.away = 503
@@ -6997,6 +7035,15 @@ async def test_the_page_runs_by_itself_and_makes_no_markup_of_words(world):
     assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "require-trusted-types-for 'script'" in policy
     assert not re.findall(r"https?://[^'\" )]+", page) and page.count("<script") == page.count("<style") == 1
     assert not re.search(r"\s(?:on[a-z]+|style)=\"", page) and not re.search(r"innerHTML|insertAdjacentHTML|document\.write|eval\(|localStorage|cookie", page)
+
+
+async def test_the_table_tells_how_many_texts_of_each_vm_wait(world):
+    vm, _ = await world.ready(), await world.sign_up(BOB)
+    gate = await world.occupies(vm, "running")
+    await world.text("waiting")
+    rows = (await world.call("GET", "/events")).body["table"]["rows"]
+    assert {row["vm_id"]: row["waiting"] for row in rows if row["waiting"]} == {vm.app: 2}
+    gate.open()
 
 
 async def test_the_live_feed_needs_the_key_and_shows_masked_numbers(world):
