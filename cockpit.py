@@ -197,31 +197,24 @@ class Refusal(CockpitError):
 NO_CAPACITY = "insufficient_capacity"
 
 
+@dataclass(eq=False)
 class UpstreamError(CockpitError):
     """A call to Fly or Twilio failed; `status` is 0 when no answer came."""
 
-    def __init__(
-        self,
-        service: str,
-        operation: str,
-        detail: str,
-        *,
-        status: int = 0,
-        request_id: str = "",
-        code: str = "",
-        may_have_happened: bool = False,
-        retry_after_s: float | None = None,
-    ) -> None:
-        self.service = service
-        self.operation = operation
-        self.detail = detail
-        self.status = status
-        self.request_id = request_id
-        self.code = code
-        self.may_have_happened = may_have_happened
-        self.retry_after_s = retry_after_s
-        line = f"{service} {operation}: {status or ''} {detail}".replace(":  ", ": ").strip()
-        super().__init__(f"{line} (request id {request_id})" if request_id else line)
+    service: str
+    operation: str
+    detail: str
+    _: dataclasses.KW_ONLY
+    status: int = 0
+    request_id: str = ""
+    code: str = ""
+    may_have_happened: bool = False
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.service} {self.operation}: {self.status or ''} {self.detail}"
+        line = line.replace(":  ", ": ").strip()
+        return f"{line} (request id {self.request_id})" if self.request_id else line
 
 
 class UpstreamUnavailable(UpstreamError):
@@ -244,18 +237,16 @@ class UpstreamUnreadable(UpstreamError):
     """A 2xx that makes no sense: it took effect, what came of it must be looked up."""
 
 
+@dataclass(eq=False)
 class VmAway(CockpitError):
-    """The VM was not reached, or the connection to it broke.
+    """The VM was not reached, or the connection to it broke."""
 
-    `may_have_reached`: the command perhaps got there; `is_drop`: it may be what broke it.
-    """
+    detail: str
+    may_have_reached: bool = False  # the command perhaps got there
+    is_drop: bool = False  # it may be what broke it
 
-    def __init__(
-        self, detail: str, *, may_have_reached: bool = False, is_drop: bool = False
-    ) -> None:
-        super().__init__(detail)
-        self.may_have_reached = may_have_reached
-        self.is_drop = is_drop
+    def __str__(self) -> str:
+        return self.detail
 
 
 class VmBusy(CockpitError):
@@ -285,9 +276,8 @@ def refusal_for(error: Exception, **about: Any) -> Refusal:
             about |= {"fly_status": error.status, "request_id": error.request_id}
             about = {name: value for name, value in about.items() if value not in ("", None)}
             if error.code == NO_CAPACITY:
-                return Refusal(
-                    "no_capacity", f"Fly has no room: {error}", retry_after_s=60, **about
-                )
+                reason = f"Fly has no room: {error}"
+                return Refusal("no_capacity", reason, retry_after_s=60, **about)
             code = "fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable"
             is_refused = error.service == "fly" and error.status in (401, 403)
             remedy = "; check FLY_API_TOKEN and FLY_ORG" if is_refused else ""
@@ -315,7 +305,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def is_url(text: str, schemes: Sequence[str] = ("http", "https")) -> bool:
+SCHEMES = ("http", "https")
+TWILIO_NAMES = {"TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER"}
+REQUIRED = {"COCKPIT_API_KEY", "COCKPIT_SECRET", "PUBLIC_URL", "FLY_API_TOKEN", *TWILIO_NAMES}
+
+
+def is_url(text: str, schemes: Sequence[str] = SCHEMES) -> bool:
     """Whether it is a URL of a server, without user, query or fragment."""
     try:
         parts = urlsplit(text)
@@ -338,16 +333,18 @@ class Env:
     def wrong(self, name: str, remedy: str) -> None:
         self.problems.append(f"{name}: {remedy}")
 
-    def text(self, name: str, default: str = "", *, required: bool = False) -> str:
-        value = self._environ.get(name, "").strip()
-        if not value and required and self.is_production:
+    def given(self, name: str) -> str:
+        return self._environ.get(name, "").strip()
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.given(name)
+        if not value and name in REQUIRED and self.is_production:
             self.wrong(name, "is required when COCKPIT_ENV=production; set it")
+            return ""
         return value or default
 
-    def matching(
-        self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False
-    ) -> str:
-        value = self.text(name, default, required=required)
+    def matching(self, name: str, default: str, pattern: str, remedy: str) -> str:
+        value = self.text(name, default)
         if value and not re.fullmatch(pattern, value):
             self.wrong(name, remedy)
         return value
@@ -374,10 +371,8 @@ class Env:
             self.wrong(name, "must be a whole number")
         return int(value)
 
-    def listed(
-        self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False
-    ) -> tuple[str, ...]:
-        raw = self.text(name, default, required=required)
+    def listed(self, name: str, default: str, pattern: str, remedy: str) -> tuple[str, ...]:
+        raw = self.text(name, default)
         values = tuple(part.strip() for part in raw.split(",") if part.strip())
         wrong = [value for value in values if not re.fullmatch(pattern, value)]
         if raw and (wrong or not values):
@@ -385,15 +380,8 @@ class Env:
             self.wrong(name, remedy + given)
         return values
 
-    def url(
-        self,
-        name: str,
-        default: str,
-        *,
-        schemes: tuple[str, ...] = ("http", "https"),
-        required: bool = False,
-    ) -> str:
-        value = self.text(name, default, required=required).rstrip("/")
+    def url(self, name: str, default: str, schemes: Sequence[str] = SCHEMES) -> str:
+        value = self.text(name, default).rstrip("/")
         if not value or is_url(value, schemes):
             return value
         starts = " or ".join(f"{scheme}://" for scheme in schemes)
@@ -430,30 +418,23 @@ class GatewaySettings:
         is_production = env.is_production
         made = "make one with: openssl rand -hex 32"
         keys = PRINTABLE + "{16,}" + ("" if is_production else f"|{LOCAL_KEY}")
-        schemes = ("https",) if is_production else ("http", "https")
+        schemes = ("https",) if is_production else SCHEMES
         folder = Path() if is_production else LOCAL_FOLDER
         return cls(
             is_production=is_production,
             api_keys=env.listed(
                 "COCKPIT_API_KEY",
-                "" if is_production else LOCAL_KEY,
+                LOCAL_KEY,
                 keys,
                 f"each key needs 16 or more printable characters without spaces; {made}",
-                required=True,
             ),
             secrets=env.listed(
                 "COCKPIT_SECRET",
-                "" if is_production else secrets.token_hex(32),
+                secrets.token_hex(32),
                 PRINTABLE + "{32,}",
                 f"each secret needs 32 or more printable characters without spaces; {made}",
-                required=True,
             ),
-            public_url=env.url(
-                "PUBLIC_URL",
-                "" if is_production else env.local_origin(),
-                schemes=schemes,
-                required=True,
-            ),
+            public_url=env.url("PUBLIC_URL", env.local_origin(), schemes),
             host=env.text("HOST", "0.0.0.0" if is_production else "127.0.0.1"),
             port=env.whole("PORT", 8080, low=1, high=65535),
             routes_file=Path(env.text("ROUTES_FILE", str(folder / "routes.json"))),
@@ -485,7 +466,6 @@ class FlySettings:
             "",
             r"[\x20-\x7e]+",
             "must be one line of printable characters; make one with: fly tokens create org",
-            required=True,
         )
         is_local = not token and not env.is_production
         api_url = env.url("FLY_API_HOSTNAME", "https://api.machines.dev")
@@ -573,10 +553,8 @@ class VmSettings:
             return
         low, high = least * self.cpus, most * self.cpus
         if self.memory_mb % step or not low <= self.memory_mb <= high:
-            cpus = f"{self.cpus} {self.cpu_kind} CPU(s)"
-            env.wrong(
-                "VM_MEMORY_MB", f"with {cpus} must be a multiple of {step} from {low} to {high}"
-            )
+            size = f"a multiple of {step} from {low} to {high}"
+            env.wrong("VM_MEMORY_MB", f"with {self.cpus} {self.cpu_kind} CPU(s) must be {size}")
 
     def check_url(self, env: Env) -> None:
         try:
@@ -607,10 +585,9 @@ class TwilioSettings:
 
     @classmethod
     def read(cls, env: Env) -> TwilioSettings:
-        names = {"TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER"}
-        given = {name for name in names if env.text(name)}
+        given = set(filter(env.given, TWILIO_NAMES))
         is_local = not given and not env.is_production
-        for name in sorted(names - given) if given and not env.is_production else ():
+        for name in sorted(TWILIO_NAMES - given) if given and not env.is_production else ():
             others = " and ".join(sorted(given))
             env.wrong(name, f"is required together with {others}; set it, or none for the stand-in")
         api_url = env.url("TWILIO_API_URL", "https://api.twilio.com")
@@ -621,21 +598,18 @@ class TwilioSettings:
                 "AC" + secrets.token_hex(16),
                 "AC[0-9A-Za-z]+",
                 "must be the account SID, which starts with AC",
-                required=True,
             ),
             auth_tokens=env.listed(
                 "TWILIO_AUTH_TOKEN",
                 secrets.token_hex(16),
                 r"[\x21-\x7e]+",
                 "must be the account's auth token, or two separated by a comma while rotating",
-                required=True,
             ),
             phone_number=env.matching(
                 "TWILIO_PHONE_NUMBER",
                 "+15550000000",
                 PHONE.pattern,
                 "must be in E.164 form, such as +15551234567",
-                required=True,
             ),
             api_key=env.text("TWILIO_API_KEY"),
             api_secret=env.text("TWILIO_API_SECRET"),
@@ -647,9 +621,8 @@ class TwilioSettings:
     def check(self, env: Env) -> None:
         if bool(self.api_key) != bool(self.api_secret):
             missing = "TWILIO_API_SECRET" if self.api_key else "TWILIO_API_KEY"
-            env.wrong(
-                missing, "TWILIO_API_KEY and TWILIO_API_SECRET go together; set both or neither"
-            )
+            remedy = "set both or neither"
+            env.wrong(missing, f"TWILIO_API_KEY and TWILIO_API_SECRET go together; {remedy}")
         if len(self.auth_tokens) > 2:
             env.wrong("TWILIO_AUTH_TOKEN", "at most two, separated by a comma, while rotating")
 
@@ -733,22 +706,17 @@ class Settings:
         is_exposed = not is_loopback(public_host) or not is_loopback(self.gateway.host)
         beyond = "is refused when PUBLIC_URL or HOST reaches beyond this machine"
         if is_exposed and LOCAL_KEY in self.gateway.api_keys:
-            env.wrong(
-                "COCKPIT_API_KEY", f"the key 'local' {beyond}; set a key of 16 characters or more"
-            )
+            remedy = "set a key of 16 characters or more"
+            env.wrong("COCKPIT_API_KEY", f"the key 'local' {beyond}; {remedy}")
         if is_exposed and self.twilio.is_local:
             names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
             env.wrong("TWILIO_ACCOUNT_SID", f"the stand-in for Twilio {beyond}; set {names}")
         if self.gateway.local_agent and not self.twilio.is_local and not self.gateway.verify_phone:
-            remedy = "set it to on, or unset LOCAL_AGENT"
-            env.wrong(
-                "VERIFY_PHONE", f"an agent on this machine takes texts of its owner only; {remedy}"
-            )
+            reason = "an agent on this machine takes texts of its owner only"
+            env.wrong("VERIFY_PHONE", f"{reason}; set it to on, or unset LOCAL_AGENT")
         if not self.fly.is_local and is_loopback(public_host):
-            remedy = "set it, or unset FLY_API_TOKEN for the stand-in"
-            env.wrong(
-                "PUBLIC_URL", f"a Fly token needs a PUBLIC_URL that Fly's VMs can reach; {remedy}"
-            )
+            reason = "a Fly token needs a PUBLIC_URL that Fly's VMs can reach"
+            env.wrong("PUBLIC_URL", f"{reason}; set it, or unset FLY_API_TOKEN for the stand-in")
 
 
 # --- Records and keys ---
