@@ -761,9 +761,7 @@ class Route:
                 known[name] = sys.intern(str(value))
         if not known.get("vm_id"):
             raise ValueError("vm_id is missing")
-        if len(known) == len(stored):
-            return cls(**known)
-        extra = {name: value for name, value in stored.items() if name not in ROUTE_FIELDS}
+        extra = {name: value for name, value in stored.items() if name not in known}
         return cls(**known, extra=extra)
 
     def began_to_be_awake(self) -> float | None:
@@ -859,15 +857,15 @@ def normalise_phone(text: str) -> str:
     return phone
 
 
-def utc_seconds(wall_s: float) -> str:
+def utc_seconds(wall_s: float, timespec: str = "seconds") -> str:
     """RFC 3339 in UTC, whole seconds."""
-    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    moment = datetime.fromtimestamp(wall_s, UTC)
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def utc_millis(wall_s: float) -> str:
     """RFC 3339 in UTC, to the millisecond."""
-    moment = datetime.fromtimestamp(wall_s, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc_seconds(wall_s, "milliseconds")
 
 
 def parse_utc(text: object) -> float | None:
@@ -888,6 +886,16 @@ def parse_json(raw: bytes | str) -> Any | None:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return None
+
+
+def object_in(value: Any) -> Json:
+    """A JSON value when it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_in(value: Any) -> list[Json]:
+    """The objects of a JSON array; none when it is no array."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def base64url(raw: bytes) -> str:
@@ -2256,12 +2264,25 @@ class Pace:
             await self._clock.sleep(pause_s + 0.02)
 
 
+def never(error: UpstreamError) -> bool:
+    """For calls that the caller repeats, if anybody does."""
+    return False
+
+
 def is_worth_waiting(error: UpstreamError) -> bool:
     return is_unavailable(error) and error.status != HTTPStatus.REQUEST_TIMEOUT
 
 
+def is_worth_making(error: UpstreamError) -> bool:
+    return is_unavailable(error) and error.code != NO_CAPACITY
+
+
 def ignore(answer: Any) -> None:
     """For calls whose answer tells nothing that is needed."""
+
+
+def app_path(app: str, *parts: str) -> str:
+    return "/".join(["/apps", *map(quote, (app, *parts))])
 
 
 class FlyClient:
@@ -2296,34 +2317,35 @@ class FlyClient:
         action: str,
         identifier: str = "",
         *,
-        body: Json | None = None,
-        query: Mapping[str, str] | None = None,
+        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
+        when: Callable[[UpstreamError], bool] = is_unavailable,
+        find: Callable[[], Awaitable[T | None]] | None = None,
         timeout_s: float = 30,
         hide: Iterable[str] = (),
-        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
+        **sent: Any,
     ) -> T:
-        """One request, its answer read by `parse`; raises UpstreamError."""
-        await self._pace.wait(action, identifier)
+        """What `parse` reads in the answer; raises UpstreamError.
+
+        GETs and idempotent writes may be made twice; `when` and `find` are those of `retry`.
+        """
         url = URL(f"{self._settings.api_url}/v1{path}", encoded=True)
-        try:
-            answer = await self.api.ask(
-                action,
-                method,
-                url.with_query(query) if query else url,
-                timeout_s=timeout_s,
-                hide=(*self._credentials, *hide),
-                json=body,
-                headers=self._headers,
-            )
-        except UpstreamError as error:
-            self._note_refusal(error)
-            raise
-        self.trouble = ""
-        try:
-            return parse(answer)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"an answer that makes no sense ({type(error).__name__})"
-            raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
+        sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
+
+        async def attempt() -> T:
+            await self._pace.wait(action, identifier)
+            try:
+                answer = await self.api.ask(action, method, url, timeout_s=timeout_s, **sent)
+            except UpstreamError as error:
+                self._note_refusal(error)
+                raise
+            self.trouble = ""
+            try:
+                return parse(answer)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                reason = f"an answer that makes no sense ({type(error).__name__})"
+                raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
+
+        return await retry(attempt, self.backoff, self._clock, when=when, find=find)
 
     def _note_refusal(self, error: UpstreamError) -> None:
         """A token that Fly refuses is named on /health, and in one log line a minute."""
@@ -2337,10 +2359,6 @@ class FlyClient:
             self._refusal_logged_at = now
             log_error("fly_refuses_us", error=self.trouble)
 
-    async def _again(self, *call: Any, **more: Any) -> Any:
-        """For calls that may be made twice: GETs, idempotent writes."""
-        return await retry(lambda: self._call(*call, **more), self.backoff, self._clock)
-
     async def _make_once(
         self,
         path: str,
@@ -2348,29 +2366,26 @@ class FlyClient:
         identifier: str,
         body: Json,
         parse: Callable[[Any], T],
-        find: Callable[[], Awaitable[T | None]],
-        timeout_s: float = 60,
+        listing: str,
+        pick: Callable[[Any], T | None],
+        timeout_s: float = 90,
     ) -> T:
-        """POST what has no idempotency key exactly once: after an unknown outcome it is looked for."""
+        """POST what has no idempotency key exactly once.
+
+        After an unknown outcome, `pick` finds in what a GET of the same path (`listing`) shows.
+        """
 
         async def look() -> T | None:
             for pause_s in (0.2, 1.0):  # lists lag behind writes
                 await self._clock.sleep(pause_s)
-                if (found := await find()) is not None:
+                found = await self._call("GET", path, listing, identifier, parse=pick)
+                if found is not None:
                     return found
             return None
 
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.code != NO_CAPACITY
-
-        more: Json = {"body": body, "parse": parse, "timeout_s": timeout_s}
-        return await retry(
-            lambda: self._call("POST", path, action, identifier, **more),
-            self.backoff,
-            self._clock,
-            when=is_worth_repeating,
-            find=look,
-        )
+        more: Json = {"json": body, "timeout_s": timeout_s, "when": is_worth_making}
+        call = "POST", path, action, identifier
+        return await self._call(*call, parse=parse, find=look, **more)
 
     # Apps
 
@@ -2381,9 +2396,9 @@ class FlyClient:
             self._forget_cookies(self._cookies_of.popleft())
         body = {"name": app, "org_slug": self._settings.org, "network": app}
         # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
-        query = {"wait": "true"}
+        more: Json = {"params": {"wait": "true"}, "timeout_s": 60}
         try:
-            await self._again("POST", "/apps", "create app", body=body, query=query, timeout_s=60)
+            await self._call("POST", "/apps", "create app", json=body, **more)
         except UpstreamUnreadable:
             return
         except UpstreamRejected as error:
@@ -2393,10 +2408,10 @@ class FlyClient:
             await self._check_ours(app, error)
 
     def _forget_cookies(self, app: str) -> None:
-        ending = f"/apps/{app}"
-        self.api.session.cookie_jar.clear(
-            lambda cookie: cookie["path"].rstrip("/").endswith(ending)
-        )
+        def is_of_app(cookie: Any) -> bool:
+            return str(cookie["path"]).rstrip("/").endswith(f"/apps/{app}")
+
+        self.api.session.cookie_jar.clear(is_of_app)
 
     async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
         """Made a moment ago by a call whose answer was lost, it may not be visible yet. Raises NameTaken."""
@@ -2412,8 +2427,7 @@ class FlyClient:
             raise taken from None
         except UpstreamRejected as error:
             raise name_taken from error
-        organization = found.get("organization")
-        slug = organization.get("slug") if isinstance(organization, dict) else None
+        slug = object_in(found.get("organization")).get("slug")
         if slug not in (None, self._settings.org) or found.get("network", app) != app:
             raise name_taken
         log_event("app_adopted", vm_id=app)
@@ -2425,7 +2439,7 @@ class FlyClient:
             return {str(app["name"]) for app in answer["apps"]}
 
         query = {"org_slug": self._settings.org}
-        return set(await self._again("GET", "/apps", "list apps", query=query, parse=names))
+        return await self._call("GET", "/apps", "list apps", params=query, parse=names)
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
@@ -2435,17 +2449,17 @@ class FlyClient:
                 raise ValueError("another app")
             return dict(answer)
 
-        return await self._call("GET", f"/apps/{quote(app)}", "get app", app, parse=this_app)
+        path = app_path(app)
+        return await self._call("GET", path, "get app", app, parse=this_app, when=never)
 
     async def delete_app(self, app: str) -> bool:
         """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
-        path, query = f"/apps/{quote(app)}", {"force": "true"}
+        more: Json = {"params": {"force": "true"}, "timeout_s": 60}
         try:
-            await self._again("DELETE", path, "delete app", app, query=query, timeout_s=60)
+            with contextlib.suppress(UpstreamUnreadable):
+                await self._call("DELETE", app_path(app), "delete app", app, **more)
         except UpstreamNotFound:
             return False
-        except UpstreamUnreadable:
-            return True
         return True
 
     # Secrets, addresses, volumes
@@ -2456,31 +2470,26 @@ class FlyClient:
         def version(answer: Any) -> int:
             return int(answer.get("version") or answer["Version"])
 
-        path, body = f"/apps/{quote(app)}/secrets", {"values": dict(values)}
-        more: Json = {"body": body, "hide": values.values(), "parse": version}
-        return int(await self._again("POST", path, "set secrets", app, **more))
+        body = {"values": dict(values)}
+        call = "POST", app_path(app, "secrets"), "set secrets", app
+        return await self._call(*call, json=body, hide=values.values(), parse=version)
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
-        path = f"/apps/{quote(app)}/ip_assignments"
+        path = app_path(app, "ip_assignments")
         body = {"type": kind} | ({"network": network} if network else {})
 
         def is_there(answer: Any) -> bool | None:
             return kind in [kind_of_address(address) for address in answer["ips"]] or None
 
-        async def find() -> bool | None:
-            there: bool | None = await self._again(
-                "GET", path, "list addresses", app, parse=is_there
-            )
-            return there
-
-        await self._make_once(path, "allocate address", app, body, lambda _: True, find)
+        call = path, "allocate address", app, body, lambda _: True
+        await self._make_once(*call, "list addresses", is_there, 60)
 
     async def ensure_volume(
         self, app: str, region: str, size_gb: int, guest: Json
     ) -> tuple[str, str]:
         """Create the volume for /data, beside room for `guest`; returns its id and region."""
-        path = f"/apps/{quote(app)}/volumes"
+        path = app_path(app, "volumes")
         body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
 
         def volume(answer: Any) -> tuple[str, str]:
@@ -2488,47 +2497,35 @@ class FlyClient:
                 raise ValueError("no id")
             return answer["id"], str(answer.get("region") or region)
 
-        def ours(answer: Any) -> list[tuple[str, str]]:
+        def ours(answer: Any) -> tuple[str, str] | None:
             listed = [v for v in answer if (v.get("name"), v.get("region")) == ("data", region)]
-            return [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
+            there = [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
+            return there[0] if there else None
 
-        async def find() -> tuple[str, str] | None:
-            found = await self._again("GET", path, "list volumes", app, parse=ours)
-            return found[0] if found else None
-
-        return await self._make_once(path, "create volume", app, body, volume, find)
+        call = path, "create volume", app, body, volume
+        return await self._make_once(*call, "list volumes", ours, 60)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
-        path = f"/apps/{quote(app)}/volumes/{quote(volume_id)}"
         with contextlib.suppress(UpstreamNotFound):
-            await self._again("DELETE", path, "delete volume", app)
+            await self._call("DELETE", app_path(app, "volumes", volume_id), "delete volume", app)
 
     # Machines
 
-    @staticmethod
-    def _path(app: str, machine_id: str, verb: str = "") -> str:
-        return f"/apps/{quote(app)}/machines/{quote(machine_id)}{verb}"
-
     async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
         """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
-        path = f"/apps/{quote(app)}/machines"
 
-        def machines(answer: Any) -> list[Machine]:
-            return [parse_machine(entry) for entry in answer]
+        def ours(answer: Any) -> Machine | None:
+            machines = [parse_machine(entry) for entry in answer]
+            launched = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
+            return next(launched, None)
 
-        async def find() -> Machine | None:
-            listed: list[Machine] = await self._again(
-                "GET", path, "list machines", app, parse=machines
-            )
-            ours = (m for m in listed if m.metadata.get("cockpit_launch") == launch_id)
-            return next(ours, None)
-
-        return await self._make_once(path, "create machine", app, request, parse_machine, find, 90)
+        call = app_path(app, "machines"), "create machine", app, request, parse_machine
+        return await self._make_once(*call, "list machines", ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
         """The organisation's machines (without host status), and the regions that Fly could not ask."""
-        path = f"/orgs/{quote(self._settings.org)}/machines"
+        call = "GET", f"/orgs/{quote(self._settings.org)}/machines", "list org machines"
         machines: list[Machine] = []
         missing: set[str] = set()
         cursors = [""]
@@ -2540,9 +2537,8 @@ class FlyClient:
 
         while True:
             query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
-            more: Json = {"query": query, "timeout_s": 60, "parse": page}
             # A page may be short, or even empty, while more follow.
-            following = await self._again("GET", path, "list org machines", **more)
+            following = await self._call(*call, params=query, timeout_s=60, parse=page)
             if not following:
                 return machines, sorted(missing)
             if following in cursors:
@@ -2550,30 +2546,27 @@ class FlyClient:
             cursors.append(following)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
-        path = self._path(app, machine_id)
-        found: Machine = await self._again(
-            "GET", path, "get machine", machine_id, parse=parse_machine
-        )
+        path = app_path(app, "machines", machine_id)
+        found = await self._call("GET", path, "get machine", machine_id, parse=parse_machine)
         return replace(found, app=app)
 
     async def start_machine(self, app: str, machine_id: str) -> None:
         """One attempt: the state is read again before another."""
-        await self._call("POST", self._path(app, machine_id, "/start"), "start machine", machine_id)
+        path = app_path(app, "machines", machine_id, "start")
+        await self._call("POST", path, "start machine", machine_id, when=never)
 
     async def suspend_machine(self, app: str, machine_id: str) -> None:
         """One attempt; Fly answers before the machine is frozen."""
-        path = self._path(app, machine_id, "/suspend")
-        await self._call("POST", path, "suspend machine", machine_id)
+        path = app_path(app, "machines", machine_id, "suspend")
+        await self._call("POST", path, "suspend machine", machine_id, when=never)
 
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in RESTING:
             return await self.start_machine(app, machine.id)
-        path, query = self._path(app, machine.id, "/restart"), {"timeout": "30s"}
-        call = functools.partial(self._call, "POST", path, "restart machine", machine.id)
-        restart = functools.partial(call, query=query, timeout_s=90)
-        await retry(restart, self.backoff, self._clock, when=is_surely_undone)
-        return None
+        path = app_path(app, "machines", machine.id, "restart")
+        more: Json = {"params": {"timeout": "30s"}, "timeout_s": 90, "when": is_surely_undone}
+        return await self._call("POST", path, "restart machine", machine.id, **more)
 
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
@@ -2583,19 +2576,18 @@ class FlyClient:
         if machine.instance_id:
             body["current_version"] = machine.instance_id
 
-        async def find() -> Machine | None:
-            found = await self.get_machine(app, machine.id)
+        def updated(answer: Any) -> Machine | None:
+            found = parse_machine(answer)
             return found if found.instance_id != machine.instance_id else None
 
-        path = self._path(app, machine.id)
-        return await self._make_once(
-            path, "update machine", machine.id, body, parse_machine, find, 90
-        )
+        path = app_path(app, "machines", machine.id)
+        call = path, "update machine", machine.id, body, parse_machine
+        return await self._make_once(*call, "get machine", updated)
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
-        path = self._path(app, machine_id, f"/metadata/{quote(name)}")
-        await self._again("POST", path, "set metadata", machine_id, body={"value": value})
+        path = app_path(app, "machines", machine_id, "metadata", name)
+        await self._call("POST", path, "set metadata", machine_id, json={"value": value})
 
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
         """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out.
@@ -2604,14 +2596,11 @@ class FlyClient:
         """
         query = {"state": "started", "timeout": "60"}
         query |= {name: value for name, value in wanted.items() if value}
-        path = self._path(app, machine_id, "/wait")
+        path = app_path(app, "machines", machine_id, "wait")
+        # Not tried again when the wait ran out: the caller looks at the machine first.
+        more: Json = {"params": query, "timeout_s": 75, "when": is_worth_waiting}
         try:
-            more: Json = {"query": query, "timeout_s": 75}
-            # Not tried again when the wait ran out: the caller looks at the machine first.
-            call = functools.partial(
-                self._call, "GET", path, "wait for machine", machine_id, **more
-            )
-            await retry(call, self.backoff, self._clock, when=is_worth_waiting)
+            await self._call("GET", path, "wait for machine", machine_id, **more)
         except UpstreamUnavailable as error:
             if error.status != HTTPStatus.REQUEST_TIMEOUT:
                 raise
@@ -2620,7 +2609,8 @@ class FlyClient:
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
-        answer = await self._call("GET", "/tokens/current", "read token", parse=dict)
+        call = "GET", "/tokens/current", "read token"
+        answer = await self._call(*call, parse=dict, when=never)
         return list(answer.get("tokens") or [])
 
 
@@ -2869,10 +2859,9 @@ def action_for(error: UpstreamError) -> str:
 
 def explain_twilio(raw: bytes) -> tuple[str, str]:
     """Twilio's words and numeric code."""
-    body = parse_json(raw)
-    known = body if isinstance(body, dict) else {}
-    code = str(known.get("code") or "")
-    words = known.get("message") or raw[:2000].decode("utf-8", "replace")
+    body = object_in(parse_json(raw))
+    code = str(body.get("code") or "")
+    words = body.get("message") or raw[:2000].decode("utf-8", "replace")
     return f"{code} {words}".strip(), code
 
 
@@ -2933,20 +2922,18 @@ class TwilioClient:
         self._account = URL(account + ".json")
         self._messages = URL(account + "/Messages.json")
         self._numbers = URL(account + "/IncomingPhoneNumbers.json")
-        if settings.api_key:
-            authorization = basic_auth(settings.api_key, settings.api_secret)
-        else:
-            authorization = basic_auth(settings.account_sid, settings.auth_tokens[0])
+        user, secret = settings.api_key, settings.api_secret
+        if not user:
+            user, secret = settings.account_sid, settings.auth_tokens[0]
+        authorization = basic_auth(user, secret)
         self._headers = {
             "Authorization": authorization,
             "Accept": "application/json",
             "Content-Type": "application/x-www-form-urlencoded",
         }
-        secret = (settings.api_secret,) if settings.api_secret else ()
-        self._credentials = (*settings.auth_tokens, *secret, authorization.removeprefix("Basic "))
-        self.sent_sids: Recent[None] = Recent(
-            10_000
-        )  # no look-up may take one of these for another
+        self._credentials = (*settings.auth_tokens, secret, authorization.removeprefix("Basic "))
+        # No look-up may take one of these for another.
+        self.sent_sids: Recent[None] = Recent(10_000)
         self.cannot_list = False
         self.trouble = ""
 
@@ -2954,18 +2941,11 @@ class TwilioClient:
         """Our clock, corrected to Twilio's: whatever is compared with its dates is told by this."""
         return self._clock.now() - self.api.ahead_s
 
-    async def _ask(self, operation: str, url: URL, *, method: str = "GET", **sent: Any) -> Any:
+    async def _ask(self, operation: str, url: URL, *, method: str = "GET", **sent: Any) -> Json:
         """One request; raises UpstreamError."""
+        sent |= {"timeout_s": self.TIMEOUT_S, "hide": self._credentials, "headers": self._headers}
         try:
-            return await self.api.ask(
-                operation,
-                method,
-                url,
-                timeout_s=self.TIMEOUT_S,
-                hide=self._credentials,
-                headers=self._headers,
-                **sent,
-            )
+            return object_in(await self.api.ask(operation, method, url, **sent))
         except UpstreamError as error:
             if error.status:
                 is_code = re.fullmatch("[0-9]{1,5}", error.code)
@@ -2977,13 +2957,11 @@ class TwilioClient:
 
     async def create(self, sms: Sms) -> str:
         """Hand one message to Twilio, one attempt; returns its SID, or nothing if that was unreadable."""
+        more: Json = {"method": "POST", "data": sms.form()}
         try:
-            answer = await self._ask(
-                "create message", self._messages, method="POST", data=sms.form()
-            )
+            sid = (await self._ask("create message", self._messages, **more)).get("sid")
         except UpstreamUnreadable:
             return ""
-        sid = answer.get("sid") if isinstance(answer, dict) else None
         if not isinstance(sid, str):
             return ""
         self.note_sent(sid)
@@ -3069,11 +3047,12 @@ class TwilioClient:
     async def list_page(self, url: URL) -> tuple[list[Json], URL | None]:
         """One page of messages, and where the next is; raises UpstreamError."""
         answer = await self._ask("list messages", url)
-        listed = answer.get("messages") if isinstance(answer, dict) else None
-        if not isinstance(listed, list):
+        if not isinstance(answer.get("messages"), list):
             raise UpstreamUnreadable("twilio", "list messages", "an answer without messages")
-        messages = [message for message in listed if isinstance(message, dict)]
-        return messages, self._absolute(answer.get("next_page_uri"))
+        uri, following = answer.get("next_page_uri"), None
+        if isinstance(uri, str) and uri.startswith("/"):
+            following = URL(self._settings.api_url + uri, encoded=True)
+        return objects_in(answer["messages"]), following
 
     async def list_messages(self, query: Mapping[str, str], pages: int) -> AsyncIterator[Json]:
         """Messages matching `query`, over at most `pages` pages; raises UpstreamError."""
@@ -3084,23 +3063,15 @@ class TwilioClient:
                 yield message
             pages -= 1
 
-    def _absolute(self, uri: object) -> URL | None:
-        if not isinstance(uri, str) or not uri.startswith("/"):
-            return None
-        return URL(self._settings.api_url + uri, encoded=True)
-
     async def media_of(self, sid: str) -> tuple[tuple[str, str], ...]:
         """Addresses and types of the pictures of a message that Twilio has; raises UpstreamError."""
-        answer = await self._ask(
-            "list media", self._messages.parent / "Messages" / sid / "Media.json"
-        )
-        listed = answer.get("media_list") if isinstance(answer, dict) else None
+        url = self._messages.parent / "Messages" / sid / "Media.json"
         media = []
-        for entry in listed or ():
-            uri = str(entry.get("uri", "")) if isinstance(entry, dict) else ""
+        for entry in objects_in((await self._ask("list media", url)).get("media_list")):
+            uri = str(entry.get("uri", ""))
             if uri.startswith("/"):
-                url = self._settings.api_url + uri.removesuffix(".json")
-                media.append((url, str(entry.get("content_type") or "")))
+                address = self._settings.api_url + uri.removesuffix(".json")
+                media.append((address, str(entry.get("content_type") or "")))
         return tuple(media)
 
     def media_path(self, url: str) -> str:
@@ -3135,17 +3106,13 @@ class TwilioClient:
 
     async def read_account(self) -> Json:
         """The account as Twilio knows it."""
-        answer = await self._ask("read account", self._account)
-        return answer if isinstance(answer, dict) else {}
+        return await self._ask("read account", self._account)
 
     async def find_number(self, phone: str) -> Json | None:
         """The account's phone number of this name, with where its texts go."""
         answer = await self._ask("find number", self._numbers.with_query({"PhoneNumber": phone}))
-        listed = answer.get("incoming_phone_numbers") if isinstance(answer, dict) else None
-        for number in listed or ():
-            if isinstance(number, dict) and number.get("phone_number") == phone:
-                return number
-        return None
+        numbers = objects_in(answer.get("incoming_phone_numbers"))
+        return next((one for one in numbers if one.get("phone_number") == phone), None)
 
 
 MEDIA_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
@@ -3201,18 +3168,15 @@ class Answer(NamedTuple):
     is_unreadable: bool = False
 
 
-def parse_answer(raw: bytes | None) -> Answer:
+def parse_answer(raw: bytes) -> Answer:
     """What a VM's answer says, whatever its shape."""
-    body = parse_json(raw or b"")
+    body = parse_json(raw)
     text = body.get("text") or "" if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(text, str):
         return Answer(is_unreadable=True)
-    listed = body.get("images") or []
-    images = []
-    for image in listed if isinstance(listed, list) else ():
-        url = image.get("url") if isinstance(image, dict) else None
-        if isinstance(url, str) and IMAGE_PATH.fullmatch(url):
-            images.append(url)
+    listed = body.get("images")
+    urls = [image.get("url") for image in objects_in(listed)]
+    images = [url for url in urls if isinstance(url, str) and IMAGE_PATH.fullmatch(url)]
     code = body.get("exitCode")
     text = clean_text(text).rstrip("\n")
     return Answer(
@@ -3266,6 +3230,25 @@ class VmClient:
         # What is packed may unfold to any size.
         return {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
 
+    async def _ask(
+        self,
+        route: Route,
+        method: str,
+        path: str,
+        timeout_s: float,
+        sid: str | None = None,
+        body: Json | None = None,
+    ) -> tuple[int, bytes]:
+        """Status and body (empty when it is too long), one attempt; raises as aiohttp does.
+
+        ValueError: the URL is none; routes.json can be written by hand.
+        """
+        headers = self._headers(route) | ({} if sid is None else {"Idempotency-Key": sid})
+        sent: Json = {"json": body, "headers": headers, "timeout": CONNECT_TIMEOUT}
+        request = self._session.request(method, route.vm_url + path, allow_redirects=False, **sent)
+        async with self._clock.time_limit(timeout_s), request as response:
+            return response.status, await read_at_most(response, MAX_ANSWER_BYTES) or b""
+
     async def is_healthy(self, route: Route) -> bool:
         """Whether `/health` answers 2xx, one attempt of at most 5 s."""
         return (await self.health(route)).is_well
@@ -3273,18 +3256,12 @@ class VmClient:
     async def health(self, route: Route, timeout_s: float = HEALTH_S) -> Health:
         """What `/health` says, one attempt."""
         try:
-            async with (
-                self._clock.time_limit(timeout_s),
-                self._session.get(
-                    f"{route.vm_url}/health", headers=self._headers(route), allow_redirects=False
-                ) as response,
-            ):
-                body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
+            status, raw = await self._ask(route, "GET", "/health", timeout_s)
         except (aiohttp.ClientError, OSError, ValueError):
             return Health()
-        body = body if isinstance(body, dict) else {}
+        body = object_in(parse_json(raw))
         note = redact(clean_text(str(body.get("note") or "")))[:NOTE_CHARACTERS]
-        return Health(response.status < 300, body.get("busy") is True, note)
+        return Health(status < 300, body.get("busy") is True, note)
 
     async def cancel(self, route: Route, sid: str) -> bool | None:
         """End the VM's command, the one of this SID if there is one.
@@ -3292,19 +3269,12 @@ class VmClient:
         Whether it had any; None when it does not tell. Raises VmAway and VmFailed.
         """
         try:
-            request = self._session.post(
-                f"{route.vm_url}/cancel",
-                headers=self._headers(route) | {"Idempotency-Key": sid},
-                allow_redirects=False,
-                timeout=CONNECT_TIMEOUT,
-            )
-            async with self._clock.time_limit(self.CANCEL_S), request as response:
-                body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
+            status, raw = await self._ask(route, "POST", "/cancel", self.CANCEL_S, sid)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise VmAway(f"not cancelled ({type(error).__name__})") from error
-        if response.status >= 300:
-            raise VmFailed(response.status)
-        stopped = body.get("stopped") if isinstance(body, dict) else None
+        if status >= 300:
+            raise VmFailed(status)
+        stopped = object_in(parse_json(raw)).get("stopped")
         return stopped if isinstance(stopped, bool) else None
 
     def open_image(
@@ -3317,17 +3287,9 @@ class VmClient:
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID. Raises VmAway, VmBusy, VmSilent or VmFailed."""
-        try:  # the URL may be none: routes.json can be written by hand
-            request = self._session.post(
-                f"{route.vm_url}/command",
-                json=body,
-                headers=self._headers(route) | {"Idempotency-Key": sid},
-                allow_redirects=False,
-                timeout=CONNECT_TIMEOUT,
-            )
-            async with self._clock.time_limit(self.command_timeout_s), request as response:
-                status = response.status
-                raw = await read_at_most(response, MAX_ANSWER_BYTES)
+        limit_s = self.command_timeout_s
+        try:
+            status, raw = await self._ask(route, "POST", "/command", limit_s, sid, body)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise VmAway(f"not reached ({type(error).__name__})") from error
         except TimeoutError as error:
@@ -3486,8 +3448,7 @@ class Pictures:
 
     async def fetch(self, media: object) -> list[str]:
         """The phone's pictures as files in `inbox`, ten at most."""
-        listed = media[:MAX_IMAGES] if isinstance(media, list) else []
-        wanted = [one for one in listed if isinstance(one, dict)]
+        wanted = objects_in(media)[:MAX_IMAGES]
         if not wanted:
             return []
         async with aiohttp.ClientSession(
@@ -4000,8 +3961,7 @@ REFUSED, WRONG_USE, NOT_REACHED, LIMIT_REACHED = 1, 2, 3, 4  # exit codes of `sa
 
 def explain_problem(raw: bytes) -> tuple[str, str]:
     """What the gateway says of an error (RFC 9457)."""
-    problem = parse_json(raw)
-    problem = problem if isinstance(problem, dict) else {}
+    problem = object_in(parse_json(raw))
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
 
 
