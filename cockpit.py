@@ -96,7 +96,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -109,6 +109,7 @@ from yarl import URL
 
 VERSION = "2.0"
 T = TypeVar("T")
+P = ParamSpec("P")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
 
@@ -2288,21 +2289,12 @@ def app_path(app: str, *parts: str) -> str:
 class FlyClient:
     """The Machines API, one method per verb; every request goes through `_call`."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        fresh_session: aiohttp.ClientSession,
-        settings: FlySettings,
-        clock: Clock,
-        metrics: Metrics,
-        *,
-        budget_s: float = 300.0,
-    ) -> None:
+    def __init__(self, api: Upstream, settings: FlySettings, *, budget_s: float) -> None:
         """`budget_s`: how long calls are tried again, the whole of a provisioning."""
+        self.api = api
         self._settings = settings
-        self._clock = clock
-        self.api = Upstream(session, fresh_session, FLY, clock, metrics)
-        self._pace = Pace(clock)
+        self._clock = api.clock
+        self._pace = Pace(api.clock)
         self._headers = {"Authorization": fly_authorization(settings.token)}
         self._credentials = re.split("[ ,]", self._headers["Authorization"])[1:]
         self.backoff = Backoff(attempts=5, base_s=0.5, cap_s=8, budget_s=budget_s)
@@ -2906,18 +2898,10 @@ class TwilioClient:
     TIMEOUT_S = 30.0
     SENDING = Backoff(base_s=0.5, cap_s=60, budget_s=3600)
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        fresh_session: aiohttp.ClientSession,
-        settings: TwilioSettings,
-        clock: Clock,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, api: Upstream, settings: TwilioSettings) -> None:
+        self.api = api
         self._settings = settings
-        self._clock = clock
-        self._metrics = metrics
-        self.api = Upstream(session, fresh_session, TWILIO, clock, metrics)
+        self._clock = api.clock
         account = f"{settings.api_url}/2010-04-01/Accounts/{settings.account_sid}"
         self._account = URL(account + ".json")
         self._messages = URL(account + "/Messages.json")
@@ -2949,7 +2933,7 @@ class TwilioClient:
         except UpstreamError as error:
             if error.status:
                 is_code = re.fullmatch("[0-9]{1,5}", error.code)
-                self._metrics.twilio_errors.add(error.code if is_code else "none")
+                self.api.metrics.twilio_errors.add(error.code if is_code else "none")
             raise
 
     def note_sent(self, sid: str) -> None:
@@ -3345,6 +3329,28 @@ esac
 Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[int]:
+    """A handle of a folder, made if need be; never of what a link leads to (blocking)."""
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def open_within(folder: int, name: str, mode: str) -> IO[bytes]:
+    """A file of a folder's handle, no link followed (blocking)."""
+
+    def opener(name: str, flags: int) -> int:
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
+        return os.open(name, flags, 0o600, dir_fd=folder)
+
+    return cast("IO[bytes]", open(name, mode, opener=opener))
+
+
 class Pictures:
     """A VM's folders `inbox` and `images`; no link leads into or out of them.
 
@@ -3357,33 +3363,19 @@ class Pictures:
         self.images = folder / "images"
         self.inbox = folder / "inbox"
 
-    @contextlib.contextmanager
-    def _opened(self, folder: Path) -> Iterator[int]:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
-
     def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
         """Write a file under a new name; returns the name. Raises OSError."""
         kind = kind_of_picture(content) or kind
         suffix = mimetypes.guess_extension(kind) or ".bin"
         name = secrets.token_hex(8) + suffix
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with (
-            self._opened(folder) as within,
-            os.fdopen(os.open(name, flags, 0o600, dir_fd=within), "wb") as file,
-        ):
+        with opened_folder(folder) as handle, open_within(handle, name, "xb") as file:
             file.write(content)
         return name
 
     def shown(self) -> set[Shown]:
         """The files that may be pictures to be sent."""
         found = set()
-        with contextlib.suppress(OSError), self._opened(self.images) as folder:
+        with contextlib.suppress(OSError), opened_folder(self.images) as folder:
             for entry in os.scandir(folder):
                 status = entry.stat(follow_symlinks=False)
                 if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
@@ -3395,23 +3387,19 @@ class Pictures:
     def shown_since(self, before: set[Shown]) -> list[Json]:
         """What pictures appeared, oldest first, without those that `say` sent."""
         found = []
-        with contextlib.suppress(OSError), self._opened(self.images) as folder:
+        with contextlib.suppress(OSError), opened_folder(self.images) as folder:
             said = b""
-            with contextlib.suppress(OSError), self._read(self.SAID, folder) as file:
+            with contextlib.suppress(OSError), open_within(folder, self.SAID, "rb") as file:
                 said = file.read()
             for one in sorted(self.shown() - before):
                 if to_json(one).encode() in said.splitlines():
                     continue
                 _, size, name = one
-                with contextlib.suppress(OSError), self._read(name, folder) as file:
+                with contextlib.suppress(OSError), open_within(folder, name, "rb") as file:
                     kind = kind_of_picture(file.read(8))
                     if kind and size <= MAX_IMAGE_BYTES:
                         found.append({"type": kind, "url": f"/images/{name}"})
         return found[:MAX_IMAGES]
-
-    def _read(self, name: str, folder: int) -> IO[bytes]:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
-        return os.fdopen(os.open(name, flags, dir_fd=folder), "rb")
 
     def begin(self) -> set[Shown]:
         """What there is when a command begins."""
@@ -3421,14 +3409,13 @@ class Pictures:
 
     def note_said(self, names: Sequence[str]) -> None:
         """`say` sent these: they are not sent again at the end of the command."""
-        said = [to_json(one) for one in self.shown() if one[2] in names]
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        said = [to_json(one).encode() + b"\n" for one in self.shown() if one[2] in names]
         with (
             contextlib.suppress(OSError),
-            self._opened(self.images) as folder,
-            os.fdopen(os.open(self.SAID, flags, 0o600, dir_fd=folder), "w") as file,
+            opened_folder(self.images) as folder,
+            open_within(folder, self.SAID, "ab") as file,
         ):
-            file.writelines(line + "\n" for line in said)
+            file.writelines(said)
 
     def put(self, path: Path) -> str:
         """The name of a picture in `images`, copied there if need be; raises CockpitError."""
@@ -3693,12 +3680,11 @@ class VmServer:
         self._load_answers()
 
     def _load_answers(self) -> None:
-        stored = None
         with contextlib.suppress(OSError):
-            stored = parse_json(self._answers_file.read_bytes())
-        for key, answer in stored.items() if isinstance(stored, dict) else ():
-            if isinstance(answer, dict):
-                self._answers.put(key, answer, time.monotonic())
+            stored = object_in(parse_json(self._answers_file.read_bytes()))
+            for key, answer in stored.items():
+                if isinstance(answer, dict):
+                    self._answers.put(key, answer, time.monotonic())
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=COMMAND_BODY_BYTES)
@@ -3914,13 +3900,8 @@ async def serve_vm(
 
 def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
     """Make it the user's, and nothing in it; no link is followed (blocking)."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
+    with opened_folder(folder) as handle:
         os.fchown(handle, user.pw_uid, user.pw_gid)
-    finally:
-        os.close(handle)
 
 
 def reap_until_end_of(child: int) -> int:
@@ -4024,10 +4005,10 @@ UNDO_REFUSED = Backoff(base_s=0.5, cap_s=300)
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
+RESTARTED = "the gateway was restarted while it was being set up, so it is undone; ask again"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ownership:
+class Ownership(NamedTuple):
     """What a machine's stamp says of whose it is; `key_id` is empty unless a secret of ours signed it."""
 
     machine: Machine
@@ -4120,13 +4101,8 @@ class Blueprint:
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
         key_id = self._keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
-        return Ownership(
-            machine=machine,
-            gateway_id=gateway_id,
-            phone=phone,
-            pairing=pairing,
-            key_id=key_id if PHONE.fullmatch(phone) else "",
-        )
+        key_id = key_id if PHONE.fullmatch(phone) else ""
+        return Ownership(machine, gateway_id, phone, pairing, key_id)
 
     def adopted_route(self, owned: Ownership) -> Route:
         """The route of a machine that proved whose it is."""
@@ -4152,24 +4128,20 @@ class Readiness:
     fly: FlyClient
     vms: VmClient
 
-    async def when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def when_visible(
+        self, call: Callable[P, Awaitable[T]], *args: P.args, **named: P.kwargs
+    ) -> T:
         """Fly may answer 404 or 401 for an app it has just made."""
 
         def is_hidden(error: UpstreamError) -> bool:
             return error.status in (401, 404) or "failed to get app" in error.detail
 
-        return await retry(call, FRESH_APP, self.clock, when=is_hidden)
+        return await retry(lambda: call(*args, **named), FRESH_APP, self.clock, when=is_hidden)
 
     async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
         """Wait until Fly calls the machine started; raises Refusal when that will not be."""
-        version = "" if after_event else machine.instance_id
-
-        async def is_started() -> bool:
-            return await self.fly.is_started(
-                vm_id, machine.id, version=version, from_event_id=after_event
-            )
-
-        while not await self.when_visible(is_started):
+        since = {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
+        while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
             present = await self.fly.get_machine(vm_id, machine.id)
             if present.state in STATES_THAT_FAILED:
                 reason = f"the machine did not start: Fly says {present.state}"
@@ -4196,8 +4168,6 @@ class Provisioning:
 
     order: Order
     vm_id: str
-    launch_id: str  # by it a create of unknown outcome is found
-    regions: list[str]  # not yet found full
     settings: Settings
     clock: Clock
     routes: RouteStore
@@ -4205,37 +4175,47 @@ class Provisioning:
     blueprint: Blueprint
     readiness: Readiness
     metrics: Metrics
-    began: float  # monotonic
     step: str = ""
     seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
     machine: Machine | None = None
     secrets_version: int = 0
     is_torn_down: bool = False
-    task: asyncio.Task[Route] | None = None
+    task: asyncio.Task[None] | None = None
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end of each step
 
     STEPS = ("app", "secrets", "address", "volume", "machine", "start", "health")
 
-    async def outcome(self) -> Route:
-        """What came of it; raises Refusal. A caller who hangs up stops nothing."""
+    def __post_init__(self) -> None:
+        self.began = self.clock.monotonic()
+        # By it a create of unknown outcome is found.
+        self.launch_id = self.clock.random_id() + self.clock.random_id()
+        self.regions = list(self.asked_regions())  # not yet found full
+
+    async def outcome(self) -> None:
+        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
         assert self.task is not None
         await asyncio.wait({self.task})
         if self.task.cancelled():
-            reason = f"{self.vm_id} was deleted before it was set up"
-            raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        return self.task.result()
+            raise self.interruption()
+        self.task.result()
+
+    def interruption(self) -> Refusal:
+        """What a caller is told when it was cancelled."""
+        if not self.is_torn_down:  # shutting down: the next start undoes it
+            reason = f"the gateway shut down while {self.vm_id} was being set up; it will be undone"
+            return Refusal("draining", reason)
+        when = "while it was being set up" if self.step else "before it was set up"
+        return Refusal("torn_down", f"{self.vm_id} was deleted {when}", vm_id=self.vm_id)
 
     @property
     def route(self) -> Route:
         return self.routes.routes[self.order.phone]
 
-    def update(self, **changes: Any) -> Route:
+    def update(self, **changes: Any) -> None:
         """Change the route in memory; a commit follows where the change must be on disk."""
-        changed = replace(self.route, **changes)
-        self.routes.put(self.order.phone, changed)
-        return changed
+        self.routes.put(self.order.phone, replace(self.route, **changes))
 
-    async def run(self) -> Route:
+    async def run(self) -> None:
         """Take all steps, each noted and timed; raises what a step raises, or TimeoutError."""
         async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
             await self.routes.commit()
@@ -4248,9 +4228,8 @@ class Provisioning:
                 self.seconds[name] = round(passed_s, 3)
                 self.metrics.provision_step.observe(passed_s, name)
                 self.moved.set()
-            route = self.update(state="ready", step="", extra={"steps": self.seconds})
+            self.update(state="ready", step="", extra={"steps": self.seconds})
             await self.routes.commit()
-            return route
 
     async def take_app(self) -> None:
         await self.fly.create_app(self.vm_id)
@@ -4258,7 +4237,7 @@ class Provisioning:
     async def take_secrets(self) -> None:
         values = {**self.order.credentials, **self.blueprint.own_secrets(self.vm_id)}
         self.secrets_version = await self.readiness.when_visible(
-            lambda: self.fly.set_secrets(self.vm_id, values)
+            self.fly.set_secrets, self.vm_id, values
         )
 
     async def take_address(self) -> None:
@@ -4266,18 +4245,17 @@ class Provisioning:
         # A private address lives on the network its callers are on: the gateway's, not the app's own.
         network = "" if self.settings.vm.is_public else self.settings.fly.network
         for kind in kinds:
-            allocate = functools.partial(self.fly.ensure_address, self.vm_id, kind, network)
-            await self.readiness.when_visible(allocate)
+            await self.readiness.when_visible(self.fly.ensure_address, self.vm_id, kind, network)
 
     async def take_volume(self) -> None:
         """In the first region that has room; a machine that finds none beside it comes back for the next."""
         vm = self.settings.vm
         while vm.volume_gb:
-            create = functools.partial(
-                self.fly.ensure_volume, self.vm_id, self.regions[0], vm.volume_gb, vm.guest
-            )
+            size = vm.volume_gb, vm.guest
             try:
-                volume_id, region = await self.readiness.when_visible(create)
+                volume_id, region = await self.readiness.when_visible(
+                    self.fly.ensure_volume, self.vm_id, self.regions[0], *size
+                )
             except UpstreamError as error:
                 self.give_up_region(error)
                 continue
@@ -4294,11 +4272,11 @@ class Provisioning:
     async def take_machine(self) -> None:
         while self.machine is None:
             volume_id = self.route.volume_id
-            create = functools.partial(
-                self.fly.create_machine, self.vm_id, self.machine_request(), self.launch_id
-            )
+            request = self.machine_request()
             try:
-                self.machine = await self.readiness.when_visible(create)
+                self.machine = await self.readiness.when_visible(
+                    self.fly.create_machine, self.vm_id, request, self.launch_id
+                )
             except UpstreamError as error:
                 self.give_up_region(error)
                 if volume_id:
@@ -4335,8 +4313,6 @@ class Provisioning:
         about: Json = {"vm_id": self.vm_id, "step": self.step}
         if isinstance(error, TimeoutError):
             return await self.refusal_for_timeout(about)
-        if isinstance(error, Refusal):
-            return error
         try:
             return refusal_for(error, **about, regions=self.asked_regions())
         except Exception as unforeseen:
@@ -4413,13 +4389,9 @@ class Undo:
     async def _note_failure(self, vm_id: str, error: UpstreamError, failures: int) -> None:
         self.routes.undo[vm_id]["last_error"] = str(error)
         is_refused = bool(self.fly.trouble)  # which has a log line of its own
-        log_event(
-            "undo_retry",
-            level=logging.DEBUG if is_refused else logging.WARNING,
-            vm_id=vm_id,
-            error=str(error),
-            attempt=failures + 1,
-        )
+        level = logging.DEBUG if is_refused else logging.WARNING
+        attempt = failures + 1
+        log_event("undo_retry", level=level, vm_id=vm_id, error=str(error), attempt=attempt)
         await (UNDO_REFUSED if is_refused else UNDO).pause(self.clock, failures)
 
     async def _delete_and_confirm(self, vm_id: str) -> None:
@@ -4496,15 +4468,10 @@ class Provisioner:
         if failed:  # only now: who is refused loses nothing
             self.routes.begin_undo(order.phone, "replaced")
             self.undo.start(failed.vm_id)
-        now = self.clock.now()
         vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
-        regions = [order.region] if order.region else list(self.settings.vm.regions)
         provisioning = Provisioning(
             order=order,
             vm_id=vm_id,
-            launch_id=self.clock.random_id() + self.clock.random_id(),
-            regions=regions,
-            began=self.clock.monotonic(),
             settings=self.settings,
             clock=self.clock,
             routes=self.routes,
@@ -4518,7 +4485,7 @@ class Provisioner:
             state="provisioning",
             image=self.settings.vm.image,
             region=order.region,
-            created_at=utc_seconds(now),
+            created_at=utc_seconds(self.clock.now()),
             key_id=self.keyring.current_id,
             pairing="0:unpaired" if order.verify else "0:paired",
         )
@@ -4549,18 +4516,11 @@ class Provisioner:
         if limits.vm_limit and count >= limits.vm_limit:
             raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
 
-    async def _run(self, provisioning: Provisioning) -> Route:
+    async def _run(self, provisioning: Provisioning) -> None:
+        """Cancelled it leaves things as they are: to who tears it down, or to the next start."""
         vm_id = provisioning.vm_id
         try:
-            route = await provisioning.run()
-        except asyncio.CancelledError:
-            if not provisioning.is_torn_down:  # shutting down: the next start undoes it
-                reason = f"the gateway shut down while {vm_id} was being set up; it will be undone"
-                raise Refusal("draining", reason) from None
-            reason = f"{vm_id} was deleted while it was being set up"
-            refusal = Refusal("torn_down", reason, vm_id=vm_id)
-            await self._abandon(provisioning, refusal)
-            raise refusal from None
+            await provisioning.run()
         except Exception as error:  # also one that nobody foresaw must not keep the number
             refusal = await provisioning.refusal(error)
             made_nothing = isinstance(error, NameTaken) or not provisioning.step
@@ -4572,31 +4532,24 @@ class Provisioner:
         phone = mask_phone(provisioning.order.phone)
         log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=provisioning.seconds)
         await self.on_ready(vm_id, provisioning.order.welcome)
-        return route
 
     async def _abandon(
         self, provisioning: Provisioning, refusal: Refusal, *, made_nothing: bool = False
     ) -> None:
         """Free the number, tell whoever waits, start the undo; the caller's error does not wait for it."""
         vm_id, phone = provisioning.vm_id, provisioning.order.phone
+        code, error = refusal.code, refusal.detail
         self.running.pop(vm_id, None)  # from here on a teardown has nothing to cancel
-        passed_s = self.clock.monotonic() - provisioning.began
-        self.metrics.provision.observe(passed_s, refusal.code)
-        log_warning(
-            "provision_failed",
-            vm_id=vm_id,
-            step=provisioning.step,
-            code=refusal.code,
-            error=refusal.detail,
-        )
-        is_torn_down = provisioning.is_torn_down
-        state = "deleting" if is_torn_down else "failed"
-        self._remember_failed(phone, self.routes.routes[phone], refusal.detail, state)
+        self.metrics.provision.observe(self.clock.monotonic() - provisioning.began, code)
+        log_warning("provision_failed", vm_id=vm_id, step=provisioning.step, code=code, error=error)
+        reason, state = "failed", "failed"
+        if provisioning.is_torn_down:
+            reason, state = "torn_down", "deleting"
+        self._remember_failed(phone, self.routes.routes[phone], error, state)
         if made_nothing:
             self.routes.drop(phone)
         else:
-            reason = "torn_down" if is_torn_down else "failed"
-            self.routes.begin_undo(phone, reason, refusal.detail)
+            self.routes.begin_undo(phone, reason, error)
         await self.on_gone(vm_id, phone, "failed")
         with contextlib.suppress(StoreError):
             await self.routes.commit()
@@ -4626,28 +4579,23 @@ class Provisioner:
             await self.on_gone(vm_id, found[0], "torn_down")
         elif vm_id not in self.routes.undo and vm_id not in self.failed:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        is_gone = vm_id not in self.routes.undo or await self._is_undone_in_time(vm_id)
+        if vm_id in self.routes.undo:
+            with contextlib.suppress(TimeoutError):
+                async with self.clock.time_limit(TEARDOWN_WAIT_S):
+                    await asyncio.wait({self.undo.start(vm_id)})
+        is_gone = vm_id not in self.routes.undo
         if is_gone:
             self.failed.forget(vm_id)
         return is_gone
-
-    async def _is_undone_in_time(self, vm_id: str) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with self.clock.time_limit(TEARDOWN_WAIT_S):
-                await asyncio.shield(self.undo.start(vm_id))
-                return True
-        return False
 
     async def _cancel(self, provisioning: Provisioning) -> None:
         assert provisioning.task is not None
         provisioning.is_torn_down = True
         provisioning.task.cancel()
-        with contextlib.suppress(Refusal, asyncio.CancelledError):
-            await asyncio.shield(provisioning.task)
-        if self.routes.find(provisioning.vm_id):
-            # Cancelled before its first step, or while its failure was looked into.
-            reason = f"{provisioning.vm_id} was deleted before it was set up"
-            await self._abandon(provisioning, Refusal("torn_down", reason))
+        with contextlib.suppress(Refusal):
+            await provisioning.outcome()
+        if self.routes.find(provisioning.vm_id):  # else it had failed by itself
+            await self._abandon(provisioning, provisioning.interruption())
 
     # Start and stop
 
@@ -4656,13 +4604,11 @@ class Provisioner:
         for phone, route in list(self.routes.routes.items()):
             if route.state not in ("provisioning", "deleting"):
                 continue
-            reason = "failed" if route.state == "provisioning" else "torn_down"
-            error = (
-                "the gateway was restarted while it was being set up, so it is undone; ask again"
-            )
-            if reason == "failed":
+            reason, error = "torn_down", ""
+            if route.state == "provisioning":
+                reason, error = "failed", RESTARTED
                 self._remember_failed(phone, route, error)
-            self.routes.begin_undo(phone, reason, error if reason == "failed" else "")
+            self.routes.begin_undo(phone, reason, error)
             await self.on_gone(route.vm_id, phone, reason)
             log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
         if self.routes.undo or self.routes.is_new:
@@ -4673,8 +4619,7 @@ class Provisioner:
     async def drain(self) -> None:
         """Take no more orders; wait for those under way (the caller bounds the wait)."""
         self.is_draining = True
-        tasks = [entry.task for entry in self.running.values() if entry.task]
-        if tasks:
+        if tasks := [entry.task for entry in self.running.values() if entry.task]:
             await asyncio.wait(tasks)
 
     def record(self, vm_id: str) -> Json:
@@ -10225,22 +10170,13 @@ async def open_clouds(
     # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
     # bare addresses.
     cookies = aiohttp.CookieJar(unsafe=True)
-    fly = FlyClient(
-        await open_session(stack, 100, cookie_jar=cookies),
-        await open_session(stack, 100, is_fresh=True, cookie_jar=cookies),
-        settings.fly,
-        clock,
-        metrics,
-        budget_s=settings.limits.provision_timeout_s,
-    )
-    twilio = TwilioClient(
-        await open_session(stack, TWILIO_CONNECTIONS),
-        await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True),
-        settings.twilio,
-        clock,
-        metrics,
-    )
-    return fly, twilio
+    session = await open_session(stack, 100, cookie_jar=cookies)
+    fresh = await open_session(stack, 100, is_fresh=True, cookie_jar=cookies)
+    api = Upstream(session, fresh, FLY, clock, metrics)
+    fly = FlyClient(api, settings.fly, budget_s=settings.limits.provision_timeout_s)
+    session = await open_session(stack, TWILIO_CONNECTIONS)
+    fresh = await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True)
+    return fly, TwilioClient(Upstream(session, fresh, TWILIO, clock, metrics), settings.twilio)
 
 
 def state_path(settings: Settings) -> Path:
