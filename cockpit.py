@@ -90,6 +90,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -2011,7 +2012,7 @@ def kind_of_failure(status: int) -> type[UpstreamError]:
     """The error class of a status of 300 and above; 408 is Fly's wait running out, or its host's."""
     if status in (408, 429) or status >= 500:
         return UpstreamUnavailable
-    return UpstreamNotFound if status == HTTPStatus.NOT_FOUND else UpstreamRejected
+    return UpstreamNotFound if status == 404 else UpstreamRejected
 
 
 def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
@@ -2172,7 +2173,7 @@ FLY = Dialect(
     service="fly",
     request_id_header="fly-request-id",
     explain=explain_fly,
-    is_unprocessed=lambda status: status == HTTPStatus.TOO_MANY_REQUESTS,
+    is_unprocessed=lambda status: status == 429,
 )
 
 
@@ -2252,9 +2253,9 @@ class Pace:
         self._clock = clock
         self._ready_at: dict[tuple[str, str], float] = {}
 
-    async def wait(self, action: str, identifier: str) -> None:
+    async def wait(self, action: str, app_or_machine: str) -> None:
         rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
-        now, key = self._clock.monotonic(), (action, identifier)
+        now, key = self._clock.monotonic(), (action, app_or_machine)
         if len(self._ready_at) > 10_000:
             self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
         at = max(self._ready_at.get(key, 0.0), now)
@@ -2271,7 +2272,7 @@ def never(error: UpstreamError) -> bool:
 
 
 def is_worth_waiting(error: UpstreamError) -> bool:
-    return is_unavailable(error) and error.status != HTTPStatus.REQUEST_TIMEOUT
+    return is_unavailable(error) and error.status != 408
 
 
 def is_worth_making(error: UpstreamError) -> bool:
@@ -2307,7 +2308,6 @@ class FlyClient:
         method: str,
         path: str,
         action: str,
-        identifier: str = "",
         *,
         parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
         when: Callable[[UpstreamError], bool] = is_unavailable,
@@ -2321,10 +2321,11 @@ class FlyClient:
         GETs and idempotent writes may be made twice; `when` and `find` are those of `retry`.
         """
         url = URL(f"{self._settings.api_url}/v1{path}", encoded=True)
+        app_or_machine = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
         sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
 
         async def attempt() -> T:
-            await self._pace.wait(action, identifier)
+            await self._pace.wait(action, app_or_machine)
             try:
                 answer = await self.api.ask(action, method, url, timeout_s=timeout_s, **sent)
             except UpstreamError as error:
@@ -2355,7 +2356,6 @@ class FlyClient:
         self,
         path: str,
         action: str,
-        identifier: str,
         body: Json,
         parse: Callable[[Any], T],
         listing: str,
@@ -2370,14 +2370,12 @@ class FlyClient:
         async def look() -> T | None:
             for pause_s in (0.2, 1.0):  # lists lag behind writes
                 await self._clock.sleep(pause_s)
-                found = await self._call("GET", path, listing, identifier, parse=pick)
-                if found is not None:
+                if (found := await self._call("GET", path, listing, parse=pick)) is not None:
                     return found
             return None
 
         more: Json = {"json": body, "timeout_s": timeout_s, "when": is_worth_making}
-        call = "POST", path, action, identifier
-        return await self._call(*call, parse=parse, find=look, **more)
+        return await self._call("POST", path, action, parse=parse, find=look, **more)
 
     # Apps
 
@@ -2395,7 +2393,7 @@ class FlyClient:
             return
         except UpstreamRejected as error:
             is_taken = error.code == "name_taken" or "already been taken" in error.detail.lower()
-            if not is_taken and error.status != HTTPStatus.CONFLICT:
+            if not is_taken and error.status != 409:
                 raise
             await self._check_ours(app, error)
 
@@ -2441,15 +2439,14 @@ class FlyClient:
                 raise ValueError("another app")
             return dict(answer)
 
-        path = app_path(app)
-        return await self._call("GET", path, "get app", app, parse=this_app, when=never)
+        return await self._call("GET", app_path(app), "get app", parse=this_app, when=never)
 
     async def delete_app(self, app: str) -> bool:
         """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
         more: Json = {"params": {"force": "true"}, "timeout_s": 60}
         try:
-            with contextlib.suppress(UpstreamUnreadable):
-                await self._call("DELETE", app_path(app), "delete app", app, **more)
+            with suppress(UpstreamUnreadable):
+                await self._call("DELETE", app_path(app), "delete app", **more)
         except UpstreamNotFound:
             return False
         return True
@@ -2462,9 +2459,9 @@ class FlyClient:
         def version(answer: Any) -> int:
             return int(answer.get("version") or answer["Version"])
 
-        body = {"values": dict(values)}
-        call = "POST", app_path(app, "secrets"), "set secrets", app
-        return await self._call(*call, json=body, hide=values.values(), parse=version)
+        call = "POST", app_path(app, "secrets"), "set secrets"
+        more: Json = {"json": {"values": dict(values)}, "hide": values.values()}
+        return await self._call(*call, parse=version, **more)
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
@@ -2474,7 +2471,7 @@ class FlyClient:
         def is_there(answer: Any) -> bool | None:
             return kind in [kind_of_address(address) for address in answer["ips"]] or None
 
-        call = path, "allocate address", app, body, lambda _: True
+        call = path, "allocate address", body, lambda _: True
         await self._make_once(*call, "list addresses", is_there, 60)
 
     async def ensure_volume(
@@ -2494,13 +2491,13 @@ class FlyClient:
             there = [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
             return there[0] if there else None
 
-        call = path, "create volume", app, body, volume
+        call = path, "create volume", body, volume
         return await self._make_once(*call, "list volumes", ours, 60)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
-        with contextlib.suppress(UpstreamNotFound):
-            await self._call("DELETE", app_path(app, "volumes", volume_id), "delete volume", app)
+        with suppress(UpstreamNotFound):
+            await self._call("DELETE", app_path(app, "volumes", volume_id), "delete volume")
 
     # Machines
 
@@ -2512,7 +2509,7 @@ class FlyClient:
             launched = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
             return next(launched, None)
 
-        call = app_path(app, "machines"), "create machine", app, request, parse_machine
+        call = app_path(app, "machines"), "create machine", request, parse_machine
         return await self._make_once(*call, "list machines", ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
@@ -2539,18 +2536,18 @@ class FlyClient:
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
         path = app_path(app, "machines", machine_id)
-        found = await self._call("GET", path, "get machine", machine_id, parse=parse_machine)
+        found = await self._call("GET", path, "get machine", parse=parse_machine)
         return replace(found, app=app)
 
     async def start_machine(self, app: str, machine_id: str) -> None:
         """One attempt: the state is read again before another."""
         path = app_path(app, "machines", machine_id, "start")
-        await self._call("POST", path, "start machine", machine_id, when=never)
+        await self._call("POST", path, "start machine", when=never)
 
     async def suspend_machine(self, app: str, machine_id: str) -> None:
         """One attempt; Fly answers before the machine is frozen."""
         path = app_path(app, "machines", machine_id, "suspend")
-        await self._call("POST", path, "suspend machine", machine_id, when=never)
+        await self._call("POST", path, "suspend machine", when=never)
 
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
@@ -2558,7 +2555,7 @@ class FlyClient:
             return await self.start_machine(app, machine.id)
         path = app_path(app, "machines", machine.id, "restart")
         more: Json = {"params": {"timeout": "30s"}, "timeout_s": 90, "when": is_surely_undone}
-        return await self._call("POST", path, "restart machine", machine.id, **more)
+        return await self._call("POST", path, "restart machine", **more)
 
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
@@ -2573,13 +2570,13 @@ class FlyClient:
             return found if found.instance_id != machine.instance_id else None
 
         path = app_path(app, "machines", machine.id)
-        call = path, "update machine", machine.id, body, parse_machine
+        call = path, "update machine", body, parse_machine
         return await self._make_once(*call, "get machine", updated)
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
         path = app_path(app, "machines", machine_id, "metadata", name)
-        await self._call("POST", path, "set metadata", machine_id, json={"value": value})
+        await self._call("POST", path, "set metadata", json={"value": value})
 
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
         """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out.
@@ -2592,17 +2589,17 @@ class FlyClient:
         # Not tried again when the wait ran out: the caller looks at the machine first.
         more: Json = {"params": query, "timeout_s": 75, "when": is_worth_waiting}
         try:
-            await self._call("GET", path, "wait for machine", machine_id, **more)
+            await self._call("GET", path, "wait for machine", **more)
         except UpstreamUnavailable as error:
-            if error.status != HTTPStatus.REQUEST_TIMEOUT:
+            if error.status != 408:
                 raise
             return False
         return True
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
-        call = "GET", "/tokens/current", "read token"
-        answer = await self._call(*call, parse=dict, when=never)
+        path = "/tokens/current"
+        answer = await self._call("GET", path, "read token", parse=dict, when=never)
         return list(answer.get("tokens") or [])
 
 
@@ -2680,10 +2677,8 @@ def is_signed(
         if not hmac.compare_digest(digest.encode(), query.get("bodySHA256", "").encode()):
             return False
     given = header.encode("utf-8", "surrogateescape")
-    for form in signed_urls(url):
-        if hmac.compare_digest(twilio_signature(token, form, pairs, algorithm).encode(), given):
-            return True
-    return False
+    signatures = [twilio_signature(token, form, pairs, algorithm) for form in signed_urls(url)]
+    return any(hmac.compare_digest(one.encode(), given) for one in signatures)
 
 
 def parse_form(raw: bytes) -> list[tuple[str, str]]:
@@ -2846,7 +2841,7 @@ def action_for(error: UpstreamError) -> str:
         return TWILIO_ERRORS[error.code].action
     if is_unavailable(error):
         return "check_then_resend" if error.may_have_happened else "retry"
-    return "retry_and_alert" if error.status == HTTPStatus.UNAUTHORIZED else "final"
+    return "retry_and_alert" if error.status == 401 else "final"
 
 
 def explain_twilio(raw: bytes) -> tuple[str, str]:
@@ -2862,7 +2857,7 @@ TWILIO = Dialect(
     request_id_header="Twilio-Request-Id",
     explain=explain_twilio,
     # A 4xx and a 503 were not processed; what came of another 5xx is unknown.
-    is_unprocessed=lambda status: status < 500 or status == HTTPStatus.SERVICE_UNAVAILABLE,
+    is_unprocessed=lambda status: status < 500 or status == 503,
 )
 
 
@@ -3187,30 +3182,23 @@ class Health(NamedTuple):
     note: str = ""
 
 
+@dataclass(eq=False)
 class VmClient:
     """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects.
 
     Its session makes a new connection for each call: a kept one is only something to flood.
     """
 
+    session: aiohttp.ClientSession
+    keyring: Keyring
+    clock: Clock
+    command_timeout_s: float
+
     HEALTH_S = 5.0
     CANCEL_S = 30.0
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        keyring: Keyring,
-        clock: Clock,
-        *,
-        command_timeout_s: float,
-    ) -> None:
-        self._session = session
-        self._keyring = keyring
-        self._clock = clock
-        self.command_timeout_s = command_timeout_s
-
     def _headers(self, route: Route) -> dict[str, str]:
-        token = self._keyring.vm_token(route.vm_id, route.key_id)
+        token = self.keyring.vm_token(route.vm_id, route.key_id)
         # What is packed may unfold to any size.
         return {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
 
@@ -3229,8 +3217,8 @@ class VmClient:
         """
         headers = self._headers(route) | ({} if sid is None else {"Idempotency-Key": sid})
         sent: Json = {"json": body, "headers": headers, "timeout": CONNECT_TIMEOUT}
-        request = self._session.request(method, route.vm_url + path, allow_redirects=False, **sent)
-        async with self._clock.time_limit(timeout_s), request as response:
+        request = self.session.request(method, route.vm_url + path, allow_redirects=False, **sent)
+        async with self.clock.time_limit(timeout_s), request as response:
             return response.status, await read_at_most(response, MAX_ANSWER_BYTES) or b""
 
     async def is_healthy(self, route: Route) -> bool:
@@ -3267,7 +3255,7 @@ class VmClient:
         """One of a VM's images, not yet read."""
         url = URL(route.vm_url + path)
         headers = self._headers(route)
-        return self._session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
+        return self.session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID. Raises VmAway, VmBusy, VmSilent or VmFailed."""
@@ -3286,10 +3274,10 @@ class VmClient:
         if status < 300:
             return parse_answer(raw)
         if status in (502, 503, 504):
-            is_drop = status == HTTPStatus.GATEWAY_TIMEOUT
+            is_drop = status == 504
             reason = f"answered {status}"
             raise VmAway(reason, may_have_reached=status != 503, is_drop=is_drop)
-        raise VmBusy if status == HTTPStatus.CONFLICT else VmFailed(status)
+        raise VmBusy if status == 409 else VmFailed(status)
 
 
 # --- Agents ---
@@ -3332,7 +3320,7 @@ Shown = tuple[int, int, str]  # when it was changed, its size, its name
 @contextlib.contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
     """A handle of a folder, made if need be; never of what a link leads to (blocking)."""
-    with contextlib.suppress(FileExistsError):
+    with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -3375,7 +3363,7 @@ class Pictures:
     def shown(self) -> set[Shown]:
         """The files that may be pictures to be sent."""
         found = set()
-        with contextlib.suppress(OSError), opened_folder(self.images) as folder:
+        with suppress(OSError), opened_folder(self.images) as folder:
             for entry in os.scandir(folder):
                 status = entry.stat(follow_symlinks=False)
                 if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
@@ -3387,15 +3375,15 @@ class Pictures:
     def shown_since(self, before: set[Shown]) -> list[Json]:
         """What pictures appeared, oldest first, without those that `say` sent."""
         found = []
-        with contextlib.suppress(OSError), opened_folder(self.images) as folder:
+        with suppress(OSError), opened_folder(self.images) as folder:
             said = b""
-            with contextlib.suppress(OSError), open_within(folder, self.SAID, "rb") as file:
+            with suppress(OSError), open_within(folder, self.SAID, "rb") as file:
                 said = file.read()
             for one in sorted(self.shown() - before):
                 if to_json(one).encode() in said.splitlines():
                     continue
                 _, size, name = one
-                with contextlib.suppress(OSError), open_within(folder, name, "rb") as file:
+                with suppress(OSError), open_within(folder, name, "rb") as file:
                     kind = kind_of_picture(file.read(8))
                     if kind and size <= MAX_IMAGE_BYTES:
                         found.append({"type": kind, "url": f"/images/{name}"})
@@ -3403,7 +3391,7 @@ class Pictures:
 
     def begin(self) -> set[Shown]:
         """What there is when a command begins."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             (self.images / self.SAID).unlink()
         return self.shown()
 
@@ -3411,7 +3399,7 @@ class Pictures:
         """`say` sent these: they are not sent again at the end of the command."""
         said = [to_json(one).encode() + b"\n" for one in self.shown() if one[2] in names]
         with (
-            contextlib.suppress(OSError),
+            suppress(OSError),
             opened_folder(self.images) as folder,
             open_within(folder, self.SAID, "ab") as file,
         ):
@@ -3444,13 +3432,13 @@ class Pictures:
 
             async def fetch(one: Json) -> str:
                 url, kind = str(one.get("url")), str(one.get("content_type"))
-                with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
+                with suppress(aiohttp.ClientError, OSError, ValueError):
                     async with (
                         asyncio.timeout(INBOX_S),
                         session.get(url, allow_redirects=False) as response,
                     ):
                         content = await read_at_most(response, MAX_IMAGE_BYTES)
-                    if response.status == HTTPStatus.OK and content is not None:
+                    if response.status == 200 and content is not None:
                         name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
                         return f"{self.inbox.name}/{name}"
                 return "(a picture that could not be fetched)"
@@ -3574,7 +3562,7 @@ class CommandAgent(Agent):
         return said
 
     def last_line(self) -> str:
-        with contextlib.suppress(OSError, ValueError):  # it ends just now
+        with suppress(OSError, ValueError):  # it ends just now
             files = [stream.fileno() for stream in self._streams[1:]]
             newest = max(files, key=lambda file: os.fstat(file).st_mtime_ns)
             lines = read_tail(newest).splitlines()
@@ -3645,7 +3633,7 @@ class Process(NamedTuple):
 def processes() -> Iterator[Process]:
     """Each process, on Linux (blocking; proc(5), `/proc/pid/stat`)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with suppress(OSError, ValueError, IndexError):
             head, _, rest = stat.read_text(errors="replace").rpartition(")")
             fields = rest.split()
             ids = int(fields[2]), int(fields[3])
@@ -3680,7 +3668,7 @@ class VmServer:
         self._load_answers()
 
     def _load_answers(self) -> None:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             stored = object_in(parse_json(self._answers_file.read_bytes()))
             for key, answer in stored.items():
                 if isinstance(answer, dict):
@@ -3861,7 +3849,7 @@ def prepare_environment(agent: str, folder: Path) -> None:
 def end_with_parent() -> None:
     """Where there is a parent-death signal: a process that is stopped does not see its input close."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    with contextlib.suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
@@ -3974,7 +3962,7 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
             return await gateway.ask("say", "POST", address, timeout_s=20, **more)
 
         def is_worth_repeating(error: UpstreamError) -> bool:
-            is_limit = error.status == HTTPStatus.TOO_MANY_REQUESTS
+            is_limit = error.status == 429
             return is_unavailable(error) and not is_limit
 
         await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
@@ -3989,7 +3977,7 @@ def run_say(given: argparse.Namespace) -> int:
         print(f"cockpit say: {error}", file=sys.stderr)
         if not isinstance(error, UpstreamError):
             return WRONG_USE
-        if error.status == HTTPStatus.TOO_MANY_REQUESTS:
+        if error.status == 429:
             return LIMIT_REACHED
         return NOT_REACHED if is_unavailable(error) else REFUSED
     return 0
@@ -4018,18 +4006,20 @@ class Ownership(NamedTuple):
     key_id: str
 
 
+@dataclass(eq=False)
 class Blueprint:
     """What a VM is made of, and how its machine tells whose it is."""
 
-    def __init__(self, settings: Settings, keyring: Keyring, routes: RouteStore) -> None:
-        self._settings = settings
-        self._keyring = keyring
-        self._routes = routes
-        self.host = urlsplit(settings.gateway.public_url).netloc
+    settings: Settings
+    keyring: Keyring
+    routes: RouteStore
+
+    def __post_init__(self) -> None:
+        self.host = urlsplit(self.settings.gateway.public_url).netloc
 
     def config(self, metadata: Mapping[str, str], volume_id: str) -> Json:
         """A machine's config: restarted always, one service, kept open through a long command."""
-        vm, limits = self._settings.vm, self._settings.limits
+        vm, limits = self.settings.vm, self.settings.limits
         # Fly's proxy may cut a connection that is silent for 60 s.
         options = {"idle_timeout": int(limits.vm_command_timeout_s) + 60}
         port: Json = {"port": 3000, "handlers": ["http"], "http_options": options}
@@ -4069,27 +4059,27 @@ class Blueprint:
 
     def rootfs(self) -> Json:
         """What keeps the root disk of a machine without a volume: waking may end in a cold boot."""
-        persist = "always" if self._settings.limits.vm_idle_s else "restart"
+        persist = "always" if self.settings.limits.vm_idle_s else "restart"
         return {"rootfs": {"persist": persist}}
 
     def url(self, vm_id: str, machine_id: str, region: str) -> str:
         """Where a VM is reached."""
-        return self._settings.vm.url.format(app=vm_id, machine_id=machine_id, region=region)
+        return self.settings.vm.url.format(app=vm_id, machine_id=machine_id, region=region)
 
     def own_secrets(self, vm_id: str) -> dict[str, str]:
         """The secrets by which a VM reaches the gateway."""
-        public_url = self._settings.gateway.public_url
-        return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self._keyring.vm_token(vm_id)}
+        public_url = self.settings.gateway.public_url
+        return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self.keyring.vm_token(vm_id)}
 
     def metadata(self, vm_id: str, phone: str, pairing: str) -> dict[str, str]:
         """The stamp that says whose a machine is."""
-        gateway_id = self._routes.gateway_id
+        gateway_id = self.routes.gateway_id
         text = Keyring.owner_text(vm_id, phone, gateway_id, pairing)
         return {
             "cockpit_gateway": f"{self.host}/{gateway_id}",
             "cockpit_phone": phone,
             "cockpit_pairing": pairing,
-            "cockpit_owner": self._keyring.sign(text),
+            "cockpit_owner": self.keyring.sign(text),
         }
 
     def ownership(self, machine: Machine) -> Ownership | None:
@@ -4100,7 +4090,7 @@ class Blueprint:
             return None
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
-        key_id = self._keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
+        key_id = self.keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
         key_id = key_id if PHONE.fullmatch(phone) else ""
         return Ownership(machine, gateway_id, phone, pairing, key_id)
 
@@ -4148,7 +4138,7 @@ class Readiness:
                 raise Refusal("vm_unhealthy", reason, vm_id=vm_id)
             if present.state == "stopped":
                 # Seen after updates; while Fly is still replacing it, it refuses to start it.
-                with contextlib.suppress(UpstreamRejected):
+                with suppress(UpstreamRejected):
                     await self.fly.start_machine(vm_id, machine.id)
 
     async def wait_healthy(self, route: Route) -> None:
@@ -4339,7 +4329,7 @@ class Provisioning:
 
     async def passes_flys_check(self) -> bool:
         assert self.machine is not None
-        with contextlib.suppress(UpstreamError, TimeoutError):
+        with suppress(UpstreamError, TimeoutError):
             async with self.clock.time_limit(10):
                 return (await self.fly.get_machine(self.vm_id, self.machine.id)).checks_pass
         return False
@@ -4381,7 +4371,7 @@ class Undo:
             del self.routes.undo[vm_id]
             self.confirmed.put(vm_id, None, self.clock.monotonic())
             log_event("undo_confirmed", vm_id=vm_id)
-            with contextlib.suppress(StoreError):
+            with suppress(StoreError):
                 await self.routes.commit()
         finally:
             del self.running[vm_id]
@@ -4469,7 +4459,7 @@ class Provisioner:
             self.routes.begin_undo(order.phone, "replaced")
             self.undo.start(failed.vm_id)
         vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
-        provisioning = Provisioning(
+        job = Provisioning(
             order=order,
             vm_id=vm_id,
             settings=self.settings,
@@ -4490,11 +4480,11 @@ class Provisioner:
             pairing="0:unpaired" if order.verify else "0:paired",
         )
         self.routes.put(order.phone, route)
-        self.running[vm_id] = provisioning
-        provisioning.task = self.tasks.start(self._run(provisioning), f"provision {vm_id}")
-        provisioning.task.add_done_callback(lambda _: provisioning.moved.set())
+        self.running[vm_id] = job
+        job.task = self.tasks.start(self._run(job), f"provision {vm_id}")
+        job.task.add_done_callback(lambda _: job.moved.set())
         log_event("provision_begun", vm_id=vm_id, phone=mask_phone(order.phone))
-        return provisioning
+        return job
 
     def _check_number_free(self, phone: str) -> Route | None:
         """The number's VM that is gone, if one is: a new one may replace it."""
@@ -4516,34 +4506,34 @@ class Provisioner:
         if limits.vm_limit and count >= limits.vm_limit:
             raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
 
-    async def _run(self, provisioning: Provisioning) -> None:
+    async def _run(self, job: Provisioning) -> None:
         """Cancelled it leaves things as they are: to who tears it down, or to the next start."""
-        vm_id = provisioning.vm_id
+        vm_id = job.vm_id
         try:
-            await provisioning.run()
+            await job.run()
         except Exception as error:  # also one that nobody foresaw must not keep the number
-            refusal = await provisioning.refusal(error)
-            made_nothing = isinstance(error, NameTaken) or not provisioning.step
-            await self._abandon(provisioning, refusal, made_nothing=made_nothing)
+            refusal = await job.refusal(error)
+            made_nothing = isinstance(error, NameTaken) or not job.step
+            await self._abandon(job, refusal, made_nothing=made_nothing)
             raise refusal from error
         finally:
             self.running.pop(vm_id, None)
-        self.metrics.provision.observe(self.clock.monotonic() - provisioning.began, "ready")
-        phone = mask_phone(provisioning.order.phone)
-        log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=provisioning.seconds)
-        await self.on_ready(vm_id, provisioning.order.welcome)
+        self.metrics.provision.observe(self.clock.monotonic() - job.began, "ready")
+        phone = mask_phone(job.order.phone)
+        log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=job.seconds)
+        await self.on_ready(vm_id, job.order.welcome)
 
     async def _abandon(
-        self, provisioning: Provisioning, refusal: Refusal, *, made_nothing: bool = False
+        self, job: Provisioning, refusal: Refusal, *, made_nothing: bool = False
     ) -> None:
         """Free the number, tell whoever waits, start the undo; the caller's error does not wait for it."""
-        vm_id, phone = provisioning.vm_id, provisioning.order.phone
+        vm_id, phone = job.vm_id, job.order.phone
         code, error = refusal.code, refusal.detail
         self.running.pop(vm_id, None)  # from here on a teardown has nothing to cancel
-        self.metrics.provision.observe(self.clock.monotonic() - provisioning.began, code)
-        log_warning("provision_failed", vm_id=vm_id, step=provisioning.step, code=code, error=error)
+        self.metrics.provision.observe(self.clock.monotonic() - job.began, code)
+        log_warning("provision_failed", vm_id=vm_id, step=job.step, code=code, error=error)
         reason, state = "failed", "failed"
-        if provisioning.is_torn_down:
+        if job.is_torn_down:
             reason, state = "torn_down", "deleting"
         self._remember_failed(phone, self.routes.routes[phone], error, state)
         if made_nothing:
@@ -4551,7 +4541,7 @@ class Provisioner:
         else:
             self.routes.begin_undo(phone, reason, error)
         await self.on_gone(vm_id, phone, "failed")
-        with contextlib.suppress(StoreError):
+        with suppress(StoreError):
             await self.routes.commit()
         if vm_id in self.routes.undo:
             self.undo.start(vm_id)
@@ -4569,18 +4559,18 @@ class Provisioner:
         """
         log_event("teardown", vm_id=vm_id)
         found = self.routes.find(vm_id)
-        if provisioning := self.running.get(vm_id):
-            await self._cancel(provisioning)
+        if job := self.running.get(vm_id):
+            await self._cancel(job)
         elif found:
             self.routes.begin_undo(found[0], "torn_down")
-            with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive
+            with suppress(StoreError):  # a full disk must not keep a VM alive
                 await self.routes.commit()
             # Not before it is on disk: after a kill the VM would live on, its texts dropped.
             await self.on_gone(vm_id, found[0], "torn_down")
         elif vm_id not in self.routes.undo and vm_id not in self.failed:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
         if vm_id in self.routes.undo:
-            with contextlib.suppress(TimeoutError):
+            with suppress(TimeoutError):
                 async with self.clock.time_limit(TEARDOWN_WAIT_S):
                     await asyncio.wait({self.undo.start(vm_id)})
         is_gone = vm_id not in self.routes.undo
@@ -4588,14 +4578,14 @@ class Provisioner:
             self.failed.forget(vm_id)
         return is_gone
 
-    async def _cancel(self, provisioning: Provisioning) -> None:
-        assert provisioning.task is not None
-        provisioning.is_torn_down = True
-        provisioning.task.cancel()
-        with contextlib.suppress(Refusal):
-            await provisioning.outcome()
-        if self.routes.find(provisioning.vm_id):  # else it had failed by itself
-            await self._abandon(provisioning, provisioning.interruption())
+    async def _cancel(self, job: Provisioning) -> None:
+        assert job.task is not None
+        job.is_torn_down = True
+        job.task.cancel()
+        with suppress(Refusal):
+            await job.outcome()
+        if self.routes.find(job.vm_id):  # else it had failed by itself
+            await self._abandon(job, job.interruption())
 
     # Start and stop
 
@@ -4612,7 +4602,7 @@ class Provisioner:
             await self.on_gone(route.vm_id, phone, reason)
             log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
         if self.routes.undo or self.routes.is_new:
-            with contextlib.suppress(StoreError):
+            with suppress(StoreError):
                 await self.routes.commit()
         self.undo.start_all()
 
