@@ -674,7 +674,10 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings from `environ`; raises SettingsError naming everything that is wrong."""
+        """Read the settings from `environ`.
+
+        Raises SettingsError naming everything that is wrong.
+        """
         env = Env(environ)
         fly = FlySettings.read(env)
         settings = cls(
@@ -767,7 +770,10 @@ class Route:
         return cls(**known, extra=extra)
 
     def began_to_be_awake(self) -> float | None:
-        """Wall clock; None while it is not awake. A route of the first version was never asleep."""
+        """Wall clock; None while it is not awake.
+
+        A route of the first version was never asleep.
+        """
         return parse_utc(self.awake_since or self.created_at) if self.state == "ready" else None
 
     def awake_for(self, now: float) -> int:
@@ -851,7 +857,10 @@ WHATSAPP = "whatsapp:"
 
 
 def normalise_phone(text: str) -> str:
-    """A number in E.164 form, spaces, dots, dashes and parentheses removed; raises ValueError."""
+    """A number in E.164 form, spaces, dots, dashes and parentheses removed.
+
+    Raises ValueError.
+    """
     phone = re.sub(r"[ .()-]", "", text)
     if not PHONE.fullmatch(phone):
         form = "+, then 7 to 15 digits, the first not 0, such as +15551234567"
@@ -974,7 +983,10 @@ class Keyring:
         return f"{about}.{self.sign('media:' + about)}"
 
     def open_link(self, signed: str, now: float) -> tuple[str, str]:
-        """Whose VM a link is about and what of it; raises Refusal when it is not ours or too old."""
+        """Whose VM a link is about and what of it.
+
+        Raises Refusal when it is not ours or too old.
+        """
         about, _, signature = signed.partition(".")
         if not self.verifying_id(f"media:{about}", signature):
             raise Refusal(
@@ -2380,7 +2392,10 @@ class FlyClient:
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; ours of that name counts. Raises NameTaken."""
+        """Create the app on a network named after it; ours of that name counts.
+
+        Raises NameTaken.
+        """
         self._cookies_of.append(app)
         if len(self._cookies_of) > COOKIES_KEPT:  # those of apps long made would only pile up
             self._forget_cookies(self._cookies_of.popleft())
@@ -2404,7 +2419,10 @@ class FlyClient:
         self.api.session.cookie_jar.clear(is_of_app)
 
     async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
-        """Made a moment ago by a call whose answer was lost, it may not be visible yet. Raises NameTaken."""
+        """Made a moment ago by a call whose answer was lost, it may not be visible yet.
+
+        Raises NameTaken.
+        """
         name_taken = NameTaken("fly", "create app", f"the name {app} is taken by somebody else")
         try:
             found = await retry(
@@ -2766,8 +2784,7 @@ def split_text(text: str) -> list[str]:
     return [f"({number}/{len(parts)}) {part}" for number, part in enumerate(parts, 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorPolicy:
+class ErrorPolicy(NamedTuple):
     """What one of Twilio's codes means for a message of ours, and what to say of it.
 
     `retry`: tried again, for at most an hour; `retry_and_alert`: the same, and /health says so;
@@ -2977,14 +2994,11 @@ class TwilioClient:
                     self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
                 if action == "check_then_resend" and error.operation == "create message":
                     started_at = attempt_at
-                self._log_retry(error, failures, pause_s)
+                about: Json = {"attempt": failures + 1, "pause_s": round(pause_s, 2)}
+                log_warning("send_retry", error=str(error), **about)
                 await self._clock.sleep(pause_s)
                 if not is_wanted():
                     raise
-
-    @staticmethod
-    def _log_retry(error: UpstreamError, failures: int, pause_s: float) -> None:
-        log_warning("send_retry", error=str(error), attempt=failures + 1, pause_s=round(pause_s, 2))
 
     async def _find(self, sms: Sms, attempted_at: float | None, started_at: float | None) -> str:
         """The SID of a message with these words that Twilio took since the attempt, or nothing.
@@ -3034,7 +3048,10 @@ class TwilioClient:
         return objects_in(answer["messages"]), following
 
     async def list_messages(self, query: Mapping[str, str], pages: int) -> AsyncIterator[Json]:
-        """Messages matching `query`, over at most `pages` pages; raises UpstreamError."""
+        """Messages matching `query`, over at most `pages` pages.
+
+        Raises UpstreamError.
+        """
         url: URL | None = self.first_page(query)
         while url is not None and pages > 0:
             messages, url = await self.list_page(url)
@@ -3043,7 +3060,10 @@ class TwilioClient:
             pages -= 1
 
     async def media_of(self, sid: str) -> tuple[tuple[str, str], ...]:
-        """Addresses and types of the pictures of a message that Twilio has; raises UpstreamError."""
+        """Addresses and types of the pictures of a message that Twilio has.
+
+        Raises UpstreamError.
+        """
         url = self._messages.parent / "Messages" / sid / "Media.json"
         media = []
         for entry in objects_in((await self._ask("list media", url)).get("media_list")):
@@ -3068,7 +3088,10 @@ class TwilioClient:
 
     @contextlib.asynccontextmanager
     async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A picture that a phone sent. Our credentials go to Twilio itself, never where it redirects."""
+        """A picture that a phone sent.
+
+        Our credentials go to Twilio itself, never where it redirects.
+        """
         url = URL(self._settings.api_url + path, encoded=True)
         headers = {"Authorization": self._headers["Authorization"]}
         for _ in range(5):
@@ -3258,7 +3281,10 @@ class VmClient:
         return self.session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
-        """Run one text; its Idempotency-Key is its SID. Raises VmAway, VmBusy, VmSilent or VmFailed."""
+        """Run one text; its Idempotency-Key is its SID.
+
+        Raises VmAway, VmBusy, VmSilent or VmFailed.
+        """
         limit_s = self.command_timeout_s
         try:
             status, raw = await self._ask(route, "POST", "/command", limit_s, sid, body)
@@ -3406,7 +3432,10 @@ class Pictures:
             file.writelines(said)
 
     def put(self, path: Path) -> str:
-        """The name of a picture in `images`, copied there if need be; raises CockpitError."""
+        """The name of a picture in `images`, copied there if need be.
+
+        Raises CockpitError.
+        """
         try:
             with path.open("rb") as file:
                 content = file.read(MAX_IMAGE_BYTES + 1)
@@ -3853,21 +3882,19 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-async def serve_vm(
-    host: str, port: int, agent: str, folder: Path, *, until_stdin_closes: bool
-) -> int:
+async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
     """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
     token = os.environ.get("COCKPIT_TOKEN", "")
-    pictures = Pictures(folder)
-    await asyncio.to_thread(prepare_environment, agent, folder)
-    chosen = choose_agent(agent, folder, pictures)
-    server = await asyncio.to_thread(VmServer, token, chosen, folder, pictures)
+    host, port, pictures = given.host, given.port, Pictures(folder)
+    await asyncio.to_thread(prepare_environment, given.agent, folder)
+    agent = choose_agent(given.agent, folder, pictures)
+    server = await asyncio.to_thread(VmServer, token, agent, folder, pictures)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if until_stdin_closes:
+    if given.until_stdin_closes:
         loop.add_reader(0, server.end_with_gateway)
         end_with_parent()
     try:
@@ -3917,9 +3944,7 @@ def run_vm(given: argparse.Namespace) -> int:
         os.setuid(user.pw_uid)
         os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     os.chdir(folder)
-    until = given.until_stdin_closes
-    vm = serve_vm(given.host, given.port, given.agent, folder, until_stdin_closes=until)
-    return asyncio.run(vm)
+    return asyncio.run(serve_vm(given, folder))
 
 
 # Of an agent or a script on the VM
@@ -3955,15 +3980,11 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     body = {"text": words, "images": [f"/images/{name}" for name in names]}
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, dialect, clock, Metrics(clock))
-
-        async def post() -> Any:
-            address = URL(f"{url}/messages")
-            more: Json = {"json": body, "headers": headers}
-            return await gateway.ask("say", "POST", address, timeout_s=20, **more)
+        call = functools.partial(gateway.ask, "say", "POST", URL(f"{url}/messages"))
+        post = functools.partial(call, timeout_s=20, json=body, headers=headers)
 
         def is_worth_repeating(error: UpstreamError) -> bool:
-            is_limit = error.status == 429
-            return is_unavailable(error) and not is_limit
+            return is_unavailable(error) and error.status != 429
 
         await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
     await asyncio.to_thread(pictures.note_said, names)
@@ -4129,7 +4150,10 @@ class Readiness:
         return await retry(lambda: call(*args, **named), FRESH_APP, self.clock, when=is_hidden)
 
     async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        """Wait until Fly calls the machine started; raises Refusal when that will not be."""
+        """Wait until Fly calls the machine started.
+
+        Raises Refusal when that will not be.
+        """
         since = {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
         while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
             present = await self.fly.get_machine(vm_id, machine.id)
@@ -4206,7 +4230,10 @@ class Provisioning:
         self.routes.put(self.order.phone, replace(self.route, **changes))
 
     async def run(self) -> None:
-        """Take all steps, each noted and timed; raises what a step raises, or TimeoutError."""
+        """Take all steps, each noted and timed.
+
+        Raises what a step raises, or TimeoutError.
+        """
         async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
             await self.routes.commit()
             for name in self.STEPS:
@@ -4254,7 +4281,10 @@ class Provisioning:
             return
 
     def give_up_region(self, error: UpstreamError) -> None:
-        """Pass over a region that is full; raises the error when it is another or this was the last."""
+        """Pass over a region that is full.
+
+        Raises the error when it is another or this was the last.
+        """
         if error.code != NO_CAPACITY or len(self.regions) < 2:
             raise error
         log_warning("region_full", vm_id=self.vm_id, region=self.regions.pop(0), error=str(error))
@@ -4354,10 +4384,6 @@ class Undo:
             self.running[vm_id] = self.tasks.start(self._run(vm_id), f"undo {vm_id}")
         return self.running[vm_id]
 
-    def start_all(self) -> None:
-        for vm_id in list(self.routes.undo):
-            self.start(vm_id)
-
     async def _run(self, vm_id: str) -> None:
         failures = 0
         try:
@@ -4452,7 +4478,10 @@ class Provisioner:
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on; raises Refusal. No await before the record, so one of many wins."""
+        """Take an order on; raises Refusal.
+
+        No await before the record, so one of many wins.
+        """
         failed = self._check_number_free(order.phone)
         self._check_limits(replaced=1 if failed else 0)
         if failed:  # only now: who is refused loses nothing
@@ -4604,7 +4633,8 @@ class Provisioner:
         if self.routes.undo or self.routes.is_new:
             with suppress(StoreError):
                 await self.routes.commit()
-        self.undo.start_all()
+        for vm_id in list(self.routes.undo):
+            self.undo.start(vm_id)
 
     async def drain(self) -> None:
         """Take no more orders; wait for those under way (the caller bounds the wait)."""
@@ -4613,7 +4643,10 @@ class Provisioner:
             await asyncio.wait(tasks)
 
     def record(self, vm_id: str) -> Json:
-        """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
+        """The record of a VM that is routed, being deleted, or failed within the hour.
+
+        Raises Refusal.
+        """
         if found := self.routes.find(vm_id):
             return describe(*found)
         for known, entry in self.routes.undo.items():
