@@ -2964,7 +2964,7 @@ class TwilioClient:
         return sid
 
     async def deliver(
-        self, sms: Sms, attempted_at: float | None, *, is_wanted: Callable[[], bool] = lambda: True
+        self, sms: Sms, attempted_at: float | None, is_wanted: Callable[[], bool]
     ) -> str:
         """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError.
 
@@ -4203,7 +4203,10 @@ class Provisioning:
         self.began = self.clock.monotonic()
         # By it a create of unknown outcome is found.
         self.launch_id = self.clock.random_id() + self.clock.random_id()
-        self.regions = list(self.asked_regions())  # not yet found full
+        self.asked_regions = self.settings.vm.regions
+        if self.order.region:
+            self.asked_regions = (self.order.region,)
+        self.regions = list(self.asked_regions)  # not yet found full
 
     async def outcome(self) -> None:
         """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
@@ -4334,13 +4337,10 @@ class Provisioning:
         if isinstance(error, TimeoutError):
             return await self.refusal_for_timeout(about)
         try:
-            return refusal_for(error, **about, regions=self.asked_regions())
+            return refusal_for(error, **about, regions=self.asked_regions)
         except Exception as unforeseen:
             log_error("provision_broken", exc_info=unforeseen, **about)
             return Refusal("internal", "something went wrong here; the log says what", **about)
-
-    def asked_regions(self) -> tuple[str, ...]:
-        return (self.order.region,) if self.order.region else self.settings.vm.regions
 
     async def refusal_for_timeout(self, about: Json) -> Refusal:
         limit = f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
@@ -5212,7 +5212,7 @@ class Sender:
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
             try:
-                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted=is_wanted)
+                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted)
             except UpstreamError as error:
                 action = action_for(error)
                 if action == "as_link" and sms.media:
