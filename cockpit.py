@@ -90,13 +90,14 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import IO, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -109,6 +110,7 @@ from yarl import URL
 
 VERSION = "2.0"
 T = TypeVar("T")
+P = ParamSpec("P")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
 
@@ -197,31 +199,24 @@ class Refusal(CockpitError):
 NO_CAPACITY = "insufficient_capacity"
 
 
+@dataclass(eq=False)
 class UpstreamError(CockpitError):
     """A call to Fly or Twilio failed; `status` is 0 when no answer came."""
 
-    def __init__(
-        self,
-        service: str,
-        operation: str,
-        detail: str,
-        *,
-        status: int = 0,
-        request_id: str = "",
-        code: str = "",
-        may_have_happened: bool = False,
-        retry_after_s: float | None = None,
-    ) -> None:
-        self.service = service
-        self.operation = operation
-        self.detail = detail
-        self.status = status
-        self.request_id = request_id
-        self.code = code
-        self.may_have_happened = may_have_happened
-        self.retry_after_s = retry_after_s
-        line = f"{service} {operation}: {status or ''} {detail}".replace(":  ", ": ").strip()
-        super().__init__(f"{line} (request id {request_id})" if request_id else line)
+    service: str
+    operation: str
+    detail: str
+    _: dataclasses.KW_ONLY
+    status: int = 0
+    request_id: str = ""
+    code: str = ""
+    may_have_happened: bool = False
+    retry_after_s: float | None = None
+
+    def __str__(self) -> str:
+        line = f"{self.service} {self.operation}: {self.status or ''} {self.detail}"
+        line = line.replace(":  ", ": ").strip()
+        return f"{line} (request id {self.request_id})" if self.request_id else line
 
 
 class UpstreamUnavailable(UpstreamError):
@@ -244,18 +239,16 @@ class UpstreamUnreadable(UpstreamError):
     """A 2xx that makes no sense: it took effect, what came of it must be looked up."""
 
 
+@dataclass(eq=False)
 class VmAway(CockpitError):
-    """The VM was not reached, or the connection to it broke.
+    """The VM was not reached, or the connection to it broke."""
 
-    `may_have_reached`: the command perhaps got there; `is_drop`: it may be what broke it.
-    """
+    detail: str
+    may_have_reached: bool = False  # the command perhaps got there
+    is_drop: bool = False  # it may be what broke it
 
-    def __init__(
-        self, detail: str, *, may_have_reached: bool = False, is_drop: bool = False
-    ) -> None:
-        super().__init__(detail)
-        self.may_have_reached = may_have_reached
-        self.is_drop = is_drop
+    def __str__(self) -> str:
+        return self.detail
 
 
 class VmBusy(CockpitError):
@@ -285,9 +278,8 @@ def refusal_for(error: Exception, **about: Any) -> Refusal:
             about |= {"fly_status": error.status, "request_id": error.request_id}
             about = {name: value for name, value in about.items() if value not in ("", None)}
             if error.code == NO_CAPACITY:
-                return Refusal(
-                    "no_capacity", f"Fly has no room: {error}", retry_after_s=60, **about
-                )
+                reason = f"Fly has no room: {error}"
+                return Refusal("no_capacity", reason, retry_after_s=60, **about)
             code = "fly_rejected" if isinstance(error, UpstreamRejected) else "fly_unavailable"
             is_refused = error.service == "fly" and error.status in (401, 403)
             remedy = "; check FLY_API_TOKEN and FLY_ORG" if is_refused else ""
@@ -315,7 +307,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def is_url(text: str, schemes: Sequence[str] = ("http", "https")) -> bool:
+SCHEMES = ("http", "https")
+TWILIO_NAMES = {"TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER"}
+REQUIRED = {"COCKPIT_API_KEY", "COCKPIT_SECRET", "PUBLIC_URL", "FLY_API_TOKEN", *TWILIO_NAMES}
+
+
+def is_url(text: str, schemes: Sequence[str] = SCHEMES) -> bool:
     """Whether it is a URL of a server, without user, query or fragment."""
     try:
         parts = urlsplit(text)
@@ -338,16 +335,18 @@ class Env:
     def wrong(self, name: str, remedy: str) -> None:
         self.problems.append(f"{name}: {remedy}")
 
-    def text(self, name: str, default: str = "", *, required: bool = False) -> str:
-        value = self._environ.get(name, "").strip()
-        if not value and required and self.is_production:
+    def given(self, name: str) -> str:
+        return self._environ.get(name, "").strip()
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.given(name)
+        if not value and name in REQUIRED and self.is_production:
             self.wrong(name, "is required when COCKPIT_ENV=production; set it")
+            return ""
         return value or default
 
-    def matching(
-        self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False
-    ) -> str:
-        value = self.text(name, default, required=required)
+    def matching(self, name: str, default: str, pattern: str, remedy: str) -> str:
+        value = self.text(name, default)
         if value and not re.fullmatch(pattern, value):
             self.wrong(name, remedy)
         return value
@@ -374,10 +373,8 @@ class Env:
             self.wrong(name, "must be a whole number")
         return int(value)
 
-    def listed(
-        self, name: str, default: str, pattern: str, remedy: str, *, required: bool = False
-    ) -> tuple[str, ...]:
-        raw = self.text(name, default, required=required)
+    def listed(self, name: str, default: str, pattern: str, remedy: str) -> tuple[str, ...]:
+        raw = self.text(name, default)
         values = tuple(part.strip() for part in raw.split(",") if part.strip())
         wrong = [value for value in values if not re.fullmatch(pattern, value)]
         if raw and (wrong or not values):
@@ -385,15 +382,8 @@ class Env:
             self.wrong(name, remedy + given)
         return values
 
-    def url(
-        self,
-        name: str,
-        default: str,
-        *,
-        schemes: tuple[str, ...] = ("http", "https"),
-        required: bool = False,
-    ) -> str:
-        value = self.text(name, default, required=required).rstrip("/")
+    def url(self, name: str, default: str, schemes: Sequence[str] = SCHEMES) -> str:
+        value = self.text(name, default).rstrip("/")
         if not value or is_url(value, schemes):
             return value
         starts = " or ".join(f"{scheme}://" for scheme in schemes)
@@ -430,30 +420,23 @@ class GatewaySettings:
         is_production = env.is_production
         made = "make one with: openssl rand -hex 32"
         keys = PRINTABLE + "{16,}" + ("" if is_production else f"|{LOCAL_KEY}")
-        schemes = ("https",) if is_production else ("http", "https")
+        schemes = ("https",) if is_production else SCHEMES
         folder = Path() if is_production else LOCAL_FOLDER
         return cls(
             is_production=is_production,
             api_keys=env.listed(
                 "COCKPIT_API_KEY",
-                "" if is_production else LOCAL_KEY,
+                LOCAL_KEY,
                 keys,
                 f"each key needs 16 or more printable characters without spaces; {made}",
-                required=True,
             ),
             secrets=env.listed(
                 "COCKPIT_SECRET",
-                "" if is_production else secrets.token_hex(32),
+                secrets.token_hex(32),
                 PRINTABLE + "{32,}",
                 f"each secret needs 32 or more printable characters without spaces; {made}",
-                required=True,
             ),
-            public_url=env.url(
-                "PUBLIC_URL",
-                "" if is_production else env.local_origin(),
-                schemes=schemes,
-                required=True,
-            ),
+            public_url=env.url("PUBLIC_URL", env.local_origin(), schemes),
             host=env.text("HOST", "0.0.0.0" if is_production else "127.0.0.1"),
             port=env.whole("PORT", 8080, low=1, high=65535),
             routes_file=Path(env.text("ROUTES_FILE", str(folder / "routes.json"))),
@@ -485,7 +468,6 @@ class FlySettings:
             "",
             r"[\x20-\x7e]+",
             "must be one line of printable characters; make one with: fly tokens create org",
-            required=True,
         )
         is_local = not token and not env.is_production
         api_url = env.url("FLY_API_HOSTNAME", "https://api.machines.dev")
@@ -573,10 +555,8 @@ class VmSettings:
             return
         low, high = least * self.cpus, most * self.cpus
         if self.memory_mb % step or not low <= self.memory_mb <= high:
-            cpus = f"{self.cpus} {self.cpu_kind} CPU(s)"
-            env.wrong(
-                "VM_MEMORY_MB", f"with {cpus} must be a multiple of {step} from {low} to {high}"
-            )
+            size = f"a multiple of {step} from {low} to {high}"
+            env.wrong("VM_MEMORY_MB", f"with {self.cpus} {self.cpu_kind} CPU(s) must be {size}")
 
     def check_url(self, env: Env) -> None:
         try:
@@ -607,10 +587,9 @@ class TwilioSettings:
 
     @classmethod
     def read(cls, env: Env) -> TwilioSettings:
-        names = {"TWILIO_ACCOUNT_SID", "TWILIO_AUTH_TOKEN", "TWILIO_PHONE_NUMBER"}
-        given = {name for name in names if env.text(name)}
+        given = set(filter(env.given, TWILIO_NAMES))
         is_local = not given and not env.is_production
-        for name in sorted(names - given) if given and not env.is_production else ():
+        for name in sorted(TWILIO_NAMES - given) if given and not env.is_production else ():
             others = " and ".join(sorted(given))
             env.wrong(name, f"is required together with {others}; set it, or none for the stand-in")
         api_url = env.url("TWILIO_API_URL", "https://api.twilio.com")
@@ -621,21 +600,18 @@ class TwilioSettings:
                 "AC" + secrets.token_hex(16),
                 "AC[0-9A-Za-z]+",
                 "must be the account SID, which starts with AC",
-                required=True,
             ),
             auth_tokens=env.listed(
                 "TWILIO_AUTH_TOKEN",
                 secrets.token_hex(16),
                 r"[\x21-\x7e]+",
                 "must be the account's auth token, or two separated by a comma while rotating",
-                required=True,
             ),
             phone_number=env.matching(
                 "TWILIO_PHONE_NUMBER",
                 "+15550000000",
                 PHONE.pattern,
                 "must be in E.164 form, such as +15551234567",
-                required=True,
             ),
             api_key=env.text("TWILIO_API_KEY"),
             api_secret=env.text("TWILIO_API_SECRET"),
@@ -647,9 +623,8 @@ class TwilioSettings:
     def check(self, env: Env) -> None:
         if bool(self.api_key) != bool(self.api_secret):
             missing = "TWILIO_API_SECRET" if self.api_key else "TWILIO_API_KEY"
-            env.wrong(
-                missing, "TWILIO_API_KEY and TWILIO_API_SECRET go together; set both or neither"
-            )
+            remedy = "set both or neither"
+            env.wrong(missing, f"TWILIO_API_KEY and TWILIO_API_SECRET go together; {remedy}")
         if len(self.auth_tokens) > 2:
             env.wrong("TWILIO_AUTH_TOKEN", "at most two, separated by a comma, while rotating")
 
@@ -699,7 +674,10 @@ class Settings:
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Settings:
-        """Read the settings from `environ`; raises SettingsError naming everything that is wrong."""
+        """Read the settings from `environ`.
+
+        Raises SettingsError naming everything that is wrong.
+        """
         env = Env(environ)
         fly = FlySettings.read(env)
         settings = cls(
@@ -733,22 +711,17 @@ class Settings:
         is_exposed = not is_loopback(public_host) or not is_loopback(self.gateway.host)
         beyond = "is refused when PUBLIC_URL or HOST reaches beyond this machine"
         if is_exposed and LOCAL_KEY in self.gateway.api_keys:
-            env.wrong(
-                "COCKPIT_API_KEY", f"the key 'local' {beyond}; set a key of 16 characters or more"
-            )
+            remedy = "set a key of 16 characters or more"
+            env.wrong("COCKPIT_API_KEY", f"the key 'local' {beyond}; {remedy}")
         if is_exposed and self.twilio.is_local:
             names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
             env.wrong("TWILIO_ACCOUNT_SID", f"the stand-in for Twilio {beyond}; set {names}")
         if self.gateway.local_agent and not self.twilio.is_local and not self.gateway.verify_phone:
-            remedy = "set it to on, or unset LOCAL_AGENT"
-            env.wrong(
-                "VERIFY_PHONE", f"an agent on this machine takes texts of its owner only; {remedy}"
-            )
+            reason = "an agent on this machine takes texts of its owner only"
+            env.wrong("VERIFY_PHONE", f"{reason}; set it to on, or unset LOCAL_AGENT")
         if not self.fly.is_local and is_loopback(public_host):
-            remedy = "set it, or unset FLY_API_TOKEN for the stand-in"
-            env.wrong(
-                "PUBLIC_URL", f"a Fly token needs a PUBLIC_URL that Fly's VMs can reach; {remedy}"
-            )
+            reason = "a Fly token needs a PUBLIC_URL that Fly's VMs can reach"
+            env.wrong("PUBLIC_URL", f"{reason}; set it, or unset FLY_API_TOKEN for the stand-in")
 
 
 # --- Records and keys ---
@@ -793,13 +766,14 @@ class Route:
                 known[name] = sys.intern(str(value))
         if not known.get("vm_id"):
             raise ValueError("vm_id is missing")
-        if len(known) == len(stored):
-            return cls(**known)
-        extra = {name: value for name, value in stored.items() if name not in ROUTE_FIELDS}
+        extra = {name: value for name, value in stored.items() if name not in known}
         return cls(**known, extra=extra)
 
     def began_to_be_awake(self) -> float | None:
-        """Wall clock; None while it is not awake. A route of the first version was never asleep."""
+        """Wall clock; None while it is not awake.
+
+        A route of the first version was never asleep.
+        """
         return parse_utc(self.awake_since or self.created_at) if self.state == "ready" else None
 
     def awake_for(self, now: float) -> int:
@@ -883,7 +857,10 @@ WHATSAPP = "whatsapp:"
 
 
 def normalise_phone(text: str) -> str:
-    """A number in E.164 form, spaces, dots, dashes and parentheses removed; raises ValueError."""
+    """A number in E.164 form, spaces, dots, dashes and parentheses removed.
+
+    Raises ValueError.
+    """
     phone = re.sub(r"[ .()-]", "", text)
     if not PHONE.fullmatch(phone):
         form = "+, then 7 to 15 digits, the first not 0, such as +15551234567"
@@ -891,15 +868,15 @@ def normalise_phone(text: str) -> str:
     return phone
 
 
-def utc_seconds(wall_s: float) -> str:
+def utc_seconds(wall_s: float, timespec: str = "seconds") -> str:
     """RFC 3339 in UTC, whole seconds."""
-    return datetime.fromtimestamp(wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    moment = datetime.fromtimestamp(wall_s, UTC)
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 def utc_millis(wall_s: float) -> str:
     """RFC 3339 in UTC, to the millisecond."""
-    moment = datetime.fromtimestamp(wall_s, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return utc_seconds(wall_s, "milliseconds")
 
 
 def parse_utc(text: object) -> float | None:
@@ -920,6 +897,16 @@ def parse_json(raw: bytes | str) -> Any | None:
         return json.loads(raw)
     except (ValueError, RecursionError):
         return None
+
+
+def object_in(value: Any) -> Json:
+    """A JSON value when it is an object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def objects_in(value: Any) -> list[Json]:
+    """The objects of a JSON array; none when it is no array."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def base64url(raw: bytes) -> str:
@@ -996,7 +983,10 @@ class Keyring:
         return f"{about}.{self.sign('media:' + about)}"
 
     def open_link(self, signed: str, now: float) -> tuple[str, str]:
-        """Whose VM a link is about and what of it; raises Refusal when it is not ours or too old."""
+        """Whose VM a link is about and what of it.
+
+        Raises Refusal when it is not ours or too old.
+        """
         about, _, signature = signed.partition(".")
         if not self.verifying_id(f"media:{about}", signature):
             raise Refusal(
@@ -2036,7 +2026,7 @@ def kind_of_failure(status: int) -> type[UpstreamError]:
     """The error class of a status of 300 and above; 408 is Fly's wait running out, or its host's."""
     if status in (408, 429) or status >= 500:
         return UpstreamUnavailable
-    return UpstreamNotFound if status == HTTPStatus.NOT_FOUND else UpstreamRejected
+    return UpstreamNotFound if status == 404 else UpstreamRejected
 
 
 def read_retry_after(headers: Mapping[str, str], clock: Clock) -> float | None:
@@ -2197,7 +2187,7 @@ FLY = Dialect(
     service="fly",
     request_id_header="fly-request-id",
     explain=explain_fly,
-    is_unprocessed=lambda status: status == HTTPStatus.TOO_MANY_REQUESTS,
+    is_unprocessed=lambda status: status == 429,
 )
 
 
@@ -2277,9 +2267,9 @@ class Pace:
         self._clock = clock
         self._ready_at: dict[tuple[str, str], float] = {}
 
-    async def wait(self, action: str, identifier: str) -> None:
+    async def wait(self, action: str, app_or_machine: str) -> None:
         rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
-        now, key = self._clock.monotonic(), (action, identifier)
+        now, key = self._clock.monotonic(), (action, app_or_machine)
         if len(self._ready_at) > 10_000:
             self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
         at = max(self._ready_at.get(key, 0.0), now)
@@ -2290,32 +2280,36 @@ class Pace:
             await self._clock.sleep(pause_s + 0.02)
 
 
+def never(error: UpstreamError) -> bool:
+    """For calls that the caller repeats, if anybody does."""
+    return False
+
+
 def is_worth_waiting(error: UpstreamError) -> bool:
-    return is_unavailable(error) and error.status != HTTPStatus.REQUEST_TIMEOUT
+    return is_unavailable(error) and error.status != 408
+
+
+def is_worth_making(error: UpstreamError) -> bool:
+    return is_unavailable(error) and error.code != NO_CAPACITY
 
 
 def ignore(answer: Any) -> None:
     """For calls whose answer tells nothing that is needed."""
 
 
+def app_path(app: str, *parts: str) -> str:
+    return "/".join(["/apps", *map(quote, (app, *parts))])
+
+
 class FlyClient:
     """The Machines API, one method per verb; every request goes through `_call`."""
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        fresh_session: aiohttp.ClientSession,
-        settings: FlySettings,
-        clock: Clock,
-        metrics: Metrics,
-        *,
-        budget_s: float = 300.0,
-    ) -> None:
+    def __init__(self, api: Upstream, settings: FlySettings, *, budget_s: float) -> None:
         """`budget_s`: how long calls are tried again, the whole of a provisioning."""
+        self.api = api
         self._settings = settings
-        self._clock = clock
-        self.api = Upstream(session, fresh_session, FLY, clock, metrics)
-        self._pace = Pace(clock)
+        self._clock = api.clock
+        self._pace = Pace(api.clock)
         self._headers = {"Authorization": fly_authorization(settings.token)}
         self._credentials = re.split("[ ,]", self._headers["Authorization"])[1:]
         self.backoff = Backoff(attempts=5, base_s=0.5, cap_s=8, budget_s=budget_s)
@@ -2328,36 +2322,37 @@ class FlyClient:
         method: str,
         path: str,
         action: str,
-        identifier: str = "",
         *,
-        body: Json | None = None,
-        query: Mapping[str, str] | None = None,
+        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
+        when: Callable[[UpstreamError], bool] = is_unavailable,
+        find: Callable[[], Awaitable[T | None]] | None = None,
         timeout_s: float = 30,
         hide: Iterable[str] = (),
-        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
+        **sent: Any,
     ) -> T:
-        """One request, its answer read by `parse`; raises UpstreamError."""
-        await self._pace.wait(action, identifier)
+        """What `parse` reads in the answer; raises UpstreamError.
+
+        GETs and idempotent writes may be made twice; `when` and `find` are those of `retry`.
+        """
         url = URL(f"{self._settings.api_url}/v1{path}", encoded=True)
-        try:
-            answer = await self.api.ask(
-                action,
-                method,
-                url.with_query(query) if query else url,
-                timeout_s=timeout_s,
-                hide=(*self._credentials, *hide),
-                json=body,
-                headers=self._headers,
-            )
-        except UpstreamError as error:
-            self._note_refusal(error)
-            raise
-        self.trouble = ""
-        try:
-            return parse(answer)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = f"an answer that makes no sense ({type(error).__name__})"
-            raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
+        app_or_machine = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
+        sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
+
+        async def attempt() -> T:
+            await self._pace.wait(action, app_or_machine)
+            try:
+                answer = await self.api.ask(action, method, url, timeout_s=timeout_s, **sent)
+            except UpstreamError as error:
+                self._note_refusal(error)
+                raise
+            self.trouble = ""
+            try:
+                return parse(answer)
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                reason = f"an answer that makes no sense ({type(error).__name__})"
+                raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
+
+        return await retry(attempt, self.backoff, self._clock, when=when, find=find)
 
     def _note_refusal(self, error: UpstreamError) -> None:
         """A token that Fly refuses is named on /health, and in one log line a minute."""
@@ -2371,69 +2366,65 @@ class FlyClient:
             self._refusal_logged_at = now
             log_error("fly_refuses_us", error=self.trouble)
 
-    async def _again(self, *call: Any, **more: Any) -> Any:
-        """For calls that may be made twice: GETs, idempotent writes."""
-        return await retry(lambda: self._call(*call, **more), self.backoff, self._clock)
-
     async def _make_once(
         self,
         path: str,
         action: str,
-        identifier: str,
         body: Json,
         parse: Callable[[Any], T],
-        find: Callable[[], Awaitable[T | None]],
-        timeout_s: float = 60,
+        listing: str,
+        pick: Callable[[Any], T | None],
+        timeout_s: float = 90,
     ) -> T:
-        """POST what has no idempotency key exactly once: after an unknown outcome it is looked for."""
+        """POST what has no idempotency key exactly once.
+
+        After an unknown outcome, `pick` finds in what a GET of the same path (`listing`) shows.
+        """
 
         async def look() -> T | None:
             for pause_s in (0.2, 1.0):  # lists lag behind writes
                 await self._clock.sleep(pause_s)
-                if (found := await find()) is not None:
+                if (found := await self._call("GET", path, listing, parse=pick)) is not None:
                     return found
             return None
 
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.code != NO_CAPACITY
-
-        more: Json = {"body": body, "parse": parse, "timeout_s": timeout_s}
-        return await retry(
-            lambda: self._call("POST", path, action, identifier, **more),
-            self.backoff,
-            self._clock,
-            when=is_worth_repeating,
-            find=look,
-        )
+        more: Json = {"json": body, "timeout_s": timeout_s, "when": is_worth_making}
+        return await self._call("POST", path, action, parse=parse, find=look, **more)
 
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; ours of that name counts. Raises NameTaken."""
+        """Create the app on a network named after it; ours of that name counts.
+
+        Raises NameTaken.
+        """
         self._cookies_of.append(app)
         if len(self._cookies_of) > COOKIES_KEPT:  # those of apps long made would only pile up
             self._forget_cookies(self._cookies_of.popleft())
         body = {"name": app, "org_slug": self._settings.org, "network": app}
         # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
-        query = {"wait": "true"}
+        more: Json = {"params": {"wait": "true"}, "timeout_s": 60}
         try:
-            await self._again("POST", "/apps", "create app", body=body, query=query, timeout_s=60)
+            await self._call("POST", "/apps", "create app", json=body, **more)
         except UpstreamUnreadable:
             return
         except UpstreamRejected as error:
             is_taken = error.code == "name_taken" or "already been taken" in error.detail.lower()
-            if not is_taken and error.status != HTTPStatus.CONFLICT:
+            if not is_taken and error.status != 409:
                 raise
             await self._check_ours(app, error)
 
     def _forget_cookies(self, app: str) -> None:
-        ending = f"/apps/{app}"
-        self.api.session.cookie_jar.clear(
-            lambda cookie: cookie["path"].rstrip("/").endswith(ending)
-        )
+        def is_of_app(cookie: Any) -> bool:
+            return str(cookie["path"]).rstrip("/").endswith(f"/apps/{app}")
+
+        self.api.session.cookie_jar.clear(is_of_app)
 
     async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
-        """Made a moment ago by a call whose answer was lost, it may not be visible yet. Raises NameTaken."""
+        """Made a moment ago by a call whose answer was lost, it may not be visible yet.
+
+        Raises NameTaken.
+        """
         name_taken = NameTaken("fly", "create app", f"the name {app} is taken by somebody else")
         try:
             found = await retry(
@@ -2446,8 +2437,7 @@ class FlyClient:
             raise taken from None
         except UpstreamRejected as error:
             raise name_taken from error
-        organization = found.get("organization")
-        slug = organization.get("slug") if isinstance(organization, dict) else None
+        slug = object_in(found.get("organization")).get("slug")
         if slug not in (None, self._settings.org) or found.get("network", app) != app:
             raise name_taken
         log_event("app_adopted", vm_id=app)
@@ -2459,7 +2449,7 @@ class FlyClient:
             return {str(app["name"]) for app in answer["apps"]}
 
         query = {"org_slug": self._settings.org}
-        return set(await self._again("GET", "/apps", "list apps", query=query, parse=names))
+        return await self._call("GET", "/apps", "list apps", params=query, parse=names)
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
@@ -2469,17 +2459,16 @@ class FlyClient:
                 raise ValueError("another app")
             return dict(answer)
 
-        return await self._call("GET", f"/apps/{quote(app)}", "get app", app, parse=this_app)
+        return await self._call("GET", app_path(app), "get app", parse=this_app, when=never)
 
     async def delete_app(self, app: str) -> bool:
         """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
-        path, query = f"/apps/{quote(app)}", {"force": "true"}
+        more: Json = {"params": {"force": "true"}, "timeout_s": 60}
         try:
-            await self._again("DELETE", path, "delete app", app, query=query, timeout_s=60)
+            with suppress(UpstreamUnreadable):
+                await self._call("DELETE", app_path(app), "delete app", **more)
         except UpstreamNotFound:
             return False
-        except UpstreamUnreadable:
-            return True
         return True
 
     # Secrets, addresses, volumes
@@ -2490,31 +2479,26 @@ class FlyClient:
         def version(answer: Any) -> int:
             return int(answer.get("version") or answer["Version"])
 
-        path, body = f"/apps/{quote(app)}/secrets", {"values": dict(values)}
-        more: Json = {"body": body, "hide": values.values(), "parse": version}
-        return int(await self._again("POST", path, "set secrets", app, **more))
+        call = "POST", app_path(app, "secrets"), "set secrets"
+        more: Json = {"json": {"values": dict(values)}, "hide": values.values()}
+        return await self._call(*call, parse=version, **more)
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
-        path = f"/apps/{quote(app)}/ip_assignments"
+        path = app_path(app, "ip_assignments")
         body = {"type": kind} | ({"network": network} if network else {})
 
         def is_there(answer: Any) -> bool | None:
             return kind in [kind_of_address(address) for address in answer["ips"]] or None
 
-        async def find() -> bool | None:
-            there: bool | None = await self._again(
-                "GET", path, "list addresses", app, parse=is_there
-            )
-            return there
-
-        await self._make_once(path, "allocate address", app, body, lambda _: True, find)
+        call = path, "allocate address", body, lambda _: True
+        await self._make_once(*call, "list addresses", is_there, 60)
 
     async def ensure_volume(
         self, app: str, region: str, size_gb: int, guest: Json
     ) -> tuple[str, str]:
         """Create the volume for /data, beside room for `guest`; returns its id and region."""
-        path = f"/apps/{quote(app)}/volumes"
+        path = app_path(app, "volumes")
         body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
 
         def volume(answer: Any) -> tuple[str, str]:
@@ -2522,47 +2506,35 @@ class FlyClient:
                 raise ValueError("no id")
             return answer["id"], str(answer.get("region") or region)
 
-        def ours(answer: Any) -> list[tuple[str, str]]:
+        def ours(answer: Any) -> tuple[str, str] | None:
             listed = [v for v in answer if (v.get("name"), v.get("region")) == ("data", region)]
-            return [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
+            there = [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
+            return there[0] if there else None
 
-        async def find() -> tuple[str, str] | None:
-            found = await self._again("GET", path, "list volumes", app, parse=ours)
-            return found[0] if found else None
-
-        return await self._make_once(path, "create volume", app, body, volume, find)
+        call = path, "create volume", body, volume
+        return await self._make_once(*call, "list volumes", ours, 60)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
-        path = f"/apps/{quote(app)}/volumes/{quote(volume_id)}"
-        with contextlib.suppress(UpstreamNotFound):
-            await self._again("DELETE", path, "delete volume", app)
+        with suppress(UpstreamNotFound):
+            await self._call("DELETE", app_path(app, "volumes", volume_id), "delete volume")
 
     # Machines
 
-    @staticmethod
-    def _path(app: str, machine_id: str, verb: str = "") -> str:
-        return f"/apps/{quote(app)}/machines/{quote(machine_id)}{verb}"
-
     async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
         """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
-        path = f"/apps/{quote(app)}/machines"
 
-        def machines(answer: Any) -> list[Machine]:
-            return [parse_machine(entry) for entry in answer]
+        def ours(answer: Any) -> Machine | None:
+            machines = [parse_machine(entry) for entry in answer]
+            launched = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
+            return next(launched, None)
 
-        async def find() -> Machine | None:
-            listed: list[Machine] = await self._again(
-                "GET", path, "list machines", app, parse=machines
-            )
-            ours = (m for m in listed if m.metadata.get("cockpit_launch") == launch_id)
-            return next(ours, None)
-
-        return await self._make_once(path, "create machine", app, request, parse_machine, find, 90)
+        call = app_path(app, "machines"), "create machine", request, parse_machine
+        return await self._make_once(*call, "list machines", ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
         """The organisation's machines (without host status), and the regions that Fly could not ask."""
-        path = f"/orgs/{quote(self._settings.org)}/machines"
+        call = "GET", f"/orgs/{quote(self._settings.org)}/machines", "list org machines"
         machines: list[Machine] = []
         missing: set[str] = set()
         cursors = [""]
@@ -2574,9 +2546,8 @@ class FlyClient:
 
         while True:
             query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
-            more: Json = {"query": query, "timeout_s": 60, "parse": page}
             # A page may be short, or even empty, while more follow.
-            following = await self._again("GET", path, "list org machines", **more)
+            following = await self._call(*call, params=query, timeout_s=60, parse=page)
             if not following:
                 return machines, sorted(missing)
             if following in cursors:
@@ -2584,30 +2555,27 @@ class FlyClient:
             cursors.append(following)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
-        path = self._path(app, machine_id)
-        found: Machine = await self._again(
-            "GET", path, "get machine", machine_id, parse=parse_machine
-        )
+        path = app_path(app, "machines", machine_id)
+        found = await self._call("GET", path, "get machine", parse=parse_machine)
         return replace(found, app=app)
 
     async def start_machine(self, app: str, machine_id: str) -> None:
         """One attempt: the state is read again before another."""
-        await self._call("POST", self._path(app, machine_id, "/start"), "start machine", machine_id)
+        path = app_path(app, "machines", machine_id, "start")
+        await self._call("POST", path, "start machine", when=never)
 
     async def suspend_machine(self, app: str, machine_id: str) -> None:
         """One attempt; Fly answers before the machine is frozen."""
-        path = self._path(app, machine_id, "/suspend")
-        await self._call("POST", path, "suspend machine", machine_id)
+        path = app_path(app, "machines", machine_id, "suspend")
+        await self._call("POST", path, "suspend machine", when=never)
 
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in RESTING:
             return await self.start_machine(app, machine.id)
-        path, query = self._path(app, machine.id, "/restart"), {"timeout": "30s"}
-        call = functools.partial(self._call, "POST", path, "restart machine", machine.id)
-        restart = functools.partial(call, query=query, timeout_s=90)
-        await retry(restart, self.backoff, self._clock, when=is_surely_undone)
-        return None
+        path = app_path(app, "machines", machine.id, "restart")
+        more: Json = {"params": {"timeout": "30s"}, "timeout_s": 90, "when": is_surely_undone}
+        return await self._call("POST", path, "restart machine", **more)
 
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
@@ -2617,19 +2585,18 @@ class FlyClient:
         if machine.instance_id:
             body["current_version"] = machine.instance_id
 
-        async def find() -> Machine | None:
-            found = await self.get_machine(app, machine.id)
+        def updated(answer: Any) -> Machine | None:
+            found = parse_machine(answer)
             return found if found.instance_id != machine.instance_id else None
 
-        path = self._path(app, machine.id)
-        return await self._make_once(
-            path, "update machine", machine.id, body, parse_machine, find, 90
-        )
+        path = app_path(app, "machines", machine.id)
+        call = path, "update machine", body, parse_machine
+        return await self._make_once(*call, "get machine", updated)
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
-        path = self._path(app, machine_id, f"/metadata/{quote(name)}")
-        await self._again("POST", path, "set metadata", machine_id, body={"value": value})
+        path = app_path(app, "machines", machine_id, "metadata", name)
+        await self._call("POST", path, "set metadata", json={"value": value})
 
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
         """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out.
@@ -2638,23 +2605,21 @@ class FlyClient:
         """
         query = {"state": "started", "timeout": "60"}
         query |= {name: value for name, value in wanted.items() if value}
-        path = self._path(app, machine_id, "/wait")
+        path = app_path(app, "machines", machine_id, "wait")
+        # Not tried again when the wait ran out: the caller looks at the machine first.
+        more: Json = {"params": query, "timeout_s": 75, "when": is_worth_waiting}
         try:
-            more: Json = {"query": query, "timeout_s": 75}
-            # Not tried again when the wait ran out: the caller looks at the machine first.
-            call = functools.partial(
-                self._call, "GET", path, "wait for machine", machine_id, **more
-            )
-            await retry(call, self.backoff, self._clock, when=is_worth_waiting)
+            await self._call("GET", path, "wait for machine", **more)
         except UpstreamUnavailable as error:
-            if error.status != HTTPStatus.REQUEST_TIMEOUT:
+            if error.status != 408:
                 raise
             return False
         return True
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
-        answer = await self._call("GET", "/tokens/current", "read token", parse=dict)
+        path = "/tokens/current"
+        answer = await self._call("GET", path, "read token", parse=dict, when=never)
         return list(answer.get("tokens") or [])
 
 
@@ -2732,10 +2697,8 @@ def is_signed(
         if not hmac.compare_digest(digest.encode(), query.get("bodySHA256", "").encode()):
             return False
     given = header.encode("utf-8", "surrogateescape")
-    for form in signed_urls(url):
-        if hmac.compare_digest(twilio_signature(token, form, pairs, algorithm).encode(), given):
-            return True
-    return False
+    signatures = [twilio_signature(token, form, pairs, algorithm) for form in signed_urls(url)]
+    return any(hmac.compare_digest(one.encode(), given) for one in signatures)
 
 
 def parse_form(raw: bytes) -> list[tuple[str, str]]:
@@ -2823,8 +2786,7 @@ def split_text(text: str) -> list[str]:
     return [f"({number}/{len(parts)}) {part}" for number, part in enumerate(parts, 1)]
 
 
-@dataclass(frozen=True, slots=True)
-class ErrorPolicy:
+class ErrorPolicy(NamedTuple):
     """What one of Twilio's codes means for a message of ours, and what to say of it.
 
     `retry`: tried again, for at most an hour; `retry_and_alert`: the same, and /health says so;
@@ -2898,15 +2860,14 @@ def action_for(error: UpstreamError) -> str:
         return TWILIO_ERRORS[error.code].action
     if is_unavailable(error):
         return "check_then_resend" if error.may_have_happened else "retry"
-    return "retry_and_alert" if error.status == HTTPStatus.UNAUTHORIZED else "final"
+    return "retry_and_alert" if error.status == 401 else "final"
 
 
 def explain_twilio(raw: bytes) -> tuple[str, str]:
     """Twilio's words and numeric code."""
-    body = parse_json(raw)
-    known = body if isinstance(body, dict) else {}
-    code = str(known.get("code") or "")
-    words = known.get("message") or raw[:2000].decode("utf-8", "replace")
+    body = object_in(parse_json(raw))
+    code = str(body.get("code") or "")
+    words = body.get("message") or raw[:2000].decode("utf-8", "replace")
     return f"{code} {words}".strip(), code
 
 
@@ -2915,7 +2876,7 @@ TWILIO = Dialect(
     request_id_header="Twilio-Request-Id",
     explain=explain_twilio,
     # A 4xx and a 503 were not processed; what came of another 5xx is unknown.
-    is_unprocessed=lambda status: status < 500 or status == HTTPStatus.SERVICE_UNAVAILABLE,
+    is_unprocessed=lambda status: status < 500 or status == 503,
 )
 
 
@@ -2951,36 +2912,26 @@ class TwilioClient:
     TIMEOUT_S = 30.0
     SENDING = Backoff(base_s=0.5, cap_s=60, budget_s=3600)
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        fresh_session: aiohttp.ClientSession,
-        settings: TwilioSettings,
-        clock: Clock,
-        metrics: Metrics,
-    ) -> None:
+    def __init__(self, api: Upstream, settings: TwilioSettings) -> None:
+        self.api = api
         self._settings = settings
-        self._clock = clock
-        self._metrics = metrics
-        self.api = Upstream(session, fresh_session, TWILIO, clock, metrics)
+        self._clock = api.clock
         account = f"{settings.api_url}/2010-04-01/Accounts/{settings.account_sid}"
         self._account = URL(account + ".json")
         self._messages = URL(account + "/Messages.json")
         self._numbers = URL(account + "/IncomingPhoneNumbers.json")
-        if settings.api_key:
-            authorization = basic_auth(settings.api_key, settings.api_secret)
-        else:
-            authorization = basic_auth(settings.account_sid, settings.auth_tokens[0])
+        user, secret = settings.api_key, settings.api_secret
+        if not user:
+            user, secret = settings.account_sid, settings.auth_tokens[0]
+        authorization = basic_auth(user, secret)
         self._headers = {
             "Authorization": authorization,
             "Accept": "application/json",
             "Content-Type": "application/x-www-form-urlencoded",
         }
-        secret = (settings.api_secret,) if settings.api_secret else ()
-        self._credentials = (*settings.auth_tokens, *secret, authorization.removeprefix("Basic "))
-        self.sent_sids: Recent[None] = Recent(
-            10_000
-        )  # no look-up may take one of these for another
+        self._credentials = (*settings.auth_tokens, secret, authorization.removeprefix("Basic "))
+        # No look-up may take one of these for another.
+        self.sent_sids: Recent[None] = Recent(10_000)
         self.cannot_list = False
         self.trouble = ""
 
@@ -2988,22 +2939,15 @@ class TwilioClient:
         """Our clock, corrected to Twilio's: whatever is compared with its dates is told by this."""
         return self._clock.now() - self.api.ahead_s
 
-    async def _ask(self, operation: str, url: URL, *, method: str = "GET", **sent: Any) -> Any:
+    async def _ask(self, operation: str, url: URL, *, method: str = "GET", **sent: Any) -> Json:
         """One request; raises UpstreamError."""
+        sent |= {"timeout_s": self.TIMEOUT_S, "hide": self._credentials, "headers": self._headers}
         try:
-            return await self.api.ask(
-                operation,
-                method,
-                url,
-                timeout_s=self.TIMEOUT_S,
-                hide=self._credentials,
-                headers=self._headers,
-                **sent,
-            )
+            return object_in(await self.api.ask(operation, method, url, **sent))
         except UpstreamError as error:
             if error.status:
                 is_code = re.fullmatch("[0-9]{1,5}", error.code)
-                self._metrics.twilio_errors.add(error.code if is_code else "none")
+                self.api.metrics.twilio_errors.add(error.code if is_code else "none")
             raise
 
     def note_sent(self, sid: str) -> None:
@@ -3011,20 +2955,18 @@ class TwilioClient:
 
     async def create(self, sms: Sms) -> str:
         """Hand one message to Twilio, one attempt; returns its SID, or nothing if that was unreadable."""
+        more: Json = {"method": "POST", "data": sms.form()}
         try:
-            answer = await self._ask(
-                "create message", self._messages, method="POST", data=sms.form()
-            )
+            sid = (await self._ask("create message", self._messages, **more)).get("sid")
         except UpstreamUnreadable:
             return ""
-        sid = answer.get("sid") if isinstance(answer, dict) else None
         if not isinstance(sid, str):
             return ""
         self.note_sent(sid)
         return sid
 
     async def deliver(
-        self, sms: Sms, attempted_at: float | None, *, is_wanted: Callable[[], bool] = lambda: True
+        self, sms: Sms, attempted_at: float | None, is_wanted: Callable[[], bool]
     ) -> str:
         """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError.
 
@@ -3054,14 +2996,11 @@ class TwilioClient:
                     self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
                 if action == "check_then_resend" and error.operation == "create message":
                     started_at = attempt_at
-                self._log_retry(error, failures, pause_s)
+                about: Json = {"attempt": failures + 1, "pause_s": round(pause_s, 2)}
+                log_warning("send_retry", error=str(error), **about)
                 await self._clock.sleep(pause_s)
                 if not is_wanted():
                     raise
-
-    @staticmethod
-    def _log_retry(error: UpstreamError, failures: int, pause_s: float) -> None:
-        log_warning("send_retry", error=str(error), attempt=failures + 1, pause_s=round(pause_s, 2))
 
     async def _find(self, sms: Sms, attempted_at: float | None, started_at: float | None) -> str:
         """The SID of a message with these words that Twilio took since the attempt, or nothing.
@@ -3103,14 +3042,18 @@ class TwilioClient:
     async def list_page(self, url: URL) -> tuple[list[Json], URL | None]:
         """One page of messages, and where the next is; raises UpstreamError."""
         answer = await self._ask("list messages", url)
-        listed = answer.get("messages") if isinstance(answer, dict) else None
-        if not isinstance(listed, list):
+        if not isinstance(answer.get("messages"), list):
             raise UpstreamUnreadable("twilio", "list messages", "an answer without messages")
-        messages = [message for message in listed if isinstance(message, dict)]
-        return messages, self._absolute(answer.get("next_page_uri"))
+        uri, following = answer.get("next_page_uri"), None
+        if isinstance(uri, str) and uri.startswith("/"):
+            following = URL(self._settings.api_url + uri, encoded=True)
+        return objects_in(answer["messages"]), following
 
     async def list_messages(self, query: Mapping[str, str], pages: int) -> AsyncIterator[Json]:
-        """Messages matching `query`, over at most `pages` pages; raises UpstreamError."""
+        """Messages matching `query`, over at most `pages` pages.
+
+        Raises UpstreamError.
+        """
         url: URL | None = self.first_page(query)
         while url is not None and pages > 0:
             messages, url = await self.list_page(url)
@@ -3118,23 +3061,18 @@ class TwilioClient:
                 yield message
             pages -= 1
 
-    def _absolute(self, uri: object) -> URL | None:
-        if not isinstance(uri, str) or not uri.startswith("/"):
-            return None
-        return URL(self._settings.api_url + uri, encoded=True)
-
     async def media_of(self, sid: str) -> tuple[tuple[str, str], ...]:
-        """Addresses and types of the pictures of a message that Twilio has; raises UpstreamError."""
-        answer = await self._ask(
-            "list media", self._messages.parent / "Messages" / sid / "Media.json"
-        )
-        listed = answer.get("media_list") if isinstance(answer, dict) else None
+        """Addresses and types of the pictures of a message that Twilio has.
+
+        Raises UpstreamError.
+        """
+        url = self._messages.parent / "Messages" / sid / "Media.json"
         media = []
-        for entry in listed or ():
-            uri = str(entry.get("uri", "")) if isinstance(entry, dict) else ""
+        for entry in objects_in((await self._ask("list media", url)).get("media_list")):
+            uri = str(entry.get("uri", ""))
             if uri.startswith("/"):
-                url = self._settings.api_url + uri.removesuffix(".json")
-                media.append((url, str(entry.get("content_type") or "")))
+                address = self._settings.api_url + uri.removesuffix(".json")
+                media.append((address, str(entry.get("content_type") or "")))
         return tuple(media)
 
     def media_path(self, url: str) -> str:
@@ -3152,7 +3090,10 @@ class TwilioClient:
 
     @contextlib.asynccontextmanager
     async def open_media(self, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A picture that a phone sent. Our credentials go to Twilio itself, never where it redirects."""
+        """A picture that a phone sent.
+
+        Our credentials go to Twilio itself, never where it redirects.
+        """
         url = URL(self._settings.api_url + path, encoded=True)
         headers = {"Authorization": self._headers["Authorization"]}
         for _ in range(5):
@@ -3169,17 +3110,13 @@ class TwilioClient:
 
     async def read_account(self) -> Json:
         """The account as Twilio knows it."""
-        answer = await self._ask("read account", self._account)
-        return answer if isinstance(answer, dict) else {}
+        return await self._ask("read account", self._account)
 
     async def find_number(self, phone: str) -> Json | None:
         """The account's phone number of this name, with where its texts go."""
         answer = await self._ask("find number", self._numbers.with_query({"PhoneNumber": phone}))
-        listed = answer.get("incoming_phone_numbers") if isinstance(answer, dict) else None
-        for number in listed or ():
-            if isinstance(number, dict) and number.get("phone_number") == phone:
-                return number
-        return None
+        numbers = objects_in(answer.get("incoming_phone_numbers"))
+        return next((one for one in numbers if one.get("phone_number") == phone), None)
 
 
 MEDIA_TIMEOUT = aiohttp.ClientTimeout(total=60, sock_connect=10)
@@ -3235,18 +3172,15 @@ class Answer(NamedTuple):
     is_unreadable: bool = False
 
 
-def parse_answer(raw: bytes | None) -> Answer:
+def parse_answer(raw: bytes) -> Answer:
     """What a VM's answer says, whatever its shape."""
-    body = parse_json(raw or b"")
+    body = parse_json(raw)
     text = body.get("text") or "" if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(text, str):
         return Answer(is_unreadable=True)
-    listed = body.get("images") or []
-    images = []
-    for image in listed if isinstance(listed, list) else ():
-        url = image.get("url") if isinstance(image, dict) else None
-        if isinstance(url, str) and IMAGE_PATH.fullmatch(url):
-            images.append(url)
+    listed = body.get("images")
+    urls = [image.get("url") for image in objects_in(listed)]
+    images = [url for url in urls if isinstance(url, str) and IMAGE_PATH.fullmatch(url)]
     code = body.get("exitCode")
     text = clean_text(text).rstrip("\n")
     return Answer(
@@ -3273,32 +3207,44 @@ class Health(NamedTuple):
     note: str = ""
 
 
+@dataclass(eq=False)
 class VmClient:
     """Speaks to VMs, which run their owners' code and are not trusted: no cookies, no redirects.
 
     Its session makes a new connection for each call: a kept one is only something to flood.
     """
 
+    session: aiohttp.ClientSession
+    keyring: Keyring
+    clock: Clock
+    command_timeout_s: float
+
     HEALTH_S = 5.0
     CANCEL_S = 30.0
 
-    def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        keyring: Keyring,
-        clock: Clock,
-        *,
-        command_timeout_s: float,
-    ) -> None:
-        self._session = session
-        self._keyring = keyring
-        self._clock = clock
-        self.command_timeout_s = command_timeout_s
-
     def _headers(self, route: Route) -> dict[str, str]:
-        token = self._keyring.vm_token(route.vm_id, route.key_id)
+        token = self.keyring.vm_token(route.vm_id, route.key_id)
         # What is packed may unfold to any size.
         return {"Authorization": f"Bearer {token}", "Accept-Encoding": "identity"}
+
+    async def _ask(
+        self,
+        route: Route,
+        method: str,
+        path: str,
+        timeout_s: float,
+        sid: str | None = None,
+        body: Json | None = None,
+    ) -> tuple[int, bytes]:
+        """Status and body (empty when it is too long), one attempt; raises as aiohttp does.
+
+        ValueError: the URL is none; routes.json can be written by hand.
+        """
+        headers = self._headers(route) | ({} if sid is None else {"Idempotency-Key": sid})
+        sent: Json = {"json": body, "headers": headers, "timeout": CONNECT_TIMEOUT}
+        request = self.session.request(method, route.vm_url + path, allow_redirects=False, **sent)
+        async with self.clock.time_limit(timeout_s), request as response:
+            return response.status, await read_at_most(response, MAX_ANSWER_BYTES) or b""
 
     async def is_healthy(self, route: Route) -> bool:
         """Whether `/health` answers 2xx, one attempt of at most 5 s."""
@@ -3307,18 +3253,12 @@ class VmClient:
     async def health(self, route: Route, timeout_s: float = HEALTH_S) -> Health:
         """What `/health` says, one attempt."""
         try:
-            async with (
-                self._clock.time_limit(timeout_s),
-                self._session.get(
-                    f"{route.vm_url}/health", headers=self._headers(route), allow_redirects=False
-                ) as response,
-            ):
-                body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
+            status, raw = await self._ask(route, "GET", "/health", timeout_s)
         except (aiohttp.ClientError, OSError, ValueError):
             return Health()
-        body = body if isinstance(body, dict) else {}
+        body = object_in(parse_json(raw))
         note = redact(clean_text(str(body.get("note") or "")))[:NOTE_CHARACTERS]
-        return Health(response.status < 300, body.get("busy") is True, note)
+        return Health(status < 300, body.get("busy") is True, note)
 
     async def cancel(self, route: Route, sid: str) -> bool | None:
         """End the VM's command, the one of this SID if there is one.
@@ -3326,19 +3266,12 @@ class VmClient:
         Whether it had any; None when it does not tell. Raises VmAway and VmFailed.
         """
         try:
-            request = self._session.post(
-                f"{route.vm_url}/cancel",
-                headers=self._headers(route) | {"Idempotency-Key": sid},
-                allow_redirects=False,
-                timeout=CONNECT_TIMEOUT,
-            )
-            async with self._clock.time_limit(self.CANCEL_S), request as response:
-                body = parse_json(await read_at_most(response, MAX_ANSWER_BYTES) or b"")
+            status, raw = await self._ask(route, "POST", "/cancel", self.CANCEL_S, sid)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise VmAway(f"not cancelled ({type(error).__name__})") from error
-        if response.status >= 300:
-            raise VmFailed(response.status)
-        stopped = body.get("stopped") if isinstance(body, dict) else None
+        if status >= 300:
+            raise VmFailed(status)
+        stopped = object_in(parse_json(raw)).get("stopped")
         return stopped if isinstance(stopped, bool) else None
 
     def open_image(
@@ -3347,21 +3280,16 @@ class VmClient:
         """One of a VM's images, not yet read."""
         url = URL(route.vm_url + path)
         headers = self._headers(route)
-        return self._session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
+        return self.session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
-        """Run one text; its Idempotency-Key is its SID. Raises VmAway, VmBusy, VmSilent or VmFailed."""
-        try:  # the URL may be none: routes.json can be written by hand
-            request = self._session.post(
-                f"{route.vm_url}/command",
-                json=body,
-                headers=self._headers(route) | {"Idempotency-Key": sid},
-                allow_redirects=False,
-                timeout=CONNECT_TIMEOUT,
-            )
-            async with self._clock.time_limit(self.command_timeout_s), request as response:
-                status = response.status
-                raw = await read_at_most(response, MAX_ANSWER_BYTES)
+        """Run one text; its Idempotency-Key is its SID.
+
+        Raises VmAway, VmBusy, VmSilent or VmFailed.
+        """
+        limit_s = self.command_timeout_s
+        try:
+            status, raw = await self._ask(route, "POST", "/command", limit_s, sid, body)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             raise VmAway(f"not reached ({type(error).__name__})") from error
         except TimeoutError as error:
@@ -3374,10 +3302,10 @@ class VmClient:
         if status < 300:
             return parse_answer(raw)
         if status in (502, 503, 504):
-            is_drop = status == HTTPStatus.GATEWAY_TIMEOUT
+            is_drop = status == 504
             reason = f"answered {status}"
             raise VmAway(reason, may_have_reached=status != 503, is_drop=is_drop)
-        raise VmBusy if status == HTTPStatus.CONFLICT else VmFailed(status)
+        raise VmBusy if status == 409 else VmFailed(status)
 
 
 # --- Agents ---
@@ -3417,6 +3345,28 @@ esac
 Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 
+@contextlib.contextmanager
+def opened_folder(folder: Path) -> Iterator[int]:
+    """A handle of a folder, made if need be; never of what a link leads to (blocking)."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def open_within(folder: int, name: str, mode: str) -> IO[bytes]:
+    """A file of a folder's handle, no link followed (blocking)."""
+
+    def opener(name: str, flags: int) -> int:
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
+        return os.open(name, flags, 0o600, dir_fd=folder)
+
+    return cast("IO[bytes]", open(name, mode, opener=opener))
+
+
 class Pictures:
     """A VM's folders `inbox` and `images`; no link leads into or out of them.
 
@@ -3429,33 +3379,19 @@ class Pictures:
         self.images = folder / "images"
         self.inbox = folder / "inbox"
 
-    @contextlib.contextmanager
-    def _opened(self, folder: Path) -> Iterator[int]:
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir(mode=0o700)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            yield handle
-        finally:
-            os.close(handle)
-
     def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
         """Write a file under a new name; returns the name. Raises OSError."""
         kind = kind_of_picture(content) or kind
         suffix = mimetypes.guess_extension(kind) or ".bin"
         name = secrets.token_hex(8) + suffix
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        with (
-            self._opened(folder) as within,
-            os.fdopen(os.open(name, flags, 0o600, dir_fd=within), "wb") as file,
-        ):
+        with opened_folder(folder) as handle, open_within(handle, name, "xb") as file:
             file.write(content)
         return name
 
     def shown(self) -> set[Shown]:
         """The files that may be pictures to be sent."""
         found = set()
-        with contextlib.suppress(OSError), self._opened(self.images) as folder:
+        with suppress(OSError), opened_folder(self.images) as folder:
             for entry in os.scandir(folder):
                 status = entry.stat(follow_symlinks=False)
                 if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
@@ -3467,43 +3403,41 @@ class Pictures:
     def shown_since(self, before: set[Shown]) -> list[Json]:
         """What pictures appeared, oldest first, without those that `say` sent."""
         found = []
-        with contextlib.suppress(OSError), self._opened(self.images) as folder:
+        with suppress(OSError), opened_folder(self.images) as folder:
             said = b""
-            with contextlib.suppress(OSError), self._read(self.SAID, folder) as file:
+            with suppress(OSError), open_within(folder, self.SAID, "rb") as file:
                 said = file.read()
             for one in sorted(self.shown() - before):
                 if to_json(one).encode() in said.splitlines():
                     continue
                 _, size, name = one
-                with contextlib.suppress(OSError), self._read(name, folder) as file:
+                with suppress(OSError), open_within(folder, name, "rb") as file:
                     kind = kind_of_picture(file.read(8))
                     if kind and size <= MAX_IMAGE_BYTES:
                         found.append({"type": kind, "url": f"/images/{name}"})
         return found[:MAX_IMAGES]
 
-    def _read(self, name: str, folder: int) -> IO[bytes]:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
-        return os.fdopen(os.open(name, flags, dir_fd=folder), "rb")
-
     def begin(self) -> set[Shown]:
         """What there is when a command begins."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             (self.images / self.SAID).unlink()
         return self.shown()
 
     def note_said(self, names: Sequence[str]) -> None:
         """`say` sent these: they are not sent again at the end of the command."""
-        said = [to_json(one) for one in self.shown() if one[2] in names]
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        said = [to_json(one).encode() + b"\n" for one in self.shown() if one[2] in names]
         with (
-            contextlib.suppress(OSError),
-            self._opened(self.images) as folder,
-            os.fdopen(os.open(self.SAID, flags, 0o600, dir_fd=folder), "w") as file,
+            suppress(OSError),
+            opened_folder(self.images) as folder,
+            open_within(folder, self.SAID, "ab") as file,
         ):
-            file.writelines(line + "\n" for line in said)
+            file.writelines(said)
 
     def put(self, path: Path) -> str:
-        """The name of a picture in `images`, copied there if need be; raises CockpitError."""
+        """The name of a picture in `images`, copied there if need be.
+
+        Raises CockpitError.
+        """
         try:
             with path.open("rb") as file:
                 content = file.read(MAX_IMAGE_BYTES + 1)
@@ -3520,8 +3454,7 @@ class Pictures:
 
     async def fetch(self, media: object) -> list[str]:
         """The phone's pictures as files in `inbox`, ten at most."""
-        listed = media[:MAX_IMAGES] if isinstance(media, list) else []
-        wanted = [one for one in listed if isinstance(one, dict)]
+        wanted = objects_in(media)[:MAX_IMAGES]
         if not wanted:
             return []
         async with aiohttp.ClientSession(
@@ -3530,13 +3463,13 @@ class Pictures:
 
             async def fetch(one: Json) -> str:
                 url, kind = str(one.get("url")), str(one.get("content_type"))
-                with contextlib.suppress(aiohttp.ClientError, OSError, ValueError):
+                with suppress(aiohttp.ClientError, OSError, ValueError):
                     async with (
                         asyncio.timeout(INBOX_S),
                         session.get(url, allow_redirects=False) as response,
                     ):
                         content = await read_at_most(response, MAX_IMAGE_BYTES)
-                    if response.status == HTTPStatus.OK and content is not None:
+                    if response.status == 200 and content is not None:
                         name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
                         return f"{self.inbox.name}/{name}"
                 return "(a picture that could not be fetched)"
@@ -3660,7 +3593,7 @@ class CommandAgent(Agent):
         return said
 
     def last_line(self) -> str:
-        with contextlib.suppress(OSError, ValueError):  # it ends just now
+        with suppress(OSError, ValueError):  # it ends just now
             files = [stream.fileno() for stream in self._streams[1:]]
             newest = max(files, key=lambda file: os.fstat(file).st_mtime_ns)
             lines = read_tail(newest).splitlines()
@@ -3731,7 +3664,7 @@ class Process(NamedTuple):
 def processes() -> Iterator[Process]:
     """Each process, on Linux (blocking; proc(5), `/proc/pid/stat`)."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        with suppress(OSError, ValueError, IndexError):
             head, _, rest = stat.read_text(errors="replace").rpartition(")")
             fields = rest.split()
             ids = int(fields[2]), int(fields[3])
@@ -3766,12 +3699,11 @@ class VmServer:
         self._load_answers()
 
     def _load_answers(self) -> None:
-        stored = None
-        with contextlib.suppress(OSError):
-            stored = parse_json(self._answers_file.read_bytes())
-        for key, answer in stored.items() if isinstance(stored, dict) else ():
-            if isinstance(answer, dict):
-                self._answers.put(key, answer, time.monotonic())
+        with suppress(OSError):
+            stored = object_in(parse_json(self._answers_file.read_bytes()))
+            for key, answer in stored.items():
+                if isinstance(answer, dict):
+                    self._answers.put(key, answer, time.monotonic())
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=COMMAND_BODY_BYTES)
@@ -3948,25 +3880,23 @@ def prepare_environment(agent: str, folder: Path) -> None:
 def end_with_parent() -> None:
     """Where there is a parent-death signal: a process that is stopped does not see its input close."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    with contextlib.suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
-async def serve_vm(
-    host: str, port: int, agent: str, folder: Path, *, until_stdin_closes: bool
-) -> int:
+async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
     """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
     token = os.environ.get("COCKPIT_TOKEN", "")
-    pictures = Pictures(folder)
-    await asyncio.to_thread(prepare_environment, agent, folder)
-    chosen = choose_agent(agent, folder, pictures)
-    server = await asyncio.to_thread(VmServer, token, chosen, folder, pictures)
+    host, port, pictures = given.host, given.port, Pictures(folder)
+    await asyncio.to_thread(prepare_environment, given.agent, folder)
+    agent = choose_agent(given.agent, folder, pictures)
+    server = await asyncio.to_thread(VmServer, token, agent, folder, pictures)
     runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if until_stdin_closes:
+    if given.until_stdin_closes:
         loop.add_reader(0, server.end_with_gateway)
         end_with_parent()
     try:
@@ -3987,13 +3917,8 @@ async def serve_vm(
 
 def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
     """Make it the user's, and nothing in it; no link is followed (blocking)."""
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
+    with opened_folder(folder) as handle:
         os.fchown(handle, user.pw_uid, user.pw_gid)
-    finally:
-        os.close(handle)
 
 
 def reap_until_end_of(child: int) -> int:
@@ -4021,9 +3946,7 @@ def run_vm(given: argparse.Namespace) -> int:
         os.setuid(user.pw_uid)
         os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     os.chdir(folder)
-    until = given.until_stdin_closes
-    vm = serve_vm(given.host, given.port, given.agent, folder, until_stdin_closes=until)
-    return asyncio.run(vm)
+    return asyncio.run(serve_vm(given, folder))
 
 
 # Of an agent or a script on the VM
@@ -4034,8 +3957,7 @@ REFUSED, WRONG_USE, NOT_REACHED, LIMIT_REACHED = 1, 2, 3, 4  # exit codes of `sa
 
 def explain_problem(raw: bytes) -> tuple[str, str]:
     """What the gateway says of an error (RFC 9457)."""
-    problem = parse_json(raw)
-    problem = problem if isinstance(problem, dict) else {}
+    problem = object_in(parse_json(raw))
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
 
 
@@ -4060,15 +3982,11 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     body = {"text": words, "images": [f"/images/{name}" for name in names]}
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, dialect, clock, Metrics(clock))
-
-        async def post() -> Any:
-            address = URL(f"{url}/messages")
-            more: Json = {"json": body, "headers": headers}
-            return await gateway.ask("say", "POST", address, timeout_s=20, **more)
+        call = functools.partial(gateway.ask, "say", "POST", URL(f"{url}/messages"))
+        post = functools.partial(call, timeout_s=20, json=body, headers=headers)
 
         def is_worth_repeating(error: UpstreamError) -> bool:
-            is_limit = error.status == HTTPStatus.TOO_MANY_REQUESTS
-            return is_unavailable(error) and not is_limit
+            return is_unavailable(error) and error.status != 429
 
         await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
     await asyncio.to_thread(pictures.note_said, names)
@@ -4082,7 +4000,7 @@ def run_say(given: argparse.Namespace) -> int:
         print(f"cockpit say: {error}", file=sys.stderr)
         if not isinstance(error, UpstreamError):
             return WRONG_USE
-        if error.status == HTTPStatus.TOO_MANY_REQUESTS:
+        if error.status == 429:
             return LIMIT_REACHED
         return NOT_REACHED if is_unavailable(error) else REFUSED
     return 0
@@ -4098,10 +4016,10 @@ UNDO_REFUSED = Backoff(base_s=0.5, cap_s=300)
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
+RESTARTED = "the gateway was restarted while it was being set up, so it is undone; ask again"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ownership:
+class Ownership(NamedTuple):
     """What a machine's stamp says of whose it is; `key_id` is empty unless a secret of ours signed it."""
 
     machine: Machine
@@ -4111,18 +4029,20 @@ class Ownership:
     key_id: str
 
 
+@dataclass(eq=False)
 class Blueprint:
     """What a VM is made of, and how its machine tells whose it is."""
 
-    def __init__(self, settings: Settings, keyring: Keyring, routes: RouteStore) -> None:
-        self._settings = settings
-        self._keyring = keyring
-        self._routes = routes
-        self.host = urlsplit(settings.gateway.public_url).netloc
+    settings: Settings
+    keyring: Keyring
+    routes: RouteStore
+
+    def __post_init__(self) -> None:
+        self.host = urlsplit(self.settings.gateway.public_url).netloc
 
     def config(self, metadata: Mapping[str, str], volume_id: str) -> Json:
         """A machine's config: restarted always, one service, kept open through a long command."""
-        vm, limits = self._settings.vm, self._settings.limits
+        vm, limits = self.settings.vm, self.settings.limits
         # Fly's proxy may cut a connection that is silent for 60 s.
         options = {"idle_timeout": int(limits.vm_command_timeout_s) + 60}
         port: Json = {"port": 3000, "handlers": ["http"], "http_options": options}
@@ -4162,27 +4082,27 @@ class Blueprint:
 
     def rootfs(self) -> Json:
         """What keeps the root disk of a machine without a volume: waking may end in a cold boot."""
-        persist = "always" if self._settings.limits.vm_idle_s else "restart"
+        persist = "always" if self.settings.limits.vm_idle_s else "restart"
         return {"rootfs": {"persist": persist}}
 
     def url(self, vm_id: str, machine_id: str, region: str) -> str:
         """Where a VM is reached."""
-        return self._settings.vm.url.format(app=vm_id, machine_id=machine_id, region=region)
+        return self.settings.vm.url.format(app=vm_id, machine_id=machine_id, region=region)
 
     def own_secrets(self, vm_id: str) -> dict[str, str]:
         """The secrets by which a VM reaches the gateway."""
-        public_url = self._settings.gateway.public_url
-        return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self._keyring.vm_token(vm_id)}
+        public_url = self.settings.gateway.public_url
+        return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self.keyring.vm_token(vm_id)}
 
     def metadata(self, vm_id: str, phone: str, pairing: str) -> dict[str, str]:
         """The stamp that says whose a machine is."""
-        gateway_id = self._routes.gateway_id
+        gateway_id = self.routes.gateway_id
         text = Keyring.owner_text(vm_id, phone, gateway_id, pairing)
         return {
             "cockpit_gateway": f"{self.host}/{gateway_id}",
             "cockpit_phone": phone,
             "cockpit_pairing": pairing,
-            "cockpit_owner": self._keyring.sign(text),
+            "cockpit_owner": self.keyring.sign(text),
         }
 
     def ownership(self, machine: Machine) -> Ownership | None:
@@ -4193,14 +4113,9 @@ class Blueprint:
             return None
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
-        key_id = self._keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
-        return Ownership(
-            machine=machine,
-            gateway_id=gateway_id,
-            phone=phone,
-            pairing=pairing,
-            key_id=key_id if PHONE.fullmatch(phone) else "",
-        )
+        key_id = self.keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
+        key_id = key_id if PHONE.fullmatch(phone) else ""
+        return Ownership(machine, gateway_id, phone, pairing, key_id)
 
     def adopted_route(self, owned: Ownership) -> Route:
         """The route of a machine that proved whose it is."""
@@ -4226,31 +4141,30 @@ class Readiness:
     fly: FlyClient
     vms: VmClient
 
-    async def when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
+    async def when_visible(
+        self, call: Callable[P, Awaitable[T]], *args: P.args, **named: P.kwargs
+    ) -> T:
         """Fly may answer 404 or 401 for an app it has just made."""
 
         def is_hidden(error: UpstreamError) -> bool:
             return error.status in (401, 404) or "failed to get app" in error.detail
 
-        return await retry(call, FRESH_APP, self.clock, when=is_hidden)
+        return await retry(lambda: call(*args, **named), FRESH_APP, self.clock, when=is_hidden)
 
     async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        """Wait until Fly calls the machine started; raises Refusal when that will not be."""
-        version = "" if after_event else machine.instance_id
+        """Wait until Fly calls the machine started.
 
-        async def is_started() -> bool:
-            return await self.fly.is_started(
-                vm_id, machine.id, version=version, from_event_id=after_event
-            )
-
-        while not await self.when_visible(is_started):
+        Raises Refusal when that will not be.
+        """
+        since = {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
+        while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
             present = await self.fly.get_machine(vm_id, machine.id)
             if present.state in STATES_THAT_FAILED:
                 reason = f"the machine did not start: Fly says {present.state}"
                 raise Refusal("vm_unhealthy", reason, vm_id=vm_id)
             if present.state == "stopped":
                 # Seen after updates; while Fly is still replacing it, it refuses to start it.
-                with contextlib.suppress(UpstreamRejected):
+                with suppress(UpstreamRejected):
                     await self.fly.start_machine(vm_id, machine.id)
 
     async def wait_healthy(self, route: Route) -> None:
@@ -4270,8 +4184,6 @@ class Provisioning:
 
     order: Order
     vm_id: str
-    launch_id: str  # by it a create of unknown outcome is found
-    regions: list[str]  # not yet found full
     settings: Settings
     clock: Clock
     routes: RouteStore
@@ -4279,38 +4191,54 @@ class Provisioning:
     blueprint: Blueprint
     readiness: Readiness
     metrics: Metrics
-    began: float  # monotonic
     step: str = ""
     seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
     machine: Machine | None = None
     secrets_version: int = 0
     is_torn_down: bool = False
-    task: asyncio.Task[Route] | None = None
+    task: asyncio.Task[None] | None = None
     moved: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end of each step
 
     STEPS = ("app", "secrets", "address", "volume", "machine", "start", "health")
 
-    async def outcome(self) -> Route:
-        """What came of it; raises Refusal. A caller who hangs up stops nothing."""
+    def __post_init__(self) -> None:
+        self.began = self.clock.monotonic()
+        # By it a create of unknown outcome is found.
+        self.launch_id = self.clock.random_id() + self.clock.random_id()
+        self.asked_regions = self.settings.vm.regions
+        if self.order.region:
+            self.asked_regions = (self.order.region,)
+        self.regions = list(self.asked_regions)  # not yet found full
+
+    async def outcome(self) -> None:
+        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
         assert self.task is not None
         await asyncio.wait({self.task})
         if self.task.cancelled():
-            reason = f"{self.vm_id} was deleted before it was set up"
-            raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        return self.task.result()
+            raise self.interruption()
+        self.task.result()
+
+    def interruption(self) -> Refusal:
+        """What a caller is told when it was cancelled."""
+        if not self.is_torn_down:  # shutting down: the next start undoes it
+            reason = f"the gateway shut down while {self.vm_id} was being set up; it will be undone"
+            return Refusal("draining", reason)
+        when = "while it was being set up" if self.step else "before it was set up"
+        return Refusal("torn_down", f"{self.vm_id} was deleted {when}", vm_id=self.vm_id)
 
     @property
     def route(self) -> Route:
         return self.routes.routes[self.order.phone]
 
-    def update(self, **changes: Any) -> Route:
+    def update(self, **changes: Any) -> None:
         """Change the route in memory; a commit follows where the change must be on disk."""
-        changed = replace(self.route, **changes)
-        self.routes.put(self.order.phone, changed)
-        return changed
+        self.routes.put(self.order.phone, replace(self.route, **changes))
 
-    async def run(self) -> Route:
-        """Take all steps, each noted and timed; raises what a step raises, or TimeoutError."""
+    async def run(self) -> None:
+        """Take all steps, each noted and timed.
+
+        Raises what a step raises, or TimeoutError.
+        """
         async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
             await self.routes.commit()
             for name in self.STEPS:
@@ -4322,9 +4250,8 @@ class Provisioning:
                 self.seconds[name] = round(passed_s, 3)
                 self.metrics.provision_step.observe(passed_s, name)
                 self.moved.set()
-            route = self.update(state="ready", step="", extra={"steps": self.seconds})
+            self.update(state="ready", step="", extra={"steps": self.seconds})
             await self.routes.commit()
-            return route
 
     async def take_app(self) -> None:
         await self.fly.create_app(self.vm_id)
@@ -4332,7 +4259,7 @@ class Provisioning:
     async def take_secrets(self) -> None:
         values = {**self.order.credentials, **self.blueprint.own_secrets(self.vm_id)}
         self.secrets_version = await self.readiness.when_visible(
-            lambda: self.fly.set_secrets(self.vm_id, values)
+            self.fly.set_secrets, self.vm_id, values
         )
 
     async def take_address(self) -> None:
@@ -4340,18 +4267,17 @@ class Provisioning:
         # A private address lives on the network its callers are on: the gateway's, not the app's own.
         network = "" if self.settings.vm.is_public else self.settings.fly.network
         for kind in kinds:
-            allocate = functools.partial(self.fly.ensure_address, self.vm_id, kind, network)
-            await self.readiness.when_visible(allocate)
+            await self.readiness.when_visible(self.fly.ensure_address, self.vm_id, kind, network)
 
     async def take_volume(self) -> None:
         """In the first region that has room; a machine that finds none beside it comes back for the next."""
         vm = self.settings.vm
         while vm.volume_gb:
-            create = functools.partial(
-                self.fly.ensure_volume, self.vm_id, self.regions[0], vm.volume_gb, vm.guest
-            )
+            size = vm.volume_gb, vm.guest
             try:
-                volume_id, region = await self.readiness.when_visible(create)
+                volume_id, region = await self.readiness.when_visible(
+                    self.fly.ensure_volume, self.vm_id, self.regions[0], *size
+                )
             except UpstreamError as error:
                 self.give_up_region(error)
                 continue
@@ -4360,7 +4286,10 @@ class Provisioning:
             return
 
     def give_up_region(self, error: UpstreamError) -> None:
-        """Pass over a region that is full; raises the error when it is another or this was the last."""
+        """Pass over a region that is full.
+
+        Raises the error when it is another or this was the last.
+        """
         if error.code != NO_CAPACITY or len(self.regions) < 2:
             raise error
         log_warning("region_full", vm_id=self.vm_id, region=self.regions.pop(0), error=str(error))
@@ -4368,11 +4297,11 @@ class Provisioning:
     async def take_machine(self) -> None:
         while self.machine is None:
             volume_id = self.route.volume_id
-            create = functools.partial(
-                self.fly.create_machine, self.vm_id, self.machine_request(), self.launch_id
-            )
+            request = self.machine_request()
             try:
-                self.machine = await self.readiness.when_visible(create)
+                self.machine = await self.readiness.when_visible(
+                    self.fly.create_machine, self.vm_id, request, self.launch_id
+                )
             except UpstreamError as error:
                 self.give_up_region(error)
                 if volume_id:
@@ -4409,16 +4338,11 @@ class Provisioning:
         about: Json = {"vm_id": self.vm_id, "step": self.step}
         if isinstance(error, TimeoutError):
             return await self.refusal_for_timeout(about)
-        if isinstance(error, Refusal):
-            return error
         try:
-            return refusal_for(error, **about, regions=self.asked_regions())
+            return refusal_for(error, **about, regions=self.asked_regions)
         except Exception as unforeseen:
             log_error("provision_broken", exc_info=unforeseen, **about)
             return Refusal("internal", "something went wrong here; the log says what", **about)
-
-    def asked_regions(self) -> tuple[str, ...]:
-        return (self.order.region,) if self.order.region else self.settings.vm.regions
 
     async def refusal_for_timeout(self, about: Json) -> Refusal:
         limit = f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
@@ -4437,7 +4361,7 @@ class Provisioning:
 
     async def passes_flys_check(self) -> bool:
         assert self.machine is not None
-        with contextlib.suppress(UpstreamError, TimeoutError):
+        with suppress(UpstreamError, TimeoutError):
             async with self.clock.time_limit(10):
                 return (await self.fly.get_machine(self.vm_id, self.machine.id)).checks_pass
         return False
@@ -4462,10 +4386,6 @@ class Undo:
             self.running[vm_id] = self.tasks.start(self._run(vm_id), f"undo {vm_id}")
         return self.running[vm_id]
 
-    def start_all(self) -> None:
-        for vm_id in list(self.routes.undo):
-            self.start(vm_id)
-
     async def _run(self, vm_id: str) -> None:
         failures = 0
         try:
@@ -4479,7 +4399,7 @@ class Undo:
             del self.routes.undo[vm_id]
             self.confirmed.put(vm_id, None, self.clock.monotonic())
             log_event("undo_confirmed", vm_id=vm_id)
-            with contextlib.suppress(StoreError):
+            with suppress(StoreError):
                 await self.routes.commit()
         finally:
             del self.running[vm_id]
@@ -4487,13 +4407,9 @@ class Undo:
     async def _note_failure(self, vm_id: str, error: UpstreamError, failures: int) -> None:
         self.routes.undo[vm_id]["last_error"] = str(error)
         is_refused = bool(self.fly.trouble)  # which has a log line of its own
-        log_event(
-            "undo_retry",
-            level=logging.DEBUG if is_refused else logging.WARNING,
-            vm_id=vm_id,
-            error=str(error),
-            attempt=failures + 1,
-        )
+        level = logging.DEBUG if is_refused else logging.WARNING
+        attempt = failures + 1
+        log_event("undo_retry", level=level, vm_id=vm_id, error=str(error), attempt=attempt)
         await (UNDO_REFUSED if is_refused else UNDO).pause(self.clock, failures)
 
     async def _delete_and_confirm(self, vm_id: str) -> None:
@@ -4564,21 +4480,19 @@ class Provisioner:
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on; raises Refusal. No await before the record, so one of many wins."""
+        """Take an order on; raises Refusal.
+
+        No await before the record, so one of many wins.
+        """
         failed = self._check_number_free(order.phone)
         self._check_limits(replaced=1 if failed else 0)
         if failed:  # only now: who is refused loses nothing
             self.routes.begin_undo(order.phone, "replaced")
             self.undo.start(failed.vm_id)
-        now = self.clock.now()
         vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
-        regions = [order.region] if order.region else list(self.settings.vm.regions)
-        provisioning = Provisioning(
+        job = Provisioning(
             order=order,
             vm_id=vm_id,
-            launch_id=self.clock.random_id() + self.clock.random_id(),
-            regions=regions,
-            began=self.clock.monotonic(),
             settings=self.settings,
             clock=self.clock,
             routes=self.routes,
@@ -4592,16 +4506,16 @@ class Provisioner:
             state="provisioning",
             image=self.settings.vm.image,
             region=order.region,
-            created_at=utc_seconds(now),
+            created_at=utc_seconds(self.clock.now()),
             key_id=self.keyring.current_id,
             pairing="0:unpaired" if order.verify else "0:paired",
         )
         self.routes.put(order.phone, route)
-        self.running[vm_id] = provisioning
-        provisioning.task = self.tasks.start(self._run(provisioning), f"provision {vm_id}")
-        provisioning.task.add_done_callback(lambda _: provisioning.moved.set())
+        self.running[vm_id] = job
+        job.task = self.tasks.start(self._run(job), f"provision {vm_id}")
+        job.task.add_done_callback(lambda _: job.moved.set())
         log_event("provision_begun", vm_id=vm_id, phone=mask_phone(order.phone))
-        return provisioning
+        return job
 
     def _check_number_free(self, phone: str) -> Route | None:
         """The number's VM that is gone, if one is: a new one may replace it."""
@@ -4623,56 +4537,42 @@ class Provisioner:
         if limits.vm_limit and count >= limits.vm_limit:
             raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
 
-    async def _run(self, provisioning: Provisioning) -> Route:
-        vm_id = provisioning.vm_id
+    async def _run(self, job: Provisioning) -> None:
+        """Cancelled it leaves things as they are: to who tears it down, or to the next start."""
+        vm_id = job.vm_id
         try:
-            route = await provisioning.run()
-        except asyncio.CancelledError:
-            if not provisioning.is_torn_down:  # shutting down: the next start undoes it
-                reason = f"the gateway shut down while {vm_id} was being set up; it will be undone"
-                raise Refusal("draining", reason) from None
-            reason = f"{vm_id} was deleted while it was being set up"
-            refusal = Refusal("torn_down", reason, vm_id=vm_id)
-            await self._abandon(provisioning, refusal)
-            raise refusal from None
+            await job.run()
         except Exception as error:  # also one that nobody foresaw must not keep the number
-            refusal = await provisioning.refusal(error)
-            made_nothing = isinstance(error, NameTaken) or not provisioning.step
-            await self._abandon(provisioning, refusal, made_nothing=made_nothing)
+            refusal = await job.refusal(error)
+            made_nothing = isinstance(error, NameTaken) or not job.step
+            await self._abandon(job, refusal, made_nothing=made_nothing)
             raise refusal from error
         finally:
             self.running.pop(vm_id, None)
-        self.metrics.provision.observe(self.clock.monotonic() - provisioning.began, "ready")
-        phone = mask_phone(provisioning.order.phone)
-        log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=provisioning.seconds)
-        await self.on_ready(vm_id, provisioning.order.welcome)
-        return route
+        self.metrics.provision.observe(self.clock.monotonic() - job.began, "ready")
+        phone = mask_phone(job.order.phone)
+        log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=job.seconds)
+        await self.on_ready(vm_id, job.order.welcome)
 
     async def _abandon(
-        self, provisioning: Provisioning, refusal: Refusal, *, made_nothing: bool = False
+        self, job: Provisioning, refusal: Refusal, *, made_nothing: bool = False
     ) -> None:
         """Free the number, tell whoever waits, start the undo; the caller's error does not wait for it."""
-        vm_id, phone = provisioning.vm_id, provisioning.order.phone
+        vm_id, phone = job.vm_id, job.order.phone
+        code, error = refusal.code, refusal.detail
         self.running.pop(vm_id, None)  # from here on a teardown has nothing to cancel
-        passed_s = self.clock.monotonic() - provisioning.began
-        self.metrics.provision.observe(passed_s, refusal.code)
-        log_warning(
-            "provision_failed",
-            vm_id=vm_id,
-            step=provisioning.step,
-            code=refusal.code,
-            error=refusal.detail,
-        )
-        is_torn_down = provisioning.is_torn_down
-        state = "deleting" if is_torn_down else "failed"
-        self._remember_failed(phone, self.routes.routes[phone], refusal.detail, state)
+        self.metrics.provision.observe(self.clock.monotonic() - job.began, code)
+        log_warning("provision_failed", vm_id=vm_id, step=job.step, code=code, error=error)
+        reason, state = "failed", "failed"
+        if job.is_torn_down:
+            reason, state = "torn_down", "deleting"
+        self._remember_failed(phone, self.routes.routes[phone], error, state)
         if made_nothing:
             self.routes.drop(phone)
         else:
-            reason = "torn_down" if is_torn_down else "failed"
-            self.routes.begin_undo(phone, reason, refusal.detail)
+            self.routes.begin_undo(phone, reason, error)
         await self.on_gone(vm_id, phone, "failed")
-        with contextlib.suppress(StoreError):
+        with suppress(StoreError):
             await self.routes.commit()
         if vm_id in self.routes.undo:
             self.undo.start(vm_id)
@@ -4690,38 +4590,33 @@ class Provisioner:
         """
         log_event("teardown", vm_id=vm_id)
         found = self.routes.find(vm_id)
-        if provisioning := self.running.get(vm_id):
-            await self._cancel(provisioning)
+        if job := self.running.get(vm_id):
+            await self._cancel(job)
         elif found:
             self.routes.begin_undo(found[0], "torn_down")
-            with contextlib.suppress(StoreError):  # a full disk must not keep a VM alive
+            with suppress(StoreError):  # a full disk must not keep a VM alive
                 await self.routes.commit()
             # Not before it is on disk: after a kill the VM would live on, its texts dropped.
             await self.on_gone(vm_id, found[0], "torn_down")
         elif vm_id not in self.routes.undo and vm_id not in self.failed:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        is_gone = vm_id not in self.routes.undo or await self._is_undone_in_time(vm_id)
+        if vm_id in self.routes.undo:
+            with suppress(TimeoutError):
+                async with self.clock.time_limit(TEARDOWN_WAIT_S):
+                    await asyncio.wait({self.undo.start(vm_id)})
+        is_gone = vm_id not in self.routes.undo
         if is_gone:
             self.failed.forget(vm_id)
         return is_gone
 
-    async def _is_undone_in_time(self, vm_id: str) -> bool:
-        with contextlib.suppress(TimeoutError):
-            async with self.clock.time_limit(TEARDOWN_WAIT_S):
-                await asyncio.shield(self.undo.start(vm_id))
-                return True
-        return False
-
-    async def _cancel(self, provisioning: Provisioning) -> None:
-        assert provisioning.task is not None
-        provisioning.is_torn_down = True
-        provisioning.task.cancel()
-        with contextlib.suppress(Refusal, asyncio.CancelledError):
-            await asyncio.shield(provisioning.task)
-        if self.routes.find(provisioning.vm_id):
-            # Cancelled before its first step, or while its failure was looked into.
-            reason = f"{provisioning.vm_id} was deleted before it was set up"
-            await self._abandon(provisioning, Refusal("torn_down", reason))
+    async def _cancel(self, job: Provisioning) -> None:
+        assert job.task is not None
+        job.is_torn_down = True
+        job.task.cancel()
+        with suppress(Refusal):
+            await job.outcome()
+        if self.routes.find(job.vm_id):  # else it had failed by itself
+            await self._abandon(job, job.interruption())
 
     # Start and stop
 
@@ -4730,29 +4625,30 @@ class Provisioner:
         for phone, route in list(self.routes.routes.items()):
             if route.state not in ("provisioning", "deleting"):
                 continue
-            reason = "failed" if route.state == "provisioning" else "torn_down"
-            error = (
-                "the gateway was restarted while it was being set up, so it is undone; ask again"
-            )
-            if reason == "failed":
+            reason, error = "torn_down", ""
+            if route.state == "provisioning":
+                reason, error = "failed", RESTARTED
                 self._remember_failed(phone, route, error)
-            self.routes.begin_undo(phone, reason, error if reason == "failed" else "")
+            self.routes.begin_undo(phone, reason, error)
             await self.on_gone(route.vm_id, phone, reason)
             log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
         if self.routes.undo or self.routes.is_new:
-            with contextlib.suppress(StoreError):
+            with suppress(StoreError):
                 await self.routes.commit()
-        self.undo.start_all()
+        for vm_id in list(self.routes.undo):
+            self.undo.start(vm_id)
 
     async def drain(self) -> None:
         """Take no more orders; wait for those under way (the caller bounds the wait)."""
         self.is_draining = True
-        tasks = [entry.task for entry in self.running.values() if entry.task]
-        if tasks:
+        if tasks := [entry.task for entry in self.running.values() if entry.task]:
             await asyncio.wait(tasks)
 
     def record(self, vm_id: str) -> Json:
-        """The record of a VM that is routed, being deleted, or failed within the hour; raises Refusal."""
+        """The record of a VM that is routed, being deleted, or failed within the hour.
+
+        Raises Refusal.
+        """
         if found := self.routes.find(vm_id):
             return describe(*found)
         for known, entry in self.routes.undo.items():
@@ -5302,7 +5198,7 @@ class Sender:
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
             try:
-                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted=is_wanted)
+                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted)
             except UpstreamError as error:
                 action = action_for(error)
                 if action == "as_link" and sms.media:
@@ -10237,22 +10133,13 @@ async def open_clouds(
     # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
     # bare addresses.
     cookies = aiohttp.CookieJar(unsafe=True)
-    fly = FlyClient(
-        await open_session(stack, 100, cookie_jar=cookies),
-        await open_session(stack, 100, is_fresh=True, cookie_jar=cookies),
-        settings.fly,
-        clock,
-        metrics,
-        budget_s=settings.limits.provision_timeout_s,
-    )
-    twilio = TwilioClient(
-        await open_session(stack, TWILIO_CONNECTIONS),
-        await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True),
-        settings.twilio,
-        clock,
-        metrics,
-    )
-    return fly, twilio
+    session = await open_session(stack, 100, cookie_jar=cookies)
+    fresh = await open_session(stack, 100, is_fresh=True, cookie_jar=cookies)
+    api = Upstream(session, fresh, FLY, clock, metrics)
+    fly = FlyClient(api, settings.fly, budget_s=settings.limits.provision_timeout_s)
+    session = await open_session(stack, TWILIO_CONNECTIONS)
+    fresh = await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True)
+    return fly, TwilioClient(Upstream(session, fresh, TWILIO, clock, metrics), settings.twilio)
 
 
 def state_path(settings: Settings) -> Path:
