@@ -1444,25 +1444,23 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
         raise StoreError(f"{path.name} cannot be written: {error.strerror}") from error
 
 
-class StateLock:
-    """One process per state file: held until closed or until the process ends."""
+def lock_state(path: Path) -> int:
+    """One process per state file, until this handle is closed or the process ends.
 
-    def __init__(self, path: Path) -> None:
-        """Blocking; raises StoreError."""
-        lock = path.with_name(path.name + ".lock")
-        try:
-            self._handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            remedy = "stop it first, or set ROUTES_FILE to another file"
-            raise StoreError(f"another cockpit is using {path}; {remedy}") from error
-        except OSError as error:
-            remedy = "check that the folder exists and is writable"
-            raise StoreError(f"{lock} cannot be locked: {error.strerror}; {remedy}") from error
-
-    def close(self) -> None:
-        os.close(self._handle)
+    Blocking; raises StoreError.
+    """
+    lock = path.with_name(path.name + ".lock")
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        remedy = "stop it first, or set ROUTES_FILE to another file"
+        raise StoreError(f"another cockpit is using {path}; {remedy}") from error
+    except OSError as error:
+        remedy = "check that the folder exists and is writable"
+        raise StoreError(f"{lock} cannot be locked: {error.strerror}; {remedy}") from error
+    return handle
 
 
 class StoredRoutes(NamedTuple):
@@ -1538,6 +1536,7 @@ class RouteStore:
         self._clock = clock
         self._tasks = tasks
         stored, self.recovery_note = read_routes(path)
+        self.closed_because = ""  # why there may be more routes than these
         self.is_new = not stored.gateway_id
         self.gateway_id = stored.gateway_id or clock.random_id()
         self.routes = stored.routes
@@ -1606,8 +1605,8 @@ class RouteStore:
     def begin_undo(self, phone: str, reason: str, error: str = "") -> None:
         """Move a route to the undo section, which frees its number in the same write."""
         route = self.routes[phone]
-        gone = self._extra.get(GONE_AWAKE_S, 0) + route.awake_for(self._clock.now())
-        self._extra[GONE_AWAKE_S] = gone
+        self._extra.setdefault(GONE_AWAKE_S, 0)
+        self._extra[GONE_AWAKE_S] += route.awake_for(self._clock.now())
         self.drop(phone)
         entry = route.to_json() | {"phone_number": phone, "reason": reason}
         self.undo[route.vm_id] = entry | ({"last_error": error} if error else {})
@@ -4557,7 +4556,6 @@ class Provisioner:
     running: dict[str, Provisioning] = field(default_factory=dict)
     failed: Recent[Json] = field(default_factory=lambda: Recent(1000, for_s=FAILED_KEPT_S))
     is_draining: bool = False
-    closed_because: str = ""  # why no VM can be made now
 
     # Asking for a VM
 
@@ -4613,8 +4611,8 @@ class Provisioner:
         limits, count = self.settings.limits, len(self.routes.routes) - replaced
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
-        if self.closed_because:
-            raise Refusal("fly_unavailable", self.closed_because, retry_after_s=10)
+        if why := self.routes.closed_because:
+            raise Refusal("fly_unavailable", why, retry_after_s=10)
         if len(self.running) >= limits.provision_limit:
             reason = f"{len(self.running)} VMs are being set up already (PROVISION_LIMIT)"
             raise Refusal("too_many", reason, retry_after_s=10)
@@ -5096,7 +5094,6 @@ class RelayState:
         self.traces: Recent[Trace] = Recent(TRACES_KEPT)
         self.marks: dict[str, float] = {}
         self.is_draining = False
-        self.closed_because = ""  # why nobody can be called unknown now
 
     def vm(self, vm_id: str, phone: str) -> VmState:
         if vm_id not in self.vms:
@@ -5141,7 +5138,7 @@ class RelayState:
             self._loaded_vm(out.vm_id).outbox.append(out)
         for vm in list(self.vms.values()):
             # Long gone, unless its route may yet be found.
-            if not (vm.phone or self.closed_because) and vm.is_idle():
+            if not (vm.phone or self.routes.closed_because) and vm.is_idle():
                 vm.closing_notice = VM_GONE
                 self.retire(vm)
         return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
@@ -6341,9 +6338,9 @@ class Inbox:
             outcome, words = await self.door.judge(message, vm, route)
             return await self._refuse(message, vm, outcome, words=words)
         refused = self._judge(message, route, vm, is_command=bool(command))
-        if route is None and self.state.closed_because:
+        if route is None and self.routes.closed_because:
             # Not taken, so that it is fetched from Twilio's list later.
-            raise Refusal("fly_unavailable", self.state.closed_because)
+            raise Refusal("fly_unavailable", self.routes.closed_because)
         if refused:
             return await self._refuse(message, vm, *refused)
         assert vm is not None and route is not None
@@ -6817,7 +6814,7 @@ class Backfill:
         else:
             is_read = not any(self.unread.values())
             if (
-                is_read and not self.state.closed_because
+                is_read and not self.routes.closed_because
             ):  # else routes are missing by which texts are known
                 self.long_at = began if is_long else self.long_at
                 self._set_mark(until)
@@ -6924,13 +6921,13 @@ class VmChange:
         """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
         assert self.task is not None
         await asyncio.wait({self.task})
-        if self.task.cancelled() and not self.is_torn_down:
-            reason = f"this gateway is shutting down: the next start ends the {self.what}"
-            raise Refusal("draining", reason, vm_id=self.vm_id)
-        if self.task.cancelled():
+        if not self.task.cancelled():
+            return self.task.result()
+        if self.is_torn_down:
             reason = f"{self.vm_id} was deleted during the {self.what}"
             raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        self.task.result()
+        reason = f"this gateway is shutting down: the next start ends the {self.what}"
+        raise Refusal("draining", reason, vm_id=self.vm_id)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -6961,11 +6958,11 @@ class VmChanges:
 
     def check(self, vm_id: str) -> tuple[str, Route]:
         """The phone and route of a VM that can be changed now; raises Refusal."""
-        found = self.routes.find(vm_id)
-        if found is None and vm_id not in self.routes.undo:
+        found, state = self.routes.find(vm_id), "deleting"
+        if found:
+            vm_id, state = found[1].vm_id, found[1].state
+        elif vm_id not in self.routes.undo:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        state = found[1].state if found else "deleting"
-        vm_id = found[1].vm_id if found else vm_id
         if other := self.running.get(vm_id):
             state = f"in the middle of a {other.what}"
         if found is None or state not in ("ready", "asleep"):
@@ -6978,24 +6975,16 @@ class VmChanges:
     def _start(self, change: VmChange) -> VmChange:
         self.relay.state.vm(change.vm_id, change.phone).is_paused = True
         self.running[change.vm_id] = change
-        name = f"{change.what} {change.vm_id}"
-        change.task = self.tasks.start(self._run(change), name)
+        change.task = self.tasks.start(self._run(change), f"{change.what} {change.vm_id}")
         return change
-
-    async def begin_restart(self, vm_id: str) -> None:
-        """Begin one and return once that is on disk; raises Refusal and StoreError."""
-        self.begin(vm_id, "restart")
-        await self.routes.commit()
 
     def resume_all(self) -> None:
         """At start: end what an earlier process began."""
         for phone, route in self.routes.routes.items():
-            if route.change in PATIENCE_S and route.state in ("ready", "asleep"):
-                change = VmChange(
-                    vm_id=route.vm_id, phone=phone, what=route.change, is_resumed=True
-                )
-                log_event("change_resumed", vm_id=route.vm_id, what=route.change)
-                self._start(change)
+            vm_id, what = route.vm_id, route.change
+            if what in PATIENCE_S and route.state in ("ready", "asleep"):
+                log_event("change_resumed", vm_id=vm_id, what=what)
+                self._start(VmChange(vm_id=vm_id, phone=phone, what=what, is_resumed=True))
 
     async def _run(self, change: VmChange) -> None:
         """Cancelled by a shutdown it stays on disk: the next start ends it."""
@@ -7037,8 +7026,6 @@ class VmChanges:
                 await self._restart(change.vm_id)
             case "rotate":
                 await self._wait_until_ready(change.vm_id, await self._replace_config(change))
-            case "upgrade" if change.is_resumed:
-                await self._end_upgrade(change)
             case "upgrade":
                 await self._upgrade(change)
 
@@ -7092,30 +7079,26 @@ class VmChanges:
             await self.readiness.wait_healthy(self._route(vm_id))
 
     async def _upgrade(self, change: VmChange) -> None:
-        """Move to the present VM_IMAGE; what to go back to, the very build if tags are equal, is on disk."""
-        image = self.settings.vm.image
-        before = await self._machine(change.vm_id)
-        old = before.image if before.image != image else before.build or image
-        await self.routes.update(change.vm_id, old_image=old)
-        await self._settle(change, await self._replace_config(change, image))
+        """Move to the present VM_IMAGE, and back when it is not healthy.
 
-    async def _end_upgrade(self, change: VmChange) -> None:
-        """One that an earlier process began: whichever image Fly runs by now is waited for, or taken back."""
-        old = self._route(change.vm_id).old_image
-        machine = await self._machine(change.vm_id)
-        if not old or machine.image == old:
+        What to go back to, the very build if tags are equal, is on disk: of an upgrade that an earlier
+        process began, whichever image Fly runs by now is waited for, or taken back.
+        """
+        vm_id, image = change.vm_id, self.settings.vm.image
+        machine, old = await self._machine(vm_id), self._route(vm_id).old_image
+        if not change.is_resumed:
+            old = machine.image if machine.image != image else machine.build or image
+            await self.routes.update(vm_id, old_image=old)
+            machine = await self._replace_config(change, image)
+        elif old and machine.image != old:
+            key_id, image = self.keyring.current_id, machine.image
+            await self.routes.update(vm_id, image=image, key_id=key_id)
+        else:
             reason = "the gateway was restarted before Fly took the new image; ask again"
-            raise Refusal("fly_unavailable", reason, vm_id=change.vm_id)
-        await self.routes.update(change.vm_id, image=machine.image, key_id=self.keyring.current_id)
-        await self._settle(change, machine)
-
-    async def _settle(self, change: VmChange, machine: Machine) -> None:
-        """Wait for the new image; back to the old one when that is not healthy."""
-        vm_id, image = change.vm_id, machine.image
+            raise Refusal("fly_unavailable", reason, vm_id=vm_id)
         try:
             await self._wait_until_ready(vm_id, machine)
         except (CockpitError, TimeoutError) as error:
-            old = self._route(vm_id).old_image
             log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
             await self._wait_until_ready(vm_id, await self._replace_config(change, old))
             reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
@@ -7497,8 +7480,6 @@ class Adoption:
     fly: FlyClient
     blueprint: Blueprint
     reconciler: Reconciler
-    provisioner: Provisioner
-    relay: Relay
     tasks: Tasks
 
     async def at_start(self) -> None:
@@ -7514,25 +7495,19 @@ class Adoption:
             self.tasks.start(self._retry_later(), "adopt VMs")
 
     def _close(self, error: Exception) -> None:
-        reason = str(error) or "no answer in time"
-        words = (
-            f"routes.json is empty and what Fly holds for this gateway is not adopted yet: {reason}"
-        )
-        self.provisioner.closed_because = words
-        self.relay.state.closed_because = words
+        empty = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
+        self.routes.closed_because = f"{empty}: {str(error) or 'no answer in time'}"
 
     async def _retry_later(self) -> None:
         failures = 0
-        while True:
+        while self.routes.closed_because:
             failures += 1
             await ADOPT_LATER.pause(self.clock, failures)
             try:
                 await self._adopt_all()
+                self.routes.closed_because = ""
             except CockpitError as error:
                 self._close(error)
-                continue
-            self.provisioner.closed_because = self.relay.state.closed_because = ""
-            return
 
     async def _adopt_all(self) -> None:
         """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
@@ -7774,7 +7749,8 @@ class Gateway:
         self.changes.check(vm_id)
 
     async def _restart(self, vm_id: str) -> None:
-        await self.changes.begin_restart(vm_id)
+        self.changes.begin(vm_id, "restart")
+        await self.routes.commit()
 
     async def _stamp(self, vm_id: str) -> None:
         await self.reconciler.stamp(vm_id)
@@ -8477,7 +8453,7 @@ def alerts(gateway: Gateway) -> list[Alert]:
         Alert("disk", gateway.messages.trouble),
         Alert("twilio", gateway.twilio.trouble),
         Alert("fly", gateway.fly.trouble),
-        Alert("routes", gateway.provisioner.closed_because),
+        Alert("routes", gateway.routes.closed_because),
         *(Alert("fly", words) for words in gateway.reconciler.alerts),
     ]
     now = gateway.clock.monotonic()
@@ -10326,8 +10302,7 @@ async def run_gateway(app: web.Application) -> AsyncIterator[None]:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
     path = await asyncio.to_thread(state_path, settings)
     async with contextlib.AsyncExitStack() as stack:
-        lock = await asyncio.to_thread(StateLock, path)
-        stack.callback(lock.close)
+        stack.callback(os.close, await asyncio.to_thread(lock_state, path))
         gateway = app[GATEWAY] = await open_gateway(settings, app[CLOCK], app[METRICS], path, stack)
         stack.push_async_callback(gateway.tasks.close)
         if changes := await asyncio.to_thread(read_old_journal, path, gateway.routes):
