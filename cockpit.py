@@ -7132,6 +7132,13 @@ async def fetch_inventory(fly: FlyClient) -> Inventory:
     return Inventory(apps=apps, machines=machines, missing_regions=missing)
 
 
+def proof_of(phone: str, machine: Machine, blueprint: Blueprint) -> Ownership | None:
+    """What proves that a machine that lives is this phone's."""
+    owned = blueprint.ownership(machine)
+    is_proof = owned and owned.key_id and owned.phone == phone
+    return owned if is_proof and machine.state not in STATES_THAT_FAILED else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here:
     """What the gateway itself knows: the file, and what is under way."""
@@ -7151,6 +7158,19 @@ class Action(NamedTuple):
     vm_id: str
     phone: str = ""
     machine: Machine | None = None
+
+
+AT_FIRST_SIGHT = ("note_awake", "start", "probe")
+
+
+async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Action]) -> None:
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def do(action: Action) -> None:
+        async with limit:
+            await call(action)
+
+    await asyncio.gather(*map(do, actions))
 
 
 class Findings(NamedTuple):
@@ -7187,15 +7207,10 @@ class Comparison:
         self._sort_unknown(known)
         return self.result
 
-    def _do(self, kind: str, vm_id: str, phone: str = "", machine: Machine | None = None) -> None:
-        self.result.actions.append(Action(kind, vm_id, phone, machine))
-
-    def _do_if_seen_twice(
-        self, kind: str, vm_id: str, phone: str = "", machine: Machine | None = None
-    ) -> None:
+    def _do(self, kind: str, vm_id: str, phone: str, machine: Machine | None = None) -> None:
         self.result.seen.add((kind, vm_id))
-        if (kind, vm_id) in self.seen_before:
-            self._do(kind, vm_id, phone, machine)
+        if kind in AT_FIRST_SIGHT or (kind, vm_id) in self.seen_before:
+            self.result.actions.append(Action(kind, vm_id, phone, machine))
 
     def _compare_route(self, phone: str, route: Route) -> None:
         machines = self.fly.machines.get(route.vm_id, ())
@@ -7206,30 +7221,29 @@ class Comparison:
         elif is_up or route.state == "failed":
             proven = [m for m in machines if self._proves(m, phone)]
             if len(proven) == 1:
-                self._do_if_seen_twice("take_over", route.vm_id, phone, proven[0])
+                self._do("take_over", route.vm_id, phone, proven[0])
             elif is_up and not self.fly.missing_regions:
-                self._do_if_seen_twice("give_up", route.vm_id, phone)
+                self._do("give_up", route.vm_id, phone)
 
     def _proves(self, machine: Machine, phone: str) -> bool:
-        owned = self.blueprint.ownership(machine)
-        is_there = machine.app in self.fly.apps and machine.state not in STATES_THAT_FAILED
-        return bool(owned and owned.key_id and owned.phone == phone and is_there)
+        is_there = machine.app in self.fly.apps
+        return is_there and proof_of(phone, machine, self.blueprint) is not None
 
     def _compare_machine(self, phone: str, route: Route, machine: Machine) -> None:
         if route.state == "asleep":
             if machine.state == "started":
-                self._do("note_awake", route.vm_id, phone, machine)
+                self._do("note_awake", route.vm_id, phone)
         elif machine.state in RESTING:
-            self._do("start", route.vm_id, phone, machine)
+            self._do("start", route.vm_id, phone)
         elif machine.state == "started" and route.vm_id in self.here.suspects:
-            self._do("probe", route.vm_id, phone, machine)
+            self._do("probe", route.vm_id, phone)
         if machine.image and machine.image != route.image:
-            self._do_if_seen_twice("note_image", route.vm_id, phone, machine)
+            self._do("note_image", route.vm_id, phone)
         wanted = self.blueprint.metadata(route.vm_id, phone, route.pairing)
         names = ("cockpit_gateway", "cockpit_phone", "cockpit_pairing")
         is_stamped = all(machine.metadata.get(name) == wanted[name] for name in names)
         if machine.config and not (is_stamped and self._proves(machine, phone)):
-            self._do_if_seen_twice("stamp", route.vm_id, phone, machine)
+            self._do("stamp", route.vm_id, phone)
 
     def _sort_unknown(self, known: set[str]) -> None:
         """Apps nobody here knows: adopted when they prove whose they are, else reported; none is deleted."""
@@ -7260,7 +7274,7 @@ class Comparison:
         counts = Counter(one.phone for one in owned)
         for one in owned:
             if counts[one.phone] == 1:
-                self._do_if_seen_twice("adopt", one.machine.app, one.phone, one.machine)
+                self._do("adopt", one.machine.app, one.phone, one.machine)
         for phone, count in counts.items():
             if count > 1:
                 who = f"{count} VMs claim {mask_phone(phone)}, which has no route"
@@ -7327,21 +7341,7 @@ class Reconciler:
         self.alerts = findings.alerts
         probed = {action.vm_id for action in findings.actions if action.kind == "probe"}
         self.sick = {vm_id: count for vm_id, count in self.sick.items() if vm_id in probed}
-        limit = asyncio.Semaphore(AT_ONCE)
-
-        async def carry_out(action: Action) -> None:
-            async with limit:
-                try:
-                    await self._carry_out(action)
-                except CockpitError as error:  # left to the next sweep
-                    log_warning(
-                        "sweep_step_failed",
-                        vm_id=action.vm_id,
-                        action=action.kind,
-                        error=str(error),
-                    )
-
-        await asyncio.gather(*map(carry_out, findings.actions))
+        await do_all(self._carry_out, findings.actions)
 
     def _here(self) -> Here:
         vms = self.relay.vms.values()
@@ -7356,12 +7356,18 @@ class Reconciler:
         )
 
     async def _carry_out(self, action: Action) -> None:
+        vm_id, kind = action.vm_id, action.kind
         route = self.routes.routes.get(action.phone)
-        if action.kind == "adopt":
-            await self.adopt(action)
-            return
-        if route is None or route.vm_id != action.vm_id or action.vm_id in self.changes.running:
-            return
+        is_there = route and route.vm_id == vm_id and vm_id not in self.changes.running
+        try:
+            if kind == "adopt":
+                await self.adopt(action)
+            elif route and is_there:
+                await self._mend(action, route)
+        except CockpitError as error:  # left to the next sweep
+            log_warning("sweep_step_failed", vm_id=vm_id, action=kind, error=str(error))
+
+    async def _mend(self, action: Action, route: Route) -> None:
         match action.kind:
             case "start" if route.state == "ready":
                 await self.waker.start_machine(self.relay.state.vm(route.vm_id, action.phone))
@@ -7382,10 +7388,7 @@ class Reconciler:
     async def _restart_if_hung(self, route: Route) -> None:
         """Three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
-        if await self.vms.is_healthy(route):
-            self.sick.pop(vm_id, None)
-            return
-        self.sick[vm_id] = self.sick.get(vm_id, 0) + 1
+        self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick.get(vm_id, 0) + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
         if self.sick[vm_id] < SICK_SWEEPS or is_fresh or self.relay.may_be_running(vm_id):
             return
@@ -7416,20 +7419,16 @@ class Reconciler:
             machine = await self.fly.get_machine(action.vm_id, action.machine.id)
         except UpstreamNotFound:
             return None
-        owned = self.blueprint.ownership(machine)
-        is_alive = machine.host_ok and machine.state not in STATES_THAT_FAILED
-        is_proof = owned and owned.key_id and owned.phone == action.phone and is_alive
-        return owned if is_proof else None
+        return proof_of(action.phone, machine, self.blueprint) if machine.host_ok else None
 
     async def adopt(self, action: Action) -> None:
         owned = await self._proven(action)
-        is_wanted = owned is not None and owned.gateway_id == self.routes.gateway_id
-        if owned is None or not is_wanted or action.phone in self.routes.routes:
+        is_ours = owned and owned.gateway_id == self.routes.gateway_id
+        if owned is None or not is_ours or action.phone in self.routes.routes:
             return
         self.routes.put(action.phone, self.blueprint.adopted_route(owned))
         await self.relay.vm_adopted(action.vm_id, action.phone)
-        phone = mask_phone(action.phone)
-        log_warning("vm_adopted", vm_id=action.vm_id, phone=phone)
+        log_warning("vm_adopted", vm_id=action.vm_id, phone=mask_phone(action.phone))
         await self.routes.commit()
 
     async def _take_over(self, action: Action, route: Route) -> None:
@@ -7464,9 +7463,8 @@ class Reconciler:
         if self.routes.routes.get(phone) is not route:
             return
         log_error("vm_vanished", vm_id=route.vm_id, phone=mask_phone(phone))
-        changed = replace(route, state="failed", last_error="its machine is gone from Fly")
-        self.routes.put(phone, changed)
-        await self.routes.commit()
+        gone = "its machine is gone from Fly"
+        await self.routes.update(route.vm_id, state="failed", last_error=gone)
         await self.changes.vm_gone(route.vm_id, phone, "vanished")
 
 
@@ -7520,18 +7518,15 @@ class Adoption:
         ours = [owned for owned in proofs if owned.gateway_id == gateway_id]
         counts = Counter(owned.phone for owned in ours)
         self.routes.gateway_id = gateway_id or self.routes.gateway_id
-        limit = asyncio.Semaphore(AT_ONCE)
-
-        async def adopt(owned: Ownership) -> None:
-            if counts[owned.phone] > 1:
-                reason = f"not the only VM that claims {mask_phone(owned.phone)}"
-                log_warning("vm_not_adopted", vm_id=owned.machine.app, reason=reason)
-                return
-            async with limit:
-                action = Action("adopt", owned.machine.app, owned.phone, owned.machine)
-                await self.reconciler.adopt(action)
-
-        await asyncio.gather(*map(adopt, ours))
+        sole: list[Action] = []
+        for owned in ours:
+            vm_id, phone = owned.machine.app, owned.phone
+            if counts[phone] == 1:
+                sole.append(Action("adopt", vm_id, phone, owned.machine))
+            else:
+                reason = f"not the only VM that claims {mask_phone(phone)}"
+                log_warning("vm_not_adopted", vm_id=vm_id, reason=reason)
+        await do_all(self.reconciler.adopt, sole)
 
     def _proofs(self, inventory: Inventory) -> list[Ownership]:
         """A stamp without proof counts for nothing, but is told of."""
@@ -7550,19 +7545,16 @@ class Adoption:
 
     def _choose(self, found: set[str]) -> str:
         """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
-        for wanted in (self.settings.gateway.gateway_id, self.routes.gateway_id):
-            if wanted in found:
-                return wanted
-        named = ", ".join(sorted(found))
-        if self.settings.gateway.gateway_id and found:
-            raise StoreError(
-                f"Fly holds no VM of GATEWAY_ID {self.settings.gateway.gateway_id}; it holds those of {named}"
-            )
+        wanted, named = self.settings.gateway.gateway_id, ", ".join(sorted(found))
+        for known in (wanted, self.routes.gateway_id):
+            if known in found:
+                return known
+        if wanted and found:
+            raise StoreError(f"Fly holds no VM of GATEWAY_ID {wanted}; it holds those of {named}")
         if len(found) > 1:
-            raise StoreError(
-                f"Fly holds VMs of several gateways of this host: set GATEWAY_ID to one of {named}"
-            )
-        return next(iter(found), "")
+            several = "Fly holds VMs of several gateways of this host"
+            raise StoreError(f"{several}: set GATEWAY_ID to one of {named}")
+        return named
 
 
 @dataclass(kw_only=True, eq=False)
@@ -7577,8 +7569,7 @@ class Sleeper:
     relay: Relay
     waker: Waker
     tasks: Tasks
-    asked: Recent[None] = field(default_factory=lambda: Recent(100_000, for_s=ASK_IDLE_AGAIN_S))
-    refused: Recent[None] = field(default_factory=lambda: Recent(100_000, for_s=SUSPEND_AGAIN_S))
+    not_before: Recent[float] = field(default_factory=lambda: Recent(100_000))  # monotonic
 
     async def run(self) -> None:
         """Look for VMs without work again and again; suspend at most one a second."""
@@ -7592,15 +7583,15 @@ class Sleeper:
                     await self.clock.sleep(0)
 
     def _is_due(self, phone: str) -> bool:
-        route, now = self.routes.routes.get(phone), self.clock.monotonic()
+        route = self.routes.routes.get(phone)
         if route is None or route.state != "ready" or self.relay.is_draining:
             return False
-        if self.asked.is_fresh(route.vm_id, now) or self.refused.is_fresh(route.vm_id, now):
-            return False
-        return self._is_idle(route, self.relay.vms.get(route.vm_id))
+        is_early = self.clock.monotonic() < self.not_before.get(route.vm_id, NEVER)
+        return not is_early and self._is_idle(route)
 
-    def _is_idle(self, route: Route, vm: VmState | None) -> bool:
+    def _is_idle(self, route: Route) -> bool:
         """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
+        vm = self.relay.vms.get(route.vm_id)
         last_sign = vm.last_sign() if vm else 0.0
         since = max(self.relay.state.began, route.began_to_be_awake() or 0.0, last_sign)
         is_over = self.clock.now() - since >= self.settings.limits.vm_idle_s
@@ -7610,12 +7601,12 @@ class Sleeper:
         """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
         route = self.routes.routes[phone]
         vm = self.relay.state.vm(route.vm_id, phone)
-        self.asked.put(route.vm_id, None, self.clock.monotonic())
+        self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
             if not await self._may_suspend(route):
                 return
             async with vm.machine:
-                if self.routes.routes.get(phone) is not route or not self._is_idle(route, vm):
+                if self.routes.routes.get(phone) is not route or not self._is_idle(route):
                     return
                 if not await self._suspend(route, vm):
                     await self.waker.note_awake(route.vm_id)
@@ -7631,13 +7622,10 @@ class Sleeper:
         if machine.state != "started" or not machine.host_ok:
             return False
         if machine.memory_mb > SLEEPER_MEMORY_MB:
-            self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
-            return False
+            return self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
         if not machine.keeps_disk:  # made while VM_IDLE_S was 0
-            self._refuse(
-                route, "a cold boot would empty its root disk; PATCH or upgrade mends that"
-            )
-            return False
+            reason = "a cold boot would empty its root disk; PATCH or upgrade mends that"
+            return self._refuse(route, reason)
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
@@ -7649,25 +7637,29 @@ class Sleeper:
             self.relay.state.store.note(vm.put())
         try:
             await self.routes.update(route.vm_id, state="asleep")
-            if not self.routes.find(route.vm_id) or not self._is_idle(route, vm):
+            if not self.routes.find(route.vm_id) or not self._is_idle(route):
                 return False
             await self.fly.suspend_machine(route.vm_id, route.machine_id)
         except StoreError:
             return False
         except UpstreamError as error:
             if isinstance(error, UpstreamRejected) or is_surely_undone(error):
-                self._refuse(route, str(error))
-                return False
+                return self._refuse(route, str(error))
             log_warning("suspend_unknown", vm_id=route.vm_id, error=str(error))
         finally:
             vm.is_falling_asleep = False
         log_event("vm_asleep", vm_id=route.vm_id)
-        self.asked.forget(route.vm_id)
+        self.not_before.forget(route.vm_id)
         return True
 
-    def _refuse(self, route: Route, reason: str) -> None:
-        self.refused.put(route.vm_id, None, self.clock.monotonic())
+    def _refuse(self, route: Route, reason: str) -> bool:
+        self._leave_alone(route, SUSPEND_AGAIN_S)
         log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
+        return False
+
+    def _leave_alone(self, route: Route, for_s: float) -> None:
+        now = self.clock.monotonic()
+        self.not_before.put(route.vm_id, now + for_s, now)
 
 
 # --- HTTP ---
