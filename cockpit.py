@@ -7788,14 +7788,11 @@ def refusal_for_request(error: Exception) -> Refusal:
         allowed = ", ".join(sorted(error.allowed_methods))
         reason = f"{error.method} is not possible here; allowed: {allowed}"
         return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
+    if isinstance(error, web.HTTPNotFound):
+        return Refusal("not_found", f"there is no such path; there are {PATHS}")
     if isinstance(error, web.HTTPException):
-        code = {404: "not_found", 413: "too_large"}.get(error.status, "malformed")
-        paths = (
-            f"there is no such path; there are {PATHS}"
-            if error.status == HTTPStatus.NOT_FOUND
-            else ""
-        )
-        return Refusal(code, paths or error.text or error.reason)
+        code = "too_large" if isinstance(error, web.HTTPRequestEntityTooLarge) else "malformed"
+        return Refusal(code, error.text or error.reason)
     return refusal_for(error)
 
 
@@ -8091,20 +8088,24 @@ def json_response(
     return web.Response(
         body=to_json(body).encode(),
         status=status,
-        content_type="application/json",
+        content_type=JSON_TYPE,
         headers={"Cache-Control": "no-store", **(headers or {})},
     )
 
 
-def event_stream(headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+def accepts(request: web.Request, kind: str) -> bool:
+    return kind in request.headers.get("Accept", "").lower()
+
+
+def event_stream() -> web.StreamResponse:
     """An answer of server-sent events, to be prepared and written to."""
-    own = {
-        "Content-Type": "text/event-stream; charset=utf-8",
+    headers = {
+        "Content-Type": f"{SSE_TYPE}; charset=utf-8",
         "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
         "X-Request-Id": REQUEST_ID.get(),
     }
-    return web.StreamResponse(headers={**own, **(headers or {})})
+    return web.StreamResponse(headers=headers)
 
 
 def server_sent(event: str, data: Json) -> bytes:
@@ -8135,46 +8136,42 @@ def vm_record(gateway: Gateway, vm_id: str) -> Json:
 
 def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
     """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
-    undone = routes.undo.items()
     deleting = [
-        vm_id for vm_id, entry in undone if vm_id > after and entry.get("reason") != "failed"
+        vm_id
+        for vm_id, entry in routes.undo.items()
+        if vm_id > after and entry.get("reason") != "failed"
     ]
     return sorted(routes.page(after, limit) + deleting)[:limit]
 
 
-def wants_no_wait(request: web.Request) -> bool:
-    """Whether the caller asked to be answered at once (RFC 7240)."""
+async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
+    """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
+    gateway, headers = request.app[GATEWAY], {"Location": f"/provision/{work.vm_id}"}
     preferences = ",".join(request.headers.getall("Prefer", []))
-    return "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]
-
-
-def accepted(gateway: Gateway, vm_id: str) -> web.Response:
-    """202 for who does not wait: the record tells how it goes."""
-    headers = {"Location": f"/provision/{vm_id}", "Preference-Applied": "respond-async"}
-    return json_response(vm_record(gateway, vm_id), status=202, headers=headers)
+    if "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]:
+        await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
+        headers["Preference-Applied"] = "respond-async"
+        return json_response(vm_record(gateway, work.vm_id), status=202, headers=headers)
+    await work.outcome()
+    record = vm_record(gateway, work.vm_id)
+    is_new = isinstance(work, Provisioning)
+    return json_response(record, status=201, headers=headers) if is_new else json_response(record)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     order = parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings)
     provisioning = gateway.provisioner.begin(order)
-    vm_id = provisioning.vm_id
-    location = {"Location": f"/provision/{vm_id}"}
-    if "text/event-stream" in request.headers.get("Accept", "").lower():
-        return await stream_steps(request, provisioning, location)
-    if wants_no_wait(request):
-        await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
-        return accepted(gateway, vm_id)
-    await provisioning.outcome()
-    return json_response(vm_record(gateway, vm_id), status=201, headers=location)
+    if accepts(request, SSE_TYPE):
+        return await stream_steps(request, provisioning)
+    return await outcome_of(request, provisioning)
 
 
-async def stream_steps(
-    request: web.Request, provisioning: Provisioning, headers: Mapping[str, str]
-) -> web.StreamResponse:
+async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.StreamResponse:
     """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
     gateway = request.app[GATEWAY]
-    response = event_stream(headers)
+    response = event_stream()
+    response.headers["Location"] = f"/provision/{provisioning.vm_id}"
     sent = 0
     assert provisioning.task is not None
     with contextlib.suppress(ConnectionError):
@@ -8236,13 +8233,9 @@ async def change_vm(
     request: web.Request, what: str, credentials: Mapping[str, str] | None = None
 ) -> web.Response:
     """Restart, rotate or upgrade a VM."""
-    gateway = request.app[GATEWAY]
-    change = gateway.changes.begin(request.match_info["vm_id"], what, credentials)
-    if wants_no_wait(request):
-        await gateway.routes.commit()
-        return accepted(gateway, change.vm_id)
-    await change.outcome()
-    return json_response(vm_record(gateway, change.vm_id))
+    changes = request.app[GATEWAY].changes
+    change = changes.begin(request.match_info["vm_id"], what, credentials)
+    return await outcome_of(request, change)
 
 
 async def lock_vm(request: web.Request) -> web.Response:
@@ -8286,12 +8279,10 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
         raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
-    if not all(map(MESSAGE_SID.fullmatch, sids)) or not all(
-        FIELD_NAME.fullmatch(name) for name, _ in pairs
-    ):
-        raise Refusal(
-            "bad_signature", "signed, but its fields are not named or numbered as Twilio does"
-        )
+    are_usual = all(MESSAGE_SID.fullmatch(sid) for sid in sids)
+    if not (are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)):
+        reason = "signed, but its fields are not named or numbered as Twilio does"
+        raise Refusal("bad_signature", reason)
     if ("AccountSid", twilio.account_sid) not in pairs:
         raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
@@ -8315,7 +8306,7 @@ def require_vm(request: web.Request) -> tuple[str, Route]:
     gateway = request.app[GATEWAY]
     vm_id = gateway.keyring.vm_of_token(bearer_of(request))
     found = gateway.routes.find(vm_id) if vm_id else None
-    if found is None or found[1].vm_id != vm_id or found[1].state in ("failed", "deleting"):
+    if found is None or found[1].vm_id != vm_id or found[1].state == "failed":
         remedy = "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`"
         raise unauthorized(f"{remedy}; it is refused once the VM is gone")
     return found
@@ -8336,11 +8327,11 @@ async def post_messages(request: web.Request) -> web.Response:
         errors.add("images", f"must be at most {MAX_IMAGES} images of this VM, such as {form}")
     errors.check()
     words = clean_text(words).strip("\n")
-    if not words.strip() and not paths:
+    words = words if words.strip() else ""
+    if not words and not paths:
         errors.add("text", "must hold something to say, unless there are images")
         errors.check()
     relay = request.app[GATEWAY].relay
-    words = words if words.strip() else ""
     key = request.headers.get("Idempotency-Key", "")[:128]
     message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths), key)
     return json_response({"id": message_id}, status=202)
@@ -8360,7 +8351,7 @@ async def get_media(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     vm_id, path = gateway.keyring.open_link(request.match_info["signed"], gateway.clock.now())
     found = gateway.routes.find(vm_id)
-    if found is None or found[1].state in ("failed", "deleting"):
+    if found is None or found[1].state == "failed":
         raise Refusal("not_found", "the VM that this link is about is gone")
     is_image = IMAGE_PATH.fullmatch(path) is not None
     if not (is_image or gateway.twilio.is_media(path)):
@@ -8468,36 +8459,23 @@ async def get_metrics(request: web.Request) -> web.Response:
     token = gateway.settings.gateway.metrics_token
     if token and not has_key(request, [token]):
         raise unauthorized("send METRICS_TOKEN as `Authorization: Bearer TOKEN`")
-    relay = gateway.relay
+    relay, awake_s = gateway.relay, round(gateway.routes.awake_seconds())
+    plain = (
+        ("texts_waiting", "Texts accepted and not yet finished.", relay.waiting()),
+        ("oldest_waiting_seconds", "Age of the text that waits longest.", relay.oldest_waiting_s()),
+        ("messages_waiting", "Messages to be sent, not yet taken by Twilio.", relay.sending()),
+        ("oldest_message_seconds", "Age of the oldest of them.", relay.oldest_sending_s()),
+        ("troubles", "Troubles that /health names.", len(alerts(gateway))),
+        ("draining", "1 while shutting down.", relay.is_draining),
+    )
+    awake = "vm_awake_seconds_total", "Time VMs were awake, all told.", {"": awake_s}
     gauges = [
         Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
-        Gauge("texts_waiting", "Texts accepted and not yet finished.", {"": relay.waiting()}),
-        Gauge(
-            "oldest_waiting_seconds",
-            "Age of the text that waits longest.",
-            {"": relay.oldest_waiting_s()},
-        ),
-        Gauge(
-            "messages_waiting",
-            "Messages to be sent, not yet taken by Twilio.",
-            {"": relay.sending()},
-        ),
-        Gauge(
-            "oldest_message_seconds", "Age of the oldest of them.", {"": relay.oldest_sending_s()}
-        ),
-        Gauge(
-            "vm_awake_seconds_total",
-            "Time VMs were awake, all told.",
-            {"": round(gateway.routes.awake_seconds())},
-            kind="counter",
-        ),
-        Gauge("troubles", "Troubles that /health names.", {"": len(alerts(gateway))}),
-        Gauge("draining", "1 while shutting down.", {"": relay.is_draining}),
+        *(Gauge(name, meaning, {"": value}) for name, meaning, value in plain),
+        Gauge(*awake, kind="counter"),
     ]
-    headers = {
-        "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
-        "Cache-Control": "no-store",
-    }
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    headers = {"Content-Type": kind, "Cache-Control": "no-store"}
     return web.Response(text=gateway.metrics.expose(gauges), headers=headers)
 
 
@@ -8527,9 +8505,7 @@ PAGE = web.AppKey("page", tuple[str, dict[str, str]])
 
 def fleet_summary(gateway: Gateway) -> Json:
     """What the page's tiles, chart and notes show."""
-    settings = gateway.settings
-    metrics = gateway.metrics
-    relay = gateway.relay
+    settings, metrics, relay = gateway.settings, gateway.metrics, gateway.relay
     return {
         "at": gateway.clock.now(),
         "mode": "production" if settings.gateway.is_production else "local",
@@ -8553,17 +8529,18 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     vm = gateway.relay.vms.get(vm_id)
     names = ("vm_id", "state", "step", "region", "image", "last_error")
     row: Json = {name: record[name] or "" for name in names}
-    row["phone"] = mask_phone(record["phone_number"])
-    row["paired"] = record.get("paired", True)
-    row["waiting"] = gateway.relay.waiting(vm_id)
-    row["last_text"] = vm.last_text if vm else None
-    row["away_since"] = vm.away_since if vm else None
-    return row
+    return row | {
+        "phone": mask_phone(record["phone_number"]),
+        "paired": record["paired"],
+        "waiting": gateway.relay.waiting(vm_id),
+        "last_text": vm.last_text if vm else None,
+        "away_since": vm.away_since if vm else None,
+    }
 
 
 async def fleet_table(gateway: Gateway) -> Json:
     """The first 1,000 VMs in order of vm_id, and how many there are in all."""
-    rows = list[Json]()
+    rows: list[Json] = []
     vm_ids = vm_ids_after(gateway.routes, "", ROWS_MAX)
     for at, vm_id in enumerate(vm_ids):
         if at % ROWS_A_TURN == 0:
@@ -8579,7 +8556,7 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     """The page's live feed: `fleet` every 2 s, `table` when it changed; for who polls, both once, as JSON."""
     require_key(request)
     gateway = request.app[GATEWAY]
-    if "text/event-stream" not in request.headers.get("Accept", "").lower():
+    if not accepts(request, SSE_TYPE):
         table = await fleet_table(gateway)
         return json_response({"fleet": fleet_summary(gateway), "table": table})
     response = event_stream()
@@ -8610,7 +8587,7 @@ The manual:          README.md
 async def get_page(request: web.Request) -> web.Response:
     """The page for a browser; for who asks by hand, where to go on."""
     html, headers = request.app[PAGE]
-    if "text/html" in request.headers.get("Accept", "").lower():
+    if accepts(request, "text/html"):
         return web.Response(text=html, content_type="text/html", headers=headers)
     gateway = request.app[SETTINGS].gateway
     key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "KEY"
