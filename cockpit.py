@@ -8671,8 +8671,7 @@ header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:
 #board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
 #tiles{display:grid;gap:12px;grid-template-columns:repeat(3,1fr) 3fr}
-#tiles b{display:block}
-#tiles b{font-size:25px;line-height:1.3}
+#tiles b{display:block;font-size:25px;line-height:1.3}
 #hour{display:grid;grid-template:auto 1fr auto auto/auto 1fr;gap:1px 8px}
 figcaption{grid-column:1/-1}
 svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-width:1px 0;stroke-width:4.8}
@@ -8755,9 +8754,21 @@ PAGE_BODY = """
 <div class="stack">
 <ul id="troubles" class="card" aria-label="Troubles"></ul>
 <div id="tiles">
-<div class="card"><span class="dim">VMs</span><b id="vms">–</b><small id="states"></small></div>
-<div class="card"><span class="dim">Text to answer</span><b id="median">–</b><small id="p99"></small></div>
-<div class="card"><span class="dim">Waiting</span><b id="waiting">–</b><small id="oldest"></small></div>
+<div class="card">
+<span class="dim">VMs</span>
+<b id="vms">–</b>
+<small id="states"></small>
+</div>
+<div class="card">
+<span class="dim">Text to answer</span>
+<b id="median">–</b>
+<small id="p99"></small>
+</div>
+<div class="card">
+<span class="dim">Waiting</span>
+<b id="waiting">–</b>
+<small id="oldest"></small>
+</div>
 <figure id="hour" class="card">
 <figcaption class="row dim">
 <span id="rate" class="grow"></span>
@@ -8800,7 +8811,8 @@ PAGE_BODY = """
 <summary>Change credentials</summary>
 <form id="renew" class="stack">
 <p>What you leave empty stays as it is. The VM restarts; its texts wait.</p>
-<label>GitHub token <input name="github_token" type="password" autocomplete="off"></label>
+<label>GitHub token
+<input name="github_token" type="password" autocomplete="off"></label>
 <strong>API keys</strong>
 <button type="button" name="more" class="flat">+ Another key</button>
 <button class="go">Change credentials</button>
@@ -8817,12 +8829,15 @@ PAGE_BODY = """
 <h2 id="make-title">New VM</h2>
 <label>Phone number
 <input name="phone_number" inputmode="tel" placeholder="+1 555 010 0199" required></label>
-<label>GitHub token <input name="github_token" type="password" autocomplete="off" required></label>
+<label>GitHub token
+<input name="github_token" type="password" autocomplete="off" required></label>
 <strong>API keys</strong>
 <button type="button" name="more" value="ANTHROPIC_API_KEY" class="flat">+ Another key</button>
 <label>Region <select name="region" id="region"></select></label>
-<label class="row"><input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
-<label class="row"><input name="verify" type="checkbox"> Run texts only once its phone sent a code</label>
+<label class="row">
+<input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
+<label class="row">
+<input name="verify" type="checkbox"> Run texts only once its phone sent a code</label>
 <p id="order-words" role="alert" class="error"></p>
 <button class="go">Set up</button>
 <button type="button" id="close" class="flat">Close</button>
@@ -8910,7 +8925,8 @@ function clearFaults(form) {
 }
 function fieldOf(form, field) {
   const names = [...form.querySelectorAll('[name=variable]')];
-  return form.elements[field] || names.find(({value}) => `api_keys.${value.trim()}` === field) || names[0];
+  const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
+  return form.elements[field] || named || names[0];
 }
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
   for (const fault of error.problem?.errors || []) {
@@ -8918,7 +8934,8 @@ function showFaults(form, error) {  // each at its field; returns what to say of
     const id = `${form.id}-${fault.field}`;
     field.setAttribute('aria-invalid', 'true');
     field.setAttribute('aria-describedby', id);
-    field.closest('label,.row').after(make('small', {id, className: 'fault'}, sentence(fault.message)));
+    const words = make('small', {id, className: 'fault'}, sentence(fault.message));
+    field.closest('label,.row').after(words);
   }
   const first = [...form.elements].find(({ariaInvalid}) => ariaInvalid);
   first?.focus();
@@ -9044,7 +9061,8 @@ function takeFleet(told) {
   say('states', states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet');
   say('rate', `${fleet.texts_a_minute} texts a minute`);
   say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
-  say('p99', fleet.median_s === null ? 'no answers yet' : `half of them; 99 % in ${took(fleet.p99_s)}`);
+  const p99 = () => `half of them; 99 % in ${took(fleet.p99_s)}`;
+  say('p99', fleet.median_s === null ? 'no answers yet' : p99());
   say('oldest', fleet.waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits');
   say('all-sum', `${sum(all)} in the last hour`);
   say('failed-sum', `${sum(failed)} failed`);
@@ -9141,24 +9159,27 @@ function stepsOf({state, step, steps = {}}) {
 }
 function pairingOf({paired, pairing_code: code}) {
   const words = 'Text this code from that phone to connect it. Until then nothing of it is run.';
-  return paired === false && code ? [make('b', {className: 'code'}, code), make('p', {}, words)] : [];
+  if (paired || !code) return [];
+  return [make('b', {className: 'code'}, code), make('p', {}, words)];
 }
 function newText({message_sid: sid, outcome, steps, errors}) {
-  const way = steps.slice(1).map(({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`);
+  const wayOf = ({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`;
+  const way = make('small', {}, steps.slice(1).map(wayOf).join(', '));
   const faults = errors.map(({error}) => make('small', {className: 'error'}, error));
   const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
-  return make('li', {}, words, make('small', {}, way.join(', ')), ...faults, make('code', {}, sid));
+  return make('li', {}, words, way, ...faults, make('code', {}, sid));
 }
 function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
-  if ($(id).textContent !== kids.map(kid => kid.textContent).join('')) $(id).replaceChildren(...kids);
+  const words = kids.map(kid => kid.textContent).join('');
+  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
 }
 function drawDetails(vm) {
   const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
   if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
   const known = Object.entries(RECORD).filter(([name]) => facts[name]);
-  const lines = known.flatMap(([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])]);
+  const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
   draw('pairing', pairingOf(vm));
-  draw('record', lines);
+  draw('record', known.flatMap(line));
   draw('texts', vm.texts.map(newText));
 }
 async function readVm() {
@@ -9229,8 +9250,10 @@ function readForm(form) {
 }
 function addPair(more, name) {
   const variable = {name: 'variable', defaultValue: name, ariaLabel: 'Name of the variable'};
-  const value = {name: 'value', type: 'password', autocomplete: 'off', ariaLabel: 'Value of the variable'};
-  more.before(make('div', {className: 'pair row'}, make('input', variable), make('input', value)));
+  const secret = {type: 'password', autocomplete: 'off'};
+  const value = {name: 'value', ...secret, ariaLabel: 'Value of the variable'};
+  const kids = [variable, value].map(given => make('input', given));
+  more.before(make('div', {className: 'pair row'}, ...kids));
 }
 for (const more of document.getElementsByName('more')) {
   addPair(more, more.value);
@@ -9282,7 +9305,8 @@ function bubble({at, body, direction, media}) {
   const urls = media.map(url => new URL(url, location));
   const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture'}));
   const className = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
-  return make('div', {className}, body, ...pictures, make('time', {}, new Date(at).toLocaleTimeString()));
+  const time = make('time', {}, new Date(at).toLocaleTimeString());
+  return make('div', {className}, body, ...pictures, time);
 }
 async function readThread() {
   const list = $('thread');
@@ -9376,9 +9400,9 @@ KEYS: dict[str, Json] = {
 API_KEY = ("api_key", "x_api_key")
 # Codes that come together.
 BODY_CODES = "malformed too_large unsupported_media_type"
-FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
+FIELD_CODES = f"{BODY_CODES} invalid_request"
 FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
-CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
+CHANGE_CODES = f"unknown_vm wrong_state {FLY_CODES}"
 WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
 
 
@@ -9400,9 +9424,9 @@ class Call(NamedTuple):
     handler: Handler
     summary: str
     answers: Mapping[int, str]  # by status, as `content_of` reads them
-    codes: str = ""  # of STATUS_OF; each call may be answered `forbidden` and `internal`
+    codes: str = ""  # of STATUS_OF, beside `forbidden`, `internal` and what a key leads to
     fields: Mapping[str, Field] = {}
-    keys: Sequence[str] = API_KEY  # any opens it, where it may be `unauthorized`; "": so may none
+    keys: Sequence[str] = API_KEY  # any opens it, else it is `unauthorized`; "": so may none
 
     def route(self) -> web.RouteDef:
         method, path = self.name.split()
@@ -9411,11 +9435,10 @@ class Call(NamedTuple):
     def operation(self) -> Json:
         """The call as OpenAPI describes it."""
         fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
-        keys = self.keys if "unauthorized" in self.codes else ()
         described: Json = {
             "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
             "summary": self.summary,
-            "security": [{key: []} if key else {} for key in keys],
+            "security": [{key: []} if key else {} for key in self.keys],
             "parameters": [
                 {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
                 for name, one in fields.items()
@@ -9442,7 +9465,8 @@ class Call(NamedTuple):
             for status, kinds in self.answers.items()
         }
         by_status: dict[int, list[str]] = {}
-        for code in dict.fromkeys(f"{self.codes} forbidden internal".split()):
+        usual = "forbidden internal unauthorized" if self.keys else "forbidden internal"
+        for code in dict.fromkeys(f"{self.codes} {usual}".split()):
             by_status.setdefault(STATUS_OF[code], []).append(code)
         for status, codes in by_status.items():
             schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
@@ -9485,14 +9509,9 @@ CALLS = (
         ORDER_FIELDS | NO_WAIT,
     ),
     Call(
-        "GET /provision",
-        get_provisions,
-        "VMs, by vm_id",
-        {200: "VMs"},
-        "unauthorized invalid_request",
-        PAGING,
+        "GET /provision", get_provisions, "VMs, by vm_id", {200: "VMs"}, "invalid_request", PAGING
     ),
-    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unauthorized unknown_vm"),
+    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unknown_vm"),
     Call(
         f"PATCH {VM_PATH}",
         patch_provision,
@@ -9506,7 +9525,7 @@ CALLS = (
         delete_provision,
         "Tear down",
         {202: "VM", 204: ""},
-        "unauthorized unknown_vm storage",
+        "unknown_vm storage",
     ),
     Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
     Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
@@ -9515,9 +9534,11 @@ CALLS = (
         lock_vm,
         "Run nothing until the new code is texted",
         {200: "VM"},
-        "unauthorized unknown_vm wrong_state storage",
+        "unknown_vm wrong_state storage",
     ),
-    Call("POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM),
+    Call(
+        "POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM, ()
+    ),
     Call(
         "POST /sms/status",
         post_sms_status,
@@ -9525,6 +9546,7 @@ CALLS = (
         {204: ""},
         WEBHOOK_CODES,
         TWILIO_FORM,
+        (),
     ),
     Call(
         "POST /messages",
@@ -9535,38 +9557,26 @@ CALLS = (
         VM_MESSAGE | ONCE,
         ("vm_token",),
     ),
-    Call(
-        "GET /messages/{sid}",
-        get_message,
-        "A text's way",
-        {200: JSON_TYPE},
-        "unauthorized not_found",
-    ),
+    Call("GET /messages/{sid}", get_message, "A text's way", {200: JSON_TYPE}, "not_found"),
     Call(
         "GET /media/{signed}",
         get_media,
         "A picture, for who has its link",
         {200: "image/png image/jpeg image/gif application/octet-stream"},
         "gone not_found fly_unavailable vm_unreachable",
+        keys=(),
     ),
-    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}),
+    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}, keys=()),
     Call(
         "GET /metrics",
         get_metrics,
         "Prometheus text",
         {200: "text/plain"},
-        "unauthorized",
         keys=("", "metrics_token"),
     ),
-    Call(
-        "GET /events",
-        get_events,
-        "The page's feed",
-        {200: f"{JSON_TYPE} {SSE_TYPE}"},
-        "unauthorized",
-    ),
-    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}),
-    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}),
+    Call("GET /events", get_events, "The page's feed", {200: f"{JSON_TYPE} {SSE_TYPE}"}),
+    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}, keys=()),
+    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}, keys=()),
 )
 
 
@@ -9592,19 +9602,15 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
         url = f"http://127.0.0.1:{gateway.port}"
         raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
     if is_local_path:
-        forwarded = [
-            name
-            for name in request.headers
-            if name.lower().startswith(("forwarded", "x-forwarded"))
-        ]
-        if forwarded or not is_loopback(request.remote or ""):
-            raise Refusal(
-                "forbidden", "/_local answers this machine only, without a proxy or tunnel"
-            )
+        names = [name.lower() for name in request.headers]
+        is_forwarded = any(name.startswith(("forwarded", "x-forwarded")) for name in names)
+        if is_forwarded or not is_loopback(request.remote or ""):
+            reason = "/_local answers this machine only, without a proxy or tunnel"
+            raise Refusal("forbidden", reason)
         # A page elsewhere may post a form without being asked, but not JSON.
-        is_form = request.method == "POST" and request.content_type != "application/json"
+        is_form = request.method == "POST" and request.content_type != JSON_TYPE
         if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
-            raise Refusal("unsupported_media_type", "send Content-Type: application/json")
+            raise Refusal("unsupported_media_type", f"send Content-Type: {JSON_TYPE}")
     return await handler(request)
 
 
@@ -9676,7 +9682,7 @@ class LocalMachine:
 
     def shown(self) -> Json:
         record = {name: getattr(self, name) for name in self.SHOWN}
-        return record | {"name": self.id, "events": self.events[:20], "app_name": self.app}
+        return record | {"name": self.id, "events": self.events, "app_name": self.app}
 
     def become(self, state: str) -> None:
         self.state = state
@@ -9704,6 +9710,7 @@ class LocalMachine:
         if self.agent:
             arguments += ["--agent", self.agent]
         output = await asyncio.to_thread(self.open_log)
+        environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         try:
             # Its standard input closes with this process, however that ends: then it ends too.
             self.process = await asyncio.create_subprocess_exec(
@@ -9711,8 +9718,7 @@ class LocalMachine:
                 THIS_FILE,
                 *arguments,
                 cwd=self.folder,
-                env={name: os.environ[name] for name in PASSED_ON if name in os.environ}
-                | self.secrets,
+                env=environ | self.secrets,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -9732,10 +9738,9 @@ class LocalMachine:
             code = await self.process.wait()
             await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
             self.process, self.state = None, "starting"
-            log_event(
-                "local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=RESTART_PAUSE_S
-            )
-            await asyncio.sleep(RESTART_PAUSE_S)
+            pause_s = RESTART_PAUSE_S
+            log_event("local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=pause_s)
+            await asyncio.sleep(pause_s)
             await self.spawn()
 
     async def stop(self, state: str) -> None:
@@ -9777,21 +9782,21 @@ class LocalFly:
     def routes(self) -> list[web.RouteDef]:
         app = "/apps/{app}"
         machine = app + "/machines/{machine}"
-        table: list[tuple[str, str, Callable[[Asked], Awaitable[Any]]]] = [
+        table: list[tuple[str, str, Callable[[Asked], Any]]] = [
             ("POST", "/apps", self.create_app),
             ("GET", "/apps", self.list_apps),
-            ("GET", "/orgs/{org}/machines", self.list_org_machines),
-            ("GET", app, self.get_app),
+            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.machines_of()}),
+            ("GET", app, lambda asked: self.shown(asked.app)),
             ("DELETE", app, self.delete_app),
             ("POST", app + "/secrets", self.set_secrets),
-            ("GET", app + "/ip_assignments", self.list_addresses),
+            ("GET", app + "/ip_assignments", lambda asked: {"ips": asked.app["ips"]}),
             ("POST", app + "/ip_assignments", self.allocate_address),
-            ("GET", app + "/volumes", self.list_volumes),
+            ("GET", app + "/volumes", lambda asked: asked.app["volumes"]),
             ("POST", app + "/volumes", self.create_volume),
             ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
-            ("GET", app + "/machines", self.list_machines),
+            ("GET", app + "/machines", lambda asked: self.machines_of(asked.app["name"])),
             ("POST", app + "/machines", self.create_machine),
-            ("GET", machine, self.get_machine),
+            ("GET", machine, lambda asked: asked.machine.shown()),
             ("POST", machine, self.update_machine),
             ("GET", machine + "/wait", self.wait),
             ("POST", machine + "/suspend", self.suspend),
@@ -9799,15 +9804,11 @@ class LocalFly:
             ("POST", machine + "/metadata/{verb}", self.set_metadata),
         ]
         return [
-            *(
-                web.route(m, FLY_ROOT + path, functools.partial(self.answer, call))
-                for m, path, call in table
-            )
+            web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
+            for method, path, call in table
         ]
 
-    async def answer(
-        self, call: Callable[[Asked], Awaitable[Any]], request: web.Request
-    ) -> web.Response:
+    async def answer(self, call: Callable[[Asked], Any], request: web.Request) -> web.Response:
         """Each call: authorized, about what exists, kept on disk before it is answered."""
         if request.headers.get("Authorization") != self.authorization:
             return web.json_response({"error": "unauthorized"}, status=401)
@@ -9817,16 +9818,17 @@ class LocalFly:
         if ("app" in names and app is None) or ("machine" in names and machine is None):
             return web.json_response({"error": "not found"}, status=404)
         body = await read_json(request, PROVISION_BODY_BYTES) if request.can_read_body else {}
-        asked = Asked(
-            app or {}, cast(LocalMachine, machine), body, request.query, names.get("verb", "")
-        )
-        answer = await call(asked)
+        verb = names.get("verb", "")
+        asked = Asked(app or {}, cast(LocalMachine, machine), body, request.query, verb)
+        answer = call(asked)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
         if request.method != "GET":
             await self.save()
         status, value = answer if isinstance(answer, tuple) else (200, answer)
         return web.json_response(value, status=status)
 
-    async def create_app(self, asked: Asked) -> Any:
+    def create_app(self, asked: Asked) -> Any:
         name = asked.body["name"]
         if name in self.apps:
             return 422, {"error": "Name has already been taken", "status": "name_taken"}
@@ -9835,22 +9837,13 @@ class LocalFly:
         return 201, {"id": name, "created_at": int(time.time() * 1000)}
 
     def shown(self, app: Json) -> Json:
-        organization = {"slug": self.settings.fly.org}
-        return {
-            "id": app["name"],
-            "name": app["name"],
-            "network": app["network"],
-            "organization": organization,
-        }
+        name, organization = app["name"], {"slug": self.settings.fly.org}
+        known = {"id": name, "name": name, "network": app["network"]}
+        return known | {"organization": organization}
 
-    async def list_apps(self, asked: Asked) -> Any:
-        return {
-            "total_apps": len(self.apps),
-            "apps": [self.shown(app) for app in self.apps.values()],
-        }
-
-    async def get_app(self, asked: Asked) -> Any:
-        return self.shown(asked.app)
+    def list_apps(self, asked: Asked) -> Any:
+        apps = [self.shown(app) for app in self.apps.values()]
+        return {"total_apps": len(apps), "apps": apps}
 
     async def delete_app(self, asked: Asked) -> Any:
         name = asked.app["name"]
@@ -9864,39 +9857,29 @@ class LocalFly:
     def of(self, app: str) -> list[LocalMachine]:
         return [machine for machine in self.machines.values() if machine.app == app]
 
-    async def set_secrets(self, asked: Asked) -> Any:
-        asked.app["secrets"] |= asked.body["values"]
-        asked.app["version"] += 1
-        return {
-            "secrets": [{"name": name} for name in asked.app["secrets"]],
-            "version": asked.app["version"],
-        }
+    def machines_of(self, app: str = "") -> list[Json]:
+        """As they are shown; of all apps when none is named."""
+        return [machine.shown() for machine in self.machines.values() if app in ("", machine.app)]
 
-    async def list_addresses(self, asked: Asked) -> Any:
-        return {"ips": asked.app["ips"]}
+    def set_secrets(self, asked: Asked) -> Any:
+        app = asked.app
+        app["secrets"] |= asked.body["values"]
+        app["version"] += 1
+        return {"secrets": [{"name": name} for name in app["secrets"]], "version": app["version"]}
 
-    async def allocate_address(self, asked: Asked) -> Any:
+    def allocate_address(self, asked: Asked) -> Any:
         kind, ips = asked.body["type"], asked.app["ips"]
         ips.append({"ip": f"{ADDRESSES[kind]}{len(ips) + 1}", "shared": kind == "shared_v4"})
         return ips[-1]
 
-    async def list_volumes(self, asked: Asked) -> Any:
-        return asked.app["volumes"]
-
-    async def create_volume(self, asked: Asked) -> Any:
+    def create_volume(self, asked: Asked) -> Any:
         volume = {"id": f"vol_{secrets.token_hex(8)}", "state": "created"} | asked.body
         asked.app["volumes"].append(volume)
         return volume
 
-    async def delete_volumes(self, asked: Asked) -> Any:
+    def delete_volumes(self, asked: Asked) -> Any:
         asked.app["volumes"].clear()
         return {}
-
-    async def list_machines(self, asked: Asked) -> Any:
-        return [machine.shown() for machine in self.of(asked.app["name"])]
-
-    async def list_org_machines(self, asked: Asked) -> Any:
-        return {"machines": [machine.shown() for machine in self.machines.values()]}
 
     async def create_machine(self, asked: Asked) -> Any:
         machine = self.made(
@@ -9917,9 +9900,6 @@ class LocalFly:
         self.machines[machine.id] = machine
         return machine
 
-    async def get_machine(self, asked: Asked) -> Any:
-        return asked.machine.shown()
-
     async def update_machine(self, asked: Asked) -> Any:
         machine = asked.machine
         if asked.body.get("current_version", machine.instance_id) != machine.instance_id:
@@ -9931,13 +9911,10 @@ class LocalFly:
         return machine.shown()
 
     async def wait(self, asked: Asked) -> Any:
-        machine, wanted, after = (
-            asked.machine,
-            asked.query["state"],
-            asked.query.get("from_event_id", ""),
-        )
+        machine, query = asked.machine, asked.query
+        wanted, after = query["state"], query.get("from_event_id", "")
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(float(asked.query["timeout"])):
+            async with asyncio.timeout(float(query["timeout"])):
                 while machine.state != wanted or machine.events[0]["id"] == after:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 return {"ok": True}
@@ -9957,7 +9934,7 @@ class LocalFly:
             await asked.machine.start()
         return {"ok": True, "previous_state": previous}
 
-    async def set_metadata(self, asked: Asked) -> Any:
+    def set_metadata(self, asked: Asked) -> Any:
         asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
         return {}
 
@@ -9974,7 +9951,6 @@ class LocalFly:
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
-        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
         with contextlib.suppress(FileNotFoundError):
             stored = json.loads(await asyncio.to_thread(read_nofollow, self.file))
             self.apps = stored["apps"]
@@ -9986,9 +9962,8 @@ class LocalFly:
         try:
             yield
         finally:
-            kept = {machine.id: machine.state for machine in self.machines.values()}
             for machine in self.machines.values():
-                await machine.stop(kept[machine.id])
+                await machine.stop(machine.state)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -10021,10 +9996,9 @@ class LocalProxy:
                 session.request(request.method, url, data=body, headers=headers) as answer,
             ):
                 content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
-                kind = {
-                    "Content-Type": answer.headers.get("Content-Type", "application/octet-stream")
-                }
-                return web.Response(status=answer.status, body=content, headers=kind)
+                kind = answer.headers.get("Content-Type", "application/octet-stream")
+                headers = {"Content-Type": kind}
+                return web.Response(status=answer.status, body=content, headers=headers)
         except aiohttp.ClientConnectorError:
             return web.Response(status=503, text="the machine does not listen yet")
         except aiohttp.ClientError:
@@ -10061,7 +10035,6 @@ class LocalTwilio:
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """The threads of the last time are there again."""
-        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
         with contextlib.suppress(FileNotFoundError):
             lines = (await asyncio.to_thread(read_nofollow, self.file)).splitlines()
             self.messages.extend(message for line in lines if (message := parse_json(line)))
@@ -10087,15 +10060,17 @@ class LocalTwilio:
         return message
 
     def append(self, line: bytes) -> None:
-        with os.fdopen(
-            os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab"
-        ) as file:
-            file.write(line)
+        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(file, "ab") as log:
+            log.write(line)
 
     def refusal(self, request: web.Request) -> web.Response | None:
-        if request.headers.get("Authorization") == self.authorization:
-            return None
-        return web.json_response({"code": 20003, "message": "Authenticate"}, status=401)
+        is_known = request.headers.get("Authorization") == self.authorization
+        return None if is_known else self.refused(20003, "Authenticate", status=401)
+
+    @staticmethod
+    def refused(code: int, words: str, status: int = 400) -> web.Response:
+        return web.json_response({"code": code, "message": words}, status=status)
 
     async def create(self, request: web.Request) -> web.Response:
         if refusal := self.refusal(request):
@@ -10103,29 +10078,22 @@ class LocalTwilio:
         form = await request.post()
         recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
         if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
-            return web.json_response(
-                {"code": 21211, "message": "To is no phone number"}, status=400
-            )
+            return self.refused(21211, "To is no phone number")
         if utf16_units(body) > PART_UNITS:
-            return web.json_response(
-                {"code": 21617, "message": "Body is over 1600 units"}, status=400
-            )
+            return self.refused(21617, "Body is over 1600 units")
         media = [str(value) for value in form.getall("MediaUrl", [])]
-        message = await self.record(
-            "outbound-api", str(form.get("From", "")), recipient, body, media
-        )
+        sender = str(form.get("From", ""))
+        message = await self.record("outbound-api", sender, recipient, body, media)
         return web.json_response(message, status=201)
 
     async def list(self, request: web.Request) -> web.Response:
         if refusal := self.refusal(request):
             return refusal
-        wanted = {
-            name.lower(): request.query[name] for name in ("To", "From") if name in request.query
-        }
+        wanted = [(name.lower(), request.query.get(name)) for name in ("To", "From")]
         found = [
             message
             for message in reversed(self.messages)
-            if all(message[name] == value for name, value in wanted.items())
+            if all(value in (None, message[name]) for name, value in wanted)
         ]
         return web.json_response({"messages": found[:1000], "next_page_uri": None})
 
@@ -10162,24 +10130,19 @@ class LocalTwilio:
             "NumMedia": "0",
         }
         url = gateway.public_url + "/sms"
-        headers = {
-            "X-Twilio-Signature": twilio_signature(twilio.auth_tokens[0], url, form.items()),
-            "Content-Type": "application/x-www-form-urlencoded",
-        }
+        signature = twilio_signature(twilio.auth_tokens[0], url, form.items())
+        headers = {"X-Twilio-Signature": signature}
         own_url = f"http://127.0.0.1:{gateway.port}/sms"
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
-            session.post(own_url, data=urlencode(form), headers=headers) as answer,
+            session.post(own_url, data=form, headers=headers) as answer,
         ):
             return answer.status, await answer.text()
 
     def note(self, words: str, *, is_known: bool) -> str:
         """What a phone would read of Twilio itself, or why it reads nothing."""
-        if (
-            word := KEYWORDS.get(words.strip().upper(), "")
-            if words.strip().upper() != "YES"
-            else ""
-        ):
+        said = words.strip().upper()
+        if said != "YES" and (word := KEYWORDS.get(said)):
             answers = {
                 "STOP": "You have successfully been unsubscribed. Reply START to resubscribe.",
                 "START": "You have successfully been re-subscribed.",
@@ -10274,9 +10237,7 @@ async def run_gateway(app: web.Application) -> AsyncIterator[None]:
         stack.callback(os.close, await asyncio.to_thread(lock_state, path))
         gateway = app[GATEWAY] = await open_gateway(settings, app[CLOCK], app[METRICS], path, stack)
         stack.push_async_callback(gateway.tasks.close)
-        if changes := await asyncio.to_thread(read_old_journal, path, gateway.routes):
-            await gateway.messages.commit(*changes)
-            await asyncio.to_thread(set_old_journal_aside, path)
+        await move_old_journal(path, gateway)
         await bring_up(gateway)
         yield
 
@@ -10305,20 +10266,17 @@ async def open_gateway(
     )
 
 
-def read_old_journal(path: Path, routes: RouteStore) -> list[Change]:
-    """What the first version left in flight, to go into the database once (blocking)."""
+async def move_old_journal(path: Path, gateway: Gateway) -> None:
+    """What the first version left in flight goes into the database once."""
     journal = path.with_name(path.name + ".journal")
-    if not journal.exists():
-        return []
-    phone_of = {route.vm_id: phone for phone, route in routes.routes.items()}
-    changes = list(OldJournal(journal).changes(lambda vm_id: phone_of.get(vm_id, "")))
+    if not await asyncio.to_thread(journal.exists):
+        return
+    phone_of = {route.vm_id: phone for phone, route in gateway.routes.routes.items()}
+    old = await asyncio.to_thread(OldJournal, journal)
+    changes = list(old.changes(lambda vm_id: phone_of.get(vm_id, "")))
     log_warning("journal_moved", changes=len(changes), into=f"{path.name}.db")
-    return changes
-
-
-def set_old_journal_aside(path: Path) -> None:
-    journal = path.with_name(path.name + ".journal")
-    journal.rename(journal.with_name(journal.name + ".moved"))
+    await gateway.messages.commit(*changes)
+    await asyncio.to_thread(journal.rename, journal.with_name(journal.name + ".moved"))
 
 
 async def bring_up(gateway: Gateway) -> None:
@@ -10597,6 +10555,10 @@ async def look_at_number(twilio: TwilioClient, settings: Settings) -> Finding:
     return "wrong", f"its texts go elsewhere; {remedy}"
 
 
+async def look_at_settings(settings: Settings) -> Finding:
+    return ("note", settings.sleep_obstacle) if settings.sleep_obstacle else OK
+
+
 async def report(subject: str, look: Awaitable[Finding]) -> bool:
     """Print what a look found; whether all is well."""
     try:
@@ -10615,14 +10577,10 @@ async def examine(settings: Settings) -> int:
     It takes no lock and changes nothing.
     """
     path, clock = state_path(settings), Clock()
-    print(
-        f"note  settings: {settings.sleep_obstacle}"
-        if settings.sleep_obstacle
-        else "ok    settings"
-    )
     async with contextlib.AsyncExitStack() as stack:
         fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
         are_well = [
+            await report("settings", look_at_settings(settings)),
             await report("state folder", look_at_folder(path.parent)),
             await report("routes", look_at_routes(path)),
             await report("Fly token", look_at_token(fly, settings.fly)),
