@@ -7854,7 +7854,6 @@ def unauthorized(remedy: str) -> Refusal:
 
 
 def require_key(request: web.Request) -> None:
-    """Refuse a caller without the API key."""
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
         is_given = bearer_of(request) or "X-API-Key" in request.headers
         fault = "this is not the API key; " if is_given else ""
@@ -7928,7 +7927,7 @@ TEXT: Json = {"type": "string"}
 TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 LIST: Json = {"type": "array", "items": {}}
 OBJECT: Json = {"type": "object"}
-FLAG_OR_NULL: Json = {"type": ["boolean", "null"]}
+FLAG = Field({"type": ["boolean", "null"]}, "must be true or false")
 CREDENTIAL: Json = {
     "type": "string",
     "description": f"at most {CREDENTIAL_BYTES // 1024} KiB",
@@ -7967,8 +7966,8 @@ ORDER_FIELDS = {
         TEXT_OR_NULL | {"pattern": "^[a-z]{2,5}$", "examples": ["iad"]},
         "must be a Fly region code such as iad",
     ),
-    "welcome": Field(FLAG_OR_NULL, "must be true or false"),
-    "verify": Field(FLAG_OR_NULL, "must be true or false"),
+    "welcome": FLAG,
+    "verify": FLAG,
 }
 NEW_CREDENTIALS = {name: Field(given.schema) for name, given in CREDENTIALS.items()}
 IMAGE_TEXT: Json = TEXT | {"pattern": f"^{IMAGE_PATH.pattern}$"}
@@ -8154,8 +8153,9 @@ async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web
         return json_response(vm_record(gateway, work.vm_id), status=202, headers=headers)
     await work.outcome()
     record = vm_record(gateway, work.vm_id)
-    is_new = isinstance(work, Provisioning)
-    return json_response(record, status=201, headers=headers) if is_new else json_response(record)
+    if isinstance(work, VmChange):
+        return json_response(record)
+    return json_response(record, status=201, headers=headers)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:
@@ -8411,7 +8411,6 @@ async def pass_on(
 
 
 def vms_by_state(gateway: Gateway) -> dict[str, int]:
-    """How many VMs there are in each state."""
     known, away = gateway.routes.states, gateway.relay.away_states()
     return {
         "ready": known["ready"] - away["ready"],
@@ -8744,7 +8743,8 @@ PAGE_BODY = """
 <h2>Sign in</h2>
 <p class="dim">The page keeps the key in this tab only.</p>
 <label>API key
-<input id="key" type="password" autocomplete="off" required autofocus aria-describedby="why hint"></label>
+<input id="key" type="password" autocomplete="off" required autofocus aria-describedby="why hint">
+</label>
 <p id="hint" class="dim">{hint}</p>
 <p id="why" class="error" role="alert"></p>
 <button class="go">Open</button>
@@ -8833,7 +8833,8 @@ PAGE_BODY = """
 <input name="github_token" type="password" autocomplete="off" required></label>
 <strong>API keys</strong>
 <button type="button" name="more" value="ANTHROPIC_API_KEY" class="flat">+ Another key</button>
-<label>Region <select name="region" id="region"></select></label>
+<label>Region
+<select name="region" id="region"></select></label>
 <label class="row">
 <input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
 <label class="row">
@@ -8894,7 +8895,8 @@ function put(node, words) {
 const say = (id, words) => put($(id), words.toLocaleString('en'));
 const sentence = words => `${words[0].toUpperCase()}${words.slice(1)}.`.replace(/\.\.$/, '.');
 function withRemedy(kind, words) {
-  const [, remedy = ''] = REMEDIES.find(([pattern]) => pattern.test(`${kind} ${words}`)) || [];
+  const fits = ([pattern]) => pattern.test(`${kind} ${words}`);
+  const [, remedy = ''] = REMEDIES.find(fits) || [];
   return `${sentence(words)} ${remedy}`;
 }
 
@@ -9050,7 +9052,9 @@ function takeFleet(told) {
   const codes = ['', ...fleet.regions];
   const regions = codes.map(code => make('option', {value: code}, code || 'As configured'));
   if (!$('region').length) $('region').append(...regions);
-  const states = Object.entries(fleet.vms).filter(([, count]) => count);
+  const states = Object.entries(fleet.vms)
+    .filter(([, count]) => count)
+    .map(([state, count]) => `${count} ${state}`);
   const sum = counts => counts.reduce((total, count) => total + count, 0);
   const failed = fleet.hour.map(([, count]) => count);
   const all = fleet.hour.map(sum);
@@ -9058,7 +9062,7 @@ function takeFleet(told) {
   say('mode', `${fleet.mode} ${fleet.number}`);
   say('waiting', fleet.waiting);
   say('vms', sum(Object.values(fleet.vms)));
-  say('states', states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet');
+  say('states', states.join(' · ') || 'none yet');
   say('rate', `${fleet.texts_a_minute} texts a minute`);
   say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
   const p99 = () => `half of them; 99 % in ${took(fleet.p99_s)}`;
@@ -9114,7 +9118,8 @@ function drawTable() {
   }
   const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
   say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
-  say('none', found.length ? '' : needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.');
+  const none = needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.';
+  say('none', found.length ? '' : none);
 }
 function takeTable(told) {
   table = told;
@@ -9228,8 +9233,11 @@ for (const [title, words] of Object.entries(CHANGES)) {
   const call = path => title === 'Tear down'
     ? api(path, {method: 'DELETE'})
     : post(`${path}/${title.toLowerCase()}`, {});
-  const button = make('button', {className: 'go', onclick: () => change(title, call)}, title);
-  const more = make('details', {}, make('summary', {}, title), make('p', {}, words), button);
+  const onclick = () => change(title, call);
+  const more = make('details', {},
+    make('summary', {}, title),
+    make('p', {}, words),
+    make('button', {className: 'go', onclick}, title));
   more.name = 'change';
   $('changes').append(more);
 }
@@ -9302,8 +9310,10 @@ async function readNumbers() {  // the feed masks them
   if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
 }
 function bubble({at, body, direction, media}) {
-  const urls = media.map(url => new URL(url, location));
-  const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture'}));
+  const pictures = media.map(url => {
+    const {pathname, search} = new URL(url, location);
+    return make('img', {src: pathname + search, alt: 'Picture'});
+  });
   const className = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
   const time = make('time', {}, new Date(at).toLocaleTimeString());
   return make('div', {className}, body, ...pictures, time);
@@ -9336,7 +9346,8 @@ $('send').onsubmit = async event => {
   try {
     const answer = await post('_local/texts', {from: number(), body});
     const {webhook_status: code} = await answer.json();
-    say('phone-words', code === 200 ? '' : `The gateway answered this text with ${code}. Its log says why.`);
+    const words = `The gateway answered this text with ${code}. Its log says why.`;
+    say('phone-words', code === 200 ? '' : words);
   } catch (error) {
     $('words').value = body;
     say('phone-words', showFaults($('send'), error));
@@ -9353,7 +9364,8 @@ $('kill').onclick = async () => {
   }
 };
 document.addEventListener('vm-made', event => { $('from').value = event.detail; });
-$('out').before(make('button', {id: 'to-phone', onclick: () => $('words').focus()}, 'Phone'));
+const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
+$('out').before(make('button', toPhone, 'Phone'));
 followThread();
 """
 # --- Description ---
@@ -9678,7 +9690,7 @@ class LocalMachine:
     keeper: asyncio.Task[None] | None = None
 
     SHOWN = ("id", "region", "config", "state", "instance_id", "created_at", "port")
-    KEPT = (*SHOWN, "secrets", "stopped")
+    KEPT = (*SHOWN, "app", "secrets", "stopped")
 
     def shown(self) -> Json:
         record = {name: getattr(self, name) for name in self.SHOWN}
@@ -9766,7 +9778,7 @@ class Asked(NamedTuple):
 
 
 class LocalFly:
-    """A stand-in for the Machines API that speaks HTTP; its machines are `python cockpit.py vm` processes.
+    """A stand-in for Fly that speaks HTTP; its machines are `python cockpit.py vm` processes.
 
     Its records lie in .cockpit/fly.json, with the secrets of its apps.
     """
@@ -9785,7 +9797,7 @@ class LocalFly:
         table: list[tuple[str, str, Callable[[Asked], Any]]] = [
             ("POST", "/apps", self.create_app),
             ("GET", "/apps", self.list_apps),
-            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.machines_of()}),
+            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.shown_of()}),
             ("GET", app, lambda asked: self.shown(asked.app)),
             ("DELETE", app, self.delete_app),
             ("POST", app + "/secrets", self.set_secrets),
@@ -9794,7 +9806,7 @@ class LocalFly:
             ("GET", app + "/volumes", lambda asked: asked.app["volumes"]),
             ("POST", app + "/volumes", self.create_volume),
             ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
-            ("GET", app + "/machines", lambda asked: self.machines_of(asked.app["name"])),
+            ("GET", app + "/machines", lambda asked: self.shown_of(asked.app["name"])),
             ("POST", app + "/machines", self.create_machine),
             ("GET", machine, lambda asked: asked.machine.shown()),
             ("POST", machine, self.update_machine),
@@ -9804,8 +9816,12 @@ class LocalFly:
             ("POST", machine + "/metadata/{verb}", self.set_metadata),
         ]
         return [
-            web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
-            for method, path, call in table
+            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
+            web.post("/_local/vms/{app}/kill", self.kill),
+            *(
+                web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
+                for method, path, call in table
+            ),
         ]
 
     async def answer(self, call: Callable[[Asked], Any], request: web.Request) -> web.Response:
@@ -9854,12 +9870,12 @@ class LocalFly:
         await asyncio.to_thread(shutil.rmtree, LOCAL_FOLDER / "vms" / name, ignore_errors=True)
         return 202, {}
 
-    def of(self, app: str) -> list[LocalMachine]:
-        return [machine for machine in self.machines.values() if machine.app == app]
+    def of(self, app: str = "") -> list[LocalMachine]:
+        """The machines of an app, of all apps when none is named."""
+        return [machine for machine in self.machines.values() if app in ("", machine.app)]
 
-    def machines_of(self, app: str = "") -> list[Json]:
-        """As they are shown; of all apps when none is named."""
-        return [machine.shown() for machine in self.machines.values() if app in ("", machine.app)]
+    def shown_of(self, app: str = "") -> list[Json]:
+        return [machine.shown() for machine in self.of(app)]
 
     def set_secrets(self, asked: Asked) -> Any:
         app = asked.app
@@ -9942,10 +9958,7 @@ class LocalFly:
 
     async def save(self) -> None:
         async with self.saving:
-            machines = [
-                {"app": m.app} | {name: getattr(m, name) for name in m.KEPT}
-                for m in self.machines.values()
-            ]
+            machines = [{name: getattr(m, name) for name in m.KEPT} for m in self.of()]
             content = to_json({"apps": self.apps, "machines": machines}).encode()
             await asyncio.to_thread(write_atomically, self.file, [content])
 
@@ -9962,25 +9975,14 @@ class LocalFly:
         try:
             yield
         finally:
-            for machine in self.machines.values():
+            for machine in self.of():
                 await machine.stop(machine.state)
 
-
-@dataclass(kw_only=True, eq=False)
-class LocalProxy:
-    """A VM's own address, as Fly's proxy would serve it."""
-
-    fly: LocalFly
-
-    def routes(self) -> list[web.RouteDef]:
-        return [
-            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
-            web.post("/_local/vms/{app}/kill", self.kill),
-        ]
+    # A VM's own address
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
-        """503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(iter(self.fly.of(request.match_info["app"])), None)
+        """As Fly's: 503 while nothing listens; a connection that the VM drops is dropped here too."""
+        machine = next(iter(self.of(request.match_info["app"])), None)
         if machine is not None and machine.state == "suspended":
             await machine.start()  # as `autostart` does
         if machine is None or machine.process is None:
@@ -10008,7 +10010,7 @@ class LocalProxy:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        for machine in self.fly.of(request.match_info["app"]):
+        for machine in self.of(request.match_info["app"]):
             if machine.process is not None:
                 signal_group(machine.process.pid, signal.SIGKILL)
         return web.Response(status=204)
@@ -10107,15 +10109,15 @@ class LocalTwilio:
         if not isinstance(words, str) or len(words) > PART_UNITS:
             errors.add("body", "must be a text of at most 1600 characters")
         errors.check()
-        number = self.settings.twilio.phone_number
-        message = await self.record("inbound", str(sender), number, str(words))
+        sender, words, number = str(sender), str(words), self.settings.twilio.phone_number
+        message = await self.record("inbound", sender, number, words)
         status, document = await self.deliver(message)
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
         for reply in replies if status == 200 else ():
-            await self.record("outbound-reply", number, str(sender), html.unescape(reply))
-        is_known = str(sender) in request.app[GATEWAY].routes.routes
-        if note := self.note(str(words), is_known=is_known or bool(replies)):
-            await self.record("note", number, str(sender), note)
+            await self.record("outbound-reply", number, sender, html.unescape(reply))
+        is_known = sender in request.app[GATEWAY].routes.routes
+        if note := self.note(words, is_known=is_known or bool(replies)):
+            await self.record("note", number, sender, note)
         return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
 
     async def deliver(self, message: Json) -> tuple[int, str]:
@@ -10172,8 +10174,7 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
     stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
-        stand_ins.append(fly := LocalFly(settings))
-        app.add_routes(LocalProxy(fly=fly).routes())
+        stand_ins.append(LocalFly(settings))
     if settings.twilio.is_local:
         stand_ins.append(LocalTwilio(settings))
     for stand_in in stand_ins:
@@ -10472,15 +10473,14 @@ def print_banner(settings: Settings) -> None:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
-    if settings.fly.is_local and gateway.local_agent:
-        agent = CommandAgent(gateway.local_agent, LOCAL_FOLDER)
-        if trouble := agent.trouble():
-            print(f"LOCAL_AGENT: {trouble}", flush=True)
-    if settings.fly.is_local and gateway.local_agent in PRESETS:
+    agent = gateway.local_agent if settings.fly.is_local else ""
+    if agent and (trouble := CommandAgent(agent, LOCAL_FOLDER).trouble()):
+        print(f"LOCAL_AGENT: {trouble}", flush=True)
+    if agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
         where = Path(LOCAL_FOLDER, "vms").absolute()
         print(
-            f"{gateway.local_agent} acts without asking, with all that {who} may do on this machine;",
+            f"{agent} acts without asking, with all that {who} may do on this machine;",
             f"each VM's agent begins in a folder of {where}",
             flush=True,
         )
