@@ -8002,13 +8002,8 @@ TWILIO_FORM = {
 class FieldErrors:
     """Collects what is wrong with a request's fields, so that all is told at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
         self.errors: list[Json] = []
-
-    def add(self, name: str, message: str) -> None:
-        self.errors.append({"field": name, "message": message})
-
-    def fit(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
         for name in sorted(set(body) - set(fields)):
             self.add(redact(name)[:100], "is not a field of this request; leave it out")
         for name, wanted in fields.items():
@@ -8016,6 +8011,9 @@ class FieldErrors:
                 self.add(name, "is required")
             elif name in body and wanted.remedy and not wanted.fits(body[name]):
                 self.add(name, wanted.remedy)
+
+    def add(self, name: str, message: str) -> None:
+        self.errors.append({"field": name, "message": message})
 
     def credential(self, name: str, value: object) -> None:
         if not isinstance(value, str) or not value:
@@ -8070,8 +8068,7 @@ def check_phone(given: object, settings: Settings, errors: FieldErrors) -> str:
 
 def parse_order(body: Json, settings: Settings) -> Order:
     """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
-    errors = FieldErrors()
-    errors.fit(body, ORDER_FIELDS)
+    errors = FieldErrors(body, ORDER_FIELDS)
     phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
     credentials = check_credentials(body, errors)
     region = body.get("region")
@@ -8199,9 +8196,8 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
 
 
 async def get_provisions(request: web.Request) -> web.Response:
-    gateway, errors = request.app[GATEWAY], FieldErrors()
+    gateway, errors = request.app[GATEWAY], FieldErrors(request.query, PAGING)
     raw, after = request.query.get("limit", "100"), request.query.get("after", "")
-    errors.fit(request.query, PAGING)
     if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= PAGE_MAX:
         errors.add("limit", f"must be a whole number from 1 to {PAGE_MAX}")
     errors.check()
@@ -8249,8 +8245,8 @@ async def lock_vm(request: web.Request) -> web.Response:
 
 
 async def patch_provision(request: web.Request) -> web.Response:
-    body, errors = await read_json(request, PROVISION_BODY_BYTES), FieldErrors()
-    errors.fit(body, NEW_CREDENTIALS)
+    body = await read_json(request, PROVISION_BODY_BYTES)
+    errors = FieldErrors(body, NEW_CREDENTIALS)
     credentials = check_credentials(body, errors)
     if not body:
         errors.add("github_token", "give this, api_keys, or both")
@@ -8314,9 +8310,9 @@ def require_vm(request: web.Request) -> tuple[str, Route]:
 
 async def post_messages(request: web.Request) -> web.Response:
     """A VM texts its own owner, unasked."""
-    (phone, route), errors = require_vm(request), FieldErrors()
+    phone, route = require_vm(request)
     body = await read_json(request, MESSAGE_BODY_BYTES)
-    errors.fit(body, VM_MESSAGE)
+    errors = FieldErrors(body, VM_MESSAGE)
     words, listed = body.get("text", ""), body.get("images", [])
     paths = []
     for image in listed if isinstance(listed, list) else [None]:
@@ -9031,7 +9027,7 @@ let table = null;
 let skew = 0;  // of the gateway's clock against the browser's
 
 const took = seconds => `${Number(seconds.toFixed(seconds < 10 ? 2 : 0))} s`;
-const when = at => new Date(at > 1e9 ? at * 1000 : at).toLocaleString();
+const when = at => new Date(at).toLocaleString();
 function since(at) {
   const seconds = Math.max(0, Date.now() / 1000 + skew - at);
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
@@ -9039,11 +9035,11 @@ function since(at) {
 }
 function troubleOf(row) {
   const silent = row.away_since ? `no answer for ${since(row.away_since)}` : '';
-  const words = row.last_error || silent || (row.paired === false ? 'not paired yet' : '');
+  const words = row.last_error || silent || (row.paired ? '' : 'not paired yet');
   return words && withRemedy(row.state, words);
 }
 function stateOf({state, step, waiting, paired}) {
-  const how = paired === false && state === 'ready' ? 'not paired' : state;
+  const how = paired || state !== 'ready' ? state : 'not paired';
   return (step ? `${how}: ${step}` : how) + (waiting ? `, ${waiting} waiting` : '');
 }
 function takeFleet(told) {
@@ -9099,7 +9095,7 @@ function newLine(row) {
 function lineOf(row) {
   const line = $(`row-${row.vm_id}`) || newLine(row);
   const [, , state, spoke, trouble] = line.children;
-  line.className = row.paired === false ? 'away' : row.state;
+  line.className = row.paired ? row.state : 'away';
   put(state, stateOf(row));
   put(spoke, row.last_text ? `${since(row.last_text)} ago` : 'no text lately');
   put(trouble, troubleOf(row));
@@ -9286,7 +9282,7 @@ $('order').onsubmit = async event => {
     const order = readForm(form);
     const vm = await (await post('provision', order, {Prefer: 'respond-async'})).json();
     form.reset();
-    document.dispatchEvent(new CustomEvent('vm-made', {detail: vm.phone_number}));
+    if ($('from')) $('from').value = vm.phone_number;
     $('make').close();
     showDetails({...vm, phone: 'New VM'});
   } catch (error) {
@@ -9363,7 +9359,6 @@ $('kill').onclick = async () => {
     say('phone-words', explain(error));
   }
 };
-document.addEventListener('vm-made', event => { $('from').value = event.detail; });
 const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
 $('out').before(make('button', toPhone, 'Phone'));
 followThread();
@@ -10102,7 +10097,7 @@ class LocalTwilio:
     async def send_text(self, request: web.Request) -> web.Response:
         """Send a text as a phone would."""
         require_key(request)
-        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors()
+        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors({}, {})
         sender, words = body.get("from"), body.get("body")
         if not isinstance(sender, str) or not PHONE.fullmatch(sender):
             errors.add("from", "must be a phone number such as +15551234567")
