@@ -1413,6 +1413,10 @@ ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
 GONE_AWAKE_S = "gone_awake_s"  # in routes.json: how long VMs that are no more were awake
 
 
+def beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
 def read_nofollow(path: Path) -> bytes:
     """The file's bytes; a link that somebody planted under its name is not followed."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
@@ -1424,7 +1428,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
 
     Blocks for two fsyncs: call it in a thread.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = beside(path, ".tmp")
     try:
         temporary.unlink(missing_ok=True)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -1449,7 +1453,7 @@ def lock_state(path: Path) -> int:
 
     Blocking; raises StoreError.
     """
-    lock = path.with_name(path.name + ".lock")
+    lock = beside(path, ".lock")
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1506,7 +1510,7 @@ def parse_routes(text: bytes) -> StoredRoutes:
 def read_routes(path: Path) -> tuple[StoredRoutes, str]:
     """routes.json, or its last good copy and a note saying so; raises StoreError."""
     reasons = []
-    for candidate in (path, path.with_name(path.name + ".bak")):
+    for candidate in (path, beside(path, ".bak")):
         try:
             stored = parse_routes(read_nofollow(candidate))
         except FileNotFoundError:
@@ -1650,8 +1654,8 @@ class RouteStore:
                 if written:
                     written.set_result(None)
                 # After they are let go: the copy only guards against later damage to the file.
-                copy = self.path.with_name(self.path.name + ".bak")
                 with contextlib.suppress(StoreError):
+                    copy = beside(self.path, ".bak")
                     await asyncio.to_thread(write_atomically, copy, content)
         finally:
             self._writer = None
@@ -6946,12 +6950,10 @@ class VmChanges:
     tasks: Tasks
     running: dict[str, VmChange] = field(default_factory=dict)
 
-    def begin(
-        self, vm_id: str, what: str, credentials: Mapping[str, str] | None = None
-    ) -> VmChange:
+    def begin(self, vm_id: str, what: str, **credentials: str) -> VmChange:
         """Take on a `restart`, `rotate` or `upgrade`; raises Refusal when the VM is not ready for it."""
         phone, route = self.check(vm_id)
-        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials or {})
+        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials)
         self.routes.put(phone, replace(route, change=what))
         log_event(f"{what}_begun", vm_id=route.vm_id)
         return self._start(change)
@@ -8225,12 +8227,10 @@ async def delete_provision(request: web.Request) -> web.Response:
     return json_response(vm_record(gateway, vm_id), status=202)
 
 
-async def change_vm(
-    request: web.Request, what: str, credentials: Mapping[str, str] | None = None
-) -> web.Response:
+async def change_vm(request: web.Request, what: str, **credentials: str) -> web.Response:
     """Restart, rotate or upgrade a VM."""
     changes = request.app[GATEWAY].changes
-    change = changes.begin(request.match_info["vm_id"], what, credentials)
+    change = changes.begin(request.match_info["vm_id"], what, **credentials)
     return await outcome_of(request, change)
 
 
@@ -8251,7 +8251,7 @@ async def patch_provision(request: web.Request) -> web.Response:
     if not body:
         errors.add("github_token", "give this, api_keys, or both")
     errors.check()
-    return await change_vm(request, "rotate", credentials)
+    return await change_vm(request, "rotate", **credentials)
 
 
 # Texts
@@ -8653,7 +8653,6 @@ summary{padding:9px 0}
 :is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
 .go{background:var(--go);border-color:var(--go);color:var(--card)}
-.go[name=teardown]{background:var(--bad);border-color:var(--bad)}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}
 header,.card,dialog{background:var(--card);color:var(--ink)}
@@ -10248,7 +10247,7 @@ async def open_gateway(
     stack.push_async_callback(routes.close)
     if routes.recovery_note:
         log_warning("routes_recovered", note=routes.recovery_note)
-    messages = MessageStore(path.with_name(path.name + ".db"), clock, disk, metrics)
+    messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
     await messages.open()
     stack.push_async_callback(messages.close)
     fly, twilio = await open_clouds(stack, settings, clock, metrics)
@@ -10264,7 +10263,7 @@ async def open_gateway(
 
 async def move_old_journal(path: Path, gateway: Gateway) -> None:
     """What the first version left in flight goes into the database once."""
-    journal = path.with_name(path.name + ".journal")
+    journal = beside(path, ".journal")
     if not await asyncio.to_thread(journal.exists):
         return
     phone_of = {route.vm_id: phone for phone, route in gateway.routes.routes.items()}
@@ -10272,7 +10271,7 @@ async def move_old_journal(path: Path, gateway: Gateway) -> None:
     changes = list(old.changes(lambda vm_id: phone_of.get(vm_id, "")))
     log_warning("journal_moved", changes=len(changes), into=f"{path.name}.db")
     await gateway.messages.commit(*changes)
-    await asyncio.to_thread(journal.rename, journal.with_name(journal.name + ".moved"))
+    await asyncio.to_thread(journal.rename, beside(journal, ".moved"))
 
 
 async def bring_up(gateway: Gateway) -> None:
