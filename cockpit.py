@@ -7425,8 +7425,9 @@ class Reconciler:
 
     async def adopt(self, action: Action) -> None:
         owned = await self._proven(action)
-        is_ours = owned and owned.gateway_id == self.routes.gateway_id
-        if owned is None or not is_ours or action.phone in self.routes.routes:
+        if owned is None or owned.gateway_id != self.routes.gateway_id:
+            return
+        if action.phone in self.routes.routes:
             return
         self.routes.put(action.phone, self.blueprint.adopted_route(owned))
         await self.relay.vm_adopted(action.vm_id, action.phone)
@@ -7439,16 +7440,11 @@ class Reconciler:
         if owned is None or self.routes.routes.get(action.phone) is not route:
             return
         found = self.blueprint.adopted_route(owned)
-        changed = replace(
-            route,
-            machine_id=found.machine_id,
-            vm_url=found.vm_url,
-            region=found.region,
-            image=found.image or route.image,
-            key_id=found.key_id,
-            state="ready",
-            last_error="",
-        )
+        at_fly = {
+            name: getattr(found, name) for name in ("machine_id", "vm_url", "region", "key_id")
+        }
+        at_fly["image"] = found.image or route.image
+        changed = replace(route, **at_fly, state="ready", last_error="")
         self.routes.put(action.phone, changed)
         log_warning("machine_taken_over", vm_id=route.vm_id, was=route.state)
         await self.routes.commit()
