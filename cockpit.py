@@ -440,7 +440,9 @@ class GatewaySettings:
             host=env.text("HOST", "0.0.0.0" if is_production else "127.0.0.1"),
             port=env.whole("PORT", 8080, low=1, high=65535),
             routes_file=Path(env.text("ROUTES_FILE", str(folder / "routes.json"))),
-            gateway_id=env.matching("GATEWAY_ID", "", "[a-z0-9]+", "must be one a start has named"),
+            gateway_id=env.matching(
+                "GATEWAY_ID", "", "[a-z0-9]+", "must be one a start has named"
+            ),
             onboarding_url=env.url("ONBOARDING_URL", ""),
             verify_phone=env.one_of("VERIFY_PHONE", "off", ("on", "off")) == "on",
             log_format=env.one_of(
@@ -565,7 +567,9 @@ class VmSettings:
             is_valid = False
         if not is_valid:
             names = "{app}, {machine_id} and {region}"
-            env.wrong("VM_URL", f"must be an http or https URL in which only {names} are filled in")
+            env.wrong(
+                "VM_URL", f"must be an http or https URL in which only {names} are filled in"
+            )
 
     @property
     def guest(self) -> Json:
@@ -591,7 +595,9 @@ class TwilioSettings:
         is_local = not given and not env.is_production
         for name in sorted(TWILIO_NAMES - given) if given and not env.is_production else ():
             others = " and ".join(sorted(given))
-            env.wrong(name, f"is required together with {others}; set it, or none for the stand-in")
+            env.wrong(
+                name, f"is required together with {others}; set it, or none for the stand-in"
+            )
         api_url = env.url("TWILIO_API_URL", "https://api.twilio.com")
         settings = cls(
             is_local=is_local,
@@ -716,7 +722,11 @@ class Settings:
         if is_exposed and self.twilio.is_local:
             names = "TWILIO_ACCOUNT_SID, TWILIO_AUTH_TOKEN and TWILIO_PHONE_NUMBER"
             env.wrong("TWILIO_ACCOUNT_SID", f"the stand-in for Twilio {beyond}; set {names}")
-        if self.gateway.local_agent and not self.twilio.is_local and not self.gateway.verify_phone:
+        if (
+            self.gateway.local_agent
+            and not self.twilio.is_local
+            and not self.gateway.verify_phone
+        ):
             reason = "an agent on this machine takes texts of its owner only"
             env.wrong("VERIFY_PHONE", f"{reason}; set it to on, or unset LOCAL_AGENT")
         if not self.fly.is_local and is_loopback(public_host):
@@ -1403,6 +1413,10 @@ ROUTES_RETRY = Backoff(base_s=0.5, cap_s=5)
 GONE_AWAKE_S = "gone_awake_s"  # in routes.json: how long VMs that are no more were awake
 
 
+def beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
+
+
 def read_nofollow(path: Path) -> bytes:
     """The file's bytes; a link that somebody planted under its name is not followed."""
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
@@ -1414,7 +1428,7 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
 
     Blocks for two fsyncs: call it in a thread.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = beside(path, ".tmp")
     try:
         temporary.unlink(missing_ok=True)
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
@@ -1429,30 +1443,28 @@ def write_atomically(path: Path, chunks: Iterable[bytes]) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise StoreError(f"{path.name} cannot be written: {error.strerror}") from error
 
 
-class StateLock:
-    """One process per state file: held until closed or until the process ends."""
+def lock_state(path: Path) -> int:
+    """One process per state file, until this handle is closed or the process ends.
 
-    def __init__(self, path: Path) -> None:
-        """Blocking; raises StoreError."""
-        lock = path.with_name(path.name + ".lock")
-        try:
-            self._handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self.close()
-            remedy = "stop it first, or set ROUTES_FILE to another file"
-            raise StoreError(f"another cockpit is using {path}; {remedy}") from error
-        except OSError as error:
-            remedy = "check that the folder exists and is writable"
-            raise StoreError(f"{lock} cannot be locked: {error.strerror}; {remedy}") from error
-
-    def close(self) -> None:
-        os.close(self._handle)
+    Blocking; raises StoreError.
+    """
+    lock = beside(path, ".lock")
+    try:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        remedy = "stop it first, or set ROUTES_FILE to another file"
+        raise StoreError(f"another cockpit is using {path}; {remedy}") from error
+    except OSError as error:
+        remedy = "check that the folder exists and is writable"
+        raise StoreError(f"{lock} cannot be locked: {error.strerror}; {remedy}") from error
+    return handle
 
 
 class StoredRoutes(NamedTuple):
@@ -1480,14 +1492,17 @@ def parse_routes(text: bytes) -> StoredRoutes:
     stored.pop("pool", None)  # of the first version: a sweep reports its machines
     gateway_id, undo = stored.pop("gateway_id", ""), stored.pop("undo", {})
     section, routes = stored.pop("routes", {}), {}
-    is_usable = isinstance(section, dict) and isinstance(undo, dict) and isinstance(gateway_id, str)
+    is_usable = (
+        isinstance(section, dict) and isinstance(undo, dict) and isinstance(gateway_id, str)
+    )
     if not is_usable or not all(isinstance(entry, dict) for entry in undo.values()):
         raise ValueError('its "routes", "undo" or "gateway_id" is not what it should be')
     for phone in list(section):
         if not PHONE.fullmatch(phone):
             raise ValueError(f"a route's key is not a phone number: {mask_phone(phone)}")
         try:
-            routes[phone] = Route.from_json(section.pop(phone))  # 100,000 of them: not both at once
+            # 100,000 of them: not both at once.
+            routes[phone] = Route.from_json(section.pop(phone))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the route of {mask_phone(phone)} is unusable: {error}") from error
     if len({route.vm_id for route in routes.values()}) != len(routes):
@@ -1498,7 +1513,7 @@ def parse_routes(text: bytes) -> StoredRoutes:
 def read_routes(path: Path) -> tuple[StoredRoutes, str]:
     """routes.json, or its last good copy and a note saying so; raises StoreError."""
     reasons = []
-    for candidate in (path, path.with_name(path.name + ".bak")):
+    for candidate in (path, beside(path, ".bak")):
         try:
             stored = parse_routes(read_nofollow(candidate))
         except FileNotFoundError:
@@ -1528,6 +1543,7 @@ class RouteStore:
         self._clock = clock
         self._tasks = tasks
         stored, self.recovery_note = read_routes(path)
+        self.closed_because = ""  # why there may be more routes than these
         self.is_new = not stored.gateway_id
         self.gateway_id = stored.gateway_id or clock.random_id()
         self.routes = stored.routes
@@ -1596,8 +1612,8 @@ class RouteStore:
     def begin_undo(self, phone: str, reason: str, error: str = "") -> None:
         """Move a route to the undo section, which frees its number in the same write."""
         route = self.routes[phone]
-        gone = self._extra.get(GONE_AWAKE_S, 0) + route.awake_for(self._clock.now())
-        self._extra[GONE_AWAKE_S] = gone
+        self._extra.setdefault(GONE_AWAKE_S, 0)
+        self._extra[GONE_AWAKE_S] += route.awake_for(self._clock.now())
         self.drop(phone)
         entry = route.to_json() | {"phone_number": phone, "reason": reason}
         self.undo[route.vm_id] = entry | ({"last_error": error} if error else {})
@@ -1645,8 +1661,8 @@ class RouteStore:
                 if written:
                     written.set_result(None)
                 # After they are let go: the copy only guards against later damage to the file.
-                copy = self.path.with_name(self.path.name + ".bak")
-                with contextlib.suppress(StoreError):
+                with suppress(StoreError):
+                    copy = beside(self.path, ".bak")
                     await asyncio.to_thread(write_atomically, copy, content)
         finally:
             self._writer = None
@@ -1664,7 +1680,7 @@ class RouteStore:
 
     async def close(self) -> None:
         """Write what is unwritten, if the disk lets us."""
-        with contextlib.suppress(StoreError, TimeoutError):
+        with suppress(StoreError, TimeoutError):
             async with asyncio.timeout(2):
                 if writer := self._writer:
                     await self.commit()
@@ -1826,7 +1842,7 @@ class MessageStore:
     def _set_aside(self, suffix: str) -> None:
         self.database.close()
         for part in ("", "-wal", "-shm"):
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 os.rename(f"{self.path}{part}", f"{self.path}{part}{suffix}")
 
     async def read(self, query: str, *values: Value) -> list[Row]:
@@ -1858,7 +1874,7 @@ class MessageStore:
 
     async def save(self, *changes: Change) -> None:
         """Wait until these are on disk or the disk has failed once: they are kept and tried again then."""
-        with contextlib.suppress(StoreError):
+        with suppress(StoreError):
             await self._wait_for(Entry(changes=changes, is_kept=True))
 
     def note(self, *changes: Change) -> None:
@@ -1893,7 +1909,7 @@ class MessageStore:
                 kept = [entry for entry in batch if entry.is_kept]
                 self.queue = kept + self.queue
                 # A failing disk is tried again after a while, or as soon as somebody waits for it.
-                with contextlib.suppress(TimeoutError):
+                with suppress(TimeoutError):
                     async with self.clock.time_limit(self.RETRY_S):
                         await self.wanted.wait()
         finally:
@@ -1957,7 +1973,7 @@ class MessageStore:
 def journal_changes(journal: bytes, phone_of: Mapping[str, str]) -> Iterator[Change]:
     """The `.journal` of the first version as changes of the database; `phone_of`: by vm_id."""
     for line in journal.splitlines():
-        with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
+        with suppress(AttributeError, KeyError, TypeError, ValueError):  # torn
             record = json.loads(line)
             yield from (*old_changes(record, phone_of), *old_memory(record))
     yield DROP_SENT, ()
@@ -1977,7 +1993,10 @@ def old_changes(record: Json, phone_of: Mapping[str, str]) -> Iterator[Change]:
         case {"k": "out", "id": id_, "vm": vm_id, "at": at, "parts": parts}:
             content = to_json(parts), to_json(record.get("images", []))
             progress = at, record.get("sent", 0), to_json(record.get("in_words", []))
-            yield ADD_OUTBOUND, (id_, vm_id, phone_of.get(vm_id, ""), *address, *content, *progress)
+            yield (
+                ADD_OUTBOUND,
+                (id_, vm_id, phone_of.get(vm_id, ""), *address, *content, *progress),
+            )
             for sid in record.get("re", ()):
                 yield END_TEXT, (sid,)
         case {"k": "sent", "id": id_, "n": sent}:
@@ -2201,7 +2220,8 @@ class Machine:
     app: str = ""  # named by lists only
     instance_id: str = ""
     created_at: float | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)  # empty when Fly knows it only in part
+    # Empty when Fly knows it only in part.
+    config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     image: str = ""
     build: str = ""  # the image by its digest
@@ -2551,7 +2571,9 @@ class FlyClient:
             if not following:
                 return machines, sorted(missing)
             if following in cursors:
-                raise UpstreamUnreadable("fly", "list org machines", "a list that goes in circles")
+                raise UpstreamUnreadable(
+                    "fly", "list org machines", "a list that goes in circles"
+                )
             cursors.append(following)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
@@ -2628,7 +2650,8 @@ class FlyClient:
 # Facts: Twilio's OpenAPI document (twilio_api_v2010), its pages on webhook security and on error codes.
 
 EMPTY_TWIML = '<?xml version="1.0" encoding="UTF-8"?><Response/>'
-PART_UNITS = 1600  # Twilio's limit on Body (21617); emoji count as two, so UTF-16 units are counted
+# Twilio's limit on Body (21617); emoji count as two, so UTF-16 units are counted.
+PART_UNITS = 1600
 MAX_PARTS = 8  # well under the 15 quick replies after which Twilio's loop guard (14107) steps in
 SIGNATURE_DIGESTS = {"HMAC_SHA1": "sha1", "HMAC_SHA256": "sha256"}
 TERMINAL_STRING = r"(?:\x1b[\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(?:\x07|\x9c|\x1b\\)?"
@@ -2849,9 +2872,7 @@ TWILIO_ERRORS = parse_error_table(ERROR_TABLE)
 def explain_code(code: str) -> str:
     """One of Twilio's codes in plain words, with the cure."""
     policy = TWILIO_ERRORS.get(code)
-    return (
-        f"Twilio {code}: {policy.text if policy else f'see www.twilio.com/docs/api/errors/{code}'}"
-    )
+    return f"Twilio {code}: {policy.text if policy else f'see www.twilio.com/docs/api/errors/{code}'}"
 
 
 def action_for(error: UpstreamError) -> str:
@@ -3280,7 +3301,9 @@ class VmClient:
         """One of a VM's images, not yet read."""
         url = URL(route.vm_url + path)
         headers = self._headers(route)
-        return self.session.get(url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT)
+        return self.session.get(
+            url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT
+        )
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID.
@@ -4156,7 +4179,9 @@ class Readiness:
 
         Raises Refusal when that will not be.
         """
-        since = {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
+        since = (
+            {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
+        )
         while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
             present = await self.fly.get_machine(vm_id, machine.id)
             if present.state in STATES_THAT_FAILED:
@@ -4221,7 +4246,9 @@ class Provisioning:
     def interruption(self) -> Refusal:
         """What a caller is told when it was cancelled."""
         if not self.is_torn_down:  # shutting down: the next start undoes it
-            reason = f"the gateway shut down while {self.vm_id} was being set up; it will be undone"
+            reason = (
+                f"the gateway shut down while {self.vm_id} was being set up; it will be undone"
+            )
             return Refusal("draining", reason)
         when = "while it was being set up" if self.step else "before it was set up"
         return Refusal("torn_down", f"{self.vm_id} was deleted {when}", vm_id=self.vm_id)
@@ -4475,7 +4502,6 @@ class Provisioner:
     running: dict[str, Provisioning] = field(default_factory=dict)
     failed: Recent[Json] = field(default_factory=lambda: Recent(1000, for_s=FAILED_KEPT_S))
     is_draining: bool = False
-    closed_because: str = ""  # why no VM can be made now
 
     # Asking for a VM
 
@@ -4529,8 +4555,8 @@ class Provisioner:
         limits, count = self.settings.limits, len(self.routes.routes) - replaced
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
-        if self.closed_because:
-            raise Refusal("fly_unavailable", self.closed_because, retry_after_s=10)
+        if why := self.routes.closed_because:
+            raise Refusal("fly_unavailable", why, retry_after_s=10)
         if len(self.running) >= limits.provision_limit:
             reason = f"{len(self.running)} VMs are being set up already (PROVISION_LIMIT)"
             raise Refusal("too_many", reason, retry_after_s=10)
@@ -4577,7 +4603,9 @@ class Provisioner:
         if vm_id in self.routes.undo:
             self.undo.start(vm_id)
 
-    def _remember_failed(self, phone: str, route: Route, error: str, state: str = "failed") -> None:
+    def _remember_failed(
+        self, phone: str, route: Route, error: str, state: str = "failed"
+    ) -> None:
         record = describe(phone, route) | {"state": state, "last_error": error}
         self.failed.put(route.vm_id, record, self.clock.monotonic())
 
@@ -4660,7 +4688,9 @@ class Provisioner:
         if undone is None:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
         texts = {name: value for name, value in undone.items() if isinstance(value, str)}
-        record = describe(texts.get("phone_number", ""), Route.from_json(texts | {"vm_id": vm_id}))
+        record = describe(
+            texts.get("phone_number", ""), Route.from_json(texts | {"vm_id": vm_id})
+        )
         return record | {"state": "failed" if undone.get("reason") == "failed" else "deleting"}
 
 
@@ -4692,7 +4722,9 @@ CANNOT_STOP = "Your VM cannot stop a command; cockpit restart restarts it."
 NOT_STOPPED = "Your VM did not answer: nothing was stopped. cockpit cancel drops what waits."
 NOTHING_RUNS = "Nothing is running."
 NEXT_IS_NEW = "The next text starts a new conversation."
-IMAGE_AS_LINK = "An image that could not be sent as a picture message; for a day it is here: {url}"
+IMAGE_AS_LINK = (
+    "An image that could not be sent as a picture message; for a day it is here: {url}"
+)
 PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
 TEXT_THE_CODE = "Text the code from the sign-up page to connect this phone."
 CONNECTED = "Connected. Text me anything."
@@ -4829,7 +4861,8 @@ class KeptOfVm:
     reply_to: Address = USUAL_ADDRESS  # where its owner last texted from
     opted_out: dict[str, bool] = field(default_factory=dict)  # by channel
     opted_at: dict[str, float] = field(default_factory=dict)
-    vm_messages: list[tuple[float, int]] = field(default_factory=list)  # when, how many of Twilio's
+    # When, how many of Twilio's.
+    vm_messages: list[tuple[float, int]] = field(default_factory=list)
     answered_at: float = 0.0  # the end of the last text it finished
     owes_restart: bool = False  # asked for by text, not yet begun
     owes_stop: bool = False  # the same
@@ -4963,7 +4996,6 @@ class RelayState:
         self.traces: Recent[Trace] = Recent(TRACES_KEPT)
         self.marks: dict[str, float] = {}
         self.is_draining = False
-        self.closed_because = ""  # why nobody can be called unknown now
 
     def vm(self, vm_id: str, phone: str) -> VmState:
         if vm_id not in self.vms:
@@ -5029,7 +5061,7 @@ class RelayState:
             self._loaded_vm(out.vm_id).outbox.append(out)
         for vm in list(self.vms.values()):
             # Long gone, unless its route may yet be found.
-            if not (vm.phone or self.closed_because) and vm.is_idle():
+            if not (vm.phone or self.routes.closed_because) and vm.is_idle():
                 vm.closing_notice = VM_GONE
                 self.retire(vm)
         return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
@@ -5254,6 +5286,10 @@ class Sender:
         public_url = self.settings.gateway.public_url
         return f"{public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
 
+    def pictures_elsewhere(self, message: InboundMessage | Text) -> int:
+        """How many of its pictures do not lie at Twilio's own address."""
+        return sum(not self.twilio.media_path(url) for url, _ in message.media)
+
     def command_of(self, vm: VmState, text: Text) -> Json:
         """What a VM is handed: words, and links to what lies at Twilio's own address."""
         links = []
@@ -5319,7 +5355,8 @@ class DeliveryReports:
     state: RelayState
     sender: Sender
     metrics: Metrics
-    ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))  # of a message's last status
+    # Of a message's last status.
+    ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))
 
     def handle(self, form: Mapping[str, str], vm_id: str) -> None:
         """One callback; `vm_id` is what its address named."""
@@ -5397,7 +5434,9 @@ class Watch:
                     # Behind anything still to be sent it would only come late.
                     if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
                         vm.still_told += 1
-                        vm.still_at += STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
+                        vm.still_at += (
+                            STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
+                        )
                         self.tasks.start(self._tell(vm, vm.running))
         finally:
             self.task = None
@@ -5490,7 +5529,7 @@ class Waker:
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
         if self._sleeper(vm_id):
-            with contextlib.suppress(StoreError):  # the write is tried on, and a sweep sees it too
+            with suppress(StoreError):  # the write is tried on, and a sweep sees it too
                 await self.routes.update(vm_id, state="ready")
 
     async def look(self, vm_id: str) -> None:
@@ -5504,7 +5543,7 @@ class Waker:
 
     async def rouse(self, vm: VmState, within_s: float = WAKE_S) -> bool:
         """Wake a sleeper; whether it answers within so long."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with self.clock.time_limit(within_s):
                 return await asyncio.shield(self.begin(vm))
         return False
@@ -5573,7 +5612,7 @@ class Runner:
         """Hand the VM nothing more until `resume`; what it is running has so long to end."""
         vm.is_paused = True
         if vm.runner is not None and vm.is_handing_over:
-            with contextlib.suppress(TimeoutError):
+            with suppress(TimeoutError):
                 async with self.clock.time_limit(patience_s):
                     await asyncio.wait({vm.runner})
 
@@ -5624,7 +5663,7 @@ class Runner:
             return False
         vm.has_switched_key = True
         log_warning("vm_key_switched", vm_id=vm.vm_id)
-        with contextlib.suppress(StoreError):
+        with suppress(StoreError):
             await self.routes.update(vm.vm_id, key_id=others[0])
         return True
 
@@ -5936,7 +5975,7 @@ class PhoneDoor:
         """A lock that was asked for by text and is not in routes.json."""
         route = self.routes.of(vm.vm_id)
         if route and route.pairing_number < vm.owed_lock:
-            with contextlib.suppress(StoreError):  # it is locked, and owed
+            with suppress(StoreError):  # it is locked, and owed
                 await self._close(vm)
 
     def _stamp_soon(self, vm_id: str) -> None:
@@ -6170,7 +6209,8 @@ class Inbox:
     tasks: Tasks
     metrics: Metrics
     invited: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
-    recent_texts: Recent[deque[float]] = field(default_factory=lambda: Recent(10_000))  # monotonic
+    # By phone, monotonic.
+    recent_texts: Recent[deque[float]] = field(default_factory=lambda: Recent(10_000))
     told_too_fast: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=60))
 
     async def accept(self, message: InboundMessage) -> str:
@@ -6243,7 +6283,9 @@ class Inbox:
 
     # STOP, START, HELP
 
-    async def _accept_keyword(self, message: InboundMessage, vm: VmState | None, word: str) -> str:
+    async def _accept_keyword(
+        self, message: InboundMessage, vm: VmState | None, word: str
+    ) -> str:
         """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
         changes: list[Change] = []
         # What the list tells late does not undo what was said since.
@@ -6264,9 +6306,9 @@ class Inbox:
     async def _accept_unrouted(self, message: InboundMessage) -> str:
         """One whose sender has no VM."""
         phone = message.phone
-        if self.state.closed_because:
+        if self.routes.closed_because:
             # Not taken, so that it is fetched from Twilio's list later.
-            raise Refusal("fly_unavailable", self.state.closed_because)
+            raise Refusal("fly_unavailable", self.routes.closed_because)
         if not PHONE.fullmatch(phone) or phone == self.settings.twilio.phone_number:
             return await self._refuse(message, None, "ignored")
         url = self.settings.gateway.onboarding_url
@@ -6282,7 +6324,7 @@ class Inbox:
         if not is_command:
             if route.state == "failed":
                 return "gone", self.sender.closing_words(VM_GONE, [message])
-            elsewhere = self._elsewhere(message)
+            elsewhere = self.sender.pictures_elsewhere(message)
             if elsewhere and elsewhere == len(message.media) and not message.body.strip():
                 return "picture_elsewhere", PICTURE_ELSEWHERE
             if self._is_full(vm):
@@ -6291,10 +6333,6 @@ class Inbox:
             return None
         is_told = self._is_told_now(phone, self.told_too_fast)
         return "too_fast", TOO_FAST.format(n=limits.text_limit) if is_told else ""
-
-    def _elsewhere(self, message: InboundMessage | Text) -> int:
-        """How many of its pictures do not lie at Twilio's own address."""
-        return sum(not self.sender.twilio.media_path(url) for url, _ in message.media)
 
     def _is_told_now(self, phone: str, told: Recent[None]) -> bool:
         """Whether a phone is to be told what it was not lately; it counts as told then."""
@@ -6350,7 +6388,9 @@ class Inbox:
 
     # Texts that are taken
 
-    async def _accept_text(self, message: InboundMessage, route: Route, vm: VmState) -> str | None:
+    async def _accept_text(
+        self, message: InboundMessage, route: Route, vm: VmState
+    ) -> str | None:
         """None when its SID is new, else the reply of that time; raises StoreError."""
         reply_to = address_of(message, self.settings.twilio.phone_number)
         text = Text(
@@ -6397,7 +6437,7 @@ class Inbox:
             parts = split_text(self.sender.closing_words(vm.closing_notice, [text]))
             return await self.sender.finish(vm, [text], parts, "gone")
         self.runner.start(vm)
-        if self._elsewhere(text):
+        if self.sender.pictures_elsewhere(text):
             self.tasks.start(self.sender.notify(vm, PICTURE_ELSEWHERE, text=text))
         if route.state == "provisioning" and not vm.was_told_of_setup:
             vm.was_told_of_setup = True
@@ -6407,7 +6447,8 @@ class Inbox:
 
 # --- Relay ---
 
-UNROUTED_S = 3600.0  # how long texts of a VM without a route are kept: Fly may yet tell whose it is
+# How long texts of a VM without a route are kept: Fly may yet tell whose it is.
+UNROUTED_S = 3600.0
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 
 
@@ -6561,7 +6602,7 @@ class Relay:
 
     async def _look(self, vm_id: str) -> None:
         """One that is said to sleep was woken by somebody else, or sent this as it froze."""
-        with contextlib.suppress(UpstreamError):  # a sweep sees it too
+        with suppress(UpstreamError):  # a sweep sees it too
             await self.runner.waker.look(vm_id)
 
     def _count_vm_message(self, vm: VmState, cost: int) -> tuple[float, int]:
@@ -6586,7 +6627,9 @@ class Relay:
     def oldest_waiting_s(self) -> float:
         """Age of the text that waits longest, 0 when none does."""
         now = self.clock.now()
-        return max([0.0, *(now - vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting)])
+        return max(
+            [0.0, *(now - vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting)]
+        )
 
     def sending(self) -> int:
         """Messages to be sent that Twilio has not taken yet."""
@@ -6594,7 +6637,9 @@ class Relay:
 
     def oldest_sending_s(self) -> float:
         now = self.twilio.now()
-        return max([0.0, *(now - vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox)])
+        return max(
+            [0.0, *(now - vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox)]
+        )
 
     def away_states(self) -> Counter[str]:
         """How many VMs are away, by their routes' states."""
@@ -6629,7 +6674,7 @@ class Backfill:
 
     async def at_start(self) -> None:
         """Before the door opens: whatever Twilio tells within 5 s."""
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with self.clock.time_limit(5):
                 await self.once()
 
@@ -6654,7 +6699,7 @@ class Backfill:
             log_warning("backfill_failed", error=str(error))
         else:
             # Where routes are missing, texts are not known by them.
-            if not (any(self.unread.values()) or self.state.closed_because):
+            if not (any(self.unread.values()) or self.routes.closed_because):
                 self.long_at = began if is_long else self.long_at
                 self._set_mark(until)
 
@@ -6760,13 +6805,13 @@ class VmChange:
         """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
         assert self.task is not None
         await asyncio.wait({self.task})
-        if self.task.cancelled() and not self.is_torn_down:
-            reason = f"this gateway is shutting down: the next start ends the {self.what}"
-            raise Refusal("draining", reason, vm_id=self.vm_id)
-        if self.task.cancelled():
+        if not self.task.cancelled():
+            return self.task.result()
+        if self.is_torn_down:
             reason = f"{self.vm_id} was deleted during the {self.what}"
             raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        self.task.result()
+        reason = f"this gateway is shutting down: the next start ends the {self.what}"
+        raise Refusal("draining", reason, vm_id=self.vm_id)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -6785,23 +6830,21 @@ class VmChanges:
     tasks: Tasks
     running: dict[str, VmChange] = field(default_factory=dict)
 
-    def begin(
-        self, vm_id: str, what: str, credentials: Mapping[str, str] | None = None
-    ) -> VmChange:
+    def begin(self, vm_id: str, what: str, **credentials: str) -> VmChange:
         """Take on a `restart`, `rotate` or `upgrade`; raises Refusal when the VM is not ready for it."""
         phone, route = self.check(vm_id)
-        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials or {})
+        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials)
         self.routes.put(phone, replace(route, change=what))
         log_event(f"{what}_begun", vm_id=route.vm_id)
         return self._start(change)
 
     def check(self, vm_id: str) -> tuple[str, Route]:
         """The phone and route of a VM that can be changed now; raises Refusal."""
-        found = self.routes.find(vm_id)
-        if found is None and vm_id not in self.routes.undo:
+        found, state = self.routes.find(vm_id), "deleting"
+        if found:
+            vm_id, state = found[1].vm_id, found[1].state
+        elif vm_id not in self.routes.undo:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        state = found[1].state if found else "deleting"
-        vm_id = found[1].vm_id if found else vm_id
         if other := self.running.get(vm_id):
             state = f"in the middle of a {other.what}"
         if found is None or state not in ("ready", "asleep"):
@@ -6814,24 +6857,16 @@ class VmChanges:
     def _start(self, change: VmChange) -> VmChange:
         self.relay.state.vm(change.vm_id, change.phone).is_paused = True
         self.running[change.vm_id] = change
-        name = f"{change.what} {change.vm_id}"
-        change.task = self.tasks.start(self._run(change), name)
+        change.task = self.tasks.start(self._run(change), f"{change.what} {change.vm_id}")
         return change
-
-    async def begin_restart(self, vm_id: str) -> None:
-        """Begin one and return once that is on disk; raises Refusal and StoreError."""
-        self.begin(vm_id, "restart")
-        await self.routes.commit()
 
     def resume_all(self) -> None:
         """At start: end what an earlier process began."""
         for phone, route in self.routes.routes.items():
-            if route.change in PATIENCE_S and route.state in ("ready", "asleep"):
-                change = VmChange(
-                    vm_id=route.vm_id, phone=phone, what=route.change, is_resumed=True
-                )
-                log_event("change_resumed", vm_id=route.vm_id, what=route.change)
-                self._start(change)
+            vm_id, what = route.vm_id, route.change
+            if what in PATIENCE_S and route.state in ("ready", "asleep"):
+                log_event("change_resumed", vm_id=vm_id, what=what)
+                self._start(VmChange(vm_id=vm_id, phone=phone, what=what, is_resumed=True))
 
     async def _run(self, change: VmChange) -> None:
         """Cancelled by a shutdown it stays on disk: the next start ends it."""
@@ -6857,7 +6892,7 @@ class VmChanges:
     async def _end(self, change: VmChange, trouble: str) -> None:
         event = f"{change.what}_{'failed' if trouble else 'done'}"
         log_event(event, vm_id=change.vm_id, error=trouble)
-        with contextlib.suppress(StoreError):
+        with suppress(StoreError):
             await self.routes.update(change.vm_id, change="", old_image="", last_error=trouble)
 
     def _refusal(self, change: VmChange, error: Exception) -> Refusal:
@@ -6873,8 +6908,6 @@ class VmChanges:
                 await self._restart(change.vm_id)
             case "rotate":
                 await self._wait_until_ready(change.vm_id, await self._replace_config(change))
-            case "upgrade" if change.is_resumed:
-                await self._end_upgrade(change)
             case "upgrade":
                 await self._upgrade(change)
 
@@ -6922,36 +6955,34 @@ class VmChanges:
         await self.routes.update(vm_id, key_id=key_id, image=image or route.image)
         return updated
 
-    async def _wait_until_ready(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
+    async def _wait_until_ready(
+        self, vm_id: str, machine: Machine, after_event: str = ""
+    ) -> None:
         async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
             await self.readiness.wait_started(vm_id, machine, after_event)
             await self.readiness.wait_healthy(self._route(vm_id))
 
     async def _upgrade(self, change: VmChange) -> None:
-        """Move to the present VM_IMAGE; what to go back to, the very build if tags are equal, is on disk."""
-        image = self.settings.vm.image
-        before = await self._machine(change.vm_id)
-        old = before.image if before.image != image else before.build or image
-        await self.routes.update(change.vm_id, old_image=old)
-        await self._settle(change, await self._replace_config(change, image))
+        """Move to the present VM_IMAGE, and back when it is not healthy.
 
-    async def _end_upgrade(self, change: VmChange) -> None:
-        """One that an earlier process began: whichever image Fly runs by now is waited for, or taken back."""
-        old = self._route(change.vm_id).old_image
-        machine = await self._machine(change.vm_id)
-        if not old or machine.image == old:
+        What to go back to, the very build if tags are equal, is on disk: of an upgrade that an earlier
+        process began, whichever image Fly runs by now is waited for, or taken back.
+        """
+        vm_id, image = change.vm_id, self.settings.vm.image
+        machine, old = await self._machine(vm_id), self._route(vm_id).old_image
+        if not change.is_resumed:
+            old = machine.image if machine.image != image else machine.build or image
+            await self.routes.update(vm_id, old_image=old)
+            machine = await self._replace_config(change, image)
+        elif old and machine.image != old:
+            key_id, image = self.keyring.current_id, machine.image
+            await self.routes.update(vm_id, image=image, key_id=key_id)
+        else:
             reason = "the gateway was restarted before Fly took the new image; ask again"
-            raise Refusal("fly_unavailable", reason, vm_id=change.vm_id)
-        await self.routes.update(change.vm_id, image=machine.image, key_id=self.keyring.current_id)
-        await self._settle(change, machine)
-
-    async def _settle(self, change: VmChange, machine: Machine) -> None:
-        """Wait for the new image; back to the old one when that is not healthy."""
-        vm_id, image = change.vm_id, machine.image
+            raise Refusal("fly_unavailable", reason, vm_id=vm_id)
         try:
             await self._wait_until_ready(vm_id, machine)
         except (CockpitError, TimeoutError) as error:
-            old = self._route(vm_id).old_image
             log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
             await self._wait_until_ready(vm_id, await self._replace_config(change, old))
             reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
@@ -6985,6 +7016,13 @@ async def fetch_inventory(fly: FlyClient) -> Inventory:
     return Inventory(apps=apps, machines=machines, missing_regions=missing)
 
 
+def proof_of(phone: str, machine: Machine, blueprint: Blueprint) -> Ownership | None:
+    """What proves that a machine that lives is this phone's."""
+    owned = blueprint.ownership(machine)
+    is_proof = owned and owned.key_id and owned.phone == phone
+    return owned if is_proof and machine.state not in STATES_THAT_FAILED else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Here:
     """What the gateway itself knows: the file, and what is under way."""
@@ -7004,6 +7042,19 @@ class Action(NamedTuple):
     vm_id: str
     phone: str = ""
     machine: Machine | None = None
+
+
+AT_FIRST_SIGHT = ("note_awake", "start", "probe")
+
+
+async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Action]) -> None:
+    limit = asyncio.Semaphore(AT_ONCE)
+
+    async def do(action: Action) -> None:
+        async with limit:
+            await call(action)
+
+    await asyncio.gather(*map(do, actions))
 
 
 class Findings(NamedTuple):
@@ -7040,15 +7091,10 @@ class Comparison:
         self._sort_unknown(known)
         return self.result
 
-    def _do(self, kind: str, vm_id: str, phone: str = "", machine: Machine | None = None) -> None:
-        self.result.actions.append(Action(kind, vm_id, phone, machine))
-
-    def _do_if_seen_twice(
-        self, kind: str, vm_id: str, phone: str = "", machine: Machine | None = None
-    ) -> None:
+    def _do(self, kind: str, vm_id: str, phone: str, machine: Machine | None = None) -> None:
         self.result.seen.add((kind, vm_id))
-        if (kind, vm_id) in self.seen_before:
-            self._do(kind, vm_id, phone, machine)
+        if kind in AT_FIRST_SIGHT or (kind, vm_id) in self.seen_before:
+            self.result.actions.append(Action(kind, vm_id, phone, machine))
 
     def _compare_route(self, phone: str, route: Route) -> None:
         machines = self.fly.machines.get(route.vm_id, ())
@@ -7059,30 +7105,29 @@ class Comparison:
         elif is_up or route.state == "failed":
             proven = [m for m in machines if self._proves(m, phone)]
             if len(proven) == 1:
-                self._do_if_seen_twice("take_over", route.vm_id, phone, proven[0])
+                self._do("take_over", route.vm_id, phone, proven[0])
             elif is_up and not self.fly.missing_regions:
-                self._do_if_seen_twice("give_up", route.vm_id, phone)
+                self._do("give_up", route.vm_id, phone)
 
     def _proves(self, machine: Machine, phone: str) -> bool:
-        owned = self.blueprint.ownership(machine)
-        is_there = machine.app in self.fly.apps and machine.state not in STATES_THAT_FAILED
-        return bool(owned and owned.key_id and owned.phone == phone and is_there)
+        is_there = machine.app in self.fly.apps
+        return is_there and proof_of(phone, machine, self.blueprint) is not None
 
     def _compare_machine(self, phone: str, route: Route, machine: Machine) -> None:
         if route.state == "asleep":
             if machine.state == "started":
-                self._do("note_awake", route.vm_id, phone, machine)
+                self._do("note_awake", route.vm_id, phone)
         elif machine.state in RESTING:
-            self._do("start", route.vm_id, phone, machine)
+            self._do("start", route.vm_id, phone)
         elif machine.state == "started" and route.vm_id in self.here.suspects:
-            self._do("probe", route.vm_id, phone, machine)
+            self._do("probe", route.vm_id, phone)
         if machine.image and machine.image != route.image:
-            self._do_if_seen_twice("note_image", route.vm_id, phone, machine)
+            self._do("note_image", route.vm_id, phone)
         wanted = self.blueprint.metadata(route.vm_id, phone, route.pairing)
         names = ("cockpit_gateway", "cockpit_phone", "cockpit_pairing")
         is_stamped = all(machine.metadata.get(name) == wanted[name] for name in names)
         if machine.config and not (is_stamped and self._proves(machine, phone)):
-            self._do_if_seen_twice("stamp", route.vm_id, phone, machine)
+            self._do("stamp", route.vm_id, phone)
 
     def _sort_unknown(self, known: set[str]) -> None:
         """Apps nobody here knows: adopted when they prove whose they are, else reported; none is deleted."""
@@ -7113,7 +7158,7 @@ class Comparison:
         counts = Counter(one.phone for one in owned)
         for one in owned:
             if counts[one.phone] == 1:
-                self._do_if_seen_twice("adopt", one.machine.app, one.phone, one.machine)
+                self._do("adopt", one.machine.app, one.phone, one.machine)
         for phone, count in counts.items():
             if count > 1:
                 who = f"{count} VMs claim {mask_phone(phone)}, which has no route"
@@ -7160,7 +7205,8 @@ class Reconciler:
                 await self.sweep()
                 refusals = 0
             except CockpitError as error:
-                is_refused = bool(self.fly.trouble)  # which has a log line and an alert of its own
+                # That has a log line and an alert of its own.
+                is_refused = bool(self.fly.trouble)
                 refusals = min(refusals + 1, 10) if is_refused else 0
                 words = f"Fly could not be compared with the routes: {error}"
                 self.alerts = [] if is_refused else [words]
@@ -7180,21 +7226,7 @@ class Reconciler:
         self.alerts = findings.alerts
         probed = {action.vm_id for action in findings.actions if action.kind == "probe"}
         self.sick = {vm_id: count for vm_id, count in self.sick.items() if vm_id in probed}
-        limit = asyncio.Semaphore(AT_ONCE)
-
-        async def carry_out(action: Action) -> None:
-            async with limit:
-                try:
-                    await self._carry_out(action)
-                except CockpitError as error:  # left to the next sweep
-                    log_warning(
-                        "sweep_step_failed",
-                        vm_id=action.vm_id,
-                        action=action.kind,
-                        error=str(error),
-                    )
-
-        await asyncio.gather(*map(carry_out, findings.actions))
+        await do_all(self._carry_out, findings.actions)
 
     def _here(self) -> Here:
         vms = self.relay.vms.values()
@@ -7209,12 +7241,18 @@ class Reconciler:
         )
 
     async def _carry_out(self, action: Action) -> None:
+        vm_id, kind = action.vm_id, action.kind
         route = self.routes.routes.get(action.phone)
-        if action.kind == "adopt":
-            await self.adopt(action)
-            return
-        if route is None or route.vm_id != action.vm_id or action.vm_id in self.changes.running:
-            return
+        is_there = route and route.vm_id == vm_id and vm_id not in self.changes.running
+        try:
+            if kind == "adopt":
+                await self.adopt(action)
+            elif route and is_there:
+                await self._mend(action, route)
+        except CockpitError as error:  # left to the next sweep
+            log_warning("sweep_step_failed", vm_id=vm_id, action=kind, error=str(error))
+
+    async def _mend(self, action: Action, route: Route) -> None:
         match action.kind:
             case "start" if route.state == "ready":
                 await self.waker.start_machine(self.relay.state.vm(route.vm_id, action.phone))
@@ -7235,10 +7273,7 @@ class Reconciler:
     async def _restart_if_hung(self, route: Route) -> None:
         """Three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
-        if await self.vms.is_healthy(route):
-            self.sick.pop(vm_id, None)
-            return
-        self.sick[vm_id] = self.sick.get(vm_id, 0) + 1
+        self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick.get(vm_id, 0) + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
         if self.sick[vm_id] < SICK_SWEEPS or is_fresh or self.relay.may_be_running(vm_id):
             return
@@ -7269,20 +7304,17 @@ class Reconciler:
             machine = await self.fly.get_machine(action.vm_id, action.machine.id)
         except UpstreamNotFound:
             return None
-        owned = self.blueprint.ownership(machine)
-        is_alive = machine.host_ok and machine.state not in STATES_THAT_FAILED
-        is_proof = owned and owned.key_id and owned.phone == action.phone and is_alive
-        return owned if is_proof else None
+        return proof_of(action.phone, machine, self.blueprint) if machine.host_ok else None
 
     async def adopt(self, action: Action) -> None:
         owned = await self._proven(action)
-        is_wanted = owned is not None and owned.gateway_id == self.routes.gateway_id
-        if owned is None or not is_wanted or action.phone in self.routes.routes:
+        if owned is None or owned.gateway_id != self.routes.gateway_id:
+            return
+        if action.phone in self.routes.routes:
             return
         self.routes.put(action.phone, self.blueprint.adopted_route(owned))
         await self.relay.vm_adopted(action.vm_id, action.phone)
-        phone = mask_phone(action.phone)
-        log_warning("vm_adopted", vm_id=action.vm_id, phone=phone)
+        log_warning("vm_adopted", vm_id=action.vm_id, phone=mask_phone(action.phone))
         await self.routes.commit()
 
     async def _take_over(self, action: Action, route: Route) -> None:
@@ -7291,16 +7323,11 @@ class Reconciler:
         if owned is None or self.routes.routes.get(action.phone) is not route:
             return
         found = self.blueprint.adopted_route(owned)
-        changed = replace(
-            route,
-            machine_id=found.machine_id,
-            vm_url=found.vm_url,
-            region=found.region,
-            image=found.image or route.image,
-            key_id=found.key_id,
-            state="ready",
-            last_error="",
-        )
+        at_fly = {
+            name: getattr(found, name) for name in ("machine_id", "vm_url", "region", "key_id")
+        }
+        at_fly["image"] = found.image or route.image
+        changed = replace(route, **at_fly, state="ready", last_error="")
         self.routes.put(action.phone, changed)
         log_warning("machine_taken_over", vm_id=route.vm_id, was=route.state)
         await self.routes.commit()
@@ -7317,9 +7344,8 @@ class Reconciler:
         if self.routes.routes.get(phone) is not route:
             return
         log_error("vm_vanished", vm_id=route.vm_id, phone=mask_phone(phone))
-        changed = replace(route, state="failed", last_error="its machine is gone from Fly")
-        self.routes.put(phone, changed)
-        await self.routes.commit()
+        gone = "its machine is gone from Fly"
+        await self.routes.update(route.vm_id, state="failed", last_error=gone)
         await self.changes.vm_gone(route.vm_id, phone, "vanished")
 
 
@@ -7333,8 +7359,6 @@ class Adoption:
     fly: FlyClient
     blueprint: Blueprint
     reconciler: Reconciler
-    provisioner: Provisioner
-    relay: Relay
     tasks: Tasks
 
     async def at_start(self) -> None:
@@ -7350,25 +7374,19 @@ class Adoption:
             self.tasks.start(self._retry_later(), "adopt VMs")
 
     def _close(self, error: Exception) -> None:
-        reason = str(error) or "no answer in time"
-        words = (
-            f"routes.json is empty and what Fly holds for this gateway is not adopted yet: {reason}"
-        )
-        self.provisioner.closed_because = words
-        self.relay.state.closed_because = words
+        empty = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
+        self.routes.closed_because = f"{empty}: {str(error) or 'no answer in time'}"
 
     async def _retry_later(self) -> None:
         failures = 0
-        while True:
+        while self.routes.closed_because:
             failures += 1
             await ADOPT_LATER.pause(self.clock, failures)
             try:
                 await self._adopt_all()
+                self.routes.closed_because = ""
             except CockpitError as error:
                 self._close(error)
-                continue
-            self.provisioner.closed_because = self.relay.state.closed_because = ""
-            return
 
     async def _adopt_all(self) -> None:
         """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
@@ -7381,18 +7399,15 @@ class Adoption:
         ours = [owned for owned in proofs if owned.gateway_id == gateway_id]
         counts = Counter(owned.phone for owned in ours)
         self.routes.gateway_id = gateway_id or self.routes.gateway_id
-        limit = asyncio.Semaphore(AT_ONCE)
-
-        async def adopt(owned: Ownership) -> None:
-            if counts[owned.phone] > 1:
-                reason = f"not the only VM that claims {mask_phone(owned.phone)}"
-                log_warning("vm_not_adopted", vm_id=owned.machine.app, reason=reason)
-                return
-            async with limit:
-                action = Action("adopt", owned.machine.app, owned.phone, owned.machine)
-                await self.reconciler.adopt(action)
-
-        await asyncio.gather(*map(adopt, ours))
+        sole: list[Action] = []
+        for owned in ours:
+            vm_id, phone = owned.machine.app, owned.phone
+            if counts[phone] == 1:
+                sole.append(Action("adopt", vm_id, phone, owned.machine))
+            else:
+                reason = f"not the only VM that claims {mask_phone(phone)}"
+                log_warning("vm_not_adopted", vm_id=vm_id, reason=reason)
+        await do_all(self.reconciler.adopt, sole)
 
     def _proofs(self, inventory: Inventory) -> list[Ownership]:
         """A stamp without proof counts for nothing, but is told of."""
@@ -7411,19 +7426,16 @@ class Adoption:
 
     def _choose(self, found: set[str]) -> str:
         """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
-        for wanted in (self.settings.gateway.gateway_id, self.routes.gateway_id):
-            if wanted in found:
-                return wanted
-        named = ", ".join(sorted(found))
-        if self.settings.gateway.gateway_id and found:
-            raise StoreError(
-                f"Fly holds no VM of GATEWAY_ID {self.settings.gateway.gateway_id}; it holds those of {named}"
-            )
+        wanted, named = self.settings.gateway.gateway_id, ", ".join(sorted(found))
+        for known in (wanted, self.routes.gateway_id):
+            if known in found:
+                return known
+        if wanted and found:
+            raise StoreError(f"Fly holds no VM of GATEWAY_ID {wanted}; it holds those of {named}")
         if len(found) > 1:
-            raise StoreError(
-                f"Fly holds VMs of several gateways of this host: set GATEWAY_ID to one of {named}"
-            )
-        return next(iter(found), "")
+            several = "Fly holds VMs of several gateways of this host"
+            raise StoreError(f"{several}: set GATEWAY_ID to one of {named}")
+        return named
 
 
 @dataclass(kw_only=True, eq=False)
@@ -7438,8 +7450,7 @@ class Sleeper:
     relay: Relay
     waker: Waker
     tasks: Tasks
-    asked: Recent[None] = field(default_factory=lambda: Recent(100_000, for_s=ASK_IDLE_AGAIN_S))
-    refused: Recent[None] = field(default_factory=lambda: Recent(100_000, for_s=SUSPEND_AGAIN_S))
+    not_before: Recent[float] = field(default_factory=lambda: Recent(100_000))  # monotonic
 
     async def run(self) -> None:
         """Look for VMs without work again and again; suspend at most one a second."""
@@ -7453,15 +7464,15 @@ class Sleeper:
                     await self.clock.sleep(0)
 
     def _is_due(self, phone: str) -> bool:
-        route, now = self.routes.routes.get(phone), self.clock.monotonic()
+        route = self.routes.routes.get(phone)
         if route is None or route.state != "ready" or self.relay.is_draining:
             return False
-        if self.asked.is_fresh(route.vm_id, now) or self.refused.is_fresh(route.vm_id, now):
-            return False
-        return self._is_idle(route, self.relay.vms.get(route.vm_id))
+        is_early = self.clock.monotonic() < self.not_before.get(route.vm_id, NEVER)
+        return not is_early and self._is_idle(route)
 
-    def _is_idle(self, route: Route, vm: VmState | None) -> bool:
+    def _is_idle(self, route: Route) -> bool:
         """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
+        vm = self.relay.vms.get(route.vm_id)
         last_sign = vm.last_sign() if vm else 0.0
         since = max(self.relay.state.began, route.began_to_be_awake() or 0.0, last_sign)
         is_over = self.clock.now() - since >= self.settings.limits.vm_idle_s
@@ -7471,12 +7482,12 @@ class Sleeper:
         """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
         route = self.routes.routes[phone]
         vm = self.relay.state.vm(route.vm_id, phone)
-        self.asked.put(route.vm_id, None, self.clock.monotonic())
+        self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
             if not await self._may_suspend(route):
                 return
             async with vm.machine:
-                if self.routes.routes.get(phone) is not route or not self._is_idle(route, vm):
+                if self.routes.routes.get(phone) is not route or not self._is_idle(route):
                     return
                 if not await self._suspend(route, vm):
                     await self.waker.note_awake(route.vm_id)
@@ -7492,13 +7503,10 @@ class Sleeper:
         if machine.state != "started" or not machine.host_ok:
             return False
         if machine.memory_mb > SLEEPER_MEMORY_MB:
-            self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
-            return False
+            return self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
         if not machine.keeps_disk:  # made while VM_IDLE_S was 0
-            self._refuse(
-                route, "a cold boot would empty its root disk; PATCH or upgrade mends that"
-            )
-            return False
+            reason = "a cold boot would empty its root disk; PATCH or upgrade mends that"
+            return self._refuse(route, reason)
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
@@ -7510,25 +7518,29 @@ class Sleeper:
             self.relay.state.store.note(vm.put())
         try:
             await self.routes.update(route.vm_id, state="asleep")
-            if not self.routes.find(route.vm_id) or not self._is_idle(route, vm):
+            if not self.routes.find(route.vm_id) or not self._is_idle(route):
                 return False
             await self.fly.suspend_machine(route.vm_id, route.machine_id)
         except StoreError:
             return False
         except UpstreamError as error:
             if isinstance(error, UpstreamRejected) or is_surely_undone(error):
-                self._refuse(route, str(error))
-                return False
+                return self._refuse(route, str(error))
             log_warning("suspend_unknown", vm_id=route.vm_id, error=str(error))
         finally:
             vm.is_falling_asleep = False
         log_event("vm_asleep", vm_id=route.vm_id)
-        self.asked.forget(route.vm_id)
+        self.not_before.forget(route.vm_id)
         return True
 
-    def _refuse(self, route: Route, reason: str) -> None:
-        self.refused.put(route.vm_id, None, self.clock.monotonic())
+    def _refuse(self, route: Route, reason: str) -> bool:
+        self._leave_alone(route, SUSPEND_AGAIN_S)
         log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
+        return False
+
+    def _leave_alone(self, route: Route, for_s: float) -> None:
+        now = self.clock.monotonic()
+        self.not_before.put(route.vm_id, now + for_s, now)
 
 
 # --- HTTP ---
@@ -7610,7 +7622,8 @@ class Gateway:
         self.changes.check(vm_id)
 
     async def _restart(self, vm_id: str) -> None:
-        await self.changes.begin_restart(vm_id)
+        self.changes.begin(vm_id, "restart")
+        await self.routes.commit()
 
     async def _stamp(self, vm_id: str) -> None:
         await self.reconciler.stamp(vm_id)
@@ -7656,14 +7669,11 @@ def refusal_for_request(error: Exception) -> Refusal:
         allowed = ", ".join(sorted(error.allowed_methods))
         reason = f"{error.method} is not possible here; allowed: {allowed}"
         return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
+    if isinstance(error, web.HTTPNotFound):
+        return Refusal("not_found", f"there is no such path; there are {PATHS}")
     if isinstance(error, web.HTTPException):
-        code = {404: "not_found", 413: "too_large"}.get(error.status, "malformed")
-        paths = (
-            f"there is no such path; there are {PATHS}"
-            if error.status == HTTPStatus.NOT_FOUND
-            else ""
-        )
-        return Refusal(code, paths or error.text or error.reason)
+        code = "too_large" if isinstance(error, web.HTTPRequestEntityTooLarge) else "malformed"
+        return Refusal(code, error.text or error.reason)
     return refusal_for(error)
 
 
@@ -7693,7 +7703,9 @@ def answer_error(request: web.Request, call: str, error: Exception) -> web.Respo
         refusal = refusal_for_request(error)
     except Exception as unforeseen:
         log_error("request_failed", exc_info=unforeseen, method=request.method, call=call)
-        return problem_response(Refusal("internal", "something went wrong here; the log says what"))
+        return problem_response(
+            Refusal("internal", "something went wrong here; the log says what")
+        )
     request.app[METRICS].refusals.add(call, refusal.code)
     if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
         log_warning(
@@ -7725,7 +7737,6 @@ def unauthorized(remedy: str) -> Refusal:
 
 
 def require_key(request: web.Request) -> None:
-    """Refuse a caller without the API key."""
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
         is_given = bearer_of(request) or "X-API-Key" in request.headers
         fault = "this is not the API key; " if is_given else ""
@@ -7742,7 +7753,9 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
     if request.content_type != content_type:
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
     if "Content-Encoding" in request.headers:  # what is packed may unfold to any size
-        raise Refusal("unsupported_media_type", "send the body as it is, without Content-Encoding")
+        raise Refusal(
+            "unsupported_media_type", "send the body as it is, without Content-Encoding"
+        )
     body = b""
     try:
         if request.content.is_eof():  # it came together with its head, as small ones do
@@ -7799,7 +7812,7 @@ TEXT: Json = {"type": "string"}
 TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 LIST: Json = {"type": "array", "items": {}}
 OBJECT: Json = {"type": "object"}
-FLAG_OR_NULL: Json = {"type": ["boolean", "null"]}
+FLAG = Field({"type": ["boolean", "null"]}, "must be true or false")
 CREDENTIAL: Json = {
     "type": "string",
     "description": f"at most {CREDENTIAL_BYTES // 1024} KiB",
@@ -7838,8 +7851,8 @@ ORDER_FIELDS = {
         TEXT_OR_NULL | {"pattern": "^[a-z]{2,5}$", "examples": ["iad"]},
         "must be a Fly region code such as iad",
     ),
-    "welcome": Field(FLAG_OR_NULL, "must be true or false"),
-    "verify": Field(FLAG_OR_NULL, "must be true or false"),
+    "welcome": FLAG,
+    "verify": FLAG,
 }
 NEW_CREDENTIALS = {name: Field(given.schema) for name, given in CREDENTIALS.items()}
 IMAGE_TEXT: Json = TEXT | {"pattern": f"^{IMAGE_PATH.pattern}$"}
@@ -7874,13 +7887,8 @@ TWILIO_FORM = {
 class FieldErrors:
     """Collects what is wrong with a request's fields, so that all is told at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
         self.errors: list[Json] = []
-
-    def add(self, name: str, message: str) -> None:
-        self.errors.append({"field": name, "message": message})
-
-    def fit(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
         for name in sorted(set(body) - set(fields)):
             self.add(redact(name)[:100], "is not a field of this request; leave it out")
         for name, wanted in fields.items():
@@ -7888,6 +7896,9 @@ class FieldErrors:
                 self.add(name, "is required")
             elif name in body and wanted.remedy and not wanted.fits(body[name]):
                 self.add(name, wanted.remedy)
+
+    def add(self, name: str, message: str) -> None:
+        self.errors.append({"field": name, "message": message})
 
     def credential(self, name: str, value: object) -> None:
         if not isinstance(value, str) or not value:
@@ -7942,8 +7953,7 @@ def check_phone(given: object, settings: Settings, errors: FieldErrors) -> str:
 
 def parse_order(body: Json, settings: Settings) -> Order:
     """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
-    errors = FieldErrors()
-    errors.fit(body, ORDER_FIELDS)
+    errors = FieldErrors(body, ORDER_FIELDS)
     phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
     credentials = check_credentials(body, errors)
     region = body.get("region")
@@ -7959,20 +7969,24 @@ def json_response(
     return web.Response(
         body=to_json(body).encode(),
         status=status,
-        content_type="application/json",
+        content_type=JSON_TYPE,
         headers={"Cache-Control": "no-store", **(headers or {})},
     )
 
 
-def event_stream(headers: Mapping[str, str] | None = None) -> web.StreamResponse:
+def accepts(request: web.Request, kind: str) -> bool:
+    return kind in request.headers.get("Accept", "").lower()
+
+
+def event_stream() -> web.StreamResponse:
     """An answer of server-sent events, to be prepared and written to."""
-    own = {
-        "Content-Type": "text/event-stream; charset=utf-8",
+    headers = {
+        "Content-Type": f"{SSE_TYPE}; charset=utf-8",
         "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
         "X-Request-Id": REQUEST_ID.get(),
     }
-    return web.StreamResponse(headers={**own, **(headers or {})})
+    return web.StreamResponse(headers=headers)
 
 
 def server_sent(event: str, data: Json) -> bytes:
@@ -8003,49 +8017,46 @@ def vm_record(gateway: Gateway, vm_id: str) -> Json:
 
 def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
     """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
-    undone = routes.undo.items()
     deleting = [
-        vm_id for vm_id, entry in undone if vm_id > after and entry.get("reason") != "failed"
+        vm_id
+        for vm_id, entry in routes.undo.items()
+        if vm_id > after and entry.get("reason") != "failed"
     ]
     return sorted(routes.page(after, limit) + deleting)[:limit]
 
 
-def wants_no_wait(request: web.Request) -> bool:
-    """Whether the caller asked to be answered at once (RFC 7240)."""
+async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
+    """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
+    gateway, headers = request.app[GATEWAY], {"Location": f"/provision/{work.vm_id}"}
     preferences = ",".join(request.headers.getall("Prefer", []))
-    return "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]
-
-
-def accepted(gateway: Gateway, vm_id: str) -> web.Response:
-    """202 for who does not wait: the record tells how it goes."""
-    headers = {"Location": f"/provision/{vm_id}", "Preference-Applied": "respond-async"}
-    return json_response(vm_record(gateway, vm_id), status=202, headers=headers)
+    if "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]:
+        await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
+        headers["Preference-Applied"] = "respond-async"
+        return json_response(vm_record(gateway, work.vm_id), status=202, headers=headers)
+    await work.outcome()
+    record = vm_record(gateway, work.vm_id)
+    if isinstance(work, VmChange):
+        return json_response(record)
+    return json_response(record, status=201, headers=headers)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     order = parse_order(await read_json(request, PROVISION_BODY_BYTES), gateway.settings)
     provisioning = gateway.provisioner.begin(order)
-    vm_id = provisioning.vm_id
-    location = {"Location": f"/provision/{vm_id}"}
-    if "text/event-stream" in request.headers.get("Accept", "").lower():
-        return await stream_steps(request, provisioning, location)
-    if wants_no_wait(request):
-        await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
-        return accepted(gateway, vm_id)
-    await provisioning.outcome()
-    return json_response(vm_record(gateway, vm_id), status=201, headers=location)
+    if accepts(request, SSE_TYPE):
+        return await stream_steps(request, provisioning)
+    return await outcome_of(request, provisioning)
 
 
-async def stream_steps(
-    request: web.Request, provisioning: Provisioning, headers: Mapping[str, str]
-) -> web.StreamResponse:
+async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.StreamResponse:
     """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
     gateway = request.app[GATEWAY]
-    response = event_stream(headers)
+    response = event_stream()
+    response.headers["Location"] = f"/provision/{provisioning.vm_id}"
     sent = 0
     assert provisioning.task is not None
-    with contextlib.suppress(ConnectionError):
+    with suppress(ConnectionError):
         await response.prepare(request)
         while True:
             provisioning.moved.clear()
@@ -8070,9 +8081,8 @@ async def stream_steps(
 
 
 async def get_provisions(request: web.Request) -> web.Response:
-    gateway, errors = request.app[GATEWAY], FieldErrors()
+    gateway, errors = request.app[GATEWAY], FieldErrors(request.query, PAGING)
     raw, after = request.query.get("limit", "100"), request.query.get("after", "")
-    errors.fit(request.query, PAGING)
     if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= PAGE_MAX:
         errors.add("limit", f"must be a whole number from 1 to {PAGE_MAX}")
     errors.check()
@@ -8100,17 +8110,11 @@ async def delete_provision(request: web.Request) -> web.Response:
     return json_response(vm_record(gateway, vm_id), status=202)
 
 
-async def change_vm(
-    request: web.Request, what: str, credentials: Mapping[str, str] | None = None
-) -> web.Response:
+async def change_vm(request: web.Request, what: str, **credentials: str) -> web.Response:
     """Restart, rotate or upgrade a VM."""
-    gateway = request.app[GATEWAY]
-    change = gateway.changes.begin(request.match_info["vm_id"], what, credentials)
-    if wants_no_wait(request):
-        await gateway.routes.commit()
-        return accepted(gateway, change.vm_id)
-    await change.outcome()
-    return json_response(vm_record(gateway, change.vm_id))
+    changes = request.app[GATEWAY].changes
+    change = changes.begin(request.match_info["vm_id"], what, **credentials)
+    return await outcome_of(request, change)
 
 
 async def lock_vm(request: web.Request) -> web.Response:
@@ -8124,13 +8128,13 @@ async def lock_vm(request: web.Request) -> web.Response:
 
 
 async def patch_provision(request: web.Request) -> web.Response:
-    body, errors = await read_json(request, PROVISION_BODY_BYTES), FieldErrors()
-    errors.fit(body, NEW_CREDENTIALS)
+    body = await read_json(request, PROVISION_BODY_BYTES)
+    errors = FieldErrors(body, NEW_CREDENTIALS)
     credentials = check_credentials(body, errors)
     if not body:
         errors.add("github_token", "give this, api_keys, or both")
     errors.check()
-    return await change_vm(request, "rotate", credentials)
+    return await change_vm(request, "rotate", **credentials)
 
 
 # Texts
@@ -8150,16 +8154,16 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     matches = [is_signed(token, url, pairs, header) for token in twilio.auth_tokens]
     # A webhook signed with a SharedKey names it in this header; none is configured here.
     if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any(matches):
-        remedy = "PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's"
+        remedy = (
+            "PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's"
+        )
         raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
-    if not all(map(MESSAGE_SID.fullmatch, sids)) or not all(
-        FIELD_NAME.fullmatch(name) for name, _ in pairs
-    ):
-        raise Refusal(
-            "bad_signature", "signed, but its fields are not named or numbered as Twilio does"
-        )
+    are_usual = all(MESSAGE_SID.fullmatch(sid) for sid in sids)
+    if not (are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)):
+        reason = "signed, but its fields are not named or numbered as Twilio does"
+        raise Refusal("bad_signature", reason)
     if ("AccountSid", twilio.account_sid) not in pairs:
         raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
@@ -8183,7 +8187,7 @@ def require_vm(request: web.Request) -> tuple[str, Route]:
     gateway = request.app[GATEWAY]
     vm_id = gateway.keyring.vm_of_token(bearer_of(request))
     found = gateway.routes.find(vm_id) if vm_id else None
-    if found is None or found[1].vm_id != vm_id or found[1].state in ("failed", "deleting"):
+    if found is None or found[1].vm_id != vm_id or found[1].state == "failed":
         remedy = "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`"
         raise unauthorized(f"{remedy}; it is refused once the VM is gone")
     return found
@@ -8191,9 +8195,9 @@ def require_vm(request: web.Request) -> tuple[str, Route]:
 
 async def post_messages(request: web.Request) -> web.Response:
     """A VM texts its own owner, unasked."""
-    (phone, route), errors = require_vm(request), FieldErrors()
+    phone, route = require_vm(request)
     body = await read_json(request, MESSAGE_BODY_BYTES)
-    errors.fit(body, VM_MESSAGE)
+    errors = FieldErrors(body, VM_MESSAGE)
     words, listed = body.get("text", ""), body.get("images", [])
     paths = []
     for image in listed if isinstance(listed, list) else [None]:
@@ -8204,11 +8208,11 @@ async def post_messages(request: web.Request) -> web.Response:
         errors.add("images", f"must be at most {MAX_IMAGES} images of this VM, such as {form}")
     errors.check()
     words = clean_text(words).strip("\n")
-    if not words.strip() and not paths:
+    words = words if words.strip() else ""
+    if not words and not paths:
         errors.add("text", "must hold something to say, unless there are images")
         errors.check()
     relay = request.app[GATEWAY].relay
-    words = words if words.strip() else ""
     key = request.headers.get("Idempotency-Key", "")[:128]
     message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths), key)
     return json_response({"id": message_id}, status=202)
@@ -8228,7 +8232,7 @@ async def get_media(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     vm_id, path = gateway.keyring.open_link(request.match_info["signed"], gateway.clock.now())
     found = gateway.routes.find(vm_id)
-    if found is None or found[1].state in ("failed", "deleting"):
+    if found is None or found[1].state == "failed":
         raise Refusal("not_found", "the VM that this link is about is gone")
     is_image = IMAGE_PATH.fullmatch(path) is not None
     if not (is_image or gateway.twilio.is_media(path)):
@@ -8240,7 +8244,9 @@ async def get_media(request: web.Request) -> web.StreamResponse:
     response = web.StreamResponse(headers=PICTURE_HEADERS)
     try:
         opened = (
-            gateway.vms.open_image(found[1], path) if is_image else gateway.twilio.open_media(path)
+            gateway.vms.open_image(found[1], path)
+            if is_image
+            else gateway.twilio.open_media(path)
         )
         async with opened as source:
             await pass_on(request, source, response, pictures_only=is_image)
@@ -8288,7 +8294,6 @@ async def pass_on(
 
 
 def vms_by_state(gateway: Gateway) -> dict[str, int]:
-    """How many VMs there are in each state."""
     known, away = gateway.routes.states, gateway.relay.away_states()
     return {
         "ready": known["ready"] - away["ready"],
@@ -8313,14 +8318,16 @@ def alerts(gateway: Gateway) -> list[Alert]:
         Alert("disk", gateway.messages.trouble),
         Alert("twilio", gateway.twilio.trouble),
         Alert("fly", gateway.fly.trouble),
-        Alert("routes", gateway.provisioner.closed_because),
+        Alert("routes", gateway.routes.closed_because),
         *(Alert("fly", words) for words in gateway.reconciler.alerts),
     ]
     now = gateway.clock.monotonic()
     for kind, api in (("fly", gateway.fly.api), ("twilio", gateway.twilio.api)):
         silent_s = now - api.silent_since if api.silent_since is not None else 0.0
         if silent_s > SILENCE_S:
-            found.append(Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s"))
+            found.append(
+                Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s")
+            )
     if closed := gateway.door.closed_vms():
         named = ", ".join(closed[:5]) + ", ..." * (len(closed) > 5)
         remedy = "POST /provision/{vm_id}/lock gives a new code"
@@ -8336,36 +8343,27 @@ async def get_metrics(request: web.Request) -> web.Response:
     token = gateway.settings.gateway.metrics_token
     if token and not has_key(request, [token]):
         raise unauthorized("send METRICS_TOKEN as `Authorization: Bearer TOKEN`")
-    relay = gateway.relay
-    gauges = [
-        Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
-        Gauge("texts_waiting", "Texts accepted and not yet finished.", {"": relay.waiting()}),
-        Gauge(
+    relay, awake_s = gateway.relay, round(gateway.routes.awake_seconds())
+    plain = (
+        ("texts_waiting", "Texts accepted and not yet finished.", relay.waiting()),
+        (
             "oldest_waiting_seconds",
             "Age of the text that waits longest.",
-            {"": relay.oldest_waiting_s()},
+            relay.oldest_waiting_s(),
         ),
-        Gauge(
-            "messages_waiting",
-            "Messages to be sent, not yet taken by Twilio.",
-            {"": relay.sending()},
-        ),
-        Gauge(
-            "oldest_message_seconds", "Age of the oldest of them.", {"": relay.oldest_sending_s()}
-        ),
-        Gauge(
-            "vm_awake_seconds_total",
-            "Time VMs were awake, all told.",
-            {"": round(gateway.routes.awake_seconds())},
-            kind="counter",
-        ),
-        Gauge("troubles", "Troubles that /health names.", {"": len(alerts(gateway))}),
-        Gauge("draining", "1 while shutting down.", {"": relay.is_draining}),
+        ("messages_waiting", "Messages to be sent, not yet taken by Twilio.", relay.sending()),
+        ("oldest_message_seconds", "Age of the oldest of them.", relay.oldest_sending_s()),
+        ("troubles", "Troubles that /health names.", len(alerts(gateway))),
+        ("draining", "1 while shutting down.", relay.is_draining),
+    )
+    awake = "vm_awake_seconds_total", "Time VMs were awake, all told.", {"": awake_s}
+    gauges = [
+        Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
+        *(Gauge(name, meaning, {"": value}) for name, meaning, value in plain),
+        Gauge(*awake, kind="counter"),
     ]
-    headers = {
-        "Content-Type": "text/plain; version=0.0.4; charset=utf-8",
-        "Cache-Control": "no-store",
-    }
+    kind = "text/plain; version=0.0.4; charset=utf-8"
+    headers = {"Content-Type": kind, "Cache-Control": "no-store"}
     return web.Response(text=gateway.metrics.expose(gauges), headers=headers)
 
 
@@ -8395,9 +8393,7 @@ PAGE = web.AppKey("page", tuple[str, dict[str, str]])
 
 def fleet_summary(gateway: Gateway) -> Json:
     """What the page's tiles, chart and notes show."""
-    settings = gateway.settings
-    metrics = gateway.metrics
-    relay = gateway.relay
+    settings, metrics, relay = gateway.settings, gateway.metrics, gateway.relay
     return {
         "at": gateway.clock.now(),
         "mode": "production" if settings.gateway.is_production else "local",
@@ -8421,24 +8417,26 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     vm = gateway.relay.vms.get(vm_id)
     names = ("vm_id", "state", "step", "region", "image", "last_error")
     row: Json = {name: record[name] or "" for name in names}
-    row["phone"] = mask_phone(record["phone_number"])
-    row["paired"] = record.get("paired", True)
-    row["waiting"] = len(vm.waiting) if vm else 0
-    row["last_text"] = vm.last_text if vm else None
-    row["away_since"] = vm.away_since if vm else None
-    return row
+    return row | {
+        "phone": mask_phone(record["phone_number"]),
+        "paired": record["paired"],
+        "waiting": len(vm.waiting) if vm else 0,
+        "last_text": vm.last_text if vm else None,
+        "away_since": vm.away_since if vm else None,
+    }
 
 
 async def fleet_table(gateway: Gateway) -> Json:
     """The first 1,000 VMs in order of vm_id, and how many there are in all."""
-    rows = list[Json]()
+    rows: list[Json] = []
     vm_ids = vm_ids_after(gateway.routes, "", ROWS_MAX)
     for at, vm_id in enumerate(vm_ids):
         if at % ROWS_A_TURN == 0:
             await gateway.clock.sleep(0)
-        with contextlib.suppress(Refusal):  # torn down since the ids were read
+        with suppress(Refusal):  # torn down since the ids were read
             rows.append(row_of(gateway, vm_id))
-    are_all_here = len(vm_ids) < ROWS_MAX  # the states count failed ones too, which are not listed
+    # The states count failed ones too, which are not listed.
+    are_all_here = len(vm_ids) < ROWS_MAX
     total = len(rows) if are_all_here else sum(vms_by_state(gateway).values())
     return {"rows": rows, "total": total}
 
@@ -8447,12 +8445,12 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     """The page's live feed: `fleet` every 2 s, `table` when it changed; for who polls, both once, as JSON."""
     require_key(request)
     gateway = request.app[GATEWAY]
-    if "text/event-stream" not in request.headers.get("Accept", "").lower():
+    if not accepts(request, SSE_TYPE):
         table = await fleet_table(gateway)
         return json_response({"fleet": fleet_summary(gateway), "table": table})
     response = event_stream()
     sent = b""
-    with contextlib.suppress(ConnectionError):
+    with suppress(ConnectionError):
         await response.prepare(request)
         while not gateway.relay.is_draining:
             await response.write(server_sent("fleet", fleet_summary(gateway)))
@@ -8478,7 +8476,7 @@ The manual:          README.md
 async def get_page(request: web.Request) -> web.Response:
     """The page for a browser; for who asks by hand, where to go on."""
     html, headers = request.app[PAGE]
-    if "text/html" in request.headers.get("Accept", "").lower():
+    if accepts(request, "text/html"):
         return web.Response(text=html, content_type="text/html", headers=headers)
     gateway = request.app[SETTINGS].gateway
     key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "KEY"
@@ -8549,7 +8547,6 @@ summary{padding:9px 0}
 :is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
 .go{background:var(--go);border-color:var(--go);color:var(--card)}
-.go[name=teardown]{background:var(--bad);border-color:var(--bad)}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}
 header,.card,dialog{background:var(--card);color:var(--ink)}
@@ -8562,8 +8559,7 @@ header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:
 #board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
 #tiles{display:grid;gap:12px;grid-template-columns:repeat(3,1fr) 3fr}
-#tiles b{display:block}
-#tiles b{font-size:25px;line-height:1.3}
+#tiles b{display:block;font-size:25px;line-height:1.3}
 #hour{display:grid;grid-template:auto 1fr auto auto/auto 1fr;gap:1px 8px}
 figcaption{grid-column:1/-1}
 svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-width:1px 0;stroke-width:4.8}
@@ -8636,7 +8632,8 @@ PAGE_BODY = """
 <h2>Sign in</h2>
 <p class="dim">The page keeps the key in this tab only.</p>
 <label>API key
-<input id="key" type="password" autocomplete="off" required autofocus aria-describedby="why hint"></label>
+<input id="key" type="password" autocomplete="off" required autofocus aria-describedby="why hint">
+</label>
 <p id="hint" class="dim">{hint}</p>
 <p id="why" class="error" role="alert"></p>
 <button class="go">Open</button>
@@ -8646,9 +8643,21 @@ PAGE_BODY = """
 <div class="stack">
 <ul id="troubles" class="card" aria-label="Troubles"></ul>
 <div id="tiles">
-<div class="card"><span class="dim">VMs</span><b id="vms">–</b><small id="states"></small></div>
-<div class="card"><span class="dim">Text to answer</span><b id="median">–</b><small id="p99"></small></div>
-<div class="card"><span class="dim">Waiting</span><b id="waiting">–</b><small id="oldest"></small></div>
+<div class="card">
+<span class="dim">VMs</span>
+<b id="vms">–</b>
+<small id="states"></small>
+</div>
+<div class="card">
+<span class="dim">Text to answer</span>
+<b id="median">–</b>
+<small id="p99"></small>
+</div>
+<div class="card">
+<span class="dim">Waiting</span>
+<b id="waiting">–</b>
+<small id="oldest"></small>
+</div>
 <figure id="hour" class="card">
 <figcaption class="row dim">
 <span id="rate" class="grow"></span>
@@ -8691,7 +8700,8 @@ PAGE_BODY = """
 <summary>Change credentials</summary>
 <form id="renew" class="stack">
 <p>What you leave empty stays as it is. The VM restarts; its texts wait.</p>
-<label>GitHub token <input name="github_token" type="password" autocomplete="off"></label>
+<label>GitHub token
+<input name="github_token" type="password" autocomplete="off"></label>
 <strong>API keys</strong>
 <button type="button" name="more" class="flat">+ Another key</button>
 <button class="go">Change credentials</button>
@@ -8708,12 +8718,16 @@ PAGE_BODY = """
 <h2 id="make-title">New VM</h2>
 <label>Phone number
 <input name="phone_number" inputmode="tel" placeholder="+1 555 010 0199" required></label>
-<label>GitHub token <input name="github_token" type="password" autocomplete="off" required></label>
+<label>GitHub token
+<input name="github_token" type="password" autocomplete="off" required></label>
 <strong>API keys</strong>
 <button type="button" name="more" value="ANTHROPIC_API_KEY" class="flat">+ Another key</button>
-<label>Region <select name="region" id="region"></select></label>
-<label class="row"><input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
-<label class="row"><input name="verify" type="checkbox"> Run texts only once its phone sent a code</label>
+<label>Region
+<select name="region" id="region"></select></label>
+<label class="row">
+<input name="welcome" type="checkbox" checked> Text a welcome when it is ready</label>
+<label class="row">
+<input name="verify" type="checkbox"> Run texts only once its phone sent a code</label>
 <p id="order-words" role="alert" class="error"></p>
 <button class="go">Set up</button>
 <button type="button" id="close" class="flat">Close</button>
@@ -8770,7 +8784,8 @@ function put(node, words) {
 const say = (id, words) => put($(id), words.toLocaleString('en'));
 const sentence = words => `${words[0].toUpperCase()}${words.slice(1)}.`.replace(/\.\.$/, '.');
 function withRemedy(kind, words) {
-  const [, remedy = ''] = REMEDIES.find(([pattern]) => pattern.test(`${kind} ${words}`)) || [];
+  const fits = ([pattern]) => pattern.test(`${kind} ${words}`);
+  const [, remedy = ''] = REMEDIES.find(fits) || [];
   return `${sentence(words)} ${remedy}`;
 }
 
@@ -8801,7 +8816,8 @@ function clearFaults(form) {
 }
 function fieldOf(form, field) {
   const names = [...form.querySelectorAll('[name=variable]')];
-  return form.elements[field] || names.find(({value}) => `api_keys.${value.trim()}` === field) || names[0];
+  const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
+  return form.elements[field] || named || names[0];
 }
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
   for (const fault of error.problem?.errors || []) {
@@ -8809,7 +8825,8 @@ function showFaults(form, error) {  // each at its field; returns what to say of
     const id = `${form.id}-${fault.field}`;
     field.setAttribute('aria-invalid', 'true');
     field.setAttribute('aria-describedby', id);
-    field.closest('label,.row').after(make('small', {id, className: 'fault'}, sentence(fault.message)));
+    const words = make('small', {id, className: 'fault'}, sentence(fault.message));
+    field.closest('label,.row').after(words);
   }
   const first = [...form.elements].find(({ariaInvalid}) => ariaInvalid);
   first?.focus();
@@ -8903,7 +8920,7 @@ let table = null;
 let skew = 0;  // of the gateway's clock against the browser's
 
 const took = seconds => `${Number(seconds.toFixed(seconds < 10 ? 2 : 0))} s`;
-const when = at => new Date(at > 1e9 ? at * 1000 : at).toLocaleString();
+const when = at => new Date(at).toLocaleString();
 function since(at) {
   const seconds = Math.max(0, Date.now() / 1000 + skew - at);
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
@@ -8911,11 +8928,11 @@ function since(at) {
 }
 function troubleOf(row) {
   const silent = row.away_since ? `no answer for ${since(row.away_since)}` : '';
-  const words = row.last_error || silent || (row.paired === false ? 'not paired yet' : '');
+  const words = row.last_error || silent || (row.paired ? '' : 'not paired yet');
   return words && withRemedy(row.state, words);
 }
 function stateOf({state, step, waiting, paired}) {
-  const how = paired === false && state === 'ready' ? 'not paired' : state;
+  const how = paired || state !== 'ready' ? state : 'not paired';
   return (step ? `${how}: ${step}` : how) + (waiting ? `, ${waiting} waiting` : '');
 }
 function takeFleet(told) {
@@ -8924,7 +8941,9 @@ function takeFleet(told) {
   const codes = ['', ...fleet.regions];
   const regions = codes.map(code => make('option', {value: code}, code || 'As configured'));
   if (!$('region').length) $('region').append(...regions);
-  const states = Object.entries(fleet.vms).filter(([, count]) => count);
+  const states = Object.entries(fleet.vms)
+    .filter(([, count]) => count)
+    .map(([state, count]) => `${count} ${state}`);
   const sum = counts => counts.reduce((total, count) => total + count, 0);
   const failed = fleet.hour.map(([, count]) => count);
   const all = fleet.hour.map(sum);
@@ -8932,10 +8951,11 @@ function takeFleet(told) {
   say('mode', `${fleet.mode} ${fleet.number}`);
   say('waiting', fleet.waiting);
   say('vms', sum(Object.values(fleet.vms)));
-  say('states', states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet');
+  say('states', states.join(' · ') || 'none yet');
   say('rate', `${fleet.texts_a_minute} texts a minute`);
   say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
-  say('p99', fleet.median_s === null ? 'no answers yet' : `half of them; 99 % in ${took(fleet.p99_s)}`);
+  const p99 = () => `half of them; 99 % in ${took(fleet.p99_s)}`;
+  say('p99', fleet.median_s === null ? 'no answers yet' : p99());
   say('oldest', fleet.waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits');
   say('all-sum', `${sum(all)} in the last hour`);
   say('failed-sum', `${sum(failed)} failed`);
@@ -8968,7 +8988,7 @@ function newLine(row) {
 function lineOf(row) {
   const line = $(`row-${row.vm_id}`) || newLine(row);
   const [, , state, spoke, trouble] = line.children;
-  line.className = row.paired === false ? 'away' : row.state;
+  line.className = row.paired ? row.state : 'away';
   put(state, stateOf(row));
   put(spoke, row.last_text ? `${since(row.last_text)} ago` : 'no text lately');
   put(trouble, troubleOf(row));
@@ -8987,7 +9007,8 @@ function drawTable() {
   }
   const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
   say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
-  say('none', found.length ? '' : needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.');
+  const none = needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.';
+  say('none', found.length ? '' : none);
 }
 function takeTable(told) {
   table = told;
@@ -9032,24 +9053,27 @@ function stepsOf({state, step, steps = {}}) {
 }
 function pairingOf({paired, pairing_code: code}) {
   const words = 'Text this code from that phone to connect it. Until then nothing of it is run.';
-  return paired === false && code ? [make('b', {className: 'code'}, code), make('p', {}, words)] : [];
+  if (paired || !code) return [];
+  return [make('b', {className: 'code'}, code), make('p', {}, words)];
 }
 function newText({message_sid: sid, outcome, steps, errors}) {
-  const way = steps.slice(1).map(({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`);
+  const wayOf = ({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`;
+  const way = make('small', {}, steps.slice(1).map(wayOf).join(', '));
   const faults = errors.map(({error}) => make('small', {className: 'error'}, error));
   const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
-  return make('li', {}, words, make('small', {}, way.join(', ')), ...faults, make('code', {}, sid));
+  return make('li', {}, words, way, ...faults, make('code', {}, sid));
 }
 function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
-  if ($(id).textContent !== kids.map(kid => kid.textContent).join('')) $(id).replaceChildren(...kids);
+  const words = kids.map(kid => kid.textContent).join('');
+  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
 }
 function drawDetails(vm) {
   const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
   if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
   const known = Object.entries(RECORD).filter(([name]) => facts[name]);
-  const lines = known.flatMap(([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])]);
+  const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
   draw('pairing', pairingOf(vm));
-  draw('record', lines);
+  draw('record', known.flatMap(line));
   draw('texts', vm.texts.map(newText));
 }
 async function readVm() {
@@ -9098,8 +9122,11 @@ for (const [title, words] of Object.entries(CHANGES)) {
   const call = path => title === 'Tear down'
     ? api(path, {method: 'DELETE'})
     : post(`${path}/${title.toLowerCase()}`, {});
-  const button = make('button', {className: 'go', onclick: () => change(title, call)}, title);
-  const more = make('details', {}, make('summary', {}, title), make('p', {}, words), button);
+  const onclick = () => change(title, call);
+  const more = make('details', {},
+    make('summary', {}, title),
+    make('p', {}, words),
+    make('button', {className: 'go', onclick}, title));
   more.name = 'change';
   $('changes').append(more);
 }
@@ -9120,8 +9147,10 @@ function readForm(form) {
 }
 function addPair(more, name) {
   const variable = {name: 'variable', defaultValue: name, ariaLabel: 'Name of the variable'};
-  const value = {name: 'value', type: 'password', autocomplete: 'off', ariaLabel: 'Value of the variable'};
-  more.before(make('div', {className: 'pair row'}, make('input', variable), make('input', value)));
+  const secret = {type: 'password', autocomplete: 'off'};
+  const value = {name: 'value', ...secret, ariaLabel: 'Value of the variable'};
+  const kids = [variable, value].map(given => make('input', given));
+  more.before(make('div', {className: 'pair row'}, ...kids));
 }
 for (const more of document.getElementsByName('more')) {
   addPair(more, more.value);
@@ -9146,7 +9175,7 @@ $('order').onsubmit = async event => {
     const order = readForm(form);
     const vm = await (await post('provision', order, {Prefer: 'respond-async'})).json();
     form.reset();
-    document.dispatchEvent(new CustomEvent('vm-made', {detail: vm.phone_number}));
+    if ($('from')) $('from').value = vm.phone_number;
     $('make').close();
     showDetails({...vm, phone: 'New VM'});
   } catch (error) {
@@ -9170,10 +9199,13 @@ async function readNumbers() {  // the feed masks them
   if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
 }
 function bubble({at, body, direction, media}) {
-  const urls = media.map(url => new URL(url, location));
-  const pictures = urls.map(url => make('img', {src: url.pathname + url.search, alt: 'Picture'}));
+  const pictures = media.map(url => {
+    const {pathname, search} = new URL(url, location);
+    return make('img', {src: pathname + search, alt: 'Picture'});
+  });
   const className = direction === 'out' && NOTICE.test(body) ? 'note' : direction;
-  return make('div', {className}, body, ...pictures, make('time', {}, new Date(at).toLocaleTimeString()));
+  const time = make('time', {}, new Date(at).toLocaleTimeString());
+  return make('div', {className}, body, ...pictures, time);
 }
 async function readThread() {
   const list = $('thread');
@@ -9203,7 +9235,8 @@ $('send').onsubmit = async event => {
   try {
     const answer = await post('_local/texts', {from: number(), body});
     const {webhook_status: code} = await answer.json();
-    say('phone-words', code === 200 ? '' : `The gateway answered this text with ${code}. Its log says why.`);
+    const words = `The gateway answered this text with ${code}. Its log says why.`;
+    say('phone-words', code === 200 ? '' : words);
   } catch (error) {
     $('words').value = body;
     say('phone-words', showFaults($('send'), error));
@@ -9219,8 +9252,8 @@ $('kill').onclick = async () => {
     say('phone-words', explain(error));
   }
 };
-document.addEventListener('vm-made', event => { $('from').value = event.detail; });
-$('out').before(make('button', {id: 'to-phone', onclick: () => $('words').focus()}, 'Phone'));
+const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
+$('out').before(make('button', toPhone, 'Phone'));
 followThread();
 """
 # --- Description ---
@@ -9267,9 +9300,9 @@ KEYS: dict[str, Json] = {
 API_KEY = ("api_key", "x_api_key")
 # Codes that come together.
 BODY_CODES = "malformed too_large unsupported_media_type"
-FIELD_CODES = f"unauthorized {BODY_CODES} invalid_request"
+FIELD_CODES = f"{BODY_CODES} invalid_request"
 FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
-CHANGE_CODES = f"unauthorized unknown_vm wrong_state {FLY_CODES}"
+CHANGE_CODES = f"unknown_vm wrong_state {FLY_CODES}"
 WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
 
 
@@ -9291,9 +9324,9 @@ class Call(NamedTuple):
     handler: Handler
     summary: str
     answers: Mapping[int, str]  # by status, as `content_of` reads them
-    codes: str = ""  # of STATUS_OF; each call may be answered `forbidden` and `internal`
+    codes: str = ""  # of STATUS_OF, beside `forbidden`, `internal` and what a key leads to
     fields: Mapping[str, Field] = {}
-    keys: Sequence[str] = API_KEY  # any opens it, where it may be `unauthorized`; "": so may none
+    keys: Sequence[str] = API_KEY  # any opens it, else it is `unauthorized`; "": so may none
 
     def route(self) -> web.RouteDef:
         method, path = self.name.split()
@@ -9302,11 +9335,10 @@ class Call(NamedTuple):
     def operation(self) -> Json:
         """The call as OpenAPI describes it."""
         fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
-        keys = self.keys if "unauthorized" in self.codes else ()
         described: Json = {
             "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
             "summary": self.summary,
-            "security": [{key: []} if key else {} for key in keys],
+            "security": [{key: []} if key else {} for key in self.keys],
             "parameters": [
                 {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
                 for name, one in fields.items()
@@ -9333,7 +9365,8 @@ class Call(NamedTuple):
             for status, kinds in self.answers.items()
         }
         by_status: dict[int, list[str]] = {}
-        for code in dict.fromkeys(f"{self.codes} forbidden internal".split()):
+        usual = "forbidden internal unauthorized" if self.keys else "forbidden internal"
+        for code in dict.fromkeys(f"{self.codes} {usual}".split()):
             by_status.setdefault(STATUS_OF[code], []).append(code)
         for status, codes in by_status.items():
             schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
@@ -9376,14 +9409,9 @@ CALLS = (
         ORDER_FIELDS | NO_WAIT,
     ),
     Call(
-        "GET /provision",
-        get_provisions,
-        "VMs, by vm_id",
-        {200: "VMs"},
-        "unauthorized invalid_request",
-        PAGING,
+        "GET /provision", get_provisions, "VMs, by vm_id", {200: "VMs"}, "invalid_request", PAGING
     ),
-    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unauthorized unknown_vm"),
+    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unknown_vm"),
     Call(
         f"PATCH {VM_PATH}",
         patch_provision,
@@ -9397,7 +9425,7 @@ CALLS = (
         delete_provision,
         "Tear down",
         {202: "VM", 204: ""},
-        "unauthorized unknown_vm storage",
+        "unknown_vm storage",
     ),
     Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
     Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
@@ -9406,9 +9434,11 @@ CALLS = (
         lock_vm,
         "Run nothing until the new code is texted",
         {200: "VM"},
-        "unauthorized unknown_vm wrong_state storage",
+        "unknown_vm wrong_state storage",
     ),
-    Call("POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM),
+    Call(
+        "POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM, ()
+    ),
     Call(
         "POST /sms/status",
         post_sms_status,
@@ -9416,6 +9446,7 @@ CALLS = (
         {204: ""},
         WEBHOOK_CODES,
         TWILIO_FORM,
+        (),
     ),
     Call(
         "POST /messages",
@@ -9426,38 +9457,26 @@ CALLS = (
         VM_MESSAGE | ONCE,
         ("vm_token",),
     ),
-    Call(
-        "GET /messages/{sid}",
-        get_message,
-        "A text's way",
-        {200: JSON_TYPE},
-        "unauthorized not_found",
-    ),
+    Call("GET /messages/{sid}", get_message, "A text's way", {200: JSON_TYPE}, "not_found"),
     Call(
         "GET /media/{signed}",
         get_media,
         "A picture, for who has its link",
         {200: "image/png image/jpeg image/gif application/octet-stream"},
         "gone not_found fly_unavailable vm_unreachable",
+        keys=(),
     ),
-    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}),
+    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}, keys=()),
     Call(
         "GET /metrics",
         get_metrics,
         "Prometheus text",
         {200: "text/plain"},
-        "unauthorized",
         keys=("", "metrics_token"),
     ),
-    Call(
-        "GET /events",
-        get_events,
-        "The page's feed",
-        {200: f"{JSON_TYPE} {SSE_TYPE}"},
-        "unauthorized",
-    ),
-    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}),
-    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}),
+    Call("GET /events", get_events, "The page's feed", {200: f"{JSON_TYPE} {SSE_TYPE}"}),
+    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}, keys=()),
+    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}, keys=()),
 )
 
 
@@ -9483,19 +9502,15 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
         url = f"http://127.0.0.1:{gateway.port}"
         raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
     if is_local_path:
-        forwarded = [
-            name
-            for name in request.headers
-            if name.lower().startswith(("forwarded", "x-forwarded"))
-        ]
-        if forwarded or not is_loopback(request.remote or ""):
-            raise Refusal(
-                "forbidden", "/_local answers this machine only, without a proxy or tunnel"
-            )
+        names = [name.lower() for name in request.headers]
+        is_forwarded = any(name.startswith(("forwarded", "x-forwarded")) for name in names)
+        if is_forwarded or not is_loopback(request.remote or ""):
+            reason = "/_local answers this machine only, without a proxy or tunnel"
+            raise Refusal("forbidden", reason)
         # A page elsewhere may post a form without being asked, but not JSON.
-        is_form = request.method == "POST" and request.content_type != "application/json"
+        is_form = request.method == "POST" and request.content_type != JSON_TYPE
         if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
-            raise Refusal("unsupported_media_type", "send Content-Type: application/json")
+            raise Refusal("unsupported_media_type", f"send Content-Type: {JSON_TYPE}")
     return await handler(request)
 
 
@@ -9526,7 +9541,7 @@ def signal_session(leader: int, number: int) -> list[tuple[int, str]]:
     signal_group(leader, number)
     members = []
     for process in processes():
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if process.session == leader:
                 os.kill(process.id, number)
                 members.append((process.id, process.started))
@@ -9538,7 +9553,7 @@ def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
     known = {tuple(one) for one in stopped}  # JSON knows lists only
     for process in processes():
         if (process.id, process.started) in known:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.kill(process.id, signal.SIGKILL)
 
 
@@ -9563,11 +9578,11 @@ class LocalMachine:
     keeper: asyncio.Task[None] | None = None
 
     SHOWN = ("id", "region", "config", "state", "instance_id", "created_at", "port")
-    KEPT = (*SHOWN, "secrets", "stopped")
+    KEPT = (*SHOWN, "app", "secrets", "stopped")
 
     def shown(self) -> Json:
         record = {name: getattr(self, name) for name in self.SHOWN}
-        return record | {"name": self.id, "events": self.events[:20], "app_name": self.app}
+        return record | {"name": self.id, "events": self.events, "app_name": self.app}
 
     def become(self, state: str) -> None:
         self.state = state
@@ -9591,10 +9606,18 @@ class LocalMachine:
 
     async def spawn(self) -> None:
         self.port = await asyncio.to_thread(choose_port, self.port)
-        arguments = ["vm", "--host", "127.0.0.1", "--port", str(self.port), "--until-stdin-closes"]
+        arguments = [
+            "vm",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--until-stdin-closes",
+        ]
         if self.agent:
             arguments += ["--agent", self.agent]
         output = await asyncio.to_thread(self.open_log)
+        environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         try:
             # Its standard input closes with this process, however that ends: then it ends too.
             self.process = await asyncio.create_subprocess_exec(
@@ -9602,8 +9625,7 @@ class LocalMachine:
                 THIS_FILE,
                 *arguments,
                 cwd=self.folder,
-                env={name: os.environ[name] for name in PASSED_ON if name in os.environ}
-                | self.secrets,
+                env=environ | self.secrets,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output,
                 stderr=output,
@@ -9623,10 +9645,9 @@ class LocalMachine:
             code = await self.process.wait()
             await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
             self.process, self.state = None, "starting"
-            log_event(
-                "local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=RESTART_PAUSE_S
-            )
-            await asyncio.sleep(RESTART_PAUSE_S)
+            pause_s = RESTART_PAUSE_S
+            log_event("local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=pause_s)
+            await asyncio.sleep(pause_s)
             await self.spawn()
 
     async def stop(self, state: str) -> None:
@@ -9652,7 +9673,7 @@ class Asked(NamedTuple):
 
 
 class LocalFly:
-    """A stand-in for the Machines API that speaks HTTP; its machines are `python cockpit.py vm` processes.
+    """A stand-in for Fly that speaks HTTP; its machines are `python cockpit.py vm` processes.
 
     Its records lie in .cockpit/fly.json, with the secrets of its apps.
     """
@@ -9668,21 +9689,21 @@ class LocalFly:
     def routes(self) -> list[web.RouteDef]:
         app = "/apps/{app}"
         machine = app + "/machines/{machine}"
-        table: list[tuple[str, str, Callable[[Asked], Awaitable[Any]]]] = [
+        table: list[tuple[str, str, Callable[[Asked], Any]]] = [
             ("POST", "/apps", self.create_app),
             ("GET", "/apps", self.list_apps),
-            ("GET", "/orgs/{org}/machines", self.list_org_machines),
-            ("GET", app, self.get_app),
+            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.shown_of()}),
+            ("GET", app, lambda asked: self.shown(asked.app)),
             ("DELETE", app, self.delete_app),
             ("POST", app + "/secrets", self.set_secrets),
-            ("GET", app + "/ip_assignments", self.list_addresses),
+            ("GET", app + "/ip_assignments", lambda asked: {"ips": asked.app["ips"]}),
             ("POST", app + "/ip_assignments", self.allocate_address),
-            ("GET", app + "/volumes", self.list_volumes),
+            ("GET", app + "/volumes", lambda asked: asked.app["volumes"]),
             ("POST", app + "/volumes", self.create_volume),
             ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
-            ("GET", app + "/machines", self.list_machines),
+            ("GET", app + "/machines", lambda asked: self.shown_of(asked.app["name"])),
             ("POST", app + "/machines", self.create_machine),
-            ("GET", machine, self.get_machine),
+            ("GET", machine, lambda asked: asked.machine.shown()),
             ("POST", machine, self.update_machine),
             ("GET", machine + "/wait", self.wait),
             ("POST", machine + "/suspend", self.suspend),
@@ -9690,15 +9711,15 @@ class LocalFly:
             ("POST", machine + "/metadata/{verb}", self.set_metadata),
         ]
         return [
+            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
+            web.post("/_local/vms/{app}/kill", self.kill),
             *(
-                web.route(m, FLY_ROOT + path, functools.partial(self.answer, call))
-                for m, path, call in table
-            )
+                web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
+                for method, path, call in table
+            ),
         ]
 
-    async def answer(
-        self, call: Callable[[Asked], Awaitable[Any]], request: web.Request
-    ) -> web.Response:
+    async def answer(self, call: Callable[[Asked], Any], request: web.Request) -> web.Response:
         """Each call: authorized, about what exists, kept on disk before it is answered."""
         if request.headers.get("Authorization") != self.authorization:
             return web.json_response({"error": "unauthorized"}, status=401)
@@ -9708,16 +9729,17 @@ class LocalFly:
         if ("app" in names and app is None) or ("machine" in names and machine is None):
             return web.json_response({"error": "not found"}, status=404)
         body = await read_json(request, PROVISION_BODY_BYTES) if request.can_read_body else {}
-        asked = Asked(
-            app or {}, cast(LocalMachine, machine), body, request.query, names.get("verb", "")
-        )
-        answer = await call(asked)
+        verb = names.get("verb", "")
+        asked = Asked(app or {}, cast(LocalMachine, machine), body, request.query, verb)
+        answer = call(asked)
+        if asyncio.iscoroutine(answer):
+            answer = await answer
         if request.method != "GET":
             await self.save()
         status, value = answer if isinstance(answer, tuple) else (200, answer)
         return web.json_response(value, status=status)
 
-    async def create_app(self, asked: Asked) -> Any:
+    def create_app(self, asked: Asked) -> Any:
         name = asked.body["name"]
         if name in self.apps:
             return 422, {"error": "Name has already been taken", "status": "name_taken"}
@@ -9726,22 +9748,13 @@ class LocalFly:
         return 201, {"id": name, "created_at": int(time.time() * 1000)}
 
     def shown(self, app: Json) -> Json:
-        organization = {"slug": self.settings.fly.org}
-        return {
-            "id": app["name"],
-            "name": app["name"],
-            "network": app["network"],
-            "organization": organization,
-        }
+        name, organization = app["name"], {"slug": self.settings.fly.org}
+        known = {"id": name, "name": name, "network": app["network"]}
+        return known | {"organization": organization}
 
-    async def list_apps(self, asked: Asked) -> Any:
-        return {
-            "total_apps": len(self.apps),
-            "apps": [self.shown(app) for app in self.apps.values()],
-        }
-
-    async def get_app(self, asked: Asked) -> Any:
-        return self.shown(asked.app)
+    def list_apps(self, asked: Asked) -> Any:
+        apps = [self.shown(app) for app in self.apps.values()]
+        return {"total_apps": len(apps), "apps": apps}
 
     async def delete_app(self, asked: Asked) -> Any:
         name = asked.app["name"]
@@ -9752,42 +9765,32 @@ class LocalFly:
         await asyncio.to_thread(shutil.rmtree, LOCAL_FOLDER / "vms" / name, ignore_errors=True)
         return 202, {}
 
-    def of(self, app: str) -> list[LocalMachine]:
-        return [machine for machine in self.machines.values() if machine.app == app]
+    def of(self, app: str = "") -> list[LocalMachine]:
+        """The machines of an app, of all apps when none is named."""
+        return [machine for machine in self.machines.values() if app in ("", machine.app)]
 
-    async def set_secrets(self, asked: Asked) -> Any:
-        asked.app["secrets"] |= asked.body["values"]
-        asked.app["version"] += 1
-        return {
-            "secrets": [{"name": name} for name in asked.app["secrets"]],
-            "version": asked.app["version"],
-        }
+    def shown_of(self, app: str = "") -> list[Json]:
+        return [machine.shown() for machine in self.of(app)]
 
-    async def list_addresses(self, asked: Asked) -> Any:
-        return {"ips": asked.app["ips"]}
+    def set_secrets(self, asked: Asked) -> Any:
+        app = asked.app
+        app["secrets"] |= asked.body["values"]
+        app["version"] += 1
+        return {"secrets": [{"name": name} for name in app["secrets"]], "version": app["version"]}
 
-    async def allocate_address(self, asked: Asked) -> Any:
+    def allocate_address(self, asked: Asked) -> Any:
         kind, ips = asked.body["type"], asked.app["ips"]
         ips.append({"ip": f"{ADDRESSES[kind]}{len(ips) + 1}", "shared": kind == "shared_v4"})
         return ips[-1]
 
-    async def list_volumes(self, asked: Asked) -> Any:
-        return asked.app["volumes"]
-
-    async def create_volume(self, asked: Asked) -> Any:
+    def create_volume(self, asked: Asked) -> Any:
         volume = {"id": f"vol_{secrets.token_hex(8)}", "state": "created"} | asked.body
         asked.app["volumes"].append(volume)
         return volume
 
-    async def delete_volumes(self, asked: Asked) -> Any:
+    def delete_volumes(self, asked: Asked) -> Any:
         asked.app["volumes"].clear()
         return {}
-
-    async def list_machines(self, asked: Asked) -> Any:
-        return [machine.shown() for machine in self.of(asked.app["name"])]
-
-    async def list_org_machines(self, asked: Asked) -> Any:
-        return {"machines": [machine.shown() for machine in self.machines.values()]}
 
     async def create_machine(self, asked: Asked) -> Any:
         machine = self.made(
@@ -9808,9 +9811,6 @@ class LocalFly:
         self.machines[machine.id] = machine
         return machine
 
-    async def get_machine(self, asked: Asked) -> Any:
-        return asked.machine.shown()
-
     async def update_machine(self, asked: Asked) -> Any:
         machine = asked.machine
         if asked.body.get("current_version", machine.instance_id) != machine.instance_id:
@@ -9822,13 +9822,10 @@ class LocalFly:
         return machine.shown()
 
     async def wait(self, asked: Asked) -> Any:
-        machine, wanted, after = (
-            asked.machine,
-            asked.query["state"],
-            asked.query.get("from_event_id", ""),
-        )
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(float(asked.query["timeout"])):
+        machine, query = asked.machine, asked.query
+        wanted, after = query["state"], query.get("from_event_id", "")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(float(query["timeout"])):
                 while machine.state != wanted or machine.events[0]["id"] == after:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 return {"ok": True}
@@ -9848,7 +9845,7 @@ class LocalFly:
             await asked.machine.start()
         return {"ok": True, "previous_state": previous}
 
-    async def set_metadata(self, asked: Asked) -> Any:
+    def set_metadata(self, asked: Asked) -> Any:
         asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
         return {}
 
@@ -9856,17 +9853,13 @@ class LocalFly:
 
     async def save(self) -> None:
         async with self.saving:
-            machines = [
-                {"app": m.app} | {name: getattr(m, name) for name in m.KEPT}
-                for m in self.machines.values()
-            ]
+            machines = [{name: getattr(m, name) for name in m.KEPT} for m in self.of()]
             content = to_json({"apps": self.apps, "machines": machines}).encode()
             await asyncio.to_thread(write_atomically, self.file, [content])
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
-        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             stored = json.loads(await asyncio.to_thread(read_nofollow, self.file))
             self.apps = stored["apps"]
             for record in stored["machines"]:
@@ -9877,33 +9870,23 @@ class LocalFly:
         try:
             yield
         finally:
-            kept = {machine.id: machine.state for machine in self.machines.values()}
-            for machine in self.machines.values():
-                await machine.stop(kept[machine.id])
+            for machine in self.of():
+                await machine.stop(machine.state)
 
-
-@dataclass(kw_only=True, eq=False)
-class LocalProxy:
-    """A VM's own address, as Fly's proxy would serve it."""
-
-    fly: LocalFly
-
-    def routes(self) -> list[web.RouteDef]:
-        return [
-            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
-            web.post("/_local/vms/{app}/kill", self.kill),
-        ]
+    # A VM's own address
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
-        """503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(iter(self.fly.of(request.match_info["app"])), None)
+        """As Fly's: 503 while nothing listens; a connection that the VM drops is dropped here too."""
+        machine = next(iter(self.of(request.match_info["app"])), None)
         if machine is not None and machine.state == "suspended":
             await machine.start()  # as `autostart` does
         if machine is None or machine.process is None:
             return web.Response(status=503, text="no machine is running")
         url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
         wanted = ("authorization", "content-type", "idempotency-key")
-        headers = {name: value for name, value in request.headers.items() if name.lower() in wanted}
+        headers = {
+            name: value for name, value in request.headers.items() if name.lower() in wanted
+        }
         body = await request.read()
         no_limit = aiohttp.ClientTimeout(total=None)
         try:
@@ -9912,10 +9895,9 @@ class LocalProxy:
                 session.request(request.method, url, data=body, headers=headers) as answer,
             ):
                 content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
-                kind = {
-                    "Content-Type": answer.headers.get("Content-Type", "application/octet-stream")
-                }
-                return web.Response(status=answer.status, body=content, headers=kind)
+                kind = answer.headers.get("Content-Type", "application/octet-stream")
+                headers = {"Content-Type": kind}
+                return web.Response(status=answer.status, body=content, headers=headers)
         except aiohttp.ClientConnectorError:
             return web.Response(status=503, text="the machine does not listen yet")
         except aiohttp.ClientError:
@@ -9925,7 +9907,7 @@ class LocalProxy:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        for machine in self.fly.of(request.match_info["app"]):
+        for machine in self.of(request.match_info["app"]):
             if machine.process is not None:
                 signal_group(machine.process.pid, signal.SIGKILL)
         return web.Response(status=204)
@@ -9952,8 +9934,7 @@ class LocalTwilio:
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """The threads of the last time are there again."""
-        await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             lines = (await asyncio.to_thread(read_nofollow, self.file)).splitlines()
             self.messages.extend(message for line in lines if (message := parse_json(line)))
         yield
@@ -9978,15 +9959,17 @@ class LocalTwilio:
         return message
 
     def append(self, line: bytes) -> None:
-        with os.fdopen(
-            os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab"
-        ) as file:
-            file.write(line)
+        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(file, "ab") as log:
+            log.write(line)
 
     def refusal(self, request: web.Request) -> web.Response | None:
-        if request.headers.get("Authorization") == self.authorization:
-            return None
-        return web.json_response({"code": 20003, "message": "Authenticate"}, status=401)
+        is_known = request.headers.get("Authorization") == self.authorization
+        return None if is_known else self.refused(20003, "Authenticate", status=401)
+
+    @staticmethod
+    def refused(code: int, words: str, status: int = 400) -> web.Response:
+        return web.json_response({"code": code, "message": words}, status=status)
 
     async def create(self, request: web.Request) -> web.Response:
         if refusal := self.refusal(request):
@@ -9994,51 +9977,44 @@ class LocalTwilio:
         form = await request.post()
         recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
         if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
-            return web.json_response(
-                {"code": 21211, "message": "To is no phone number"}, status=400
-            )
+            return self.refused(21211, "To is no phone number")
         if utf16_units(body) > PART_UNITS:
-            return web.json_response(
-                {"code": 21617, "message": "Body is over 1600 units"}, status=400
-            )
+            return self.refused(21617, "Body is over 1600 units")
         media = [str(value) for value in form.getall("MediaUrl", [])]
-        message = await self.record(
-            "outbound-api", str(form.get("From", "")), recipient, body, media
-        )
+        sender = str(form.get("From", ""))
+        message = await self.record("outbound-api", sender, recipient, body, media)
         return web.json_response(message, status=201)
 
     async def list(self, request: web.Request) -> web.Response:
         if refusal := self.refusal(request):
             return refusal
-        wanted = {
-            name.lower(): request.query[name] for name in ("To", "From") if name in request.query
-        }
+        wanted = [(name.lower(), request.query.get(name)) for name in ("To", "From")]
         found = [
             message
             for message in reversed(self.messages)
-            if all(message[name] == value for name, value in wanted.items())
+            if all(value in (None, message[name]) for name, value in wanted)
         ]
         return web.json_response({"messages": found[:1000], "next_page_uri": None})
 
     async def send_text(self, request: web.Request) -> web.Response:
         """Send a text as a phone would."""
         require_key(request)
-        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors()
+        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors({}, {})
         sender, words = body.get("from"), body.get("body")
         if not isinstance(sender, str) or not PHONE.fullmatch(sender):
             errors.add("from", "must be a phone number such as +15551234567")
         if not isinstance(words, str) or len(words) > PART_UNITS:
             errors.add("body", "must be a text of at most 1600 characters")
         errors.check()
-        number = self.settings.twilio.phone_number
-        message = await self.record("inbound", str(sender), number, str(words))
+        sender, words, number = str(sender), str(words), self.settings.twilio.phone_number
+        message = await self.record("inbound", sender, number, words)
         status, document = await self.deliver(message)
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
         for reply in replies if status == 200 else ():
-            await self.record("outbound-reply", number, str(sender), html.unescape(reply))
-        is_known = str(sender) in request.app[GATEWAY].routes.routes
-        if note := self.note(str(words), is_known=is_known or bool(replies)):
-            await self.record("note", number, str(sender), note)
+            await self.record("outbound-reply", number, sender, html.unescape(reply))
+        is_known = sender in request.app[GATEWAY].routes.routes
+        if note := self.note(words, is_known=is_known or bool(replies)):
+            await self.record("note", number, sender, note)
         return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
 
     async def deliver(self, message: Json) -> tuple[int, str]:
@@ -10053,24 +10029,19 @@ class LocalTwilio:
             "NumMedia": "0",
         }
         url = gateway.public_url + "/sms"
-        headers = {
-            "X-Twilio-Signature": twilio_signature(twilio.auth_tokens[0], url, form.items()),
-            "Content-Type": "application/x-www-form-urlencoded",
-        }
+        signature = twilio_signature(twilio.auth_tokens[0], url, form.items())
+        headers = {"X-Twilio-Signature": signature}
         own_url = f"http://127.0.0.1:{gateway.port}/sms"
         async with (
             aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
-            session.post(own_url, data=urlencode(form), headers=headers) as answer,
+            session.post(own_url, data=form, headers=headers) as answer,
         ):
             return answer.status, await answer.text()
 
     def note(self, words: str, *, is_known: bool) -> str:
         """What a phone would read of Twilio itself, or why it reads nothing."""
-        if (
-            word := KEYWORDS.get(words.strip().upper(), "")
-            if words.strip().upper() != "YES"
-            else ""
-        ):
+        said = words.strip().upper()
+        if said != "YES" and (word := KEYWORDS.get(said)):
             answers = {
                 "STOP": "You have successfully been unsubscribed. Reply START to resubscribe.",
                 "START": "You have successfully been re-subscribed.",
@@ -10100,8 +10071,7 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
     stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
-        stand_ins.append(fly := LocalFly(settings))
-        app.add_routes(LocalProxy(fly=fly).routes())
+        stand_ins.append(LocalFly(settings))
     if settings.twilio.is_local:
         stand_ins.append(LocalTwilio(settings))
     for stand_in in stand_ins:
@@ -10153,19 +10123,22 @@ async def run_gateway(app: web.Application) -> AsyncIterator[None]:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
     path = await asyncio.to_thread(state_path, settings)
     async with contextlib.AsyncExitStack() as stack:
-        lock = await asyncio.to_thread(StateLock, path)
-        stack.callback(lock.close)
-        gateway = app[GATEWAY] = await open_gateway(settings, app[CLOCK], app[METRICS], path, stack)
+        stack.callback(os.close, await asyncio.to_thread(lock_state, path))
+        gateway = app[GATEWAY] = await open_gateway(
+            settings, app[CLOCK], app[METRICS], path, stack
+        )
         stack.push_async_callback(gateway.tasks.close)
-        if changes := await asyncio.to_thread(read_old_journal, path, gateway.routes):
-            await gateway.messages.commit(*changes)
-            await asyncio.to_thread(set_old_journal_aside, path)
+        await move_old_journal(path, gateway)
         await bring_up(gateway)
         yield
 
 
 async def open_gateway(
-    settings: Settings, clock: Clock, metrics: Metrics, path: Path, stack: contextlib.AsyncExitStack
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    path: Path,
+    stack: contextlib.AsyncExitStack,
 ) -> Gateway:
     """The parts, with state files and client sessions that end with `stack`."""
     disk, keyring = Tasks(), Keyring(settings.gateway.secrets)
@@ -10174,7 +10147,7 @@ async def open_gateway(
     stack.push_async_callback(routes.close)
     if routes.recovery_note:
         log_warning("routes_recovered", note=routes.recovery_note)
-    messages = MessageStore(path.with_name(path.name + ".db"), clock, disk, metrics)
+    messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
     await messages.open()
     stack.push_async_callback(messages.close)
     fly, twilio = await open_clouds(stack, settings, clock, metrics)
@@ -10188,20 +10161,16 @@ async def open_gateway(
     )
 
 
-def read_old_journal(path: Path, routes: RouteStore) -> list[Change]:
-    """What the first version left in flight, to go into the database once (blocking)."""
-    journal = path.with_name(path.name + ".journal")
-    if not journal.exists():
-        return []
-    phone_of = {route.vm_id: phone for phone, route in routes.routes.items()}
-    changes = list(journal_changes(read_nofollow(journal), phone_of))
+async def move_old_journal(path: Path, gateway: Gateway) -> None:
+    """What the first version left in flight goes into the database once."""
+    journal = beside(path, ".journal")
+    if not await asyncio.to_thread(journal.exists):
+        return
+    phone_of = {route.vm_id: phone for phone, route in gateway.routes.routes.items()}
+    changes = list(journal_changes(await asyncio.to_thread(read_nofollow, journal), phone_of))
     log_warning("journal_moved", changes=len(changes), into=f"{path.name}.db")
-    return changes
-
-
-def set_old_journal_aside(path: Path) -> None:
-    journal = path.with_name(path.name + ".journal")
-    journal.rename(journal.with_name(journal.name + ".moved"))
+    await gateway.messages.commit(*changes)
+    await asyncio.to_thread(journal.rename, beside(journal, ".moved"))
 
 
 async def bring_up(gateway: Gateway) -> None:
@@ -10230,7 +10199,7 @@ async def bring_up(gateway: Gateway) -> None:
 async def start_relay(gateway: Gateway) -> None:
     """Set going what was in flight; stand-ins are reached at our own port, which listens a moment later."""
     while gateway.settings.has_stand_in:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             _, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.gateway.port)
             writer.close()
             break
@@ -10243,7 +10212,7 @@ async def drain(gateway: Gateway) -> None:
     relay, provisioner = gateway.relay, gateway.provisioner
     relay.state.is_draining = provisioner.is_draining = True
     log_event("draining", waiting=relay.waiting(), provisioning=len(provisioner.running))
-    with contextlib.suppress(TimeoutError):
+    with suppress(TimeoutError):
         async with asyncio.timeout(gateway.settings.limits.drain_s):
             await asyncio.gather(relay.drain(), provisioner.drain())
     await gateway.tasks.close()
@@ -10335,7 +10304,7 @@ def leave_out_the_request(record: logging.LogRecord) -> bool:
 def raise_file_limit() -> None:
     """Every command in flight holds a connection: take all the descriptors that we may have."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
+    with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     if 0 <= most < FILES_WANTED:
         remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
@@ -10423,15 +10392,14 @@ def print_banner(settings: Settings) -> None:
         key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "the one in COCKPIT_API_KEY"
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
-    if settings.fly.is_local and gateway.local_agent:
-        agent = CommandAgent(gateway.local_agent, LOCAL_FOLDER)
-        if trouble := agent.trouble():
-            print(f"LOCAL_AGENT: {trouble}", flush=True)
-    if settings.fly.is_local and gateway.local_agent in PRESETS:
+    agent = gateway.local_agent if settings.fly.is_local else ""
+    if agent and (trouble := CommandAgent(agent, LOCAL_FOLDER).trouble()):
+        print(f"LOCAL_AGENT: {trouble}", flush=True)
+    if agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
         where = Path(LOCAL_FOLDER, "vms").absolute()
         print(
-            f"{gateway.local_agent} acts without asking, with all that {who} may do on this machine;",
+            f"{agent} acts without asking, with all that {who} may do on this machine;",
             f"each VM's agent begins in a folder of {where}",
             flush=True,
         )
@@ -10506,6 +10474,10 @@ async def look_at_number(twilio: TwilioClient, settings: Settings) -> Finding:
     return "wrong", f"its texts go elsewhere; {remedy}"
 
 
+async def look_at_settings(settings: Settings) -> Finding:
+    return ("note", settings.sleep_obstacle) if settings.sleep_obstacle else OK
+
+
 async def report(subject: str, look: Awaitable[Finding]) -> bool:
     """Print what a look found; whether all is well."""
     try:
@@ -10524,14 +10496,10 @@ async def examine(settings: Settings) -> int:
     It takes no lock and changes nothing.
     """
     path, clock = state_path(settings), Clock()
-    print(
-        f"note  settings: {settings.sleep_obstacle}"
-        if settings.sleep_obstacle
-        else "ok    settings"
-    )
     async with contextlib.AsyncExitStack() as stack:
         fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
         are_well = [
+            await report("settings", look_at_settings(settings)),
             await report("state folder", look_at_folder(path.parent)),
             await report("routes", look_at_routes(path)),
             await report("Fly token", look_at_token(fly, settings.fly)),
@@ -10583,9 +10551,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
     )
     vm.add_argument("--user", default="", help="as root: work as this user")
-    codes = (
-        "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
-    )
+    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
