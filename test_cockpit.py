@@ -1679,7 +1679,7 @@ async def test_who_waits_for_a_write_that_a_shutdown_cuts_off_is_told_so(world):
     routes = cockpit.RouteStore(world.file, world.clock.clock, tasks)
     written = world.threads.holds()
     waiting = asyncio.ensure_future(routes.commit())
-    await real_until(lambda: world.threads.at_work)
+    await real_until(lambda: world.threads.held is None)
     await tasks.close()
     written.set()
     with pytest.raises(cockpit.StoreError, match="shutting down"):
@@ -5686,7 +5686,7 @@ async def test_a_text_between_the_mark_and_the_call_keeps_it_awake(world):
     await world.clock.until(gate.arrived.is_set, IDLE + 20)
     written = world.threads.holds()
     gate.open()
-    await real_until(lambda: world.threads.at_work)
+    await real_until(lambda: world.threads.held is None)
     assert (await world.ask("GET", f"/provision/{vm.app}")).body["state"] == "asleep"
     await world.twilio.texts(ANN, "wake up")
     written.set()
@@ -7798,7 +7798,7 @@ async def test_a_stop_that_comes_as_a_command_ends_leaves_its_answer_whole(live,
             await asyncio.sleep(0.02)
         reading = live.threads.holds()
         (vm.folder / "go").touch()
-        await live.clock.until(lambda: live.threads.at_work)
+        await live.clock.until(lambda: live.threads.held is None)
         stopped = await vm.ask("POST", "/cancel", headers={"Idempotency-Key": "K1"})
         reading.set()
         answer = await command
