@@ -1536,6 +1536,12 @@ def read_routes(path: Path) -> tuple[StoredRoutes, str]:
     return StoredRoutes("", {}, {}, {}), ""
 
 
+def fail(waiter: asyncio.Future[None], error: StoreError) -> None:
+    """Tell whoever waits; nobody may, any more, and that is no fault to be logged."""
+    waiter.set_exception(error)
+    waiter.exception()
+
+
 class RouteStore:
     """The routes and what is being undone, in memory and in routes.json.
 
@@ -1659,7 +1665,7 @@ class RouteStore:
                     self.trouble = str(error)
                     log_error("routes_not_written", error=str(error))
                     if written:
-                        written.set_exception(error)
+                        fail(written, error)
                     await ROUTES_RETRY.pause(self._clock, failures)
                     continue
                 failures, self.trouble = 0, ""
@@ -1674,7 +1680,7 @@ class RouteStore:
             for cut_off in (written, self._written):
                 if cut_off and not cut_off.done():
                     reason = f"{self.path.name} was not written: shutting down"
-                    cut_off.set_exception(StoreError(reason))
+                    fail(cut_off, StoreError(reason))
 
     def _content(self) -> list[bytes]:
         head = to_json({"version": 1, "gateway_id": self.gateway_id, **self._extra})[:-1]
@@ -9275,7 +9281,6 @@ followThread();
 #
 # The table of the HTTP interface, and /openapi.json made of it.
 
-OPENAPI = web.AppKey("openapi", bytes)
 SCHEMAS = "#/components/schemas/"
 STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
 
@@ -9407,7 +9412,14 @@ def describe_api(calls: Iterable[Call], url: str) -> Json:
 
 
 async def get_openapi(request: web.Request) -> web.Response:
-    return web.Response(body=request.app[OPENAPI], content_type=JSON_TYPE)
+    url = request.app[SETTINGS].gateway.public_url
+    return web.Response(body=openapi(url), content_type=JSON_TYPE)
+
+
+@functools.cache
+def openapi(url: str) -> bytes:
+    """The document, made when it is first asked for."""
+    return to_json(describe_api(CALLS, url)).encode()
 
 
 VM_PATH = "/provision/{vm_id}"
@@ -10248,7 +10260,6 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
         if LOCAL_KEY in settings.gateway.api_keys
         else "It is what COCKPIT_API_KEY holds where this gateway runs.",
     )
-    app[OPENAPI] = to_json(describe_api(CALLS, settings.gateway.public_url)).encode()
     app.add_routes([call.route() for call in CALLS])
     app.cleanup_ctx.append(run_gateway)
     if is_local:
