@@ -1710,7 +1710,8 @@ async def test_a_write_that_a_shutdown_cuts_off_is_no_fault_when_nobody_waits_an
     await asyncio.wait({waiting})
     await tasks.close()
     written.set()
-    del routes, tasks
+    await real_until(lambda: not world.threads.at_work)
+    del routes, tasks, waiting
     gc.collect()
     assert "never retrieved" not in caplog.text
 
