@@ -10256,6 +10256,13 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
+def malformed(reason: str) -> web.Response:
+    """The answer to what no handler has seen; it ends the connection."""
+    answer = problem_response(Refusal("malformed", reason))
+    answer.force_close()
+    return answer
+
+
 class Connection(web.RequestHandler):
     """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
 
@@ -10269,10 +10276,16 @@ class Connection(web.RequestHandler):
         if status != HTTPStatus.BAD_REQUEST:
             return super().handle_error(request, status, exc, message)
         log_warning("request_unreadable", error=type(exc).__name__)  # its words may hold a key
-        reason = "this cannot be read as HTTP/1.1; check the request line and the headers"
-        answer = problem_response(Refusal("malformed", reason))
-        answer.force_close()
-        return answer
+        return malformed(
+            "this cannot be read as HTTP/1.1; check the request line and the headers"
+        )
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware; it echoes
+            resp = malformed("of Expect only 100-continue is understood")
+        return await super().finish_response(request, resp, start_time)
 
 
 class GatewayRunner(web.AppRunner):

@@ -6388,9 +6388,9 @@ async def test_who_asks_by_hand_is_told_where_to_go_on(world):
 
 # --- Doors ---
 
-def rss(child: Child) -> float:
-    """Resident memory in MB."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{child.process.pid}/status").read_text())[1]) / 1024
+def rss(child: Child, which: str = "VmRSS") -> float:
+    """Resident memory in MB, now or (VmHWM) at most so far."""
+    return int(re.search(which + r":\s+(\d+)", Path(f"/proc/{child.process.pid}/status").read_text())[1]) / 1024
 
 
 @beside
@@ -8055,7 +8055,8 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
     assert_nothing_secret(child.log)
 
 
-@pytest.mark.parametrize("words", UNREADABLE, ids=["header", "no-colon", "no-http", "too-long"])
+@pytest.mark.parametrize("words", [*UNREADABLE, f"GET /nowhere HTTP/1.1\r\nHost: a\r\nExpect: {GITHUB}\r\n\r\n"],
+                         ids=["header", "no-colon", "no-http", "too-long", "expect"])
 async def test_what_cannot_be_parsed_is_answered_by_a_problem_that_echoes_nothing(world, words):
     await world.start()
     head, _, body = (await said_to(world.server.port, words)).partition("\r\n\r\n")
