@@ -10297,7 +10297,8 @@ class GatewayRunner(web.AppRunner):
         "keepalive_timeout": 15,
         "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
         "max_line_size": 16 * 1024,
-        "max_field_size": 16 * 1024,
+        "max_field_size": 8 * 1024,
+        "max_headers": 64,  # lines: a head that never ends holds half a megabyte
     }
 
     @property

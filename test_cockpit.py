@@ -8041,7 +8041,8 @@ async def said_to(port: int, words: str) -> str:
 
 
 UNREADABLE = (f"GET /provision HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\0\r\n\r\n", f"GET /provision HTTP/1.1\r\nHost: a\r\n{GITHUB} {ANN}\r\n\r\n",
-              f"{GITHUB} {ANN} {KEY}\r\n\r\n", f"GET /{GITHUB} HTTP/1.1\r\nHost: a\r\nX: {'x' * 20_000}{GITHUB}\r\n\r\n")
+              f"{GITHUB} {ANN} {KEY}\r\n\r\n", f"GET /{GITHUB} HTTP/1.1\r\nHost: a\r\nX: {'x' * 20_000}{GITHUB}\r\n\r\n",
+              f"GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
 
 
 @beside
@@ -8056,7 +8057,7 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
 
 
 @pytest.mark.parametrize("words", [*UNREADABLE, f"GET /nowhere HTTP/1.1\r\nHost: a\r\nExpect: {GITHUB}\r\n\r\n"],
-                         ids=["header", "no-colon", "no-http", "too-long", "expect"])
+                         ids=["header", "no-colon", "no-http", "too-long", "too-many-lines", "expect"])
 async def test_what_cannot_be_parsed_is_answered_by_a_problem_that_echoes_nothing(world, words):
     await world.start()
     head, _, body = (await said_to(world.server.port, words)).partition("\r\n\r\n")
