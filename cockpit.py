@@ -10299,6 +10299,7 @@ class GatewayRunner(web.AppRunner):
         "max_line_size": 16 * 1024,
         "max_field_size": 8 * 1024,
         "max_headers": 64,  # lines: a head that never ends holds half a megabyte
+        "read_bufsize": 4 * 1024,  # of a body that nobody reads yet, so as of pipelined ones
     }
 
     @property

@@ -6434,6 +6434,24 @@ async def test_a_body_that_never_ends_is_closed_and_not_kept(live):
     writer.close()
 
 
+@beside
+async def test_bodies_behind_one_another_are_left_to_the_network_until_their_turn(live):
+    child = await live.spawn()
+    before = rss(child)
+    head = b"POST /sms HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: 60000\r\n\r\n"
+    writers = [(await asyncio.open_connection("127.0.0.1", child.port))[1] for _ in range(100)]
+    child.process.send_signal(signal.SIGSTOP)  # what waits in the network then comes at once
+    for writer in writers:
+        writer.write((head + b"x" * 60_000) * 30)
+    child.process.send_signal(signal.SIGCONT)
+    async with asyncio.timeout(30):
+        while child.log.count("bad_signature") < 3000:
+            await asyncio.sleep(0.1)
+    assert rss(child, "VmHWM") - before < 60
+    for writer in writers:
+        writer.transport.abort()
+
+
 @pytest.mark.parametrize("flood", [b"HTTP/1.1 100 Continue\r\nX: " + b"x" * 500 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 5000 + b"\r\n"], ids=["continue", "heads"])
 async def test_a_vm_that_answers_without_end_is_cut_off(world, flood):
     vm = await world.ready()
