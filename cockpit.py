@@ -10098,6 +10098,7 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 
 FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
 TWILIO_CONNECTIONS = 1000
+UNREAD_MS = 30_000
 
 
 async def open_session(
@@ -10265,6 +10266,12 @@ def malformed(reason: str) -> web.Response:
 
 class Connection(web.RequestHandler):
     """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # who reads no answer does not stay for ever
+            endpoint = transport.get_extra_info("socket")
+            endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
+        super().connection_made(transport)
 
     def handle_error(
         self,

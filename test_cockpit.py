@@ -6452,6 +6452,23 @@ async def test_bodies_behind_one_another_are_left_to_the_network_until_their_tur
         writer.transport.abort()
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone ends such connections")
+async def test_who_reads_no_answer_does_not_stay(world, monkeypatch):
+    monkeypatch.setattr(cockpit, "UNREAD_MS", 500)
+    await world.start()
+    with socket.socket() as caller:
+        caller.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        caller.connect(("127.0.0.1", world.server.port))
+        caller.setblocking(False)
+        others = len(world.server.connections)
+        async with asyncio.timeout(10):
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    await asyncio.get_running_loop().sock_sendall(caller, b"GET / HTTP/1.1\r\nHost: a\r\nAccept: text/html\r\n\r\n" * 100)
+            while len(world.server.connections) > others:
+                await asyncio.sleep(0.01)
+
+
 @pytest.mark.parametrize("flood", [b"HTTP/1.1 100 Continue\r\nX: " + b"x" * 500 + b"\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: " + b"x" * 5000 + b"\r\n"], ids=["continue", "heads"])
 async def test_a_vm_that_answers_without_end_is_cut_off(world, flood):
     vm = await world.ready()
