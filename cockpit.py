@@ -10394,13 +10394,13 @@ async def serve(settings: Settings) -> int:
 
 async def clean_up(runner: web.AppRunner) -> None:
     """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
-    try:
-        async with asyncio.timeout(1):
-            await runner.cleanup()
-    except TimeoutError:
+    cleaning = asyncio.ensure_future(runner.cleanup())
+    _, late = await asyncio.wait([cleaning], timeout=1)
+    if late:  # nor is it cancelled: what it closes next would wait as well
         log_warning("ended_with_the_disk_hanging")
         logging.shutdown()
         os._exit(0)
+    await cleaning
 
 
 class LoopErrors:

@@ -6798,7 +6798,7 @@ async def test_answers_sent_while_the_disk_fails_are_not_sent_again_after_a_kill
 
 
 def test_a_disk_that_hangs_does_not_hold_up_the_end():
-    program = "import asyncio, cockpit\nclass Runner:\n    async def cleanup(self): await asyncio.sleep(60)\nasyncio.run(cockpit.clean_up(Runner()))"
+    program = "import asyncio, cockpit\nclass Runner:\n    async def cleanup(self):\n        try: await asyncio.sleep(60)\n        finally: await asyncio.sleep(60)\nasyncio.run(cockpit.clean_up(Runner()))"
     began = time.monotonic()
     assert subprocess.run([sys.executable, "-c", program], cwd=HERE, timeout=20, check=False).returncode == 0
     assert time.monotonic() - began < 10
