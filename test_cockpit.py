@@ -50,7 +50,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 from xml.etree import ElementTree
 
 import aiohttp
@@ -6515,6 +6515,19 @@ async def test_a_link_opens_pictures_and_nothing_else_of_twilio_s(world):
         link = gateway.keyring.sign_link(vm.app, path, world.clock.now())
         assert (await world.call("GET", f"/media/{link}", key=None)).status == 404
     assert not world.twilio.count("account") and not world.twilio.count("list")
+
+
+@pytest.mark.parametrize("form", [lambda secret: quote(secret, safe=""), lambda secret: base64.b64encode(secret.encode()).decode(), lambda secret: base64.urlsafe_b64encode(secret.encode()).decode().rstrip("=")])
+def test_a_credential_is_hidden_in_whatever_form_it_is_echoed(form):
+    secret = "a secret+/?>~~ of ours>>>??"
+    assert cockpit.redact(f"you sent {form(secret)}", [secret]).rstrip("=") == "you sent [hidden]"
+
+
+async def test_a_planted_link_in_the_place_of_a_file_of_state_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"{}")
+    (tmp_path / "routes.json.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises((cockpit.CockpitError, OSError)):
+        cockpit.lock_state(tmp_path / "routes.json")
 
 
 async def test_health_tells_strangers_kinds_and_the_operator_words(world):
