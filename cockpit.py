@@ -10268,7 +10268,8 @@ class Connection(web.RequestHandler):
     """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # who reads no answer does not stay for ever
+        # Who reads no answer does not stay for ever.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
             endpoint = transport.get_extra_info("socket")
             endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
         super().connection_made(transport)
@@ -10305,8 +10306,8 @@ class GatewayRunner(web.AppRunner):
         "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
         "max_line_size": 16 * 1024,
         "max_field_size": 8 * 1024,
-        "max_headers": 64,  # lines: a head that never ends holds half a megabyte
-        "read_bufsize": 4 * 1024,  # of a body that nobody reads yet, so as of pipelined ones
+        "max_headers": 64,
+        "read_bufsize": 4 * 1024,  # of a body that waits for its turn
     }
 
     @property
@@ -10396,7 +10397,7 @@ async def clean_up(runner: web.AppRunner) -> None:
     """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
     cleaning = asyncio.ensure_future(runner.cleanup())
     _, late = await asyncio.wait([cleaning], timeout=1)
-    if late:  # nor is it cancelled: what it closes next would wait as well
+    if late:  # what it would close next may hang as well
         log_warning("ended_with_the_disk_hanging")
         logging.shutdown()
         os._exit(0)
