@@ -10110,6 +10110,7 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 
 FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
 TWILIO_CONNECTIONS = 1000
+UNREAD_MS = 30_000
 
 
 async def open_session(
@@ -10267,8 +10268,22 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
+def malformed(reason: str) -> web.Response:
+    """The answer to what no handler has seen; it ends the connection."""
+    answer = problem_response(Refusal("malformed", reason))
+    answer.force_close()
+    return answer
+
+
 class Connection(web.RequestHandler):
     """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # Who reads no answer does not stay for ever.
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            endpoint = transport.get_extra_info("socket")
+            endpoint.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
+        super().connection_made(transport)
 
     def handle_error(
         self,
@@ -10280,10 +10295,16 @@ class Connection(web.RequestHandler):
         if status != HTTPStatus.BAD_REQUEST:
             return super().handle_error(request, status, exc, message)
         log_warning("request_unreadable", error=type(exc).__name__)  # its words may hold a key
-        reason = "this cannot be read as HTTP/1.1; check the request line and the headers"
-        answer = problem_response(Refusal("malformed", reason))
-        answer.force_close()
-        return answer
+        return malformed(
+            "this cannot be read as HTTP/1.1; check the request line and the headers"
+        )
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware; it echoes
+            resp = malformed("of Expect only 100-continue is understood")
+        return await super().finish_response(request, resp, start_time)
 
 
 class GatewayRunner(web.AppRunner):
@@ -10295,7 +10316,9 @@ class GatewayRunner(web.AppRunner):
         "keepalive_timeout": 15,
         "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
         "max_line_size": 16 * 1024,
-        "max_field_size": 16 * 1024,
+        "max_field_size": 8 * 1024,
+        "max_headers": 64,
+        "read_bufsize": 4 * 1024,  # of a body that waits for its turn
     }
 
     @property
@@ -10383,13 +10406,13 @@ async def serve(settings: Settings) -> int:
 
 async def clean_up(runner: web.AppRunner) -> None:
     """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
-    try:
-        async with asyncio.timeout(1):
-            await runner.cleanup()
-    except TimeoutError:
+    cleaning = asyncio.ensure_future(runner.cleanup())
+    _, late = await asyncio.wait([cleaning], timeout=1)
+    if late:  # what it would close next may hang as well
         log_warning("ended_with_the_disk_hanging")
         logging.shutdown()
         os._exit(0)
+    await cleaning
 
 
 class LoopErrors:
