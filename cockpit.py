@@ -106,6 +106,7 @@ try:
 except ModuleNotFoundError:
     sys.exit('cockpit needs aiohttp: pip install "aiohttp>=3.14,<4"')
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 from yarl import URL
 
 VERSION = "2.0"
@@ -7769,6 +7770,10 @@ def require_key(request: web.Request) -> None:
 # Bodies
 
 
+# Of aiohttp's parser in C, and of the one in Python, which it takes where it has no other.
+UNREADABLE_BODY = (web.RequestPayloadError, HttpProcessingError)
+
+
 async def read_body(request: web.Request, limit: int, content_type: str) -> bytes:
     """The body of a request of this type and at most this size, counted while it is read; raises Refusal."""
     if request.content_type != content_type:
@@ -7793,7 +7798,7 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
                     return body
     except TimeoutError:
         raise Refusal("malformed", f"the body did not arrive within {BODY_S:g} s") from None
-    except (web.RequestPayloadError, ConnectionError):
+    except (*UNREADABLE_BODY, ConnectionError):
         raise Refusal("malformed", "the body does not arrive as its headers say") from None
     raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
 
@@ -10344,7 +10349,7 @@ def set_up_logging(log_format: str) -> None:
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
     """aiohttp logs a body that it cannot read word for word, and a key may be among it: only that is told."""
-    if record.exc_info and isinstance(record.exc_info[1], web.RequestPayloadError):
+    if record.exc_info and isinstance(record.exc_info[1], UNREADABLE_BODY):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
         record.levelname = "WARNING"
     return True

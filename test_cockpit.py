@@ -8141,6 +8141,24 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
     assert_nothing_secret(child.log)
 
 
+@beside
+async def test_a_body_that_aiohttp_s_parser_in_python_cannot_read_is_refused_and_logged_without_its_words(live):
+    child = await live.spawn(AIOHTTP_NO_EXTENSIONS=1)
+    answers = []
+    for key in (KEY, "wrong"):
+        reader, writer = await asyncio.open_connection("127.0.0.1", child.port)
+        writer.write(f"POST /provision HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+                     "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n".encode())
+        await asyncio.sleep(0.3)  # the call has begun
+        writer.write(f"{GITHUB} {ANN}\r\n".encode())
+        with contextlib.closing(writer):
+            answers.append((await asyncio.wait_for(reader.readline(), 15)).split()[1])
+            await asyncio.wait_for(reader.read(), 15)
+    await child.ends(signal.SIGTERM)
+    assert answers == [b"400", b"401"]
+    assert_nothing_secret(child.log)
+
+
 @pytest.mark.parametrize("words", [*UNREADABLE, f"GET /nowhere HTTP/1.1\r\nHost: a\r\nExpect: {GITHUB}\r\n\r\n"],
                          ids=["header", "no-colon", "no-http", "too-long", "too-many-lines", "expect"])
 async def test_what_cannot_be_parsed_is_answered_by_a_problem_that_echoes_nothing(world, words):
