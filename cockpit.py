@@ -7570,6 +7570,7 @@ class Sleeper:
 PROVISION_BODY_BYTES = 512 * 1024
 MESSAGE_BODY_BYTES = 256 * 1024
 SMS_BODY_BYTES = 64 * 1024
+HEAD_BYTES = 16 * 1024
 BODY_S = 10.0
 FORM_TYPE = "application/x-www-form-urlencoded"
 JSON_TYPE = "application/json"
@@ -7707,6 +7708,7 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     resource = request.match_info.route.resource
     call = resource.canonical if resource is not None else "unknown"
     try:
+        check_head(request)
         if request.path.startswith("/provision"):  # also what has no such path or method
             require_key(request)
         response = await handler(request)
@@ -7767,7 +7769,16 @@ def require_key(request: web.Request) -> None:
         )
 
 
-# Bodies
+# Heads and bodies
+
+
+def check_head(request: web.Request) -> None:
+    """Refuse over 16 KiB of headers; the size of a line, and their number, aiohttp bounds."""
+    if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
+        reason = (
+            f"the head is larger than {HEAD_BYTES // 1024} KiB; send fewer or shorter headers"
+        )
+        raise Refusal("malformed", reason)
 
 
 # Of aiohttp's parser in C, and of the one in Python, which it takes where it has no other.
@@ -9324,6 +9335,7 @@ KEYS: dict[str, Json] = {
 }
 API_KEY = ("api_key", "x_api_key")
 # Codes that come together.
+EVERYWHERE = "malformed forbidden internal"
 BODY_CODES = "malformed too_large unsupported_media_type"
 FIELD_CODES = f"{BODY_CODES} invalid_request"
 FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
@@ -9349,7 +9361,7 @@ class Call(NamedTuple):
     handler: Handler
     summary: str
     answers: Mapping[int, str]  # by status, as `content_of` reads them
-    codes: str = ""  # of STATUS_OF, beside `forbidden`, `internal` and what a key leads to
+    codes: str = ""  # of STATUS_OF, beside those of EVERYWHERE and what a key leads to
     fields: Mapping[str, Field] = {}
     keys: Sequence[str] = API_KEY  # any opens it, else it is `unauthorized`; "": so may none
 
@@ -9390,7 +9402,7 @@ class Call(NamedTuple):
             for status, kinds in self.answers.items()
         }
         by_status: dict[int, list[str]] = {}
-        usual = "forbidden internal unauthorized" if self.keys else "forbidden internal"
+        usual = EVERYWHERE + " unauthorized" * bool(self.keys)
         for code in dict.fromkeys(f"{self.codes} {usual}".split()):
             by_status.setdefault(STATUS_OF[code], []).append(code)
         for status, codes in by_status.items():

@@ -8141,6 +8141,14 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
     assert_nothing_secret(child.log)
 
 
+@pytest.mark.parametrize(("lines", "status"), [(14, 200), (17, 400)])
+async def test_a_head_of_more_than_16_kib_is_refused(world, lines, status):
+    await world.start()
+    answer = await world.ask("GET", "/health", headers={f"X-{n:02}": "x" * 1024 for n in range(lines)})
+    assert answer.status == status
+    assert answer.body.get("code") == (None if status == 200 else "malformed")
+
+
 @beside
 async def test_a_body_that_aiohttp_s_parser_in_python_cannot_read_is_refused_and_logged_without_its_words(live):
     child = await live.spawn(AIOHTTP_NO_EXTENSIONS=1)
