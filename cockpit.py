@@ -6306,7 +6306,8 @@ class Inbox:
         # What the list tells late does not undo what was said since.
         channel, at = message.channel, message.arrived
         is_late = vm and message.is_fetched and at < vm.opted_at.get(channel, 0.0)
-        if vm and word != "HELP" and not is_late:
+        is_new = message.sid not in await self.state.store.known([message.sid])
+        if vm and word != "HELP" and is_new and not is_late:
             vm.opted_out[channel], vm.opted_at[channel] = word == "STOP", at
             if word == "START":
                 vm.error = ""

@@ -3269,6 +3269,14 @@ async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_foun
     assert world.twilio.sent_to(ANN) == ["ran: hello"] * sent
 
 
+async def test_a_stop_delivered_twice_does_not_undo_the_start_between(world):
+    vm, sid = await world.ready(), "SM" + "5" * 32
+    for word, more in (("STOP", {"MessageSid": sid}), ("START", {}), ("STOP", {"MessageSid": sid})):
+        await world.text(word, **more)
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
 async def test_start_counts_also_after_the_clock_was_set_back(world):
     await world.ready()
     await world.text("STOP")
