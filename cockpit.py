@@ -6260,20 +6260,20 @@ class Inbox:
 
     async def accept_fetched(self, messages: Sequence[InboundMessage]) -> None:
         """The same for texts of Twilio's list, oldest first; those beyond QUEUE_LIMIT are told together."""
-        beyond: dict[str, list[InboundMessage]] = defaultdict(list)
+        beyond: dict[tuple[VmState, str], list[InboundMessage]] = defaultdict(list)
         for message in messages:
             await self.door.date_adopted(message)
         for message in messages:
             if vm := self._full_for(message):
-                beyond[vm.vm_id].append(message)
+                beyond[vm, message.channel].append(message)
             else:
                 await self.accept(message)
-        for vm_id, refused in beyond.items():
-            vm = self.state.vms[vm_id]
+        for (vm, _), refused in beyond.items():
+            vm.reply_to = address_of(refused[-1], self.settings.twilio.phone_number)
             notice = about(QUEUE_FULL, *refused, n=len(vm.queued()))
             out = self.sender.outbound(vm, split_text(notice))
             seen = [(SEE, (message.sid, message.arrived, "")) for message in refused]
-            await self.state.store.commit(*seen, out.added())
+            await self.state.store.commit(*seen, out.added(), vm.put())
             self.sender.queue(vm, out)
             self.metrics.texts.add("queue_full", by=len(refused))
 

@@ -3293,6 +3293,17 @@ async def test_a_stranger_s_stop_is_not_answered_with_an_invitation(world):
     assert "Sign up" in (await world.text("hello", phone=EVE)).said
 
 
+async def test_fetched_texts_beyond_the_queue_s_limit_are_told_where_they_came_from(world):
+    vm = await world.ready(QUEUE_LIMIT=1, BACKFILL_S=60)
+    await world.occupies(vm, "running")
+    await world.text("waiting")
+    world.twilio.missed("whatsapp:" + ANN, "by WhatsApp", "whatsapp:" + NUMBER)
+    world.twilio.missed(ANN, "by SMS")
+    await world.clock.until(lambda: len(world.twilio.sent) >= 2)
+    full = "Your queue is full (1 waiting). This text was not kept: "
+    assert sorted(world.twilio.sent) == [(ANN, full + '"by SMS"'), ("whatsapp:" + ANN, full + '"by WhatsApp"')]
+
+
 async def test_whatsapp_shares_the_route_is_answered_there_and_opts_out_by_itself(world):
     await world.start()
     vm = await world.sign_up()
