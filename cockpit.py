@@ -6334,12 +6334,12 @@ class Inbox:
 
     def _judge(
         self, message: InboundMessage, route: Route, vm: VmState, *, is_command: bool
-    ) -> tuple[str, str] | None:
-        """Why a text is not taken, and what its sender reads; None when it is."""
+    ) -> tuple[str, ...] | None:
+        """Why a text is not taken, and what its sender reads, as `_refuse` wants it; None when it is."""
         limits, phone = self.settings.limits, message.phone
         if not is_command:
             if route.state == "failed":
-                return "gone", self.sender.closing_words(VM_GONE, [message])
+                return "gone", "", self.sender.closing_words(VM_GONE, [message])
             elsewhere = self.sender.pictures_elsewhere(message)
             if elsewhere and elsewhere == len(message.media) and not message.body.strip():
                 return "picture_elsewhere", PICTURE_ELSEWHERE

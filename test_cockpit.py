@@ -4836,6 +4836,17 @@ async def test_a_vm_that_vanished_fails_its_owner_is_told_once_and_the_number_is
     assert (await world.provision()).status == 201
 
 
+async def test_a_text_to_a_vm_that_vanished_is_told_of_though_it_was_fetched(world):
+    vm = await world.ready(RECONCILE_S=EVERY, BACKFILL_S=60)
+    world.fly.everything.pop(vm.app)
+    world.vms.gone(vm.app)
+    await sweeps(world, 5)
+    assert (await world.text("by webhook")).said == ""
+    world.twilio.missed(ANN, "by the list")
+    await world.hears("Your VM is gone. Sign up: https://signup.example.com",
+                      *(f'Your VM is gone. Not run: "{body}" Sign up: https://signup.example.com' for body in ("by webhook", "by the list")))
+
+
 async def test_a_refused_sign_up_leaves_the_record_of_the_vm_that_is_gone(world):
     await world.start(RECONCILE_S=EVERY)
     vm = await world.sign_up()
