@@ -6039,6 +6039,8 @@ class OwnerCommands:
             now = "Waiting for the command before it."
         match command:
             case "cancel":
+                # What came behind one that Twilio's list tells late is not meant.
+                waiting = [text for text in waiting if text.arrived - 1 <= message.arrived]
                 replies = [] if waiting else [f"Nothing is waiting. {now}"]
                 return await self._drop(vm, message, waiting, *replies)
             case "lock":

@@ -5343,6 +5343,18 @@ async def test_a_stop_that_twilio_s_list_tells_late_ends_no_text_that_came_behin
     assert gate.opened.is_set() and world.vms.count("cancel") == 1
 
 
+async def test_a_cancel_that_twilio_s_list_tells_late_drops_no_text_that_came_behind_it(world):
+    vm = await world.ready(BACKFILL_S=20)
+    gate = await world.occupies(vm, "running")
+    await world.text("before it")
+    world.twilio.missed(ANN, "cockpit cancel")
+    await world.clock.advance(5)
+    await world.text("behind it")
+    await world.hears("Not run: 1 text dropped.")
+    gate.open()
+    await world.hears("Not run: 1 text dropped.", "ran: running", "ran: behind it")
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
 async def test_a_text_behind_a_stop_that_is_still_on_its_way_is_not_ended_by_it(world, is_killed):
     vm = await world.ready()
