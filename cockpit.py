@@ -5018,8 +5018,10 @@ class RelayState:
         return self.vms[vm_id]
 
     def retire(self, vm: VmState) -> None:
-        """Forget a VM that is gone once nothing of it is left to be told."""
-        if vm.closing_notice and vm.is_idle() and self.vms.get(vm.vm_id) is vm:
+        """Forget a VM that is gone, its route too, once nothing of it is left to be told."""
+        is_over = vm.closing_notice and vm.is_idle()
+        is_routed = self.routes.find(vm.vm_id)
+        if is_over and not is_routed and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
             self.store.note(("DELETE FROM vms WHERE vm_id = ?", (vm.vm_id,)))
 
@@ -6039,8 +6041,9 @@ class OwnerCommands:
             now = "Waiting for the command before it."
         match command:
             case "cancel":
-                # What came behind one that Twilio's list tells late is not meant.
-                waiting = [text for text in waiting if text.arrived - 1 <= message.arrived]
+                # By Twilio's list it may come late, and means nothing behind it.
+                until = message.arrived + 1
+                waiting = [text for text in waiting if text.arrived <= until]
                 replies = [] if waiting else [f"Nothing is waiting. {now}"]
                 return await self._drop(vm, message, waiting, *replies)
             case "lock":
@@ -6337,7 +6340,7 @@ class Inbox:
     def _judge(
         self, message: InboundMessage, route: Route, vm: VmState, *, is_command: bool
     ) -> tuple[str, ...] | None:
-        """Why a text is not taken, and what its sender reads, as `_refuse` wants it; None when it is."""
+        """Why a text is not taken, what its sender reads; None when it is."""
         limits, phone = self.settings.limits, message.phone
         if not is_command:
             if route.state == "failed":
@@ -6559,6 +6562,7 @@ class Relay:
         """What waited for a VM to be set up runs now."""
         if found := self.routes.find(vm_id):
             vm = self.state.vm(vm_id, found[0])
+            vm.closing_notice = ""  # it was gone, and came back
             vm.answered_at = self.clock.now()
             if welcome and found[1].was_paired:
                 await self.sender.notify(vm, WELCOME)

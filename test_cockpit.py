@@ -4847,6 +4847,33 @@ async def test_a_text_to_a_vm_that_vanished_is_told_of_though_it_was_fetched(wor
                       *(f'Your VM is gone. Not run: "{body}" Sign up: https://signup.example.com' for body in ("by webhook", "by the list")))
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_who_opted_out_hears_nothing_of_a_vm_that_vanished(world, is_killed):
+    vm = await world.ready(RECONCILE_S=EVERY)
+    await world.text("STOP")
+    world.fly.everything.pop(vm.app)
+    world.vms.gone(vm.app)
+    await sweeps(world, 5)
+    if is_killed:
+        await world.crash_and_restart()
+    assert (await world.text("hello")).said == ""
+    await world.clock.advance(30)
+    assert world.saved["routes"][ANN]["state"] == "failed" and not world.twilio.count("send")
+
+
+async def test_a_vm_that_came_back_before_its_owner_heard_that_it_was_gone_runs_texts(world):
+    vm = await world.ready(RECONCILE_S=EVERY)
+    app = world.fly.everything.pop(vm.app)
+    world.twilio.fails("send", 503, times=1000)
+    await sweeps(world, 5)
+    assert world.saved["routes"][ANN]["state"] == "failed"
+    world.fly.everything[vm.app] = app
+    await sweeps(world, 5)
+    assert world.saved["routes"][ANN]["state"] == "ready"
+    await world.text("hello")
+    await world.clock.until(lambda: vm.ran == ["hello"])
+
+
 async def test_a_refused_sign_up_leaves_the_record_of_the_vm_that_is_gone(world):
     await world.start(RECONCILE_S=EVERY)
     vm = await world.sign_up()
@@ -8744,11 +8771,13 @@ async def test_a_vm_that_goes_in_the_moment_its_text_would_run_leaves_nothing_be
     vm.away = 503
     await world.text("hello")
     await world.hears(RESTARTING)
-    relay = world.server.runner.app[cockpit.GATEWAY].relay
+    gateway = world.server.runner.app[cockpit.GATEWAY]
+    relay = gateway.relay
     state = relay.vms[vm.app]
     await world.clock.run(relay.runner.pause(state, 0))
     await world.clock.advance(30)
     await relay.runner.resume(state)
+    gateway.routes.begin_undo(ANN, "torn_down")
     await relay.vm_gone(vm.app, ANN, "torn_down")
     await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
     await world.clock.until(lambda: not relay.vms, real=2)
