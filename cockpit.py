@@ -8047,9 +8047,16 @@ def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
     return sorted(routes.page(after, limit) + deleting)[:limit]
 
 
+def location_of(gateway: Gateway, vm_id: str) -> str:
+    """Where a VM's record is, as the caller sees it: PUBLIC_URL may have a path."""
+    prefix = urlsplit(gateway.settings.gateway.public_url).path
+    return f"{prefix}/provision/{vm_id}"
+
+
 async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
     """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
-    gateway, headers = request.app[GATEWAY], {"Location": f"/provision/{work.vm_id}"}
+    gateway = request.app[GATEWAY]
+    headers = {"Location": location_of(gateway, work.vm_id)}
     preferences = ",".join(request.headers.getall("Prefer", []))
     if "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]:
         await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
@@ -8075,7 +8082,7 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
     """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
     gateway = request.app[GATEWAY]
     response = event_stream()
-    response.headers["Location"] = f"/provision/{provisioning.vm_id}"
+    response.headers["Location"] = location_of(gateway, provisioning.vm_id)
     sent = 0
     assert provisioning.task is not None
     with suppress(ConnectionError):

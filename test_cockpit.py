@@ -6247,6 +6247,13 @@ async def test_a_signed_webhook_is_taken_whatever_the_proxy_says(world, headers)
     await world.clock.until(lambda: vm.ran == ["hello"])
 
 
+@pytest.mark.parametrize("asks", [{"Prefer": "respond-async"}, {"Accept": "text/event-stream"}, {}])
+async def test_where_a_record_is_told_with_the_prefix_of_the_url(world, asks):
+    await world.start(PUBLIC_URL=PUBLIC + "/gate")
+    answer = await world.call("POST", "/provision", json=sign_up_form(), headers=asks)
+    assert re.fullmatch("/gate/provision/cockpit-vm-[a-z2-7]{8}", answer.headers["Location"])
+
+
 async def test_either_token_signs_while_rotating_and_a_prefix_of_the_url_too(world):
     await world.start(TWILIO_AUTH_TOKEN=f"the-next-token,{AUTH_TOKEN}", PUBLIC_URL=PUBLIC + "/gw", TWILIO_API_KEY="SK" + "1" * 32, TWILIO_API_SECRET="s")
     form = {"MessageSid": "SM" + "1" * 32, "AccountSid": ACCOUNT, "From": EVE, "To": NUMBER, "Body": "hello"}
