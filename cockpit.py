@@ -333,7 +333,9 @@ class Env:
         self.is_production = mode == "production"
 
     def wrong(self, name: str, remedy: str) -> None:
-        self.problems.append(f"{name}: {remedy}")
+        problem = f"{name}: {remedy}"
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def given(self, name: str) -> str:
         return self._environ.get(name, "").strip()
@@ -394,7 +396,8 @@ class Env:
         """Where this process reaches itself."""
         host = self.text("HOST", "127.0.0.1")
         name = "[::1]" if host in ("::1", "::") else "127.0.0.1"
-        return f"http://{name}:{self.text('PORT', '8080')}"
+        port = self.whole("PORT", 8080, low=1, high=65535)
+        return f"http://{name}:{port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1466,6 +1466,12 @@ def test_missing_and_bad_values_are_reported_together():
     assert "PORT" in found and "FLY_API_TOKEN" in found
 
 
+@pytest.mark.parametrize("port", ["http", "0", "80.5", "70000"])
+def test_a_bad_port_is_reported_once_and_by_its_own_name(port):
+    problem, = problems({"PORT": port})
+    assert problem.startswith("PORT: ")
+
+
 def test_half_of_a_twilio_api_key_is_reported():
     assert "TWILIO_API_SECRET" in " ".join(problems(settings(TWILIO_API_KEY="SK" + "0" * 32)))
 
