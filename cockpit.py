@@ -334,7 +334,9 @@ class Env:
         self.is_production = mode == "production"
 
     def wrong(self, name: str, remedy: str) -> None:
-        self.problems.append(f"{name}: {remedy}")
+        problem = f"{name}: {remedy}"
+        if problem not in self.problems:
+            self.problems.append(problem)
 
     def given(self, name: str) -> str:
         return self._environ.get(name, "").strip()
@@ -395,7 +397,8 @@ class Env:
         """Where this process reaches itself."""
         host = self.text("HOST", "127.0.0.1")
         name = "[::1]" if host in ("::1", "::") else "127.0.0.1"
-        return f"http://{name}:{self.text('PORT', '8080')}"
+        port = self.whole("PORT", 8080, low=1, high=65535)
+        return f"http://{name}:{port}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -5025,8 +5028,10 @@ class RelayState:
         return self.vms[vm_id]
 
     def retire(self, vm: VmState) -> None:
-        """Forget a VM that is gone once nothing of it is left to be told."""
-        if vm.closing_notice and vm.is_idle() and self.vms.get(vm.vm_id) is vm:
+        """Forget a VM that is gone, its route too, once nothing of it is left to be told."""
+        is_over = vm.closing_notice and vm.is_idle()
+        is_routed = self.routes.find(vm.vm_id)
+        if is_over and not is_routed and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
             self.store.note(("DELETE FROM vms WHERE vm_id = ?", (vm.vm_id,)))
 
@@ -6046,6 +6051,9 @@ class OwnerCommands:
             now = "Waiting for the command before it."
         match command:
             case "cancel":
+                # By Twilio's list it may come late, and means nothing behind it.
+                until = message.arrived + 1
+                waiting = [text for text in waiting if text.arrived <= until]
                 replies = [] if waiting else [f"Nothing is waiting. {now}"]
                 return await self._drop(vm, message, waiting, *replies)
             case "lock":
@@ -6267,20 +6275,20 @@ class Inbox:
 
     async def accept_fetched(self, messages: Sequence[InboundMessage]) -> None:
         """The same for texts of Twilio's list, oldest first; those beyond QUEUE_LIMIT are told together."""
-        beyond: dict[str, list[InboundMessage]] = defaultdict(list)
+        beyond: dict[tuple[VmState, str], list[InboundMessage]] = defaultdict(list)
         for message in messages:
             await self.door.date_adopted(message)
         for message in messages:
             if vm := self._full_for(message):
-                beyond[vm.vm_id].append(message)
+                beyond[vm, message.channel].append(message)
             else:
                 await self.accept(message)
-        for vm_id, refused in beyond.items():
-            vm = self.state.vms[vm_id]
+        for (vm, _), refused in beyond.items():
+            vm.reply_to = address_of(refused[-1], self.settings.twilio.phone_number)
             notice = about(QUEUE_FULL, *refused, n=len(vm.queued()))
             out = self.sender.outbound(vm, split_text(notice))
             seen = [(SEE, (message.sid, message.arrived, "")) for message in refused]
-            await self.state.store.commit(*seen, out.added())
+            await self.state.store.commit(*seen, out.added(), vm.put())
             self.sender.queue(vm, out)
             self.metrics.texts.add("queue_full", by=len(refused))
 
@@ -6313,7 +6321,8 @@ class Inbox:
         # What the list tells late does not undo what was said since.
         channel, at = message.channel, message.arrived
         is_late = vm and message.is_fetched and at < vm.opted_at.get(channel, 0.0)
-        if vm and word != "HELP" and not is_late:
+        is_new = message.sid not in await self.state.store.known([message.sid])
+        if vm and word != "HELP" and is_new and not is_late:
             vm.opted_out[channel], vm.opted_at[channel] = word == "STOP", at
             if word == "START":
                 vm.error = ""
@@ -6340,12 +6349,12 @@ class Inbox:
 
     def _judge(
         self, message: InboundMessage, route: Route, vm: VmState, *, is_command: bool
-    ) -> tuple[str, str] | None:
-        """Why a text is not taken, and what its sender reads; None when it is."""
+    ) -> tuple[str, ...] | None:
+        """Why a text is not taken, what its sender reads; None when it is."""
         limits, phone = self.settings.limits, message.phone
         if not is_command:
             if route.state == "failed":
-                return "gone", self.sender.closing_words(VM_GONE, [message])
+                return "gone", "", self.sender.closing_words(VM_GONE, [message])
             elsewhere = self.sender.pictures_elsewhere(message)
             if elsewhere and elsewhere == len(message.media) and not message.body.strip():
                 return "picture_elsewhere", PICTURE_ELSEWHERE
@@ -6563,6 +6572,7 @@ class Relay:
         """What waited for a VM to be set up runs now."""
         if found := self.routes.find(vm_id):
             vm = self.state.vm(vm_id, found[0])
+            vm.closing_notice = ""  # it was gone, and came back
             vm.answered_at = self.clock.now()
             if welcome and found[1].was_paired:
                 await self.sender.notify(vm, WELCOME)
@@ -8062,9 +8072,16 @@ def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
     return sorted(routes.page(after, limit) + deleting)[:limit]
 
 
+def location_of(gateway: Gateway, vm_id: str) -> str:
+    """Where a VM's record is, as the caller sees it: PUBLIC_URL may have a path."""
+    prefix = urlsplit(gateway.settings.gateway.public_url).path
+    return f"{prefix}/provision/{vm_id}"
+
+
 async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
     """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
-    gateway, headers = request.app[GATEWAY], {"Location": f"/provision/{work.vm_id}"}
+    gateway = request.app[GATEWAY]
+    headers = {"Location": location_of(gateway, work.vm_id)}
     preferences = ",".join(request.headers.getall("Prefer", []))
     if "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]:
         await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
@@ -8090,7 +8107,7 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
     """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
     gateway = request.app[GATEWAY]
     response = event_stream()
-    response.headers["Location"] = f"/provision/{provisioning.vm_id}"
+    response.headers["Location"] = location_of(gateway, provisioning.vm_id)
     sent = 0
     assert provisioning.task is not None
     with suppress(ConnectionError):

@@ -1480,6 +1480,12 @@ def test_missing_and_bad_values_are_reported_together():
     assert "PORT" in found and "FLY_API_TOKEN" in found
 
 
+@pytest.mark.parametrize("port", ["http", "0", "80.5", "70000"])
+def test_a_bad_port_is_reported_once_and_by_its_own_name(port):
+    problem, = problems({"PORT": port})
+    assert problem.startswith("PORT: ")
+
+
 def test_half_of_a_twilio_api_key_is_reported():
     assert "TWILIO_API_SECRET" in " ".join(problems(settings(TWILIO_API_KEY="SK" + "0" * 32)))
 
@@ -3299,6 +3305,14 @@ async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_foun
     assert world.twilio.sent_to(ANN) == ["ran: hello"] * sent
 
 
+async def test_a_stop_delivered_twice_does_not_undo_the_start_between(world):
+    vm, sid = await world.ready(), "SM" + "5" * 32
+    for word, more in (("STOP", {"MessageSid": sid}), ("START", {}), ("STOP", {"MessageSid": sid})):
+        await world.text(word, **more)
+    await world.text("hello")
+    await world.hears("ran: hello")
+
+
 async def test_start_counts_also_after_the_clock_was_set_back(world):
     await world.ready()
     await world.text("STOP")
@@ -3313,6 +3327,17 @@ async def test_a_stranger_s_stop_is_not_answered_with_an_invitation(world):
     await world.start()
     assert (await world.text("STOP", phone=EVE)).said == ""
     assert "Sign up" in (await world.text("hello", phone=EVE)).said
+
+
+async def test_fetched_texts_beyond_the_queue_s_limit_are_told_where_they_came_from(world):
+    vm = await world.ready(QUEUE_LIMIT=1, BACKFILL_S=60)
+    await world.occupies(vm, "running")
+    await world.text("waiting")
+    world.twilio.missed("whatsapp:" + ANN, "by WhatsApp", "whatsapp:" + NUMBER)
+    world.twilio.missed(ANN, "by SMS")
+    await world.clock.until(lambda: len(world.twilio.sent) >= 2)
+    full = "Your queue is full (1 waiting). This text was not kept: "
+    assert sorted(world.twilio.sent) == [(ANN, full + '"by SMS"'), ("whatsapp:" + ANN, full + '"by WhatsApp"')]
 
 
 async def test_whatsapp_shares_the_route_is_answered_there_and_opts_out_by_itself(world):
@@ -4847,6 +4872,44 @@ async def test_a_vm_that_vanished_fails_its_owner_is_told_once_and_the_number_is
     assert (await world.provision()).status == 201
 
 
+async def test_a_text_to_a_vm_that_vanished_is_told_of_though_it_was_fetched(world):
+    vm = await world.ready(RECONCILE_S=EVERY, BACKFILL_S=60)
+    world.fly.everything.pop(vm.app)
+    world.vms.gone(vm.app)
+    await sweeps(world, 5)
+    assert (await world.text("by webhook")).said == ""
+    world.twilio.missed(ANN, "by the list")
+    await world.hears("Your VM is gone. Sign up: https://signup.example.com",
+                      *(f'Your VM is gone. Not run: "{body}" Sign up: https://signup.example.com' for body in ("by webhook", "by the list")))
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_who_opted_out_hears_nothing_of_a_vm_that_vanished(world, is_killed):
+    vm = await world.ready(RECONCILE_S=EVERY)
+    await world.text("STOP")
+    world.fly.everything.pop(vm.app)
+    world.vms.gone(vm.app)
+    await sweeps(world, 5)
+    if is_killed:
+        await world.crash_and_restart()
+    assert (await world.text("hello")).said == ""
+    await world.clock.advance(30)
+    assert world.saved["routes"][ANN]["state"] == "failed" and not world.twilio.count("send")
+
+
+async def test_a_vm_that_came_back_before_its_owner_heard_that_it_was_gone_runs_texts(world):
+    vm = await world.ready(RECONCILE_S=EVERY)
+    app = world.fly.everything.pop(vm.app)
+    world.twilio.fails("send", 503, times=1000)
+    await sweeps(world, 5)
+    assert world.saved["routes"][ANN]["state"] == "failed"
+    world.fly.everything[vm.app] = app
+    await sweeps(world, 5)
+    assert world.saved["routes"][ANN]["state"] == "ready"
+    await world.text("hello")
+    await world.clock.until(lambda: vm.ran == ["hello"])
+
+
 async def test_a_refused_sign_up_leaves_the_record_of_the_vm_that_is_gone(world):
     await world.start(RECONCILE_S=EVERY)
     vm = await world.sign_up()
@@ -5341,6 +5404,18 @@ async def test_a_stop_that_twilio_s_list_tells_late_ends_no_text_that_came_behin
     world.twilio.missed(ANN, "cockpit stop")
     await world.hears('Running: "behind it"', "Stopped.", "so far")
     assert gate.opened.is_set() and world.vms.count("cancel") == 1
+
+
+async def test_a_cancel_that_twilio_s_list_tells_late_drops_no_text_that_came_behind_it(world):
+    vm = await world.ready(BACKFILL_S=20)
+    gate = await world.occupies(vm, "running")
+    await world.text("before it")
+    world.twilio.missed(ANN, "cockpit cancel")
+    await world.clock.advance(5)
+    await world.text("behind it")
+    await world.hears("Not run: 1 text dropped.")
+    gate.open()
+    await world.hears("Not run: 1 text dropped.", "ran: running", "ran: behind it")
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
@@ -6206,6 +6281,13 @@ async def test_a_signed_webhook_is_taken_whatever_the_proxy_says(world, headers)
     path = "/sms?tenant=a%2Bb&x="
     assert (await world.twilio.posts(path, form, sign(PUBLIC + path, form), headers)).status == 200
     await world.clock.until(lambda: vm.ran == ["hello"])
+
+
+@pytest.mark.parametrize("asks", [{"Prefer": "respond-async"}, {"Accept": "text/event-stream"}, {}])
+async def test_where_a_record_is_told_with_the_prefix_of_the_url(world, asks):
+    await world.start(PUBLIC_URL=PUBLIC + "/gate")
+    answer = await world.call("POST", "/provision", json=sign_up_form(), headers=asks)
+    assert re.fullmatch("/gate/provision/cockpit-vm-[a-z2-7]{8}", answer.headers["Location"])
 
 
 async def test_either_token_signs_while_rotating_and_a_prefix_of_the_url_too(world):
@@ -8815,11 +8897,13 @@ async def test_a_vm_that_goes_in_the_moment_its_text_would_run_leaves_nothing_be
     vm.away = 503
     await world.text("hello")
     await world.hears(RESTARTING)
-    relay = world.server.runner.app[cockpit.GATEWAY].relay
+    gateway = world.server.runner.app[cockpit.GATEWAY]
+    relay = gateway.relay
     state = relay.vms[vm.app]
     await world.clock.run(relay.runner.pause(state, 0))
     await world.clock.advance(30)
     await relay.runner.resume(state)
+    gateway.routes.begin_undo(ANN, "torn_down")
     await relay.vm_gone(vm.app, ANN, "torn_down")
     await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
     await world.clock.until(lambda: not relay.vms, real=2)
