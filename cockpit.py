@@ -6729,6 +6729,8 @@ class Backfill:
             self.twilio.give_up_listing(error)
         except (UpstreamError, Refusal, StoreError) as error:
             log_warning("backfill_failed", error=str(error))
+        except Exception as error:  # one that nobody foresaw does not end all looking
+            log_error("backfill_failed", exc_info=error)
         else:
             # Where routes are missing, texts are not known by them.
             if not (any(self.unread.values()) or self.routes.closed_because):
@@ -6781,7 +6783,8 @@ class Backfill:
         route = self.routes.routes.get(str(entry.get("from")).removeprefix(WHATSAPP))
         if at is None or route is None or not entry.get("sid"):
             return False
-        return at >= since - 1 and utc_seconds(at + self.twilio.api.ahead_s) >= route.created_at
+        route_made = parse_utc(route.created_at) or 0.0
+        return at >= since - 1 and int(at + self.twilio.api.ahead_s) >= route_made
 
     async def _message(self, entry: Json, recipient: str) -> InboundMessage:
         """One that cannot be read whole holds up no other: it is taken without its pictures."""

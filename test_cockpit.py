@@ -8827,6 +8827,16 @@ async def test_what_was_known_of_a_vm_that_is_gone_does_not_come_back_with_a_res
     assert "away" not in (await world.call("GET", "/health", key=None)).body["vms"]
 
 
+async def test_a_text_with_a_date_that_makes_no_sense_holds_up_no_other(world):
+    await world.start(BACKFILL_S=60)
+    vm = await world.sign_up()
+    nonsense = world.twilio.missed(ANN, "from the end of time")
+    entry = next(message for message in world.twilio.messages if message["sid"] == nonsense)
+    entry |= dict.fromkeys(("date_created", "date_sent", "date_updated"), "Fri, 31 Dec 9999 23:59:59 -1200")
+    world.twilio.missed(ANN, "missed")
+    await world.clock.until(lambda: "missed" in vm.ran, 200)
+
+
 async def test_a_missed_text_is_fetched_though_the_list_failed_at_first(world):
     await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
     vm = await world.sign_up()
