@@ -6070,6 +6070,8 @@ class OwnerCommands:
         **values: Any,
     ) -> str | None:
         outs = [self.sender.outbound(vm, split_text(reply)) for reply in replies]
+        if ends:
+            outs[-1].traces = [text.trace for text in ends]
         changes = [out.added() for out in outs] + [text.ended() for text in ends]
         known = await self.state.once(vm, message, *changes, **values)
         for out in outs if known is None else ():

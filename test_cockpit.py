@@ -6997,6 +6997,19 @@ async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
     assert {"ms_to_hand_over", "ms_to_answer", "ms_to_sent"} <= line.keys()
 
 
+@pytest.mark.parametrize("command", ["cockpit cancel", "cockpit lock"])
+async def test_a_text_that_its_owner_dropped_has_its_log_line_too(world, told, command):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("wait", MessageSid=(sid := "SM" + "1" * 32))
+    await world.hears(RESTARTING)
+    await world.text(command)
+    await world.clock.until(lambda: any(line["event"] == "text_done" for line in told()))
+    line, = [line for line in told() if line["event"] == "text_done"]
+    assert line["message_sid"] == sid and line["outcome"] == "cancelled"
+    assert (await world.call("GET", f"/messages/{sid}")).body["steps"][-1]["step"] == "sent"
+
+
 async def test_log_lines_mask_whole_numbers_and_stay_one_line_in_both_formats():
     record = logging.LogRecord("cockpit", logging.INFO, "", 0, "100%s said", None, None)
     record.fields = {"words": f"from {ANN}\n\"x\"", "n": 1}
