@@ -394,7 +394,8 @@ class Env:
         """Where this process reaches itself."""
         host = self.text("HOST", "127.0.0.1")
         name = "[::1]" if host in ("::1", "::") else "127.0.0.1"
-        return f"http://{name}:{self.text('PORT', '8080')}"
+        origin = f"http://{name}:{self.text('PORT', '8080')}"
+        return origin if is_url(origin) else f"http://{name}"  # PORT is told of by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

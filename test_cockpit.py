@@ -8043,6 +8043,7 @@ async def test_production_without_its_settings_exits_2_naming_all_of_them(tmp_pa
 async def test_a_port_that_is_no_number_is_reported_like_any_setting(tmp_path):
     child = await Child.start({"PORT": "abc"}, 0, tmp_path)
     assert await child.ends() == 2 and "PORT: must be" in child.log and "Traceback" not in child.log
+    assert "PUBLIC_URL" not in child.log and "VM_URL" not in child.log, "what nobody set is not to blame"
 
 
 async def said_to(port: int, words: str) -> str:
