@@ -4005,6 +4005,8 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
     if not url or not token:
         raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
+    if not is_url(url):
+        raise CockpitError("COCKPIT_URL is no URL; set the gateway's")
     if len(paths) > MAX_IMAGES:
         raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
     pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
@@ -4021,7 +4023,7 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     body = {"text": words, "images": [f"/images/{name}" for name in names]}
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, dialect, clock, Metrics(clock))
-        call = functools.partial(gateway.ask, "say", "POST", URL(f"{url}/messages"))
+        call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
         post = functools.partial(call, timeout_s=20, json=body, headers=headers)
 
         def is_worth_repeating(error: UpstreamError) -> bool:

@@ -7984,6 +7984,7 @@ async def test_say_texts_the_owner_with_pictures_and_tells_by_its_exit_code_why_
     code, printed = await says(live, vm, "hello", COCKPIT_URL="")
     assert code == 2
     assert "COCKPIT_URL and COCKPIT_TOKEN are not set" in printed
+    assert await says(live, vm, "hello", COCKPIT_URL="nonsense") == (2, "cockpit say: COCKPIT_URL is no URL; set the gateway's\n")
     assert (await says(live, vm, "hello", COCKPIT_TOKEN="vm-x.wrong"))[0] == 1
     for size in [20_000] * 4 + [1] * 6:
         await unasked(live, vm, text="x" * size)
