@@ -3944,8 +3944,8 @@ async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
         await web.TCPSite(runner, host, port).start()
         print(f"a cockpit VM listens on {host}:{port}", flush=True)
         await stop.wait()
-    except OSError as error:
-        reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or --port"
+    except (OSError, OverflowError) as error:
+        reason = f"cannot listen on {host}:{port}: {error}; set PORT or --port"
         print(f"cockpit vm: {reason}", file=sys.stderr)
         return 1
     finally:
@@ -3975,7 +3975,11 @@ def run_vm(given: argparse.Namespace) -> int:
     """The command `vm`; root leaves it to a process of `--user`, whose folders it makes."""
     folder = Path(os.path.abspath(given.folder))
     if given.user and os.geteuid() == 0:
-        user = pwd.getpwnam(given.user)
+        try:
+            user = pwd.getpwnam(given.user)
+        except KeyError:
+            reason = f"--user: there is no user {given.user} here; make it, or name another"
+            raise CockpitError(reason) from None
         make_folder_of(user, Path(user.pw_dir))
         make_folder_of(user, folder)
         if child := os.fork():

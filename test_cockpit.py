@@ -7879,6 +7879,16 @@ async def test_a_laptop_s_agent_is_stopped_by_text_and_what_waits_runs_next(live
 
 # A VM's image
 
+@pytest.mark.parametrize("arguments, named", [
+    (["--port", "99999"], "set PORT or --port"),
+    pytest.param(["--user", "nosuch"], "--user", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave root behind"))])
+@beside
+async def test_what_a_vm_cannot_be_started_with_is_named(live, arguments, named):
+    child = await Child.start({}, 0, live.disks, "vm", *arguments)
+    assert await child.ends() == 1
+    assert named in child.log and "Traceback" not in child.log
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root can leave root behind")
 @beside
 async def test_the_image_s_entry_makes_its_user_s_folders_drops_to_that_user_and_reaps_what_is_orphaned(live):
