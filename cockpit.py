@@ -9113,6 +9113,7 @@ async function readVm() {
     if (vm_id !== shown.vm_id) return;
     say('who', shown.phone);
     say('trouble', explain(error));
+    draw('pairing', []);
   }
 }
 async function showDetails(row) {

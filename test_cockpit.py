@@ -7258,6 +7258,20 @@ async def test_what_the_pointer_rests_on_can_be_read(live, tab):
         assert await tab.js(EYES) == [], scheme
 
 
+async def test_the_code_of_a_vm_that_is_gone_is_no_longer_shown(live, tab, monkeypatch):
+    monkeypatch.setattr(cockpit, "FEED_EVERY_S", 60)
+    vm = await live.ready()
+    await live.call("POST", f"/provision/{vm.app}/lock")
+    await tab.show(live.twilio.gateway)
+    await tab.signs_in()
+    await tab.js("document.querySelector('.who').click()")
+    await tab.until("document.querySelector('#pairing b')")
+    assert (await live.call("DELETE", f"/provision/{vm.app}")).status == 204
+    await tab.js("document.querySelector('#changes details:last-child button').click()")
+    await tab.until("document.querySelector('#trouble').textContent.startsWith('There is no VM')")
+    assert await tab.js("document.querySelector('#pairing').textContent") == ""
+
+
 async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_lost(live, tab):
     await live.start()
     await tab.show(live.twilio.gateway)
