@@ -3003,11 +3003,12 @@ class TwilioClient:
         return sid
 
     async def deliver(
-        self, sms: Sms, attempted_at: float | None, is_wanted: Callable[[], bool]
+        self, sms: Sms, attempted_at: float | None, is_wanted: Callable[[], bool], **about: str
     ) -> str:
         """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError.
 
         `attempted_at` (Twilio's clock) is when it may have been sent: then the list is read first.
+        The log tells by `about` which it is.
         """
         failures, began = 0, self._clock.monotonic()
         started_at: float | None = None  # by our clock: of an attempt whose outcome is unknown
@@ -3033,8 +3034,8 @@ class TwilioClient:
                     self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
                 if action == "check_then_resend" and error.operation == "create message":
                     started_at = attempt_at
-                about: Json = {"attempt": failures + 1, "pause_s": round(pause_s, 2)}
-                log_warning("send_retry", error=str(error), **about)
+                pause: Json = {"attempt": failures + 1, "pause_s": round(pause_s, 2)}
+                log_warning("send_retry", **about, error=str(error), **pause)
                 await self._clock.sleep(pause_s)
                 if not is_wanted():
                     raise
@@ -5252,7 +5253,9 @@ class Sender:
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
             try:
-                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted)
+                sid = await self.twilio.deliver(
+                    sms, out.attempted_at, is_wanted, vm_id=vm.vm_id, message_sid=out.id
+                )
             except UpstreamError as error:
                 action = action_for(error)
                 if action == "as_link" and sms.media:

@@ -2668,11 +2668,13 @@ async def test_a_text_is_run_once_however_often_twilio_delivers_it(world):
 
 
 @pytest.mark.parametrize("code, status", [(20429, 429), (20503, 503), (21611, 400)])
-async def test_what_twilio_asks_to_try_later_is_tried_later(world, code, status):
-    await world.ready()
+async def test_what_twilio_asks_to_try_later_is_tried_later(world, told, code, status):
+    vm = await world.ready()
     world.twilio.fails("send", status, times=3, code=code)
-    await world.text("hello")
+    await world.text("hello", MessageSid=(sid := "SM" + "1" * 32))
     await world.hears("ran: hello", within=900)
+    whose = [(line["vm_id"], line["message_sid"]) for line in told() if line["event"] == "send_retry"]
+    assert whose == [(vm.app, sid)] * 3
 
 
 @pytest.mark.parametrize("code", [21211, 21408, 21610, 21614])
