@@ -23,18 +23,18 @@ Sections, each knowing only those above it:
   Twilio              signatures, splitting, error codes, sending exactly once
   The VM              client of the contract; what it says is not trusted
   Agents              server of the contract, what a VM runs, `say`
-  Provisioning        one VM's steps; undoing; admission and teardown
+  Provisioning        a machine's config and its stamp; one VM's steps; undoing; admission and teardown
   In flight           texts, what is to be told, one record per VM; notices
   Sending             Sender, DeliveryReports
-  Running             Waker, Runner: the run lane of each VM, outages, deadlines
+  Running             Watch, Waker, Runner: the run lane of each VM, outages, deadlines
   Taking in           PhoneDoor, OwnerCommands, Inbox
   Relay               its start and end, what happens to VMs, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk, sleep
-  HTTP                thin handlers, and what they check
+  HTTP                thin handlers, and what they check; /health, /metrics
   Page                the operator's page
   Description         the table of calls, /openapi.json
   Local world         stand-ins for both clouds that last
-  Assembly            the parts put together; command line
+  Assembly            the parts put together; what a start goes on with; doctor; command line
 """
 
 from __future__ import annotations
@@ -9284,6 +9284,8 @@ const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
 $('out').before(make('button', toPhone, 'Phone'));
 followThread();
 """
+
+
 # --- Description ---
 #
 # The table of the HTTP interface, and /openapi.json made of it.

@@ -9,8 +9,9 @@ remember what they were asked and fail on command; `FakeClock` is the time cockp
 `World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
 
 Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's own: settings, records and keys, time, routes on disk,
-messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, whose phone it is, fleet, HTTP, page, local world, assembly; last, what
-must hold whatever happens: never lose a text, never leave half a VM.
+messages on disk, Fly, Twilio, provisioning, relay (running, sending, conversations), answers (what a VM says, what Twilio does with it), whose phone
+it is (with stamps), fleet (with doctor and the owner's commands), sleep, HTTP, doors, page (with metrics and logs), local world (with agents), assembly;
+last, what must hold whatever happens: never lose a text, never leave half a VM.
 """
 import ast
 import asyncio
