@@ -9515,6 +9515,7 @@ CALLS = (
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
+FORGET_IT = f"put back a good copy, or forget the local world: rm -r {LOCAL_FOLDER}"
 DIRECTIONS = {"inbound": "in", "note": "note"}
 FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
 ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
@@ -9890,7 +9891,9 @@ class LocalFly:
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
         with suppress(FileNotFoundError):
-            stored = json.loads(await asyncio.to_thread(read_nofollow, self.file))
+            stored = object_in(parse_json(await asyncio.to_thread(read_nofollow, self.file)))
+            if not stored:
+                raise StoreError(f"{self.file} cannot be read; {FORGET_IT}")
             self.apps = stored["apps"]
             for record in stored["machines"]:
                 machine = self.made(**record)
@@ -10549,6 +10552,8 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
     path = LOCAL_FOLDER / "secret"
     try:
         secret = read_nofollow(path)
+        if not re.fullmatch(rb"[!-~]{32,}\s*", secret):
+            raise StoreError(f"{path} is not as it was made; {FORGET_IT}")
     except FileNotFoundError:
         secret = secrets.token_hex(32).encode()
         make_private_folder(LOCAL_FOLDER)

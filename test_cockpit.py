@@ -8074,6 +8074,15 @@ async def test_a_port_that_is_no_number_is_reported_like_any_setting(tmp_path):
     assert "PUBLIC_URL" not in child.log and "VM_URL" not in child.log, "what nobody set is not to blame"
 
 
+@pytest.mark.parametrize("name", ["secret", "fly.json"])
+async def test_a_file_of_the_local_world_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name):
+    (tmp_path / ".cockpit").mkdir(0o700)
+    (tmp_path / ".cockpit" / name).write_bytes(b"\xff")
+    child = await Child.start({}, free_port(), tmp_path)
+    assert await child.ends() == 1
+    assert f"cockpit: .cockpit/{name} " in child.log and "rm -r .cockpit" in child.log and "Traceback" not in child.log
+
+
 async def said_to(port: int, words: str) -> str:
     """What comes back to words that need not be HTTP, until the connection ends."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
