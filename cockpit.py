@@ -1328,11 +1328,12 @@ async def retry(
     *,
     when: Callable[[UpstreamError], bool] = is_unavailable,
     find: Callable[[], Awaitable[T | None]] | None = None,
+    **about: str,
 ) -> T:
     """Await `call()` until it succeeds, fails for good, or attempts or budget end; the last error is raised.
 
     A 429 was never processed, so only the budget bounds it; `Retry-After` is the least pause. `find` looks
-    for what a call of unknown outcome made all the same.
+    for what a call of unknown outcome made all the same. The log tells by `about` whose call it is.
     """
     failures, throttled, began = 0, 0, clock.monotonic()
     while True:
@@ -1350,8 +1351,8 @@ async def retry(
             passed_s = clock.monotonic() - began
             if failures >= backoff.attempts or passed_s + pause_s > backoff.budget_s:
                 raise
-            attempt = failures + throttled + 1
-            log_warning("retry", error=str(error), attempt=attempt, pause_s=round(pause_s, 2))
+            pause: Json = {"attempt": failures + throttled + 1, "pause_s": round(pause_s, 2)}
+            log_warning("retry", **about, error=str(error), **pause)
             await clock.sleep(pause_s)
 
 
@@ -2388,7 +2389,8 @@ class FlyClient:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 
-        return await retry(attempt, self.backoff, self._clock, when=when, find=find)
+        more: Json = {"when": when, "find": find, "path": app_or_machine}
+        return await retry(attempt, self.backoff, self._clock, **more)
 
     def _note_refusal(self, error: UpstreamError) -> None:
         """A token that Fly refuses is named on /health, and in one log line a minute."""
@@ -5549,7 +5551,7 @@ class Waker:
                 if machine.state not in ("starting", "started"):
                     raise
 
-        await retry(start, WAKE, self.clock, when=is_worth_repeating)
+        await retry(start, WAKE, self.clock, when=is_worth_repeating, vm_id=vm_id)
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""

@@ -6987,6 +6987,14 @@ async def test_only_the_last_ten_thousand_ways_are_kept(world, monkeypatch):
     assert [(await world.call("GET", f"/messages/SM{n:032d}")).status for n in range(3)] == [404, 200, 200]
 
 
+async def test_a_retry_at_fly_says_whose_call_it_was(world, told):
+    await world.start()
+    world.fly.fails("set_secrets", 503)
+    vm = await world.sign_up()
+    line, = [line for line in told() if line["event"] == "retry"]
+    assert line["path"] == f"/apps/{vm.app}/secrets"
+
+
 async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
     vm = await world.ready()
     before = len(told())
