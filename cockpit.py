@@ -9942,7 +9942,10 @@ class LocalFly:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        for machine in self.of(request.match_info["app"]):
+        app = request.match_info["app"]
+        if app not in self.apps:
+            raise Refusal("unknown_vm", f"there is no VM {app}")
+        for machine in self.of(app):
             if machine.process is not None:
                 signal_group(machine.process.pid, signal.SIGKILL)
         return web.Response(status=204)

@@ -7582,6 +7582,13 @@ async def test_the_local_world_outlives_a_kill_of_the_gateway(live):
 
 
 @beside
+async def test_a_local_vm_that_there_is_not_is_not_said_to_be_killed(live):
+    await a_laptop(live)
+    answer = await live.ask("POST", "/_local/vms/nosuch/kill", key="local", json={})
+    assert (answer.status, answer.body["code"]) == (404, "unknown_vm")
+
+
+@beside
 async def test_the_local_phone_says_what_twilio_would_or_why_nothing(live):
     await a_laptop(live)
     await texts_locally(live, "hello?")
