@@ -23,18 +23,18 @@ Sections, each knowing only those above it:
   Twilio              signatures, splitting, error codes, sending exactly once
   The VM              client of the contract; what it says is not trusted
   Agents              server of the contract, what a VM runs, `say`
-  Provisioning        one VM's steps; undoing; admission and teardown
+  Provisioning        a machine's config and its stamp; one VM's steps; undoing; admission and teardown
   In flight           texts, what is to be told, one record per VM; notices
   Sending             Sender, DeliveryReports
-  Running             Waker, Runner: the run lane of each VM, outages, deadlines
+  Running             Watch, Waker, Runner: the run lane of each VM, outages, deadlines
   Taking in           PhoneDoor, OwnerCommands, Inbox
   Relay               its start and end, what happens to VMs, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk, sleep
-  HTTP                thin handlers, and what they check
+  HTTP                thin handlers, and what they check; /health, /metrics
   Page                the operator's page
   Description         the table of calls, /openapi.json
   Local world         stand-ins for both clouds that last
-  Assembly            the parts put together; command line
+  Assembly            the parts put together; what a start goes on with; doctor; command line
 """
 
 from __future__ import annotations
@@ -1331,11 +1331,12 @@ async def retry(
     *,
     when: Callable[[UpstreamError], bool] = is_unavailable,
     find: Callable[[], Awaitable[T | None]] | None = None,
+    **about: str,
 ) -> T:
     """Await `call()` until it succeeds, fails for good, or attempts or budget end; the last error is raised.
 
     A 429 was never processed, so only the budget bounds it; `Retry-After` is the least pause. `find` looks
-    for what a call of unknown outcome made all the same.
+    for what a call of unknown outcome made all the same. The log tells by `about` whose call it is.
     """
     failures, throttled, began = 0, 0, clock.monotonic()
     while True:
@@ -1353,8 +1354,8 @@ async def retry(
             passed_s = clock.monotonic() - began
             if failures >= backoff.attempts or passed_s + pause_s > backoff.budget_s:
                 raise
-            attempt = failures + throttled + 1
-            log_warning("retry", error=str(error), attempt=attempt, pause_s=round(pause_s, 2))
+            pause: Json = {"attempt": failures + throttled + 1, "pause_s": round(pause_s, 2)}
+            log_warning("retry", **about, error=str(error), **pause)
             await clock.sleep(pause_s)
 
 
@@ -2397,7 +2398,8 @@ class FlyClient:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 
-        return await retry(attempt, self.backoff, self._clock, when=when, find=find)
+        more: Json = {"when": when, "find": find, "path": app_or_machine}
+        return await retry(attempt, self.backoff, self._clock, **more)
 
     def _note_refusal(self, error: UpstreamError) -> None:
         """A token that Fly refuses is named on /health, and in one log line a minute."""
@@ -3012,11 +3014,12 @@ class TwilioClient:
         return sid
 
     async def deliver(
-        self, sms: Sms, attempted_at: float | None, is_wanted: Callable[[], bool]
+        self, sms: Sms, attempted_at: float | None, is_wanted: Callable[[], bool], **about: str
     ) -> str:
         """Hand one message to Twilio exactly once, trying for at most an hour; raises UpstreamError.
 
         `attempted_at` (Twilio's clock) is when it may have been sent: then the list is read first.
+        The log tells by `about` which it is.
         """
         failures, began = 0, self._clock.monotonic()
         started_at: float | None = None  # by our clock: of an attempt whose outcome is unknown
@@ -3042,8 +3045,8 @@ class TwilioClient:
                     self.trouble = f"texts wait: {explain_code(error.code or '20003')}"
                 if action == "check_then_resend" and error.operation == "create message":
                     started_at = attempt_at
-                about: Json = {"attempt": failures + 1, "pause_s": round(pause_s, 2)}
-                log_warning("send_retry", error=str(error), **about)
+                pause: Json = {"attempt": failures + 1, "pause_s": round(pause_s, 2)}
+                log_warning("send_retry", **about, error=str(error), **pause)
                 await self._clock.sleep(pause_s)
                 if not is_wanted():
                     raise
@@ -3953,8 +3956,8 @@ async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
         await web.TCPSite(runner, host, port).start()
         print(f"a cockpit VM listens on {host}:{port}", flush=True)
         await stop.wait()
-    except OSError as error:
-        reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or --port"
+    except (OSError, OverflowError) as error:
+        reason = f"cannot listen on {host}:{port}: {error}; set PORT or --port"
         print(f"cockpit vm: {reason}", file=sys.stderr)
         return 1
     finally:
@@ -3984,7 +3987,11 @@ def run_vm(given: argparse.Namespace) -> int:
     """The command `vm`; root leaves it to a process of `--user`, whose folders it makes."""
     folder = Path(os.path.abspath(given.folder))
     if given.user and os.geteuid() == 0:
-        user = pwd.getpwnam(given.user)
+        try:
+            user = pwd.getpwnam(given.user)
+        except KeyError:
+            reason = f"--user: there is no user {given.user} here; make it, or name another"
+            raise CockpitError(reason) from None
         make_folder_of(user, Path(user.pw_dir))
         make_folder_of(user, folder)
         if child := os.fork():
@@ -4014,6 +4021,8 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
     if not url or not token:
         raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
+    if not is_url(url):
+        raise CockpitError("COCKPIT_URL is no URL; set the gateway's")
     if len(paths) > MAX_IMAGES:
         raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
     pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
@@ -4030,7 +4039,7 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     body = {"text": words, "images": [f"/images/{name}" for name in names]}
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, dialect, clock, Metrics(clock))
-        call = functools.partial(gateway.ask, "say", "POST", URL(f"{url}/messages"))
+        call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
         post = functools.partial(call, timeout_s=20, json=body, headers=headers)
 
         def is_worth_repeating(error: UpstreamError) -> bool:
@@ -5257,7 +5266,9 @@ class Sender:
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
             try:
-                sid = await self.twilio.deliver(sms, out.attempted_at, is_wanted)
+                sid = await self.twilio.deliver(
+                    sms, out.attempted_at, is_wanted, vm_id=vm.vm_id, message_sid=out.id
+                )
             except UpstreamError as error:
                 action = action_for(error)
                 if action == "as_link" and sms.media:
@@ -5551,7 +5562,7 @@ class Waker:
                 if machine.state not in ("starting", "started"):
                     raise
 
-        await retry(start, WAKE, self.clock, when=is_worth_repeating)
+        await retry(start, WAKE, self.clock, when=is_worth_repeating, vm_id=vm_id)
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
@@ -6085,6 +6096,8 @@ class OwnerCommands:
         **values: Any,
     ) -> str | None:
         outs = [self.sender.outbound(vm, split_text(reply)) for reply in replies]
+        if ends:
+            outs[-1].traces = [text.trace for text in ends]
         changes = [out.added() for out in outs] + [text.ended() for text in ends]
         known = await self.state.once(vm, message, *changes, **values)
         for out in outs if known is None else ():
@@ -9146,6 +9159,7 @@ async function readVm() {
     if (vm_id !== shown.vm_id) return;
     say('who', shown.phone);
     say('trouble', explain(error));
+    draw('pairing', []);
   }
 }
 async function showDetails(row) {
@@ -9313,6 +9327,8 @@ const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
 $('out').before(make('button', toPhone, 'Phone'));
 followThread();
 """
+
+
 # --- Description ---
 #
 # The table of the HTTP interface, and /openapi.json made of it.
@@ -9549,6 +9565,7 @@ CALLS = (
 THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
+FORGET_IT = f"put back a good copy, or forget the local world: rm -r {LOCAL_FOLDER}"
 DIRECTIONS = {"inbound": "in", "note": "note"}
 FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
 ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
@@ -9924,7 +9941,9 @@ class LocalFly:
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
         with suppress(FileNotFoundError):
-            stored = json.loads(await asyncio.to_thread(read_nofollow, self.file))
+            stored = object_in(parse_json(await asyncio.to_thread(read_nofollow, self.file)))
+            if not stored:
+                raise StoreError(f"{self.file} cannot be read; {FORGET_IT}")
             self.apps = stored["apps"]
             for record in stored["machines"]:
                 machine = self.made(**record)
@@ -9971,7 +9990,10 @@ class LocalFly:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        for machine in self.of(request.match_info["app"]):
+        app = request.match_info["app"]
+        if app not in self.apps:
+            raise Refusal("unknown_vm", f"there is no VM {app}")
+        for machine in self.of(app):
             if machine.process is not None:
                 signal_group(machine.process.pid, signal.SIGKILL)
         return web.Response(status=204)
@@ -10605,6 +10627,8 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
     path = LOCAL_FOLDER / "secret"
     try:
         secret = read_nofollow(path)
+        if not re.fullmatch(rb"[!-~]{32,}\s*", secret):
+            raise StoreError(f"{path} is not as it was made; {FORGET_IT}")
     except FileNotFoundError:
         secret = secrets.token_hex(32).encode()
         make_private_folder(LOCAL_FOLDER)

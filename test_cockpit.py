@@ -9,8 +9,9 @@ remember what they were asked and fail on command; `FakeClock` is the time cockp
 `World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
 
 Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's own: settings, records and keys, time, routes on disk,
-messages on disk, Fly, Twilio, provisioning, relay (with conversations), answers, whose phone it is, fleet, HTTP, page, local world, assembly; last, what
-must hold whatever happens: never lose a text, never leave half a VM.
+messages on disk, Fly, Twilio, provisioning, relay (running, sending, conversations), answers (what a VM says, what Twilio does with it), whose phone
+it is (with stamps), fleet (with doctor and the owner's commands), sleep, HTTP, doors, page (with metrics and logs), local world (with agents), assembly;
+last, what must hold whatever happens: never lose a text, never leave half a VM.
 """
 import ast
 import asyncio
@@ -2704,11 +2705,13 @@ async def test_a_text_is_run_once_however_often_twilio_delivers_it(world):
 
 
 @pytest.mark.parametrize("code, status", [(20429, 429), (20503, 503), (21611, 400)])
-async def test_what_twilio_asks_to_try_later_is_tried_later(world, code, status):
-    await world.ready()
+async def test_what_twilio_asks_to_try_later_is_tried_later(world, told, code, status):
+    vm = await world.ready()
     world.twilio.fails("send", status, times=3, code=code)
-    await world.text("hello")
+    await world.text("hello", MessageSid=(sid := "SM" + "1" * 32))
     await world.hears("ran: hello", within=900)
+    whose = [(line["vm_id"], line["message_sid"]) for line in told() if line["event"] == "send_retry"]
+    assert whose == [(vm.app, sid)] * 3
 
 
 @pytest.mark.parametrize("code", [21211, 21408, 21610, 21614])
@@ -7151,6 +7154,14 @@ async def test_only_the_last_ten_thousand_ways_are_kept(world, monkeypatch):
     assert [(await world.call("GET", f"/messages/SM{n:032d}")).status for n in range(3)] == [404, 200, 200]
 
 
+async def test_a_retry_at_fly_says_whose_call_it_was(world, told):
+    await world.start()
+    world.fly.fails("set_secrets", 503)
+    vm = await world.sign_up()
+    line, = [line for line in told() if line["event"] == "retry"]
+    assert line["path"] == f"/apps/{vm.app}/secrets"
+
+
 async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
     vm = await world.ready()
     before = len(told())
@@ -7162,6 +7173,19 @@ async def test_a_text_with_which_all_is_well_is_one_log_line(world, told):
     assert line["event"] == "text_done"
     assert line["vm_id"] == vm.app and line["phone"] == "+1555***4567" and line["message_sid"] == vm.asked[0].key and line["outcome"] == "answered" and len(line["request_id"]) == 16
     assert {"ms_to_hand_over", "ms_to_answer", "ms_to_sent"} <= line.keys()
+
+
+@pytest.mark.parametrize("command", ["cockpit cancel", "cockpit lock"])
+async def test_a_text_that_its_owner_dropped_has_its_log_line_too(world, told, command):
+    vm = await world.ready()
+    vm.away = 503
+    await world.text("wait", MessageSid=(sid := "SM" + "1" * 32))
+    await world.hears(RESTARTING)
+    await world.text(command)
+    await world.clock.until(lambda: any(line["event"] == "text_done" for line in told()))
+    line, = [line for line in told() if line["event"] == "text_done"]
+    assert line["message_sid"] == sid and line["outcome"] == "cancelled"
+    assert (await world.call("GET", f"/messages/{sid}")).body["steps"][-1]["step"] == "sent"
 
 
 async def test_log_lines_mask_whole_numbers_and_stay_one_line_in_both_formats():
@@ -7410,6 +7434,20 @@ async def test_what_the_pointer_rests_on_can_be_read(live, tab):
         await tab.ask("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
         await tab.until("document.querySelector('#new').matches(':hover')")
         assert await tab.js(EYES) == [], scheme
+
+
+async def test_the_code_of_a_vm_that_is_gone_is_no_longer_shown(live, tab, monkeypatch):
+    monkeypatch.setattr(cockpit, "FEED_EVERY_S", 60)
+    vm = await live.ready()
+    await live.call("POST", f"/provision/{vm.app}/lock")
+    await tab.show(live.twilio.gateway)
+    await tab.signs_in()
+    await tab.js("document.querySelector('.who').click()")
+    await tab.until("document.querySelector('#pairing b')")
+    assert (await live.call("DELETE", f"/provision/{vm.app}")).status == 204
+    await tab.js("document.querySelector('#changes details:last-child button').click()")
+    await tab.until("document.querySelector('#trouble').textContent.startsWith('There is no VM')")
+    assert await tab.js("document.querySelector('#pairing').textContent") == ""
 
 
 async def test_everything_on_the_page_works_by_keyboard_and_the_focus_is_never_lost(live, tab):
@@ -7708,6 +7746,13 @@ async def test_the_local_world_outlives_a_kill_of_the_gateway(live):
     assert stat.S_IMODE(world.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in world.iterdir() if file.is_file()} == {0o600}
     assert (world / "vms" / vm_id).is_dir()
+
+
+@beside
+async def test_a_local_vm_that_there_is_not_is_not_said_to_be_killed(live):
+    await a_laptop(live)
+    answer = await live.ask("POST", "/_local/vms/nosuch/kill", key="local", json={})
+    assert (answer.status, answer.body["code"]) == (404, "unknown_vm")
 
 
 @beside
@@ -8033,6 +8078,16 @@ async def test_a_laptop_s_agent_is_stopped_by_text_and_what_waits_runs_next(live
 
 # A VM's image
 
+@pytest.mark.parametrize("arguments, named", [
+    (["--port", "99999"], "set PORT or --port"),
+    pytest.param(["--user", "nosuch"], "--user", marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can leave root behind"))])
+@beside
+async def test_what_a_vm_cannot_be_started_with_is_named(live, arguments, named):
+    child = await Child.start({}, 0, live.disks, "vm", *arguments)
+    assert await child.ends() == 1
+    assert named in child.log and "Traceback" not in child.log
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("unshare"), reason="only root can leave root behind")
 @beside
 async def test_the_image_s_entry_makes_its_user_s_folders_drops_to_that_user_and_reaps_what_is_orphaned(live):
@@ -8138,6 +8193,7 @@ async def test_say_texts_the_owner_with_pictures_and_tells_by_its_exit_code_why_
     code, printed = await says(live, vm, "hello", COCKPIT_URL="")
     assert code == 2
     assert "COCKPIT_URL and COCKPIT_TOKEN are not set" in printed
+    assert await says(live, vm, "hello", COCKPIT_URL="nonsense") == (2, "cockpit say: COCKPIT_URL is no URL; set the gateway's\n")
     assert (await says(live, vm, "hello", COCKPIT_TOKEN="vm-x.wrong"))[0] == 1
     for size in [20_000] * 4 + [1] * 6:
         await unasked(live, vm, text="x" * size)
@@ -8197,6 +8253,16 @@ async def test_production_without_its_settings_exits_2_naming_all_of_them(tmp_pa
 async def test_a_port_that_is_no_number_is_reported_like_any_setting(tmp_path):
     child = await Child.start({"PORT": "abc"}, 0, tmp_path)
     assert await child.ends() == 2 and "PORT: must be" in child.log and "Traceback" not in child.log
+    assert "PUBLIC_URL" not in child.log and "VM_URL" not in child.log, "what nobody set is not to blame"
+
+
+@pytest.mark.parametrize("name", ["secret", "fly.json"])
+async def test_a_file_of_the_local_world_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name):
+    (tmp_path / ".cockpit").mkdir(0o700)
+    (tmp_path / ".cockpit" / name).write_bytes(b"\xff")
+    child = await Child.start({}, free_port(), tmp_path)
+    assert await child.ends() == 1
+    assert f"cockpit: .cockpit/{name} " in child.log and "rm -r .cockpit" in child.log and "Traceback" not in child.log
 
 
 async def said_to(port: int, words: str) -> str:
