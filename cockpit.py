@@ -1554,7 +1554,10 @@ class RouteStore:
     """
 
     def __init__(self, path: Path, clock: Clock, tasks: Tasks) -> None:
-        """Reads the file (blocking); raises StoreError. The caller holds the file's lock."""
+        """Reads the file (blocking); raises StoreError.
+
+        The caller holds the file's lock.
+        """
         self.path = path
         self._clock = clock
         self._tasks = tasks
@@ -1798,7 +1801,7 @@ class MessageStore:
     """What is in flight and what is remembered; nothing is acknowledged before it is here."""
 
     RETRY_S = 1.0
-    GATHER_S = 0.001
+    GATHER_S = 0.003
 
     path: Path
     clock: Clock
@@ -1816,7 +1819,10 @@ class MessageStore:
     trouble: str = ""
 
     async def open(self) -> None:
-        """Open or make the database; one that is damaged is set aside. Raises StoreError."""
+        """Open or make the database; one that is damaged is set aside.
+
+        Raises StoreError.
+        """
         try:
             await self._in_thread(self._connect)
         except StoreError:
@@ -5083,7 +5089,10 @@ class RelayState:
         return "INSERT OR REPLACE INTO marks VALUES (?, ?)", (name, at)
 
     async def load(self) -> list[str]:
-        """At start: read everything; returns the SIDs of messages lately sent. Raises StoreError."""
+        """At start: read everything; returns the SIDs of messages lately sent.
+
+        Raises StoreError.
+        """
         read, now = self.store.read, self.clock.now()
         self.marks = {row["name"]: row["value"] for row in await read("SELECT * FROM marks")}
         if "begun" not in self.marks:
@@ -5505,7 +5514,10 @@ class Waker:
     tasks: Tasks
 
     def begin(self, vm: VmState) -> asyncio.Task[bool]:
-        """Start it, if it rests; tells whether Fly did. Fly may take minutes: nobody has to wait."""
+        """Start it, if it rests; tells whether Fly did.
+
+        Fly may take minutes: nobody has to wait.
+        """
         if vm.waker is None:
             vm.asked_fly_at = self.clock.monotonic()
             vm.waker = self.tasks.start(self._wake(vm))
@@ -10429,7 +10441,10 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> None:
 
 
 async def serve(settings: Settings) -> int:
-    """Serve until SIGTERM or SIGINT; a second one ends the process at once. Returns the exit code."""
+    """Serve until SIGTERM or SIGINT; a second one ends the process at once.
+
+    Returns the exit code.
+    """
     raise_file_limit()
     app = make_app(settings)
     runner = new_runner(app)
