@@ -6522,6 +6522,7 @@ class Relay:
     door: PhoneDoor
     tasks: Tasks
     metrics: Metrics
+    is_started: bool = False
 
     @property
     def vms(self) -> dict[str, VmState]:
@@ -6552,6 +6553,7 @@ class Relay:
 
     def start(self) -> None:
         """Set going what was in flight."""
+        self.is_started = True
         for vm in list(self.vms.values()):
             self.tasks.start(self._start_vm(vm))
 
@@ -6569,7 +6571,8 @@ class Relay:
         if vm := self.vms.get(vm_id):
             vm.phone = phone
             await self.door.do_owed(vm)
-            self.tasks.start(self._start_vm(vm))
+            if self.is_started:  # else `start` does it
+                self.tasks.start(self._start_vm(vm))
 
     async def _forget_unrouted(self, vms: Sequence[VmState]) -> None:
         await self.clock.sleep(UNROUTED_S)

@@ -5377,6 +5377,26 @@ async def test_a_stop_that_was_asked_for_is_carried_out_though_the_gateway_is_ki
     await world.hears("Stopped.", "so far")
 
 
+async def test_a_stop_owed_to_a_vm_that_is_adopted_during_the_start_is_carried_out_once(world):
+    vm = await world.ready()
+    await world.occupies(vm, "long")
+    cancel = world.vms.holds("cancel")
+    await world.text("cockpit stop")
+    await world.clock.until(cancel.arrived.is_set)
+    await world.crash()
+    for name in ("routes.json", "routes.json.bak"):
+        world.file.with_name(name).unlink(missing_ok=True)
+    world.fly.deaf, listed, cancel = True, world.twilio.holds("list"), world.vms.holds("cancel")
+    start = asyncio.ensure_future(world.start(BACKFILL_S=60))
+    await real_until(listed.arrived.is_set)
+    world.fly.deaf = False
+    await start
+    await world.clock.until(cancel.arrived.is_set)
+    listed.open()
+    cancel.open()
+    await world.hears("Stopped.", "so far")
+
+
 async def test_a_stop_that_a_start_carries_out_ends_no_later_text_in_its_place(world):
     vm = await world.ready()
     gate = await world.occupies(vm, "one")
