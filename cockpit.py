@@ -9737,6 +9737,7 @@ class LocalMachine:
 
     async def keep(self) -> None:
         """The restart policy `always`."""
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
         while self.process is not None:
             code = await self.process.wait()
             await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)

@@ -7776,6 +7776,15 @@ async def test_a_local_vm_that_there_is_not_is_not_said_to_be_killed(live):
 
 
 @beside
+async def test_the_end_of_a_local_vm_is_not_logged_as_the_work_of_the_request_that_made_it(live):
+    child = await a_laptop(live)
+    vm_id = (await live.ask("POST", "/provision", key="local", json=sign_up_form())).body["vm_id"]
+    await live.ask("POST", f"/_local/vms/{vm_id}/kill", key="local", json={})
+    await live.clock.until(lambda: "local_vm_exited" in child.log)
+    assert "request_id" not in next(line for line in child.log.splitlines() if "local_vm_exited" in line)
+
+
+@beside
 async def test_the_local_phone_says_what_twilio_would_or_why_nothing(live):
     await a_laptop(live)
     await texts_locally(live, "hello?")
