@@ -1085,6 +1085,27 @@ def log_error(event: str, **fields: Any) -> None:
     log_event(event, level=logging.ERROR, **fields)
 
 
+class SparingLog:
+    """Warnings that strangers cause at will: some a minute, then how many were left out."""
+
+    MOST = 60
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._minute = 0
+        self._count = 0
+
+    def warning(self, event: str, **fields: Any) -> None:
+        minute = int(self._clock.monotonic() // 60)
+        if minute != self._minute:
+            if self._count > self.MOST:
+                log_warning("warnings_left_out", count=self._count - self.MOST)
+            self._minute, self._count = minute, 0
+        self._count += 1
+        if self._count <= self.MOST:
+            log_warning(event, **fields)
+
+
 class LineFormatter(logging.Formatter):
     """Writes a record as `key=value` text or as JSON, with the request it belongs to."""
 
@@ -7702,6 +7723,7 @@ GATEWAY = web.AppKey("gateway", Gateway)
 SETTINGS = web.AppKey("settings", Settings)
 CLOCK = web.AppKey("clock", Clock)
 METRICS = web.AppKey("metrics", Metrics)
+STRANGERS = web.AppKey("strangers", SparingLog)
 
 # Errors and keys
 
@@ -7773,7 +7795,8 @@ def answer_error(request: web.Request, call: str, error: Exception) -> web.Respo
         )
     request.app[METRICS].refusals.add(call, refusal.code)
     if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
-        log_warning(
+        warn = log_warning if refusal.status >= 500 else request.app[STRANGERS].warning
+        warn(
             "request_refused",
             method=request.method,
             call=call,
@@ -10330,6 +10353,7 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     app[SETTINGS] = settings
     app[CLOCK] = clock or Clock()
     app[METRICS] = Metrics(app[CLOCK])
+    app[STRANGERS] = SparingLog(app[CLOCK])
     app[PAGE] = render_page(
         with_phone=settings.twilio.is_local,
         hint="In local mode it is: local"
@@ -10353,6 +10377,10 @@ def malformed(reason: str) -> web.Response:
 class Connection(web.RequestHandler):
     """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
 
+    def __init__(self, *given: Any, strangers: SparingLog, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.strangers = strangers
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Who reads no answer does not stay for ever.
         if hasattr(socket, "TCP_USER_TIMEOUT"):
@@ -10369,7 +10397,8 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         if status != HTTPStatus.BAD_REQUEST:
             return super().handle_error(request, status, exc, message)
-        log_warning("request_unreadable", error=type(exc).__name__)  # its words may hold a key
+        # Its words may hold a key.
+        self.strangers.warning("request_unreadable", error=type(exc).__name__)
         return malformed(
             "this cannot be read as HTTP/1.1; check the request line and the headers"
         )
@@ -10399,8 +10428,9 @@ class GatewayRunner(web.AppRunner):
     @property
     def server(self) -> Any:
         """What a site calls to have a connection; None before `setup`."""
-        server, loop = super().server, asyncio.get_running_loop()
-        return server and functools.partial(Connection, server, loop=loop, **self.OPTIONS)
+        server = super().server
+        more: Json = {"loop": asyncio.get_running_loop(), "strangers": self.app[STRANGERS]}
+        return server and functools.partial(Connection, server, **more, **self.OPTIONS)
 
 
 def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.AppRunner:

@@ -6580,7 +6580,7 @@ async def test_bodies_behind_one_another_are_left_to_the_network_until_their_tur
         writer.write((head + b"x" * 60_000) * 30)
     child.process.send_signal(signal.SIGCONT)
     async with asyncio.timeout(30):
-        while child.log.count("bad_signature") < 3000:
+        while 'code="bad_signature"} 3000' not in (await live.ask("GET", "/metrics")).text:
             await asyncio.sleep(0.1)
     assert rss(child, "VmHWM") - before < 60
     for writer in writers:
@@ -8316,6 +8316,19 @@ async def test_a_request_that_cannot_be_parsed_is_logged_without_its_words(live)
     await child.ends(signal.SIGTERM)
     assert child.log.count("request_unreadable") >= len(UNREADABLE)
     assert_nothing_secret(child.log)
+
+
+async def test_strangers_write_no_more_log_lines_than_sixty_a_minute(world, caplog):
+    await world.start()
+    for _ in range(40):
+        await said_to(world.server.port, "no HTTP\r\n\r\n")
+        assert (await world.ask("GET", "/provision", key="wrong")).status == 401
+    written = [record.getMessage() for record in caplog.records]
+    assert written.count("request_unreadable") + written.count("request_refused") == 60
+    await world.clock.advance(61)
+    await world.ask("GET", "/provision", key="wrong")
+    told = [record.fields for record in caplog.records if record.getMessage() == "warnings_left_out"]
+    assert told == [{"count": 20}]
 
 
 @pytest.mark.parametrize(("lines", "status"), [(14, 200), (17, 400)])
