@@ -7128,6 +7128,7 @@ class Action(NamedTuple):
     machine: Machine | None = None
 
 
+# What a sweep does without having seen it twice: lists that lag do no harm there.
 AT_FIRST_SIGHT = ("note_awake", "start", "probe")
 
 

@@ -1200,6 +1200,19 @@ class World:
         for fake in self.fakes:
             fake.deaf = False
 
+    async def dies_owing(self, command: str, owed: str) -> None:
+        """A SIGKILL behind the transaction that says what is owed to a command of Ann's, and before anything that follows from it."""
+        written = self.threads.holds()
+        asked = asyncio.ensure_future(self.twilio.texts(ANN, command))
+        await real_until(lambda: any(owed in record for record, in self.rows("SELECT record FROM vms")))
+        await self.crash()
+        written.set()
+        await asyncio.gather(asked, return_exceptions=True)
+
+    def loses_its_routes(self) -> None:
+        for name in ("routes.json", "routes.json.bak"):
+            self.file.with_name(name).unlink(missing_ok=True)
+
     async def crash_and_restart(self, **changes: Any) -> None:
         await self.crash()
         await self.start(**changes)
@@ -4036,15 +4049,9 @@ async def test_a_lock_by_text_killed_before_its_route_is_written_is_done_by_the_
 async def test_an_owed_lock_of_a_vm_that_is_adopted_only_after_the_start_is_done_before_anything_runs(world):
     vm = await paired(world)
     await world.clock.advance(5)
-    written = world.threads.holds()
-    lock = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit lock"))
-    await real_until(lambda: any("owed_lock\": 1" in record for record, in world.rows("SELECT record FROM vms")))
+    await world.dies_owing("cockpit lock", "owed_lock\": 1")
     world.fly.fails("set_metadata", 503, times=1000)
-    await world.crash()
-    written.set()
-    await asyncio.gather(lock, return_exceptions=True)
-    for name in ("routes.json", "routes.json.bak"):
-        world.file.with_name(name).unlink(missing_ok=True)
+    world.loses_its_routes()
     world.fly.deaf = True
     await world.start()
     world.fly.deaf = False
@@ -4058,14 +4065,8 @@ async def test_an_owed_lock_of_a_vm_that_is_adopted_only_after_the_start_is_done
 async def test_an_owed_restart_of_a_vm_that_is_adopted_only_after_the_start_is_begun_then(world):
     vm = await world.ready()
     await world.clock.advance(5)
-    written = world.threads.holds()
-    restart = asyncio.ensure_future(world.twilio.texts(ANN, "cockpit restart"))
-    await real_until(lambda: any("owes_restart\": true" in record for record, in world.rows("SELECT record FROM vms")))
-    await world.crash()
-    written.set()
-    await asyncio.gather(restart, return_exceptions=True)
-    for name in ("routes.json", "routes.json.bak"):
-        world.file.with_name(name).unlink(missing_ok=True)
+    await world.dies_owing("cockpit restart", "owes_restart\": true")
+    world.loses_its_routes()
     world.fly.deaf = True
     await world.start()
     world.fly.deaf = False
@@ -4080,8 +4081,7 @@ async def test_an_opt_out_outlives_lost_routes_that_are_adopted_only_after_the_s
     vm = await world.ready()
     await world.text("STOP")
     await world.stop()
-    for name in ("routes.json", "routes.json.bak"):
-        world.file.with_name(name).unlink()
+    world.loses_its_routes()
     world.fly.deaf = True
     await world.start()
     world.fly.deaf = False
@@ -5384,8 +5384,7 @@ async def test_a_stop_owed_to_a_vm_that_is_adopted_during_the_start_is_carried_o
     await world.text("cockpit stop")
     await world.clock.until(cancel.arrived.is_set)
     await world.crash()
-    for name in ("routes.json", "routes.json.bak"):
-        world.file.with_name(name).unlink(missing_ok=True)
+    world.loses_its_routes()
     world.fly.deaf, listed, cancel = True, world.twilio.holds("list"), world.vms.holds("cancel")
     start = asyncio.ensure_future(world.start(BACKFILL_S=60))
     await real_until(listed.arrived.is_set)
