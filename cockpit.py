@@ -5877,18 +5877,20 @@ class Runner:
 
 COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
 VERBS = ("status", "stop", "new", "restart", "queue", "cancel", "lock")
-# Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
-# sender is opted out.
-STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
+# Twilio answers these by itself when they are the whole of a text; YES only while its sender is opted out.
 KEYWORDS = {
-    **dict.fromkeys(STOP_WORDS, "STOP"),
-    **dict.fromkeys(("START", "UNSTOP", "YES"), "START"),
-    **dict.fromkeys(("HELP", "INFO"), "HELP"),
+    word: kind
+    for kind, *words in (
+        ("STOP", "STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"),
+        ("START", "START", "UNSTOP", "YES"),
+        ("HELP", "HELP", "INFO"),
+    )
+    for word in words
 }
 PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
 ASK_FOR_CODE_EVERY_S = 3600.0
 CODES_AT_ONCE = 10
-# After so many wrong ones none is accepted for an hour, doubled each time up to a day.
+# After so many wrong ones none counts for an hour, doubled each time up to a day.
 CLOSED = Backoff(base_s=3600, cap_s=86_400)
 NOTE_S = 1.0
 
@@ -5961,18 +5963,18 @@ class PhoneDoor:
         if is_counted or found is None or self._is_closed(found[1]):
             return "unpaired"
         phone, route = found
-        is_right = self._fits(code, route)
-        if not is_right:
-            self._count(phone, route)
-        elif not route.is_paired:
-            # Our time by Twilio's clock is up to a second behind it.
-            at = message.dated or self.twilio.now() + 1
-            self._put(phone, route, f"{route.pairing_number}:paired", utc_millis(at))
-            log_event("phone_paired", vm_id=vm.vm_id, phone=mask_phone(phone))
-        await self.routes.commit()
-        return "paired" if is_right else "wrong_code"
+        if not self._fits(code, route):
+            await self._count(phone, route)
+            return "wrong_code"
+        if route.is_paired:  # on disk too?
+            await self.routes.commit()
+            return "paired"
+        # Our time by Twilio's clock is up to a second behind it.
+        at = utc_millis(message.dated or self.twilio.now() + 1)
+        await self._put("phone_paired", phone, route, f"{route.pairing_number}:paired", at)
+        return "paired"
 
-    def _count(self, phone: str, route: Route) -> None:
+    async def _count(self, phone: str, route: Route) -> None:
         """A wrong code more: each ten of them close the VM, twice as long as the last."""
         count, until = route.wrong_codes + 1, ""
         if count % CODES_AT_ONCE == 0:
@@ -5980,17 +5982,20 @@ class PhoneDoor:
             self.closed.add(route.vm_id)
             log_warning("pairing_closed", vm_id=route.vm_id, until=until)
         self.routes.put(phone, replace(route, wrong_codes=count, closed_until=until))
+        await self.routes.commit()
 
-    def _put(self, phone: str, route: Route, pairing: str, paired_at: str) -> None:
-        changed = replace(route, pairing=pairing, paired_at=paired_at)
-        self.routes.put(phone, replace(changed, wrong_codes=0, closed_until=""))
+    async def _put(self, event: str, phone: str, route: Route, pairing: str, at: str) -> None:
+        """Raises StoreError; the write is tried on."""
+        changed = replace(route, pairing=pairing, paired_at=at, wrong_codes=0, closed_until="")
+        self.routes.put(phone, changed)
+        log_event(event, vm_id=route.vm_id, phone=mask_phone(phone))
+        await self.routes.commit()
         self.tasks.start(self._tell_fly(route.vm_id))
 
     async def _tell_fly(self, vm_id: str) -> None:
         try:
-            await self.routes.commit()
             await self.stamp(vm_id)
-        except (StoreError, UpstreamError) as error:  # left to the next sweep
+        except UpstreamError as error:  # the next sweep does
             log_warning("stamp_failed", vm_id=vm_id, error=str(error))
 
     async def date_adopted(self, message: InboundMessage) -> None:
@@ -6013,10 +6018,8 @@ class PhoneDoor:
         if found := self.routes.find(vm.vm_id):
             phone, route = found
             now = utc_millis(self.twilio.now()) if route.is_paired else ""
-            pairing = f"{route.pairing_number + 1}:unpaired"
-            self._put(phone, route, pairing, route.paired_at or now)
-            log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
-            await self.routes.commit()
+            pairing, at = f"{route.pairing_number + 1}:unpaired", route.paired_at or now
+            await self._put("phone_locked", phone, route, pairing, at)
             if route.is_paired:
                 await self.sender.notify(vm, LOCKED)
         await self.sender.drop(vm)
@@ -6049,43 +6052,42 @@ class OwnerCommands:
     async def judge(self, message: InboundMessage, vm: VmState, command: str) -> Verdict:
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
         note = await self.watch.note(vm, NOTE_S) if command == "status" else ""
-        verdict, waiting = Verdict("command", vm), vm.queued()
-        # By Twilio's list, whose dates are whole seconds, it may come late: it means nothing behind it.
+        says, waiting = functools.partial(Verdict, "command", vm), vm.queued()
+        # By Twilio's list, of whole seconds, it may come late: it does not mean what is behind it.
         is_late = any(text.arrived > message.arrived + 1 for text in vm.waiting)
         match "queue" if is_late and command in ("stop", "cancel") else command:
             case "status":
-                condition, now = self._condition(vm), self._now(vm, note, is_timed=True)
-                verdict.words = [f"{condition} {now} {len(waiting)} waiting."]
+                now = f"{self._condition(vm)} {self._now(vm, note)}"
+                return says(words=[f"{now} {len(waiting)} waiting."])
             case "queue":
                 lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
-                verdict.words = ["\n".join([self._now(vm), *lines])]
+                return says(words=["\n".join([self._now(vm), *lines])])
             case "cancel":
-                verdict.values, verdict.then = {"owes_cancel": True}, self.do_cancel
+                cancel = functools.partial(self.do_cancel, texts=waiting)
+                return says(values={"owes_cancel": True}, then=cancel)
             case "restart":
-                verdict.values, verdict.then = {"owes_restart": True}, self.do_restart
+                return says(values={"owes_restart": True}, then=self.do_restart)
             case "stop":
                 sid, first = vm.stopped_sid, next(iter(vm.waiting), None)
-                if not vm.owes_stop:  # else one is being carried out
+                if not vm.owes_stop:  # else it is under way
                     sid = first.sid if first and (vm.running or first.may_have_reached) else ""
-                verdict.values = {"owes_stop": True, "stopped_sid": sid}
-                verdict.then = self.do_stop
+                return says(values={"owes_stop": True, "stopped_sid": sid}, then=self.do_stop)
             case "lock":
                 if not await self.state.store.known([message.sid]):
                     await self.door.lock(vm)
+                return says(values={"reply_to": vm.reply_to})
             case "new":
                 sids = [text.sid for text in vm.waiting]
                 anew = [*(sid for sid in vm.new_sids if sid in sids), ""]
-                verdict.words, verdict.values = [NEXT_IS_NEW], {"new_sids": anew}
-            case _:
-                verdict.words = [COMMANDS_HELP]
-        return verdict
+                return says(words=[NEXT_IS_NEW], values={"new_sids": anew})
+        return says(words=[COMMANDS_HELP])
 
-    def _now(self, vm: VmState, note: str = "", *, is_timed: bool = False) -> str:
-        """What runs, for how long, and a line of what it is doing."""
+    def _now(self, vm: VmState, note: str | None = None) -> str:
+        """What runs; with a `note` for how long too, and what it is doing."""
         now = NOTHING_RUNS
         if text := vm.running:
             now = about("Running: {texts}", text)
-            if is_timed:
+            if note is not None:
                 handed_over = text.trace.began + (text.trace.handed_over or 0)
                 now += f", for {self.clock.monotonic() - handed_over:.0f} s."
         elif vm.waiting and vm.waiting[0].busy_since is not None:
@@ -6107,10 +6109,10 @@ class OwnerCommands:
             return f"Your VM has been away for {max(0, int(self.clock.now() - vm.away_since))} s."
         return f"Your VM is {route.state}."
 
-    async def do_cancel(self, vm: VmState, *, at_start: bool = False) -> None:
-        """Drop what waits; at a start what an earlier process handed over may be running."""
+    async def do_cancel(self, vm: VmState, texts: Sequence[Text]) -> None:
+        """Drop those of these that still wait."""
         vm.owes_cancel = False
-        texts = vm.unreached() if at_start else vm.queued()
+        texts = [text for text in vm.queued() if text in texts]
         for text in texts:
             vm.waiting.remove(text)
         if texts:
@@ -6189,14 +6191,15 @@ class Inbox:
         """The same for texts of Twilio's list, oldest first; False: for some there is no room yet."""
         for message in messages:
             await self.door.date_adopted(message)
-        full: set[str] = set()
+        full: set[str] = set()  # phones whose texts wait: behind them only STOP and START count
         for message in messages:
-            if message.phone not in full:
-                verdict = await self._judge(message)
-                if verdict.outcome == "queue_full":
-                    full.add(message.phone)
-                else:
-                    await self._conclude(message, verdict)
+            if message.phone in full and message.body.strip().upper() not in KEYWORDS:
+                continue
+            verdict = await self._judge(message)
+            if verdict.outcome == "queue_full":
+                full.add(message.phone)
+            else:
+                await self._conclude(message, verdict)
         return not full
 
     async def _conclude(self, message: InboundMessage, verdict: Verdict) -> str:
@@ -6276,22 +6279,25 @@ class Inbox:
             return self._judge_stranger(vm)
         usual = message.recipient in ("", message.channel + self.settings.twilio.phone_number)
         address = Address(message.channel, "" if usual else message.recipient)
-        was_elsewhere, vm.reply_to = vm.reply_to != address, address
         command = self.commands.match(message.body)
         if stopped := await self.door.judge(message, vm, route, command):
+            if stopped.words:
+                vm.reply_to = address
             return stopped
         if not (message.is_fetched or self._is_within_rate(phone)):
             is_told = self._is_news(f"N4 {phone}", 60)
             reply = TOO_FAST.format(n=limits.text_limit) if is_told else ""
             return Verdict("too_fast", vm, reply=reply)
         if command:
+            vm.reply_to = address
             return await self.commands.judge(message, vm, command)
         if route.state == "failed":
+            vm.reply_to = address
             return Verdict("gone", vm, words=[self.sender.closing_words(VM_GONE, [message])])
         if len(vm.waiting) + vm.accepting - (vm.runner is not None) >= limits.queue_limit:
             reply = about(QUEUE_FULL, message, n=limits.queue_limit)
             return Verdict("queue_full", vm, reply=reply)
-        return self._take(message, route, vm, {"reply_to": address} if was_elsewhere else {})
+        return self._take(message, route, vm, address)
 
     async def _judge_keyword(self, message: InboundMessage, vm: VmState, word: str) -> Verdict:
         """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
@@ -6322,10 +6328,10 @@ class Inbox:
     def _is_news(self, notice: str, every_s: float) -> bool:
         """Whether this was not told lately; it counts as told then."""
         now = self.clock.monotonic()
-        is_news = now - self.told.get(notice, NEVER) >= every_s
-        if is_news:
-            self.told.put(notice, now, now)
-        return is_news
+        if now - self.told.get(notice, NEVER) < every_s:
+            return False
+        self.told.put(notice, now, now)
+        return True
 
     def _is_within_rate(self, phone: str) -> bool:
         """TEXT_LIMIT within any minute."""
@@ -6337,13 +6343,17 @@ class Inbox:
         self.recent_texts.put(phone, times, now)
         return True
 
-    def _take(self, message: InboundMessage, route: Route, vm: VmState, values: Json) -> Verdict:
+    def _take(
+        self, message: InboundMessage, route: Route, vm: VmState, address: Address
+    ) -> Verdict:
+        values: Json = {} if vm.reply_to == address else {"reply_to": address}
+        vm.reply_to = address
         text = Text(
             sid=message.sid,
             vm_id=vm.vm_id,
             body=message.body,
             arrived=message.arrived,
-            reply_to=vm.reply_to,
+            reply_to=address,
             media=message.media,
             # When nothing is before it the hand-over follows at once, so one transaction tells both.
             handed_over=self.runner.is_free(vm, route),
@@ -6399,7 +6409,7 @@ class Relay:
             self.twilio.note_sent(sid)
         for vm in list(self.vms.values()):
             if vm.owes_cancel:
-                await self.commands.do_cancel(vm, at_start=True)
+                await self.commands.do_cancel(vm, vm.unreached())
             route, undone = self.routes.of(vm.vm_id), self.routes.undo.get(vm.vm_id, {})
             if undone or (route and route.state == "failed" and vm.waiting):
                 await self.vm_gone(vm.vm_id, vm.phone, str(undone.get("reason")))
@@ -6409,13 +6419,12 @@ class Relay:
                 self.tasks.start(self._forget_unrouted(vm))
 
     def start(self) -> None:
-        """Set going what was in flight."""
         self.is_started = True
         for vm in self.vms.values():
             self.tasks.start(self._start_vm(vm))
 
     async def _start_vm(self, vm: VmState) -> None:
-        """What is owed to it is done before its texts go on; without a route that may yet be found."""
+        """What is owed comes before its texts; a route may yet be found."""
         if vm.owes_stop and vm.phone:
             await self.commands.do_stop(vm)
         if vm.owes_restart and vm.phone:
@@ -6425,7 +6434,6 @@ class Relay:
         self.state.retire(vm)
 
     async def vm_adopted(self, vm_id: str, phone: str) -> None:
-        """Its route was found."""
         if vm := self.vms.get(vm_id):
             vm.phone = phone
             if self.is_started:  # else `start` does it
@@ -6470,9 +6478,8 @@ class Relay:
         vm.closing_notice = SET_UP_FAILED if reason == "failed" else VM_GONE
         await self.runner.stop(vm)
         vm.away_since = None
-        texts = list(vm.waiting)
+        texts, route = list(vm.waiting), self.routes.routes.get(phone)
         words = self.sender.closing_words(vm.closing_notice, texts)
-        route = self.routes.routes.get(phone)
         if texts:
             await self.sender.finish(vm, texts, split_text(words), "gone")
         elif reason == "vanished" and route and route.was_paired:
@@ -6491,14 +6498,11 @@ class Relay:
         vm, route = self.state.vm(vm_id, phone), self.routes.routes.get(phone)
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+        wanted = "START" if vm.opted_out.get(vm.reply_to.channel) else ""
         if route and not route.was_paired:
-            reason = "its phone has not texted the pairing code yet; nothing is sent to it"
-            raise Refusal("wrong_state", reason)
-        if vm.opted_out.get(vm.reply_to.channel):
-            reason = (
-                "the owner of this VM opted out (STOP); nothing is sent until they text START"
-            )
-            raise Refusal("wrong_state", reason)
+            wanted = "the pairing code"
+        if wanted:
+            raise Refusal("wrong_state", f"nothing is sent until this VM's phone texts {wanted}")
         parts = split_text(words) if words else []
         counted = self._count_vm_message(vm, len(parts) + len(images))
         out = self.sender.outbound(vm, parts, images=images, id=f"v-{self.clock.random_id()}")
@@ -6515,20 +6519,19 @@ class Relay:
         return out.id
 
     async def _look(self, vm_id: str) -> None:
-        """One that is said to sleep was woken by somebody else, or sent this as it froze."""
+        """A sleeper that speaks was woken by somebody else, or sent this as it froze."""
         with suppress(UpstreamError):  # a sweep sees it too
             await self.runner.waker.look(vm_id)
 
     def _count_vm_message(self, vm: VmState, cost: int) -> tuple[float, int]:
-        """Raises Refusal when that would be more of Twilio's messages than a VM may cause."""
+        """Raises Refusal when it would cause too many of Twilio's messages."""
         now = self.clock.now()
         for seconds, most in VM_MESSAGE_LIMITS:
             recent = [(at, count) for at, count in vm.vm_messages if now - seconds < at <= now]
             if sum(count for _, count in recent) + cost > most:
-                limit = f"a VM may text {most} messages in {seconds:g} s"
-                reason = f"{limit}, parts and pictures counted"
+                limit = f"at most {most} messages in {seconds:g} s, parts and pictures counted"
                 wait_s = int(recent[0][0] + seconds - now) + 1
-                raise Refusal("too_many", reason, retry_after_s=wait_s)
+                raise Refusal("too_many", limit, retry_after_s=wait_s)
         vm.vm_messages = [*recent, (now, cost)]
         return now, cost
 
@@ -6540,18 +6543,16 @@ class Relay:
 
     def oldest_waiting_s(self) -> float:
         """Age of the text that waits longest, 0 when none does."""
-        firsts = [vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting]
-        now = self.clock.now()
-        return now - min([now, *firsts])
+        arrived = [vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting]
+        return max(0.0, self.clock.now() - min(arrived, default=float("inf")))
 
     def sending(self) -> int:
         """Messages to be sent that Twilio has not taken yet."""
         return sum(len(vm.outbox) for vm in self.vms.values())
 
     def oldest_sending_s(self) -> float:
-        firsts = [vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox]
-        now = self.twilio.now()
-        return now - min([now, *firsts])
+        created = [vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox]
+        return max(0.0, self.twilio.now() - min(created, default=float("inf")))
 
     def away_states(self) -> Counter[str]:
         """How many VMs are away, by their routes' states."""
@@ -6577,7 +6578,7 @@ class Backfill:
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
 
-    PAGES = 500  # of up to 1,000 messages each
+    PAGES = 500
     OVERLAP_S = 900.0
     LONG_S = 86_400.0  # lists have been seen hours late
     LONG_EVERY_S = 3600.0
@@ -6596,33 +6597,30 @@ class Backfill:
 
     async def once(self) -> None:
         """One look at the lists of our number and of its WhatsApp sender."""
-        began, until = self.clock.monotonic(), self.twilio.now()
+        began, now, marks = self.clock.monotonic(), self.twilio.now(), self.state.marks
         is_long = began - self.long_at >= self.LONG_EVERY_S
-        since = self._since(until, is_long=is_long)
+        since = min(marks.get("listed", now), now) - self.OVERLAP_S
+        # Never from before this database was begun less VM_AWAY_LIMIT_S.
+        first = min(marks["begun"], now) - self.settings.limits.vm_away_limit_s
+        since = max(first, min(since, now - self.LONG_S) if is_long else since)
         number = self.settings.twilio.phone_number
         try:
             found = await self._list(number, since) + await self._list(WHATSAPP + number, since)
             found.sort(key=lambda message: message.arrived)
             is_whole = await self.inbox.accept_fetched(found)
-            # Where routes are missing, texts are not known by them.
-            if is_whole and not self.routes.closed_because:
-                change = self.state.set_mark("listed", until)
-                if is_long:  # a start, which is long too, needs to know it no better
-                    self.long_at = began
-                    self.state.store.note(change)
         except UpstreamRejected as error:
             self.twilio.give_up_listing(error)
         except (UpstreamError, Refusal, StoreError) as error:
             log_warning("backfill_failed", error=str(error))
         except Exception as error:  # one that nobody foresaw does not end all looking
             log_error("backfill_failed", exc_info=error)
-
-    def _since(self, now: float, *, is_long: bool) -> float:
-        """From when on to list; never from before this database was begun less VM_AWAY_LIMIT_S."""
-        marks = self.state.marks
-        since = min(marks.get("listed", now), now) - self.OVERLAP_S
-        first = min(marks["begun"], now) - self.settings.limits.vm_away_limit_s
-        return max(first, min(since, now - self.LONG_S) if is_long else since)
+        else:
+            # Where routes are missing, texts are not known by them.
+            if is_whole and not self.routes.closed_because:
+                change = self.state.set_mark("listed", now)
+                if is_long:  # as a start's first look is: it needs to know it no better
+                    self.long_at = began
+                    self.state.store.note(change)
 
     async def _list(self, recipient: str, since: float) -> list[InboundMessage]:
         """Unknown texts to this address since then; Twilio's filter is on its own date.
@@ -6631,40 +6629,38 @@ class Backfill:
         """
         query = {"To": recipient, "DateSent>": utc_seconds(since)}
         url: URL | None = self.twilio.first_page(query)
-        found: dict[str, Json] = {}
+        ours: dict[str, Json] = {}
         for _ in range(self.PAGES):
-            if url is not None:
-                listed, url = await self.twilio.list_page(url)
-                ours = (entry for entry in listed if self._is_ours(entry, since))
-                found |= {str(entry["sid"]): entry for entry in ours}
-        if url is not None:
+            if url is None:
+                break
+            listed, url = await self.twilio.list_page(url)
+            ours |= {
+                str(entry.get("sid")): entry for entry in listed if self._is_ours(entry, since)
+            }
+        else:
             raise UpstreamUnreadable("twilio", "list messages", "a list without an end")
-        known = await self.state.store.known(list(found))
-        return [
-            await self._message(sid, found[sid], recipient)
-            for sid in reversed(found)
-            if sid not in known
-        ]
+        known = await self.state.store.known(list(ours))
+        new = [entry for sid, entry in reversed(ours.items()) if sid not in known]
+        return [await self._message(entry, recipient) for entry in new]
 
     def _is_ours(self, entry: Json, since: float) -> bool:
         """Whether it is to us, young enough, and not older than its sender's route."""
-        at = listed_at(entry)
+        at, is_inbound = listed_at(entry), entry.get("direction") == "inbound"
         route = self.routes.routes.get(str(entry.get("from")).removeprefix(WHATSAPP))
-        if at is None or route is None or not entry.get("sid"):
+        if at is None or route is None or not (is_inbound and entry.get("sid")):
             return False
         route_made = parse_utc(route.created_at) or 0.0
-        is_young = at >= since - 1 and int(at + self.twilio.api.ahead_s) >= route_made
-        return is_young and entry.get("direction") == "inbound"
+        return at >= since - 1 and int(at + self.twilio.api.ahead_s) >= route_made
 
-    async def _message(self, sid: str, entry: Json, recipient: str) -> InboundMessage:
+    async def _message(self, entry: Json, recipient: str) -> InboundMessage:
         """One that cannot be read whole holds up no other: it is taken without its pictures."""
+        sid, dated = str(entry["sid"]), listed_at(entry) or 0.0
         media: Sequence[Sequence[str]] = ()
         if str(entry.get("num_media") or "0") != "0":
             try:
                 media = await self.twilio.media_of(sid)
             except UpstreamRejected as error:
                 log_warning("media_not_listed", message_sid=sid, error=str(error))
-        dated = listed_at(entry) or 0.0
         return InboundMessage(
             sid=sid,
             sender=str(entry.get("from")),
