@@ -2215,44 +2215,32 @@ class Upstream:
 #
 # Facts: Fly's OpenAPI document and docs, and fly-go, its own client.
 
-# Calls whose 401 or 403 means that Fly refuses our token; elsewhere the app may not be visible yet.
-TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
-CAPACITY_WORDS = (
-    "insufficient resources",
-    "insufficient memory",
-    "no capacity",
-    "over the allowed quota",
+CAPACITY = re.compile(
+    "insufficient resources|insufficient memory|no capacity|over the allowed quota", re.IGNORECASE
 )
 RESTING = ("stopped", "suspended")
 FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
 FRESH_APP = Backoff(base_s=0.5, cap_s=2, attempts=1000, budget_s=FRESH_APP_S)
-COOKIES_KEPT = 200  # apps whose affinity cookies are kept
+COOKIES_KEPT = 200  # of as many apps
 
 
 def fly_authorization(token: str) -> str:
     """The Authorization header: `FlyV1` for macaroons, comma-joined, else `Bearer` (fly-go, tokens.go)."""
-    token = token.strip()
-    while token.lower().startswith(("bearer ", "flyv1 ")):
-        token = token.split(" ", 1)[1].strip()
-    parts = [part.strip() for part in token.split(",") if part.strip()]
-    macaroons = [part for part in parts if part.split("_", 1)[0] in ("fm1r", "fm1a", "fm2")]
+    parts = [p for p in re.split(r"[\s,]+", token) if p.lower() not in ("", "bearer", "flyv1")]
+    macaroons = [part for part in parts if part.startswith(("fm1r_", "fm1a_", "fm2_"))]
     return "FlyV1 " + ",".join(macaroons) if macaroons else "Bearer " + ",".join(parts)
 
 
 def explain_fly(raw: bytes) -> tuple[str, str]:
     """Fly's words and machine-readable code: `error` or `message`, `status`; else the raw text."""
-    body = parse_json(raw)
-    code = ""
-    if isinstance(body, dict):
-        words = body.get("error") or body.get("message") or body
-        words = words if isinstance(words, str) else json.dumps(words)
-        code = str(body.get("status") or "")
-    else:
-        words = body if isinstance(body, str) else raw.decode("utf-8", "replace")
+    words, code = parse_json(raw), ""
+    if isinstance(words, dict):
+        code = str(words.get("status") or "")
+        words = words.get("error") or words.get("message") or words
+    if not isinstance(words, str):
+        words = json.dumps(words) if words else raw.decode("utf-8", "replace")
     # Out of room comes as 400, 403, 409, 412, 422 and 5xx: often only the words tell.
-    if any(known in words.lower() for known in CAPACITY_WORDS):
-        code = NO_CAPACITY
-    return words, code
+    return words, NO_CAPACITY if CAPACITY.search(words) else code
 
 
 FLY = Dialect(
@@ -2287,37 +2275,36 @@ class Machine:
 
 def parse_machine(stored: Any) -> Machine:
     """Raises KeyError, TypeError, AttributeError or ValueError when it is not a machine."""
-    if not (isinstance(stored["id"], str) and stored["id"] and isinstance(stored["state"], str)):
-        raise ValueError("a machine without id or state")
     config = stored.get("config") or {}
     known = config or stored.get("incomplete_config") or {}
-    metadata = known.get("metadata") or {}
-    checks = stored.get("checks") or []
-    events = stored.get("events") or []
-    rootfs = config.get("rootfs") or {}
+    image = stored.get("image_ref") or {}
+    name = "/".join(str(image[part]) for part in ("registry", "repository") if image.get(part))
+    events, checks = stored.get("events"), stored.get("checks")
+    persist = (config.get("rootfs") or {}).get("persist")
     return Machine(
-        id=stored["id"],
-        state=stored["state"],
+        id=text_in(stored, "id"),
+        state=text_in(stored, "state"),
         region=str(stored.get("region") or ""),
         app=str(stored.get("app_name") or ""),
         instance_id=str(stored.get("instance_id") or ""),
         created_at=parse_utc(stored.get("created_at")),
         config=config,
-        metadata={str(name): str(value) for name, value in metadata.items()},
+        metadata={str(key): str(value) for key, value in (known.get("metadata") or {}).items()},
         image=str(config.get("image") or ""),
-        build=image_by_digest(stored.get("image_ref") or {}),
+        build=f"{name}@{image['digest']}" if name and image.get("digest") else "",
         last_event=str(events[0]["id"]) if events else "",
         checks_pass=bool(checks) and all(check.get("status") == "passing" for check in checks),
         host_ok=stored.get("host_status", "ok") == "ok",
         memory_mb=int((config.get("guest") or {}).get("memory_mb") or 0),
-        keeps_disk=bool(config.get("mounts")) or rootfs.get("persist") == "always",
+        keeps_disk=bool(config.get("mounts")) or persist == "always",
     )
 
 
-def image_by_digest(reference: Json) -> str:
-    named = [str(reference[part]) for part in ("registry", "repository") if reference.get(part)]
-    digest = reference.get("digest")
-    return f"{'/'.join(named)}@{digest}" if named and digest else ""
+def text_in(stored: Any, name: str) -> str:
+    """A text that must be there; raises ValueError."""
+    if not (isinstance(value := stored.get(name), str) and value):
+        raise ValueError(f"no {name}")
+    return value
 
 
 def kind_of_address(address: Json) -> str:
@@ -2325,32 +2312,7 @@ def kind_of_address(address: Json) -> str:
     ip = str(address.get("ip") or "")
     if ip.startswith("fdaa:"):
         return "private_v6"
-    if address.get("shared"):
-        return "shared_v4"
-    return "v6" if ":" in ip else "v4"
-
-
-class Pace:
-    """Keeps calls under Fly's rate limits: 1 a second with bursts of 3, per action and app or machine.
-
-    Get Machine: 5 a second, bursts of 10.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._ready_at: dict[tuple[str, str], float] = {}
-
-    async def wait(self, action: str, app_or_machine: str) -> None:
-        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
-        now, key = self._clock.monotonic(), (action, app_or_machine)
-        if len(self._ready_at) > 10_000:
-            self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
-        at = max(self._ready_at.get(key, 0.0), now)
-        self._ready_at[key] = at + 1 / rate
-        pause_s = at - now - (burst - 1) / rate
-        if pause_s > 0:
-            # The margin covers a clock that runs a little apart from Fly's.
-            await self._clock.sleep(pause_s + 0.02)
+    return "shared_v4" if address.get("shared") else "v6" if ":" in ip else "v4"
 
 
 def never(error: UpstreamError) -> bool:
@@ -2358,20 +2320,8 @@ def never(error: UpstreamError) -> bool:
     return False
 
 
-def is_worth_waiting(error: UpstreamError) -> bool:
-    return is_unavailable(error) and error.status != 408
-
-
-def is_worth_making(error: UpstreamError) -> bool:
-    return is_unavailable(error) and error.code != NO_CAPACITY
-
-
-def ignore(answer: Any) -> None:
-    """For calls whose answer tells nothing that is needed."""
-
-
-def app_path(app: str, *parts: str) -> str:
-    return "/".join(["/apps", *map(quote, (app, *parts))])
+# Calls whose 401 or 403 means that Fly refuses our token; elsewhere the app may not be visible yet.
+TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
 
 
 class FlyClient:
@@ -2380,39 +2330,35 @@ class FlyClient:
     def __init__(self, api: Upstream, settings: FlySettings, *, budget_s: float) -> None:
         """`budget_s`: how long calls are tried again, the whole of a provisioning."""
         self.api = api
-        self._settings = settings
+        self._org, self._url = settings.org, settings.api_url + "/v1"
         self._clock = api.clock
-        self._pace = Pace(api.clock)
         self._headers = {"Authorization": fly_authorization(settings.token)}
         self._credentials = re.split("[ ,]", self._headers["Authorization"])[1:]
         self.backoff = Backoff(attempts=5, base_s=0.5, cap_s=8, budget_s=budget_s)
         self.trouble = ""
         self._refusal_logged_at = NEVER
-        self._cookies_of: deque[str] = deque()
+        self._free_at = Recent[float](10_000)  # by action, and app or machine
 
     async def _call(
         self,
         method: str,
         path: str,
         action: str,
+        parse: Callable[[Any], T] = bool,  # type: ignore[assignment]
         *,
-        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
         when: Callable[[UpstreamError], bool] = is_unavailable,
         find: Callable[[], Awaitable[T | None]] | None = None,
         timeout_s: float = 30,
         hide: Iterable[str] = (),
         **sent: Any,
     ) -> T:
-        """What `parse` reads in the answer; raises UpstreamError.
-
-        GETs and idempotent writes may be made twice; `when` and `find` are those of `retry`.
-        """
-        url = URL(f"{self._settings.api_url}/v1{path}", encoded=True)
-        app_or_machine = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
+        """What `parse` reads in the answer; `when` and `find` are those of `retry`; raises UpstreamError."""
+        whose = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
         sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
 
         async def attempt() -> T:
-            await self._pace.wait(action, app_or_machine)
+            await self._keep_pace(action, whose)
+            url = URL(self._url + path)
             try:
                 answer = await self.api.ask(action, method, url, timeout_s=timeout_s, **sent)
             except UpstreamError as error:
@@ -2425,15 +2371,25 @@ class FlyClient:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 
-        more: Json = {"when": when, "find": find, "path": app_or_machine}
-        return await retry(attempt, self.backoff, self._clock, **more)
+        return await retry(attempt, self.backoff, self._clock, when=when, find=find, path=whose)
+
+    async def _keep_pace(self, action: str, whose: str) -> None:
+        """Keep under Fly's limits, of an app or machine: 1 a second, bursts of 3; Get Machine 5, 10."""
+        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
+        now, key = self._clock.monotonic(), f"{action} {whose}"
+        free_at = max(self._free_at.get(key, now), now)
+        self._free_at.put(key, free_at + 1 / rate, now)
+        pause_s = free_at - now - (burst - 1) / rate
+        if pause_s > 0:
+            # The margin covers a clock that runs a little apart from Fly's.
+            await self._clock.sleep(pause_s + 0.02)
 
     def _note_refusal(self, error: UpstreamError) -> None:
         """A token that Fly refuses is named on /health, and in one log line a minute."""
         is_refusal = error.status in (401, 403) and error.code != NO_CAPACITY
         if not is_refusal or error.operation not in TOKEN_CALLS:
             return
-        remedy = f"set FLY_API_TOKEN to an organisation token of {self._settings.org}"
+        remedy = f"set FLY_API_TOKEN to an organisation token of {self._org}"
         self.trouble = f"Fly refuses our token ({error.status} to {error.operation}): {remedy}"
         now = self._clock.monotonic()
         if now - self._refusal_logged_at >= 60:
@@ -2448,72 +2404,63 @@ class FlyClient:
         parse: Callable[[Any], T],
         listing: str,
         pick: Callable[[Any], T | None],
-        timeout_s: float = 90,
     ) -> T:
-        """POST what has no idempotency key exactly once.
+        """POST exactly once what has no idempotency key.
 
-        After an unknown outcome, `pick` finds in what a GET of the same path (`listing`) shows.
+        After an unknown outcome, `pick` finds it in what a GET of the same path (`listing`) shows.
         """
 
         async def look() -> T | None:
             for pause_s in (0.2, 1.0):  # lists lag behind writes
                 await self._clock.sleep(pause_s)
-                if (found := await self._call("GET", path, listing, parse=pick)) is not None:
+                if (found := await self._call("GET", path, listing, pick)) is not None:
                     return found
             return None
 
-        more: Json = {"json": body, "timeout_s": timeout_s, "when": is_worth_making}
-        return await self._call("POST", path, action, parse=parse, find=look, **more)
+        def is_worth_it(error: UpstreamError) -> bool:
+            return is_unavailable(error) and error.code != NO_CAPACITY
+
+        more: Json = {"json": body, "timeout_s": 90, "when": is_worth_it}
+        return await self._call("POST", path, action, parse, find=look, **more)
 
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; ours of that name counts.
-
-        Raises NameTaken.
-        """
-        self._cookies_of.append(app)
-        if len(self._cookies_of) > COOKIES_KEPT:  # those of apps long made would only pile up
-            self._forget_cookies(self._cookies_of.popleft())
-        body = {"name": app, "org_slug": self._settings.org, "network": app}
+        """Create the app on a network named after it; ours of that name counts; raises NameTaken."""
+        cookies = self.api.session.cookie_jar
+        if (
+            len(cookies) > COOKIES_KEPT
+        ):  # they would only pile up; a fresh app is seen without, later
+            cookies.clear()
         # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
+        body = {"name": app, "org_slug": self._org, "network": app}
         more: Json = {"params": {"wait": "true"}, "timeout_s": 60}
         try:
             await self._call("POST", "/apps", "create app", json=body, **more)
-        except UpstreamUnreadable:
-            return
         except UpstreamRejected as error:
             is_taken = error.code == "name_taken" or "already been taken" in error.detail.lower()
             if not is_taken and error.status != 409:
                 raise
             await self._check_ours(app, error)
 
-    def _forget_cookies(self, app: str) -> None:
-        def is_of_app(cookie: Any) -> bool:
-            return str(cookie["path"]).rstrip("/").endswith(f"/apps/{app}")
-
-        self.api.session.cookie_jar.clear(is_of_app)
-
     async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
-        """Made a moment ago by a call whose answer was lost, it may not be visible yet.
+        """Made a moment ago by a call whose answer was lost, it may not be visible yet."""
 
-        Raises NameTaken.
-        """
-        name_taken = NameTaken("fly", "create app", f"the name {app} is taken by somebody else")
+        def may_appear(error: UpstreamError) -> bool:
+            return is_unavailable(error) or error.status == 404
+
         try:
             found = await retry(
-                lambda: self.get_app(app),
-                FRESH_APP,
-                self._clock,
-                when=lambda error: is_unavailable(error) or isinstance(error, UpstreamNotFound),
+                lambda: self.get_app(app), FRESH_APP, self._clock, when=may_appear
             )
         except UpstreamNotFound:
             raise taken from None
-        except UpstreamRejected as error:
-            raise name_taken from error
-        slug = object_in(found.get("organization")).get("slug")
-        if slug not in (None, self._settings.org) or found.get("network", app) != app:
-            raise name_taken
+        except UpstreamRejected:
+            found = {"network": "another"}
+        slug = object_in(found.get("organization")).get("slug", self._org)
+        if (slug, found.get("network", app)) != (self._org, app):
+            reason = f"the name {app} is taken by somebody else"
+            raise NameTaken("fly", "create app", reason)
         log_event("app_adopted", vm_id=app)
 
     async def list_apps(self) -> set[str]:
@@ -2522,25 +2469,19 @@ class FlyClient:
         def names(answer: Any) -> set[str]:
             return {str(app["name"]) for app in answer["apps"]}
 
-        query = {"org_slug": self._settings.org}
-        return await self._call("GET", "/apps", "list apps", params=query, parse=names)
+        return await self._call(
+            "GET", "/apps", "list apps", names, params={"org_slug": self._org}
+        )
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
-
-        def this_app(answer: Any) -> Json:
-            if answer.get("name", app) != app:
-                raise ValueError("another app")
-            return dict(answer)
-
-        return await self._call("GET", app_path(app), "get app", parse=this_app, when=never)
+        return await self._call("GET", f"/apps/{app}", "get app", dict, when=never)
 
     async def delete_app(self, app: str) -> bool:
         """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
         more: Json = {"params": {"force": "true"}, "timeout_s": 60}
         try:
-            with suppress(UpstreamUnreadable):
-                await self._call("DELETE", app_path(app), "delete app", **more)
+            await self._call("DELETE", f"/apps/{app}", "delete app", **more)
         except UpstreamNotFound:
             return False
         return True
@@ -2551,47 +2492,44 @@ class FlyClient:
         """Set these in one call, leave others; returns the secrets' version."""
 
         def version(answer: Any) -> int:
-            return int(answer.get("version") or answer["Version"])
+            return int(answer["version"])
 
-        call = "POST", app_path(app, "secrets"), "set secrets"
-        more: Json = {"json": {"values": dict(values)}, "hide": values.values()}
-        return await self._call(*call, parse=version, **more)
+        call = "POST", f"/apps/{app}/secrets", "set secrets", version
+        return await self._call(*call, json={"values": dict(values)}, hide=values.values())
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
-        path = app_path(app, "ip_assignments")
         body = {"type": kind} | ({"network": network} if network else {})
 
         def is_there(answer: Any) -> bool | None:
-            return kind in [kind_of_address(address) for address in answer["ips"]] or None
+            return kind in map(kind_of_address, answer["ips"]) or None
 
-        call = path, "allocate address", body, lambda _: True
-        await self._make_once(*call, "list addresses", is_there, 60)
+        call = f"/apps/{app}/ip_assignments", "allocate address", body, bool
+        await self._make_once(*call, "list addresses", is_there)
 
     async def ensure_volume(
         self, app: str, region: str, size_gb: int, guest: Json
     ) -> tuple[str, str]:
         """Create the volume for /data, beside room for `guest`; returns its id and region."""
-        path = app_path(app, "volumes")
         body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
 
         def volume(answer: Any) -> tuple[str, str]:
-            if not isinstance(answer["id"], str):
-                raise ValueError("no id")
-            return answer["id"], str(answer.get("region") or region)
+            return text_in(answer, "id"), str(answer.get("region") or region)
 
         def ours(answer: Any) -> tuple[str, str] | None:
-            listed = [v for v in answer if (v.get("name"), v.get("region")) == ("data", region)]
-            there = [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
-            return there[0] if there else None
+            for listed in answer:
+                is_ours = (listed.get("name"), listed.get("region")) == ("data", region)
+                if is_ours and "destroy" not in str(listed.get("state")):
+                    return volume(listed)
+            return None
 
-        call = path, "create volume", body, volume
-        return await self._make_once(*call, "list volumes", ours, 60)
+        call = f"/apps/{app}/volumes", "create volume", body, volume
+        return await self._make_once(*call, "list volumes", ours)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
         with suppress(UpstreamNotFound):
-            await self._call("DELETE", app_path(app, "volumes", volume_id), "delete volume")
+            await self._call("DELETE", f"/apps/{app}/volumes/{volume_id}", "delete volume")
 
     # Machines
 
@@ -2603,55 +2541,52 @@ class FlyClient:
             launched = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
             return next(launched, None)
 
-        call = app_path(app, "machines"), "create machine", request, parse_machine
+        call = f"/apps/{app}/machines", "create machine", request, parse_machine
         return await self._make_once(*call, "list machines", ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
         """The organisation's machines (without host status), and the regions that Fly could not ask."""
-        call = "GET", f"/orgs/{quote(self._settings.org)}/machines", "list org machines"
         machines: list[Machine] = []
         missing: set[str] = set()
-        cursors = [""]
+        cursors: list[str] = []
+        query = {"limit": "1000"}
 
         def page(answer: Any) -> str:
             machines.extend([parse_machine(entry) for entry in answer["machines"]])
-            missing.update(str(region) for region in answer.get("error_regions") or ())
+            missing.update(map(str, answer.get("error_regions") or ()))
             return str(answer.get("next_cursor") or "")
 
-        while True:
-            query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
-            # A page may be short, or even empty, while more follow.
-            following = await self._call(*call, params=query, timeout_s=60, parse=page)
-            if not following:
-                return machines, sorted(missing)
-            if following in cursors:
-                raise UpstreamUnreadable(
-                    "fly", "list org machines", "a list that goes in circles"
-                )
-            cursors.append(following)
+        call = "GET", f"/orgs/{self._org}/machines", "list org machines", page
+        # A page may be short, or even empty, while more follow.
+        while "" not in cursors:
+            cursors.append(await self._call(*call, params=query, timeout_s=60))
+            query["cursor"] = cursors[-1]
+            if len(set(cursors)) < len(cursors):
+                raise UpstreamUnreadable("fly", call[2], "a list that goes in circles")
+        return machines, sorted(missing)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
-        path = app_path(app, "machines", machine_id)
-        found = await self._call("GET", path, "get machine", parse=parse_machine)
-        return replace(found, app=app)
+        path = f"/apps/{app}/machines/{machine_id}"
+        return replace(await self._call("GET", path, "get machine", parse_machine), app=app)
 
     async def start_machine(self, app: str, machine_id: str) -> None:
         """One attempt: the state is read again before another."""
-        path = app_path(app, "machines", machine_id, "start")
+        path = f"/apps/{app}/machines/{machine_id}/start"
         await self._call("POST", path, "start machine", when=never)
 
     async def suspend_machine(self, app: str, machine_id: str) -> None:
         """One attempt; Fly answers before the machine is frozen."""
-        path = app_path(app, "machines", machine_id, "suspend")
+        path = f"/apps/{app}/machines/{machine_id}/suspend"
         await self._call("POST", path, "suspend machine", when=never)
 
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in RESTING:
-            return await self.start_machine(app, machine.id)
-        path = app_path(app, "machines", machine.id, "restart")
+            await self.start_machine(app, machine.id)
+            return
+        path = f"/apps/{app}/machines/{machine.id}/restart"
         more: Json = {"params": {"timeout": "30s"}, "timeout_s": 90, "when": is_surely_undone}
-        return await self._call("POST", path, "restart machine", **more)
+        await self._call("POST", path, "restart machine", **more)
 
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
@@ -2665,13 +2600,12 @@ class FlyClient:
             found = parse_machine(answer)
             return found if found.instance_id != machine.instance_id else None
 
-        path = app_path(app, "machines", machine.id)
-        call = path, "update machine", body, parse_machine
+        call = f"/apps/{app}/machines/{machine.id}", "update machine", body, parse_machine
         return await self._make_once(*call, "get machine", updated)
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
-        path = app_path(app, "machines", machine_id, "metadata", name)
+        path = f"/apps/{app}/machines/{machine_id}/metadata/{name}"
         await self._call("POST", path, "set metadata", json={"value": value})
 
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
@@ -2679,13 +2613,15 @@ class FlyClient:
 
         `state`: for another one.
         """
-        query = {"state": "started", "timeout": "60"}
-        query |= {name: value for name, value in wanted.items() if value}
-        path = app_path(app, "machines", machine_id, "wait")
-        # Not tried again when the wait ran out: the caller looks at the machine first.
-        more: Json = {"params": query, "timeout_s": 75, "when": is_worth_waiting}
+        given = {name: value for name, value in wanted.items() if value}
+        query = {"state": "started", "timeout": "60", **given}
+
+        def is_worth_it(error: UpstreamError) -> bool:
+            return is_unavailable(error) and error.status != 408  # the caller looks first
+
+        call = "GET", f"/apps/{app}/machines/{machine_id}/wait", "wait for machine"
         try:
-            await self._call("GET", path, "wait for machine", **more)
+            await self._call(*call, params=query, timeout_s=75, when=is_worth_it)
         except UpstreamUnavailable as error:
             if error.status != 408:
                 raise
@@ -2694,9 +2630,8 @@ class FlyClient:
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
-        path = "/tokens/current"
-        answer = await self._call("GET", path, "read token", parse=dict, when=never)
-        return list(answer.get("tokens") or [])
+        call = "GET", "/tokens/current", "read token", dict[str, Any]
+        return list((await self._call(*call, when=never)).get("tokens") or [])
 
 
 # --- Twilio ---
