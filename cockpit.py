@@ -2301,18 +2301,11 @@ def parse_machine(stored: Any) -> Machine:
 
 
 def text_in(stored: Any, name: str) -> str:
-    """A text that must be there; raises ValueError."""
-    if not (isinstance(value := stored.get(name), str) and value):
+    """A name such as may go into a path; raises KeyError, TypeError or ValueError."""
+    value: str = stored[name]
+    if not re.fullmatch("[A-Za-z0-9_-]+", value):
         raise ValueError(f"no {name}")
     return value
-
-
-def kind_of_address(address: Json) -> str:
-    """Fly does not reliably tell a type: Flycast starts with fdaa: (fly-go, IsFlycast)."""
-    ip = str(address.get("ip") or "")
-    if ip.startswith("fdaa:"):
-        return "private_v6"
-    return "shared_v4" if address.get("shared") else "v6" if ":" in ip else "v4"
 
 
 def never(error: UpstreamError) -> bool:
@@ -2403,12 +2396,16 @@ class FlyClient:
         body: Json,
         parse: Callable[[Any], T],
         listing: str,
-        pick: Callable[[Any], T | None],
+        is_ours: Callable[[Any], bool],
     ) -> T:
         """POST exactly once what has no idempotency key.
 
-        After an unknown outcome, `pick` finds it in what a GET of the same path (`listing`) shows.
+        After an unknown outcome it is what `is_ours` of what a GET of the same path (`listing`) shows.
         """
+
+        def pick(answer: Any) -> T | None:
+            entries = answer if isinstance(answer, list) else answer.get("ips", [answer])
+            return next((parse(entry) for entry in entries if is_ours(entry)), None)
 
         async def look() -> T | None:
             for pause_s in (0.2, 1.0):  # lists lag behind writes
@@ -2441,9 +2438,12 @@ class FlyClient:
             is_taken = error.code == "name_taken" or "already been taken" in error.detail.lower()
             if not is_taken and error.status != 409:
                 raise
-            await self._check_ours(app, error)
+            if not await self._is_ours(app):
+                reason = f"the name {app} is taken by somebody else"
+                raise NameTaken("fly", "create app", reason) from error
+            log_event("app_adopted", vm_id=app)
 
-    async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
+    async def _is_ours(self, app: str) -> bool:
         """Made a moment ago by a call whose answer was lost, it may not be visible yet."""
 
         def may_appear(error: UpstreamError) -> bool:
@@ -2453,15 +2453,12 @@ class FlyClient:
             found = await retry(
                 lambda: self.get_app(app), FRESH_APP, self._clock, when=may_appear
             )
-        except UpstreamNotFound:
-            raise taken from None
-        except UpstreamRejected:
-            found = {"network": "another"}
-        slug = object_in(found.get("organization")).get("slug", self._org)
-        if (slug, found.get("network", app)) != (self._org, app):
-            reason = f"the name {app} is taken by somebody else"
-            raise NameTaken("fly", "create app", reason)
-        log_event("app_adopted", vm_id=app)
+        except UpstreamRejected as error:
+            if error.status == 404:
+                raise
+            return False
+        org = object_in(found.get("organization")).get("slug", self._org)
+        return (org, found.get("network", app)) == (self._org, app)
 
     async def list_apps(self) -> set[str]:
         """The names of the organisation's apps."""
@@ -2491,18 +2488,22 @@ class FlyClient:
     async def set_secrets(self, app: str, values: Mapping[str, str]) -> int:
         """Set these in one call, leave others; returns the secrets' version."""
 
-        def version(answer: Any) -> int:
-            return int(answer["version"])
-
-        call = "POST", f"/apps/{app}/secrets", "set secrets", version
+        call = (
+            "POST",
+            f"/apps/{app}/secrets",
+            "set secrets",
+            lambda answer: int(answer["version"]),
+        )
         return await self._call(*call, json={"values": dict(values)}, hide=values.values())
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
         body = {"type": kind} | ({"network": network} if network else {})
 
-        def is_there(answer: Any) -> bool | None:
-            return kind in map(kind_of_address, answer["ips"]) or None
+        def is_there(address: Json) -> bool:
+            ip = str(address["ip"])  # Fly does not reliably tell a type (fly-go, IsFlycast)
+            private, other = ip.startswith("fdaa:"), "v6" if ":" in ip else "shared_v4"
+            return kind == ("private_v6" if private else other)
 
         call = f"/apps/{app}/ip_assignments", "allocate address", body, bool
         await self._make_once(*call, "list addresses", is_there)
@@ -2516,15 +2517,12 @@ class FlyClient:
         def volume(answer: Any) -> tuple[str, str]:
             return text_in(answer, "id"), str(answer.get("region") or region)
 
-        def ours(answer: Any) -> tuple[str, str] | None:
-            for listed in answer:
-                is_ours = (listed.get("name"), listed.get("region")) == ("data", region)
-                if is_ours and "destroy" not in str(listed.get("state")):
-                    return volume(listed)
-            return None
+        def is_ours(listed: Json) -> bool:
+            names = listed.get("name"), listed.get("region")
+            return names == ("data", region) and "destroy" not in str(listed.get("state"))
 
         call = f"/apps/{app}/volumes", "create volume", body, volume
-        return await self._make_once(*call, "list volumes", ours)
+        return await self._make_once(*call, "list volumes", is_ours)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
@@ -2536,13 +2534,11 @@ class FlyClient:
     async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
         """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
 
-        def ours(answer: Any) -> Machine | None:
-            machines = [parse_machine(entry) for entry in answer]
-            launched = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
-            return next(launched, None)
+        def is_ours(listed: Json) -> bool:
+            return parse_machine(listed).metadata.get("cockpit_launch") == launch_id
 
         call = f"/apps/{app}/machines", "create machine", request, parse_machine
-        return await self._make_once(*call, "list machines", ours)
+        return await self._make_once(*call, "list machines", is_ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
         """The organisation's machines (without host status), and the regions that Fly could not ask."""
@@ -2596,12 +2592,11 @@ class FlyClient:
         if machine.instance_id:
             body["current_version"] = machine.instance_id
 
-        def updated(answer: Any) -> Machine | None:
-            found = parse_machine(answer)
-            return found if found.instance_id != machine.instance_id else None
+        def is_new(present: Json) -> bool:
+            return parse_machine(present).instance_id != machine.instance_id
 
         call = f"/apps/{app}/machines/{machine.id}", "update machine", body, parse_machine
-        return await self._make_once(*call, "get machine", updated)
+        return await self._make_once(*call, "get machine", is_new)
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
@@ -7580,19 +7575,12 @@ PAGE_MAX = 1000  # VMs of one answer
 STREAM_BEAT_S = 15.0
 MEDIA_WAKE_S = 10.0
 SILENCE_S = 60.0
-VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
-RESERVED = re.compile(
-    "PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_|OPENSSL_).*"
-)
-CONTROLS = r"\x00-\x1f\x7f-\x9f"
-CONTROL = re.compile(rf"[{CONTROLS}\ud800-\udfff]")
 FLY_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 PICTURE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "Cache-Control": "private",
 }
-PATHS = "/provision, /sms, /messages, /media, /health, /metrics, /openapi.json, / and /events"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -7610,7 +7598,6 @@ class Gateway:
     twilio: TwilioClient
     vms: VmClient
     tasks: Tasks
-    changes: VmChanges = field(init=False)
 
     def __post_init__(self) -> None:
         self.state = RelayState(self.messages, self.clock, self.routes)
@@ -7626,7 +7613,7 @@ class Gateway:
         self.reports = self._make(DeliveryReports)
         self.relay = self._make(Relay)
         self.backfill = self._make(Backfill)
-        self.blueprint = Blueprint(self.settings, self.keyring, self.routes)
+        self.blueprint = self._make(Blueprint)
         self.readiness = self._make(Readiness)
         self.undo = self._make(Undo)
         self.changes = self._make(VmChanges)
@@ -7637,17 +7624,17 @@ class Gateway:
         self.adoption = self._make(Adoption)
         self.sleeper = self._make(Sleeper)
 
-    # For the relay, which is made before `changes`.
+    # For the relay, which is made before those it asks.
 
     def _check_restart(self, vm_id: str) -> None:
         self.changes.check(vm_id)
 
+    async def _stamp(self, vm_id: str) -> None:
+        await self.reconciler.stamp(vm_id)
+
     async def _restart(self, vm_id: str) -> None:
         self.changes.begin(vm_id, "restart")
         await self.routes.commit()
-
-    async def _stamp(self, vm_id: str) -> None:
-        await self.reconciler.stamp(vm_id)
 
     def _make(self, part: type[T], **more: Any) -> T:
         """A part, given those made so far that its fields name, and `more`."""
@@ -7664,6 +7651,17 @@ STRANGERS = web.AppKey("strangers", SparingLog)
 # Errors and keys
 
 
+def json_response(
+    body: Json,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    kind: str = JSON_TYPE,
+) -> web.Response:
+    headers = {"Cache-Control": "no-store", "Content-Type": kind, **(headers or {})}
+    return web.Response(body=to_json(body).encode(), status=status, headers=headers)
+
+
 def problem_of(refusal: Refusal) -> Json:
     """An RFC 9457 problem document."""
     return {
@@ -7677,25 +7675,21 @@ def problem_of(refusal: Refusal) -> Json:
 
 
 def problem_response(refusal: Refusal) -> web.Response:
-    return web.Response(
-        body=to_json(problem_of(refusal)).encode(),
-        status=refusal.status,
-        content_type=PROBLEM_TYPE,
-        headers=refusal.headers,
-    )
+    about: Json = {"status": refusal.status, "headers": refusal.headers}
+    return json_response(problem_of(refusal), kind=PROBLEM_TYPE, **about)
 
 
 def refusal_for_request(error: Exception) -> Refusal:
     """What a caller is told of an error, also of aiohttp's own."""
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        reason = f"{error.method} is not possible here; allowed: {allowed}"
-        return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
-    if isinstance(error, web.HTTPNotFound):
-        return Refusal("not_found", f"there is no such path; there are {PATHS}")
-    if isinstance(error, web.HTTPException):
-        code = "too_large" if isinstance(error, web.HTTPRequestEntityTooLarge) else "malformed"
-        return Refusal(code, error.text or error.reason)
+    match error:
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            headers = {"Allow": allowed}
+            return Refusal("method_not_allowed", f"send one of {allowed}", headers=headers)
+        case web.HTTPNotFound():
+            return Refusal("not_found", "there is no such path; /openapi.json lists them")
+        case web.HTTPException():
+            return Refusal("malformed", error.text or error.reason)
     return refusal_for(error)
 
 
@@ -7704,15 +7698,15 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     """The one place where errors become answers; each request has an id here, Fly's or a new one."""
     given = request.headers.get("Fly-Request-Id", "")
     REQUEST_ID.set(given if FLY_REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}")
-    resource = request.match_info.route.resource
-    call = resource.canonical if resource is not None else "unknown"
     try:
-        check_head(request)
+        # aiohttp bounds the size of a line, and their number.
+        if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
+            raise Refusal("malformed", "the head is larger than 16 KiB; send fewer headers")
         if request.path.startswith("/provision"):  # also what has no such path or method
             require_key(request)
         response = await handler(request)
     except Exception as error:
-        response = answer_error(request, call, error)
+        response = answer_error(request, error)
         error.__traceback__ = None  # it leads to this frame, which holds the request and its body
     if not response.prepared:
         response.headers["X-Request-Id"] = REQUEST_ID.get()
@@ -7721,25 +7715,23 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     return response
 
 
-def answer_error(request: web.Request, call: str, error: Exception) -> web.Response:
+def answer_error(request: web.Request, error: Exception) -> web.Response:
+    found = request.match_info.route.resource
+    call = found.canonical if found is not None else "unknown"
+    about: Json = {"method": request.method, "call": call}
     try:
         refusal = refusal_for_request(error)
     except Exception as unforeseen:
-        log_error("request_failed", exc_info=unforeseen, method=request.method, call=call)
+        log_error("request_failed", exc_info=unforeseen, **about)
         return problem_response(
             Refusal("internal", "something went wrong here; the log says what")
         )
     request.app[METRICS].refusals.add(call, refusal.code)
-    if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
-        warn = log_warning if refusal.status >= 500 else request.app[STRANGERS].warning
-        warn(
-            "request_refused",
-            method=request.method,
-            call=call,
-            status=refusal.status,
-            code=refusal.code,
-            error=redact(refusal.detail),
-        )
+    about |= {"code": refusal.code, "error": redact(refusal.detail)}
+    if refusal.status >= 500:
+        log_warning("request_refused", **about)
+    elif refusal.code in ("unauthorized", "bad_signature"):
+        request.app[STRANGERS].warning("request_refused", **about)
     return problem_response(refusal)
 
 
@@ -7748,12 +7740,14 @@ def bearer_of(request: web.Request) -> str:
     return bearer.strip() if scheme.lower() == "bearer" else ""
 
 
+def key_of(request: web.Request) -> str:
+    return bearer_of(request) or request.headers.get("X-API-Key", "")
+
+
 def has_key(request: web.Request, keys: Iterable[str]) -> bool:
     """Whether the caller sent one of `keys`; every one is compared, in constant time."""
-    given = bearer_of(request) or request.headers.get("X-API-Key", "")
-    encoded = given.encode("utf-8", "surrogateescape")
-    matches = [hmac.compare_digest(key.encode(), encoded) for key in keys]
-    return any(matches)
+    given = key_of(request).encode("utf-8", "surrogateescape")
+    return any([hmac.compare_digest(key.encode(), given) for key in keys])
 
 
 def unauthorized(remedy: str) -> Refusal:
@@ -7762,24 +7756,12 @@ def unauthorized(remedy: str) -> Refusal:
 
 def require_key(request: web.Request) -> None:
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
-        is_given = bearer_of(request) or "X-API-Key" in request.headers
-        fault = "this is not the API key; " if is_given else ""
-        raise unauthorized(
-            f"{fault}send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-        )
+        fault = "this is not the API key; " if key_of(request) else ""
+        remedy = "send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
+        raise unauthorized(fault + remedy)
 
 
-# Heads and bodies
-
-
-def check_head(request: web.Request) -> None:
-    """Refuse over 16 KiB of headers; the size of a line, and their number, aiohttp bounds."""
-    if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
-        reason = (
-            f"the head is larger than {HEAD_BYTES // 1024} KiB; send fewer or shorter headers"
-        )
-        raise Refusal("malformed", reason)
-
+# Bodies
 
 # Of aiohttp's parser in C, and of the one in Python, which it takes where it has no other.
 UNREADABLE_BODY = (web.RequestPayloadError, HttpProcessingError)
@@ -7790,160 +7772,153 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
     if request.content_type != content_type:
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
     if "Content-Encoding" in request.headers:  # what is packed may unfold to any size
-        raise Refusal(
-            "unsupported_media_type", "send the body as it is, without Content-Encoding"
-        )
-    body = b""
+        raise Refusal("unsupported_media_type", "send the body without Content-Encoding")
+    size, body = request.content_length or 0, b""
+    # Small ones come together with their head.
+    is_here = request.content.is_eof()
+    patience = contextlib.nullcontext() if is_here else request.app[CLOCK].time_limit(BODY_S)
     try:
-        if request.content.is_eof():  # it came together with its head, as small ones do
-            body = await request.content.read(limit + 1)
-            if len(body) <= limit:
-                return body
-        elif (request.content_length or 0) <= limit:
-            async with request.app[CLOCK].time_limit(BODY_S):
-                async for chunk in request.content.iter_any():
-                    body += chunk
-                    if len(body) > limit:
-                        break
-                else:
-                    return body
+        async with patience:
+            while size <= limit and (chunk := await request.content.readany()):
+                body += chunk
+                size = max(size, len(body))
     except TimeoutError:
         raise Refusal("malformed", f"the body did not arrive within {BODY_S:g} s") from None
     except (*UNREADABLE_BODY, ConnectionError):
         raise Refusal("malformed", "the body does not arrive as its headers say") from None
-    raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
-
-
-async def read_json(request: web.Request, limit: int) -> Json:
-    raw, where = await read_body(request, limit, JSON_TYPE), ""
-    try:
-        body = json.loads(raw)
-    except json.JSONDecodeError as error:
-        body, where = None, f": {error.msg} in line {error.lineno}, column {error.colno}"
-    except (ValueError, RecursionError):
-        body, where = None, ": it is not UTF-8, or nested too deeply"
-    if not isinstance(body, dict):
-        raise Refusal("malformed", f"the body must be a JSON object{where}")
+    if size > limit:
+        raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
     return body
 
 
-class Field(NamedTuple):
-    """A field of a request: its JSON Schema, and what is told of a value that does not fit it."""
-
-    schema: Json
-    remedy: str = ""  # empty: a check of its own tells more
-    is_required: bool = False
-    place: str = "body"  # or `query`, `header`, `path`
-
-    def fits(self, value: object) -> bool:
-        """Whether the value has the schema's type and pattern."""
-        kind, pattern = JSON_TYPES.get(type(value), "other"), self.schema.get("pattern", "")
-        is_text = pattern and isinstance(value, str)
-        return kind in self.schema["type"] and (
-            not is_text or bool(re.fullmatch(pattern, str(value)))
-        )
+async def read_json(request: web.Request, limit: int) -> Json:
+    raw, fault = await read_body(request, limit, JSON_TYPE), ""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:  # it tells where, in words of Python's own
+        body, fault = None, f": {error}"
+    if not isinstance(body, dict):
+        raise Refusal("malformed", f"the body must be a JSON object{fault}")
+    return body
 
 
-JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
-TEXT: Json = {"type": "string"}
+# A request's fields by their JSON Schema, by which they are both checked and described: what does not
+# fit `must be` as described. `?` marks what may be left out.
+Fields = Mapping[str, Json]
+
+
+def text_like(pattern: str, description: str, **more: Any) -> Json:
+    return {"type": "string", "pattern": f"^{pattern}$", "description": description, **more}
+
+
+TEXT: Json = {"type": "string", "description": "a text"}
 TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 LIST: Json = {"type": "array", "items": {}}
 OBJECT: Json = {"type": "object"}
-FLAG = Field({"type": ["boolean", "null"]}, "must be true or false")
-CREDENTIAL: Json = {
-    "type": "string",
-    "description": f"at most {CREDENTIAL_BYTES // 1024} KiB",
-    "minLength": 1,
-    "maxLength": CREDENTIAL_BYTES,
-    "pattern": f"^[^{CONTROLS}]*$",
-    "writeOnly": True,
-}
-CREDENTIALS = {
-    "github_token": Field(CREDENTIAL, is_required=True),
-    "api_keys": Field(
-        {
-            "type": "object",
-            "description": "environment variables of the VM",
-            "minProperties": 1,
-            "maxProperties": VARIABLES_MAX,
-            "propertyNames": {"pattern": f"^(?!({RESERVED.pattern})$){VARIABLE.pattern}$"},
-            "additionalProperties": CREDENTIAL,
-            "examples": [{"ANTHROPIC_API_KEY": "sk-..."}],
-        },
-        is_required=True,
+FLAG: Json = {"type": ["boolean", "null"], "description": "true or false"}
+CREDENTIAL = text_like(
+    r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+",
+    f"a text of 1 to {CREDENTIAL_BYTES} bytes without control characters or line ends",
+    maxLength=CREDENTIAL_BYTES,
+    writeOnly=True,
+)
+RESERVED = (
+    "PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_|OPENSSL_).*"
+)
+VARIABLES = OBJECT | {
+    "description": f"an object of 1 to {VARIABLES_MAX} environment variables",
+    "minProperties": 1,
+    "maxProperties": VARIABLES_MAX,
+    "propertyNames": text_like(
+        f"(?!({RESERVED})$)[A-Z][A-Z0-9_]{{0,127}}",
+        "named like an environment variable (A-Z, 0-9, _; a letter first) that is not reserved",
     ),
+    "additionalProperties": CREDENTIAL,
+    "examples": [{"ANTHROPIC_API_KEY": "sk-..."}],
 }
-ORDER_FIELDS = {
-    "phone_number": Field(
-        {
-            "type": "string",
-            "description": "E.164; spaces, dots, dashes and parentheses are removed",
-            "pattern": r"^[ .()-]*\+[ .()-]*[1-9]([ .()-]*[0-9]){6,14}[ .()-]*$",
-            "examples": ["+15551234567"],
-        },
-        is_required=True,
+ORDER_FIELDS: Fields = {
+    "phone_number": text_like(
+        r"[ .()-]*\+[ .()-]*[1-9]([ .()-]*[0-9]){6,14}[ .()-]*",
+        "a phone number in E.164 form, such as +15551234567; spaces, dots, dashes, () are removed",
+        examples=["+15551234567"],
     ),
-    **CREDENTIALS,
-    "region": Field(
-        TEXT_OR_NULL | {"pattern": "^[a-z]{2,5}$", "examples": ["iad"]},
-        "must be a Fly region code such as iad",
-    ),
-    "welcome": FLAG,
-    "verify": FLAG,
+    "github_token": CREDENTIAL,
+    "api_keys": VARIABLES,
+    "region?": text_like("[a-z]{2,5}", "a Fly region code such as iad", examples=["iad"])
+    | TEXT_OR_NULL,
+    "welcome?": FLAG,
+    "verify?": FLAG,
 }
-NEW_CREDENTIALS = {name: Field(given.schema) for name, given in CREDENTIALS.items()}
-IMAGE_TEXT: Json = TEXT | {"pattern": f"^{IMAGE_PATH.pattern}$"}
-IMAGE: Json = {"type": "object", "properties": {"url": IMAGE_TEXT}, "required": ["url"]}
-VM_MESSAGE = {
-    "text": Field(TEXT | {"description": "not blank, unless there are images"}, "must be a text"),
-    "images": Field(
-        LIST
-        | {
-            "items": {"anyOf": [IMAGE_TEXT, IMAGE]},
-            "maxItems": MAX_IMAGES,
-            "examples": [["/images/chart.png"]],
-        }
-    ),
+NEW_CREDENTIALS: Fields = {"github_token?": CREDENTIAL, "api_keys?": VARIABLES}
+VM_MESSAGE: Fields = {
+    "text?": TEXT,
+    "images?": LIST
+    | {
+        "description": f'at most {MAX_IMAGES} images of this VM, such as [{{"url": "/images/a.png"}}]',
+        "items": text_like(IMAGE_PATH.pattern, "its path, or an object with it as url"),
+        "maxItems": MAX_IMAGES,
+        "examples": [["/images/chart.png"]],
+    },
 }
-PAGING = {
-    "limit": Field(
-        {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": 100}, place="query"
-    ),
-    "after": Field(TEXT, place="query"),
+PAGING: Fields = {
+    "limit?": {
+        "type": "integer",
+        "description": f"a whole number from 1 to {PAGE_MAX}",
+        "minimum": 1,
+        "maximum": PAGE_MAX,
+    },
+    "after?": TEXT,
 }
-PATH_PART = Field(TEXT, is_required=True, place="path")
-NO_WAIT = {"Prefer": Field(TEXT | {"examples": ["respond-async"]}, place="header")}
-ONCE = {"Idempotency-Key": Field(TEXT | {"maxLength": 128}, place="header")}
-TWILIO_FORM = {
-    "X-Twilio-Signature": Field(TEXT, is_required=True, place="header"),
-    "MessageSid": Field(TEXT | {"pattern": f"^{MESSAGE_SID.pattern}$"}, is_required=True),
-    "AccountSid": Field(TEXT, is_required=True),
+TWILIO_FORM: Fields = {
+    "MessageSid": text_like(MESSAGE_SID.pattern, "the text's"),
+    "AccountSid": TEXT,
 }
+JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object"}
+JSON_TYPES[type(None)] = "null"
+# The words of JSON Schema used above, the type first: the others need not ask for it again.
+WORDS: dict[str, Callable[[Any, Any], object]] = {
+    "type": lambda value, kinds: JSON_TYPES.get(type(value), "number") in kinds,
+    "pattern": lambda value, pattern: value is None or re.fullmatch(pattern, value),
+    "maxLength": lambda value, most: len(value.encode()) <= most,
+    "minimum": lambda value, least: value >= least,
+    "maximum": lambda value, most: value <= most,
+    "minProperties": lambda value, least: len(value) >= least,
+    "maxProperties": lambda value, most: len(value) <= most,
+    "maxItems": lambda value, most: len(value) <= most,
+    "items": lambda value, schema: all(fits(one, schema) for one in value),
+}
+
+
+def fits(value: Any, schema: Json) -> bool:
+    """Whether a value is as its JSON Schema says."""
+    return all(is_so(value, schema[word]) for word, is_so in WORDS.items() if word in schema)
 
 
 class FieldErrors:
     """Collects what is wrong with a request's fields, so that all is told at once."""
 
-    def __init__(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
+    def __init__(self, values: Mapping[str, Any], fields: Fields) -> None:
         self.errors: list[Json] = []
-        for name in sorted(set(body) - set(fields)):
+        schemas = {name.rstrip("?"): schema for name, schema in fields.items()}
+        for name in sorted(values.keys() - schemas):
             self.add(redact(name)[:100], "is not a field of this request; leave it out")
-        for name, wanted in fields.items():
-            if name not in body and wanted.is_required:
+        for name, schema in schemas.items():
+            if name in values:
+                self._compare(name, values[name], schema)
+            elif name in fields:
                 self.add(name, "is required")
-            elif name in body and wanted.remedy and not wanted.fits(body[name]):
-                self.add(name, wanted.remedy)
+
+    def _compare(self, name: str, value: Any, schema: Json) -> None:
+        if not fits(value, schema):
+            self.add(name, f"must be {schema['description']}")
+        elif inner := schema.get("additionalProperties"):
+            for key, one in value.items():
+                label = f"{name}.{redact(key)[:100]}"
+                self._compare(label, key, schema["propertyNames"])
+                self._compare(label, one, inner)
 
     def add(self, name: str, message: str) -> None:
         self.errors.append({"field": name, "message": message})
-
-    def credential(self, name: str, value: object) -> None:
-        if not isinstance(value, str) or not value:
-            self.add(name, "must be a text that is not empty")
-        elif CONTROL.search(value):
-            self.add(name, "must not hold control characters, such as a line end")
-        elif len(value.encode()) > CREDENTIAL_BYTES:
-            self.add(name, f"must not be longer than {CREDENTIAL_BYTES // 1024} KiB")
 
     def check(self) -> None:
         if self.errors:
@@ -7952,63 +7927,30 @@ class FieldErrors:
             raise Refusal("invalid_request", reason, errors=self.errors)
 
 
-def check_credentials(body: Json, errors: FieldErrors) -> dict[str, str]:
+def credentials_in(body: Json) -> dict[str, str]:
     """The environment variables that `github_token` and `api_keys` ask for."""
-    credentials: dict[str, str] = {}
-    if "github_token" in body:
-        errors.credential("github_token", body["github_token"])
-        credentials["GITHUB_TOKEN"] = body["github_token"]
-    keys = body.get("api_keys", {})
-    if not isinstance(keys, dict) or ("api_keys" in body and not 1 <= len(keys) <= VARIABLES_MAX):
-        form = f"must be an object of 1 to {VARIABLES_MAX} environment variables, such as "
-        errors.add("api_keys", form + '{"ANTHROPIC_API_KEY": "..."}')
-        return credentials
-    for name, value in keys.items():
-        label = f"api_keys.{redact(name)[:100]}"
-        if not VARIABLE.fullmatch(name):
-            form = "must be named like an environment variable: A-Z, 0-9 and _, a letter first"
-            errors.add(label, form)
-        elif RESERVED.fullmatch(name):
-            errors.add(label, "is a reserved name; choose another")
-        else:
-            errors.credential(label, value)
-    return credentials | keys
-
-
-def check_phone(given: object, settings: Settings, errors: FieldErrors) -> str:
-    try:
-        if not isinstance(given, str):
-            raise ValueError('must be a text such as "+15551234567"')
-        phone = normalise_phone(given)
-        if phone == settings.twilio.phone_number:
-            raise ValueError("is this gateway's own number; give the engineer's")
-    except ValueError as error:
-        errors.add("phone_number", str(error))
-        return ""
-    return phone
+    token = {"GITHUB_TOKEN": body["github_token"]} if "github_token" in body else {}
+    return {**token, **body.get("api_keys", {})}
 
 
 def parse_order(body: Json, settings: Settings) -> Order:
-    """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
+    """A sign-up; raises Refusal naming each field that is wrong."""
     errors = FieldErrors(body, ORDER_FIELDS)
-    phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
-    credentials = check_credentials(body, errors)
-    region = body.get("region")
-    flags = {"welcome": False, "verify": settings.gateway.verify_phone}
-    flags |= {name: body[name] for name in flags if isinstance(body.get(name), bool)}
     errors.check()
-    return Order(phone=phone, credentials=credentials, region=region or "", **flags)
-
-
-def json_response(
-    body: Json, *, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=to_json(body).encode(),
-        status=status,
-        content_type=JSON_TYPE,
-        headers={"Cache-Control": "no-store", **(headers or {})},
+    phone, verify = normalise_phone(body["phone_number"]), body.get("verify")
+    if phone == settings.twilio.phone_number:
+        errors.add("phone_number", "is this gateway's own number; give the engineer's")
+        errors.check()
+    return Order(
+        phone=phone,
+        credentials=credentials_in(body),
+        region=body.get("region") or "",
+        welcome=bool(body.get("welcome")),
+        verify=settings.gateway.verify_phone if verify is None else verify,
     )
+
+
+# Answers
 
 
 def accepts(request: web.Request, kind: str) -> bool:
@@ -8036,19 +7978,19 @@ def server_sent(event: str, data: Json) -> bytes:
 def vm_record(gateway: Gateway, vm_id: str) -> Json:
     """The VM record with what only the relay knows; raises Refusal."""
     record = gateway.provisioner.record(vm_id)
-    vm = gateway.relay.vms.get(record["vm_id"])
-    change = gateway.changes.running.get(record["vm_id"])
-    is_up = record["state"] in ("ready", "asleep")
-    if is_up and change:
-        record |= {"state": "away", "step": change.what}
-    elif is_up and vm and vm.away_since is not None:
-        record |= {"state": "away"}
-    if found := gateway.routes.find(record["vm_id"]):
-        record |= {"awake_s": found[1].awake_for(gateway.clock.now())}
-        if not found[1].is_paired:
-            record |= {"pairing_code": gateway.keyring.pairing_codes(found[1])[0]}
+    vm_id = record["vm_id"]
+    vm, route = gateway.relay.vms.get(vm_id), gateway.routes.of(vm_id)
+    if record["state"] in ("ready", "asleep"):
+        if change := gateway.changes.running.get(vm_id):
+            record |= {"state": "away", "step": change.what}
+        elif vm and vm.away_since is not None:
+            record["state"] = "away"
+    if route:
+        record["awake_s"] = route.awake_for(gateway.clock.now())
+        if not route.is_paired:
+            record["pairing_code"] = gateway.keyring.pairing_codes(route)[0]
     if vm and vm.error and not record["last_error"]:
-        record |= {"last_error": vm.error}
+        record["last_error"] = vm.error
     return record
 
 
@@ -8071,17 +8013,14 @@ def location_of(gateway: Gateway, vm_id: str) -> str:
 async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
     """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
     gateway = request.app[GATEWAY]
-    headers = {"Location": location_of(gateway, work.vm_id)}
-    preferences = ",".join(request.headers.getall("Prefer", []))
-    if "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]:
+    status = 201 if isinstance(work, Provisioning) else 200
+    if "respond-async" in ",".join(request.headers.getall("Prefer", ())).lower():
         await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
-        headers["Preference-Applied"] = "respond-async"
-        return json_response(vm_record(gateway, work.vm_id), status=202, headers=headers)
-    await work.outcome()
-    record = vm_record(gateway, work.vm_id)
-    if isinstance(work, VmChange):
-        return json_response(record)
-    return json_response(record, status=201, headers=headers)
+        status = 202
+    else:
+        await work.outcome()
+    headers = {"Location": location_of(gateway, work.vm_id)}
+    return json_response(vm_record(gateway, work.vm_id), status=status, headers=headers)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:
@@ -8095,10 +8034,9 @@ async def post_provision(request: web.Request) -> web.StreamResponse:
 
 async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.StreamResponse:
     """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
-    gateway = request.app[GATEWAY]
+    gateway, vm_id, sent = request.app[GATEWAY], provisioning.vm_id, 0
     response = event_stream()
-    response.headers["Location"] = location_of(gateway, provisioning.vm_id)
-    sent = 0
+    response.headers["Location"] = location_of(gateway, vm_id)
     assert provisioning.task is not None
     with suppress(ConnectionError):
         await response.prepare(request)
@@ -8116,7 +8054,7 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
                 await response.write(b": still working\n\n")
         try:
             await provisioning.outcome()
-            last = server_sent("ready", vm_record(gateway, provisioning.vm_id))
+            last = server_sent("ready", vm_record(gateway, vm_id))
         except Refusal as refusal:
             last = server_sent("failed", problem_of(refusal))
         await response.write(last)
@@ -8125,16 +8063,15 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
 
 
 async def get_provisions(request: web.Request) -> web.Response:
-    gateway, errors = request.app[GATEWAY], FieldErrors(request.query, PAGING)
-    raw, after = request.query.get("limit", "100"), request.query.get("after", "")
-    if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= PAGE_MAX:
-        errors.add("limit", f"must be a whole number from 1 to {PAGE_MAX}")
-    errors.check()
-    limit = int(raw)
-    vm_ids = vm_ids_after(gateway.routes, after, limit + 1)
-    following = vm_ids[limit - 1] if len(vm_ids) > limit else None
-    vms = [vm_record(gateway, vm_id) for vm_id in vm_ids[:limit]]
-    return json_response({"vms": vms, "next": following})
+    gateway = request.app[GATEWAY]
+    asked: Json = {"limit": "100", "after": "", **request.query}
+    if re.fullmatch("[0-9]{1,4}", asked["limit"]):
+        asked["limit"] = int(asked["limit"])
+    FieldErrors(asked, PAGING).check()
+    vm_ids = vm_ids_after(gateway.routes, asked["after"], asked["limit"] + 1)
+    here = vm_ids[: asked["limit"]]
+    vms = [vm_record(gateway, vm_id) for vm_id in here]
+    return json_response({"vms": vms, "next": here[-1] if len(vm_ids) > len(here) else None})
 
 
 async def get_provision(request: web.Request) -> web.Response:
@@ -8174,11 +8111,10 @@ async def lock_vm(request: web.Request) -> web.Response:
 async def patch_provision(request: web.Request) -> web.Response:
     body = await read_json(request, PROVISION_BODY_BYTES)
     errors = FieldErrors(body, NEW_CREDENTIALS)
-    credentials = check_credentials(body, errors)
     if not body:
         errors.add("github_token", "give this, api_keys, or both")
     errors.check()
-    return await change_vm(request, "rotate", **credentials)
+    return await change_vm(request, "rotate", **credentials_in(body))
 
 
 # Texts
@@ -8195,21 +8131,18 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
         raise Refusal("malformed", "the body is not a form in UTF-8") from None
     header = request.headers.get("X-Twilio-Signature")
     url = settings.gateway.public_url + request.raw_path
-    matches = [is_signed(token, url, pairs, header) for token in twilio.auth_tokens]
+    is_ours = any(is_signed(token, url, pairs, header) for token in twilio.auth_tokens)
     # A webhook signed with a SharedKey names it in this header; none is configured here.
-    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any(matches):
-        remedy = (
-            "PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's"
-        )
+    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not is_ours:
+        remedy = "check that PUBLIC_URL is what Twilio calls, and TWILIO_AUTH_TOKEN"
         raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
-    are_usual = all(MESSAGE_SID.fullmatch(sid) for sid in sids)
-    if not (are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)):
-        reason = "signed, but its fields are not named or numbered as Twilio does"
+    are_usual = all(map(MESSAGE_SID.fullmatch, sids))
+    are_usual = are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)
+    if not are_usual or ("AccountSid", twilio.account_sid) not in pairs:
+        reason = "signed, but not named as Twilio does, or of another than TWILIO_ACCOUNT_SID"
         raise Refusal("bad_signature", reason)
-    if ("AccountSid", twilio.account_sid) not in pairs:
-        raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
 
 
@@ -8229,9 +8162,8 @@ async def post_sms_status(request: web.Request) -> web.Response:
 def require_vm(request: web.Request) -> tuple[str, Route]:
     """The phone and route of the VM whose token this request carries; raises Refusal."""
     gateway = request.app[GATEWAY]
-    vm_id = gateway.keyring.vm_of_token(bearer_of(request))
-    found = gateway.routes.find(vm_id) if vm_id else None
-    if found is None or found[1].vm_id != vm_id or found[1].state == "failed":
+    found = gateway.routes.find(gateway.keyring.vm_of_token(bearer_of(request)) or "")
+    if found is None or found[1].state == "failed":
         remedy = "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`"
         raise unauthorized(f"{remedy}; it is refused once the VM is gone")
     return found
@@ -8241,24 +8173,18 @@ async def post_messages(request: web.Request) -> web.Response:
     """A VM texts its own owner, unasked."""
     phone, route = require_vm(request)
     body = await read_json(request, MESSAGE_BODY_BYTES)
-    errors = FieldErrors(body, VM_MESSAGE)
-    words, listed = body.get("text", ""), body.get("images", [])
-    paths = []
-    for image in listed if isinstance(listed, list) else [None]:
-        path = image.get("url") if isinstance(image, dict) else image
-        paths.append(path if isinstance(path, str) else "")
-    if len(paths) > MAX_IMAGES or not all(map(IMAGE_PATH.fullmatch, paths)):
-        form = '[{"url": "/images/chart.png"}]'
-        errors.add("images", f"must be at most {MAX_IMAGES} images of this VM, such as {form}")
+    if isinstance(images := body.get("images", []), list):
+        images = [object_in(image).get("url", image) for image in images]
+    errors = FieldErrors({**body, "images": images}, VM_MESSAGE)
     errors.check()
-    words = clean_text(words).strip("\n")
-    words = words if words.strip() else ""
-    if not words and not paths:
+    words = clean_text(body.get("text", ""))
+    words = words.strip("\n") if words.strip() else ""
+    if not (words or images):
         errors.add("text", "must hold something to say, unless there are images")
         errors.check()
     relay = request.app[GATEWAY].relay
     key = request.headers.get("Idempotency-Key", "")[:128]
-    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths), key)
+    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(images), key)
     return json_response({"id": message_id}, status=202)
 
 
@@ -8276,23 +8202,18 @@ async def get_media(request: web.Request) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     vm_id, path = gateway.keyring.open_link(request.match_info["signed"], gateway.clock.now())
     found = gateway.routes.find(vm_id)
-    if found is None or found[1].state == "failed":
-        raise Refusal("not_found", "the VM that this link is about is gone")
-    is_image = IMAGE_PATH.fullmatch(path) is not None
-    if not (is_image or gateway.twilio.is_media(path)):
-        raise Refusal("not_found", "this link is not about a picture")
-    if is_image and found[1].state == "asleep":
-        vm = gateway.state.vm(vm_id, found[0])
+    is_image = bool(IMAGE_PATH.fullmatch(path))
+    if not found or found[1].state == "failed" or not (is_image or gateway.twilio.is_media(path)):
+        raise Refusal("not_found", "this is no link to a picture, or its VM is gone")
+    phone, route = found
+    if is_image and route.state == "asleep":
+        vm = gateway.state.vm(vm_id, phone)
         if not await gateway.waker.rouse(vm, within_s=MEDIA_WAKE_S):
             raise Refusal("fly_unavailable", "the VM sleeps and is being woken; try again")
+    vms, twilio = gateway.vms, gateway.twilio
     response = web.StreamResponse(headers=PICTURE_HEADERS)
     try:
-        opened = (
-            gateway.vms.open_image(found[1], path)
-            if is_image
-            else gateway.twilio.open_media(path)
-        )
-        async with opened as source:
+        async with vms.open_image(route, path) if is_image else twilio.open_media(path) as source:
             await pass_on(request, source, response, pictures_only=is_image)
     except (aiohttp.ClientError, OSError) as error:
         if not response.prepared:
@@ -8313,8 +8234,7 @@ async def pass_on(
 ) -> None:
     """Stream what is fetched, at most 5 MB of it, as what its first bytes say it is; raises Refusal."""
     size = source.content_length
-    is_packed = "Content-Encoding" in source.headers
-    if source.status != HTTPStatus.OK or is_packed or (size or 0) > MAX_IMAGE_BYTES:
+    if source.status != HTTPStatus.OK or (size or 0) > MAX_IMAGE_BYTES:
         raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
     chunk = b""
     while len(chunk) < 8 and (more := await source.content.readany()):
@@ -8357,29 +8277,34 @@ class Alert(NamedTuple):
 
 
 def alerts(gateway: Gateway) -> list[Alert]:
+    routes, fly, twilio = gateway.routes, gateway.fly, gateway.twilio
     found = [
-        Alert("disk", gateway.routes.trouble),
-        Alert("disk", gateway.messages.trouble),
-        Alert("twilio", gateway.twilio.trouble),
-        Alert("fly", gateway.fly.trouble),
-        Alert("routes", gateway.routes.closed_because),
-        *(Alert("fly", words) for words in gateway.reconciler.alerts),
+        ("disk", routes.trouble),
+        ("disk", gateway.messages.trouble),
+        ("twilio", twilio.trouble),
+        ("fly", fly.trouble),
+        ("routes", routes.closed_because),
+        *(("fly", words) for words in gateway.reconciler.alerts),
     ]
     now = gateway.clock.monotonic()
-    for kind, api in (("fly", gateway.fly.api), ("twilio", gateway.twilio.api)):
-        silent_s = now - api.silent_since if api.silent_since is not None else 0.0
-        if silent_s > SILENCE_S:
-            found.append(
-                Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s")
-            )
+    for kind, since in (("fly", fly.api.silent_since), ("twilio", twilio.api.silent_since)):
+        if since is not None and now - since > SILENCE_S:
+            words = f"{kind.capitalize()} has not answered for {now - since:.0f} s"
+            found.append((kind, words))
     if closed := gateway.door.closed_vms():
         named = ", ".join(closed[:5]) + ", ..." * (len(closed) > 5)
         remedy = "POST /provision/{vm_id}/lock gives a new code"
         words = f"no pairing code is accepted for a while, too many were wrong: {named}; {remedy}"
-        found.append(Alert("routes", words))
-    if count := len(gateway.routes.undo):
-        found.append(Alert("fly", f"{count} VMs are being deleted; Fly has not confirmed yet"))
-    return [alert for alert in found if alert.words]
+        found.append(("routes", words))
+    if routes.undo:
+        words = f"{len(routes.undo)} VMs are being deleted; Fly has not confirmed yet"
+        found.append(("fly", words))
+    return [Alert(kind, words) for kind, words in found if words]
+
+
+def gauge(name: str, meaning: str, value: float) -> Gauge:
+    kind = "counter" if name.endswith("_total") else "gauge"
+    return Gauge(name, meaning, {"": value}, kind=kind)
 
 
 async def get_metrics(request: web.Request) -> web.Response:
@@ -8387,24 +8312,16 @@ async def get_metrics(request: web.Request) -> web.Response:
     token = gateway.settings.gateway.metrics_token
     if token and not has_key(request, [token]):
         raise unauthorized("send METRICS_TOKEN as `Authorization: Bearer TOKEN`")
-    relay, awake_s = gateway.relay, round(gateway.routes.awake_seconds())
-    plain = (
-        ("texts_waiting", "Texts accepted and not yet finished.", relay.waiting()),
-        (
-            "oldest_waiting_seconds",
-            "Age of the text that waits longest.",
-            relay.oldest_waiting_s(),
-        ),
-        ("messages_waiting", "Messages to be sent, not yet taken by Twilio.", relay.sending()),
-        ("oldest_message_seconds", "Age of the oldest of them.", relay.oldest_sending_s()),
-        ("troubles", "Troubles that /health names.", len(alerts(gateway))),
-        ("draining", "1 while shutting down.", relay.is_draining),
-    )
-    awake = "vm_awake_seconds_total", "Time VMs were awake, all told.", {"": awake_s}
+    relay, routes = gateway.relay, gateway.routes
     gauges = [
         Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
-        *(Gauge(name, meaning, {"": value}) for name, meaning, value in plain),
-        Gauge(*awake, kind="counter"),
+        gauge("texts_waiting", "Texts accepted and not yet finished.", relay.waiting()),
+        gauge("oldest_waiting_seconds", "Age of the oldest of them.", relay.oldest_waiting_s()),
+        gauge("messages_waiting", "Messages not yet taken by Twilio.", relay.sending()),
+        gauge("oldest_message_seconds", "Age of the oldest of them.", relay.oldest_sending_s()),
+        gauge("troubles", "Troubles that /health names.", len(alerts(gateway))),
+        gauge("draining", "1 while shutting down.", relay.is_draining),
+        gauge("vm_awake_seconds_total", "Time VMs were awake.", round(routes.awake_seconds())),
     ]
     kind = "text/plain; version=0.0.4; charset=utf-8"
     headers = {"Content-Type": kind, "Cache-Control": "no-store"}
@@ -8413,18 +8330,17 @@ async def get_metrics(request: web.Request) -> web.Response:
 
 async def get_health(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    is_draining = gateway.relay.is_draining
-    found = alerts(gateway)
+    relay, found = gateway.relay, alerts(gateway)
     is_known = has_key(request, gateway.settings.gateway.api_keys)
     kinds = sorted({alert.kind for alert in found})
     body = {
-        "status": "draining" if is_draining else "ok",
+        "status": "draining" if relay.is_draining else "ok",
         "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
-        "waiting": gateway.relay.waiting(),
-        "sending": gateway.relay.sending(),
+        "waiting": relay.waiting(),
+        "sending": relay.sending(),
         "troubles": [alert.words for alert in found] if is_known else kinds,
     }
-    return json_response(body, status=503 if is_draining else 200)
+    return json_response(body, status=503 if relay.is_draining else 200)
 
 
 # --- Page ---
@@ -9307,18 +9223,29 @@ followThread();
 #
 # The table of the HTTP interface, and /openapi.json made of it.
 
-SCHEMAS = "#/components/schemas/"
 STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
 
 
-def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
+def object_schema(fields: Fields, **more: Any) -> Json:
+    """Of fields by name; `?` marks one that is not always there."""
     properties = {name.rstrip("?"): schema for name, schema in fields.items()}
     required = [name for name in fields if not name.endswith("?")]
     return OBJECT | {"properties": properties, "required": required, **more}
 
 
-# The fields of answers; one with `?` is not always there.
-ANSWERS: dict[str, dict[str, Json]] = {
+def content_of(schema: str, kind: str = JSON_TYPE) -> Json:
+    """A body that is one of ANSWERS."""
+    return {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+
+
+def parameter(place: str, name: str, schema: Json = TEXT) -> Json:
+    is_required = not name.endswith("?")
+    return {"in": place, "name": name.rstrip("?"), "required": is_required, "schema": schema}
+
+
+RECORD = content_of("VM")
+ANY_JSON: Json = {JSON_TYPE: {}}
+ANSWERS: dict[str, Fields] = {
     "VM": {
         **dict.fromkeys(("vm_id", "phone_number"), TEXT),
         **dict.fromkeys(("machine_id", "vm_url", "region", "image", "step"), TEXT_OR_NULL),
@@ -9330,7 +9257,7 @@ ANSWERS: dict[str, dict[str, Json]] = {
         "paired": {"type": "boolean"},
         "pairing_code?": TEXT,
     },
-    "VMs": {"vms": LIST | {"items": {"$ref": SCHEMAS + "VM"}}, "next": TEXT_OR_NULL},
+    "VMs": {"vms": LIST | {"items": RECORD[JSON_TYPE]["schema"]}, "next": TEXT_OR_NULL},
     "Problem": {
         **dict.fromkeys(("type", "title", "detail", "vm_id?"), TEXT),
         "status": {"type": "integer"},
@@ -9338,30 +9265,12 @@ ANSWERS: dict[str, dict[str, Json]] = {
         "errors?": LIST | {"items": object_schema({"field": TEXT, "message": TEXT})},
     },
 }
+PROBLEM = {"description": "a problem (RFC 9457)", "content": content_of("Problem", PROBLEM_TYPE)}
 BEARER = {"type": "http", "scheme": "bearer"}
-KEYS: dict[str, Json] = {
+KEYS: Json = {
     **dict.fromkeys(("api_key", "vm_token", "metrics_token"), BEARER),
     "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-API_KEY = ("api_key", "x_api_key")
-# Codes that come together.
-EVERYWHERE = "malformed forbidden internal"
-BODY_CODES = "malformed too_large unsupported_media_type"
-FIELD_CODES = f"{BODY_CODES} invalid_request"
-FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
-CHANGE_CODES = f"unknown_vm wrong_state {FLY_CODES}"
-WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
-
-
-def content_of(kinds: str) -> Json:
-    """Bodies by media type; what is no media type is one of ANSWERS, as JSON."""
-    found: Json = {}
-    for kind in kinds.split():
-        if "/" in kind:
-            found[kind] = {}
-        else:
-            found[JSON_TYPE] = {"schema": {"$ref": SCHEMAS + kind}}
-    return found
 
 
 class Call(NamedTuple):
@@ -9370,10 +9279,10 @@ class Call(NamedTuple):
     name: str  # method and path
     handler: Handler
     summary: str
-    answers: Mapping[int, str]  # by status, as `content_of` reads them
-    codes: str = ""  # of STATUS_OF, beside those of EVERYWHERE and what a key leads to
-    fields: Mapping[str, Field] = {}
-    keys: Sequence[str] = API_KEY  # any opens it, else it is `unauthorized`; "": so may none
+    answers: Mapping[int, Json]  # their content; whatever else is answered is a problem
+    fields: Mapping[str, Json] = {}  # of the body
+    parameters: Sequence[Json] = ()
+    keys: Sequence[str] = ("api_key", "x_api_key")  # any opens it; "": so may none
 
     def route(self) -> web.RouteDef:
         method, path = self.name.split()
@@ -9381,45 +9290,22 @@ class Call(NamedTuple):
 
     def operation(self) -> Json:
         """The call as OpenAPI describes it."""
-        fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
+        parts = re.findall("{(.*?)}", self.name)
         described: Json = {
-            "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
             "summary": self.summary,
             "security": [{key: []} if key else {} for key in self.keys],
-            "parameters": [
-                {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
-                for name, one in fields.items()
-                if one.place != "body"
-            ],
-            "responses": self.responses(),
+            "parameters": [*(parameter("path", part) for part in parts), *self.parameters],
+            "responses": {"default": PROBLEM},
         }
-        body = {
-            name + "?" * (not one.is_required): one.schema
-            for name, one in fields.items()
-            if one.place == "body"
-        }
-        if body:
+        for status, content in self.answers.items():
+            answer = {"description": HTTPStatus(status).phrase, "content": content}
+            described["responses"][str(status)] = answer
+        if self.fields:
             is_form = self.fields is TWILIO_FORM  # Twilio adds fields as it likes
-            schema = object_schema(body, additionalProperties=is_form, minProperties=1)
+            schema = object_schema(self.fields, additionalProperties=is_form, minProperties=1)
             kind = FORM_TYPE if is_form else JSON_TYPE
             described["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
         return described
-
-    def responses(self) -> Json:
-        """What is answered, by status; of a refusal the codes."""
-        found: Json = {
-            str(status): {"description": HTTPStatus(status).phrase, "content": content_of(kinds)}
-            for status, kinds in self.answers.items()
-        }
-        by_status: dict[int, list[str]] = {}
-        usual = EVERYWHERE + " unauthorized" * bool(self.keys)
-        for code in dict.fromkeys(f"{self.codes} {usual}".split()):
-            by_status.setdefault(STATUS_OF[code], []).append(code)
-        for status, codes in by_status.items():
-            schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
-            content = {PROBLEM_TYPE: {"schema": schema}}
-            found[str(status)] = {"description": ", ".join(codes), "content": content}
-        return found
 
 
 def describe_api(calls: Iterable[Call], url: str) -> Json:
@@ -9439,98 +9325,64 @@ def describe_api(calls: Iterable[Call], url: str) -> Json:
 
 
 async def get_openapi(request: web.Request) -> web.Response:
-    url = request.app[SETTINGS].gateway.public_url
-    return web.Response(body=openapi(url), content_type=JSON_TYPE)
-
-
-@functools.cache
-def openapi(url: str) -> bytes:
-    """The document, made when it is first asked for."""
-    return to_json(describe_api(CALLS, url)).encode()
+    return json_response(describe_api(CALLS, request.app[SETTINGS].gateway.public_url))
 
 
 VM_PATH = "/provision/{vm_id}"
 RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
-CHANGED = {200: "VM", 202: "VM"}
+NO_WAIT = (parameter("header", "Prefer?", TEXT | {"examples": ["respond-async"]}),)
+ONCE = (parameter("header", "Idempotency-Key?", TEXT | {"maxLength": 128}),)
+SIGNED = (parameter("header", "X-Twilio-Signature"),)
+LISTED = [parameter("query", name, schema) for name, schema in PAGING.items()]
+CHANGED, ONE, SOME = {200: RECORD, 202: RECORD}, {200: RECORD}, {200: ANY_JSON}
+IMAGES: Json = {f"image/{kind}": {} for kind in ("png", "jpeg", "gif")}
+IMAGES["application/octet-stream"] = {}
+MADE = {200: {SSE_TYPE: {}}, 201: RECORD, 202: RECORD}
+PAGES: Json = {"text/html": {}, "text/plain": {}}
 # The HTTP interface; /openapi.json is made of this.
 CALLS = (
+    Call("POST /provision", post_provision, "Make a VM", MADE, ORDER_FIELDS, NO_WAIT),
+    Call("GET /provision", get_provisions, "VMs, by vm_id", {200: content_of("VMs")}, {}, LISTED),
+    Call(f"GET {VM_PATH}", get_provision, "One VM", ONE),
+    Call(f"PATCH {VM_PATH}", patch_provision, "Replace keys", CHANGED, NEW_CREDENTIALS, NO_WAIT),
+    Call(f"DELETE {VM_PATH}", delete_provision, "Tear down", {202: RECORD, 204: {}}),
+    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, {}, NO_WAIT),
+    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, {}, NO_WAIT),
+    Call(f"POST {VM_PATH}/lock", lock_vm, "Run nothing until the new code is texted", ONE),
     Call(
-        "POST /provision",
-        post_provision,
-        "Make a VM for a phone",
-        {200: SSE_TYPE, 201: "VM", 202: "VM"},
-        f"{FIELD_CODES} {FLY_CODES} unknown_vm phone_taken vm_limit too_many vm_unreachable",
-        ORDER_FIELDS | NO_WAIT,
+        "POST /sms", post_sms, "Twilio: a text", {200: {"text/xml": {}}}, TWILIO_FORM, SIGNED, ()
     ),
     Call(
-        "GET /provision", get_provisions, "VMs, by vm_id", {200: "VMs"}, "invalid_request", PAGING
-    ),
-    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unknown_vm"),
-    Call(
-        f"PATCH {VM_PATH}",
-        patch_provision,
-        "Replace credentials, restart",
-        CHANGED,
-        f"{FIELD_CODES} {CHANGE_CODES}",
-        NEW_CREDENTIALS | NO_WAIT,
-    ),
-    Call(
-        f"DELETE {VM_PATH}",
-        delete_provision,
-        "Tear down",
-        {202: "VM", 204: ""},
-        "unknown_vm storage",
-    ),
-    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
-    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
-    Call(
-        f"POST {VM_PATH}/lock",
-        lock_vm,
-        "Run nothing until the new code is texted",
-        {200: "VM"},
-        "unknown_vm wrong_state storage",
-    ),
-    Call(
-        "POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM, ()
-    ),
-    Call(
-        "POST /sms/status",
-        post_sms_status,
-        "Twilio: a delivery",
-        {204: ""},
-        WEBHOOK_CODES,
-        TWILIO_FORM,
-        (),
+        "POST /sms/status", post_sms_status, "Twilio: its end", {204: {}}, TWILIO_FORM, SIGNED, ()
     ),
     Call(
         "POST /messages",
         post_messages,
         "A VM texts its owner",
-        {202: JSON_TYPE},
-        f"{FIELD_CODES} wrong_state too_many storage draining",
-        VM_MESSAGE | ONCE,
+        {202: ANY_JSON},
+        VM_MESSAGE,
+        ONCE,
         ("vm_token",),
     ),
-    Call("GET /messages/{sid}", get_message, "A text's way", {200: JSON_TYPE}, "not_found"),
+    Call("GET /messages/{sid}", get_message, "A text's way", SOME),
     Call(
         "GET /media/{signed}",
         get_media,
         "A picture, for who has its link",
-        {200: "image/png image/jpeg image/gif application/octet-stream"},
-        "gone not_found fly_unavailable vm_unreachable",
+        {200: IMAGES},
         keys=(),
     ),
-    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}, keys=()),
+    Call("GET /health", get_health, "How it is", {200: ANY_JSON, 503: ANY_JSON}, keys=()),
     Call(
         "GET /metrics",
         get_metrics,
         "Prometheus text",
-        {200: "text/plain"},
+        {200: {"text/plain": {}}},
         keys=("", "metrics_token"),
     ),
-    Call("GET /events", get_events, "The page's feed", {200: f"{JSON_TYPE} {SSE_TYPE}"}),
-    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}, keys=()),
-    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}, keys=()),
+    Call("GET /events", get_events, "The page's feed", {200: {JSON_TYPE: {}, SSE_TYPE: {}}}),
+    Call("GET /", get_page, "The operator's page", {200: PAGES}, keys=()),
+    Call("GET /openapi.json", get_openapi, "This document", SOME, keys=()),
 )
 
 
