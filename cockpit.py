@@ -2216,23 +2216,23 @@ class Upstream:
 # Facts: Fly's OpenAPI document and docs, and fly-go, its own client.
 
 CAPACITY = re.compile(
-    "insufficient resources|insufficient memory|no capacity|over the allowed quota", re.IGNORECASE
+    "insufficient (resources|memory)|no capacity|over the allowed quota", re.IGNORECASE
 )
 RESTING = ("stopped", "suspended")
-FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
+FRESH_APP_S = 60.0  # how long a new app may stay invisible (fly-go, WaitForApp)
 FRESH_APP = Backoff(base_s=0.5, cap_s=2, attempts=1000, budget_s=FRESH_APP_S)
-COOKIES_KEPT = 200  # of as many apps
+COOKIES_KEPT = 200
 
 
 def fly_authorization(token: str) -> str:
-    """The Authorization header: `FlyV1` for macaroons, comma-joined, else `Bearer` (fly-go, tokens.go)."""
+    """The header: `FlyV1` for macaroons, else `Bearer` (fly-go, tokens.go)."""
     parts = [p for p in re.split(r"[\s,]+", token) if p.lower() not in ("", "bearer", "flyv1")]
     macaroons = [part for part in parts if part.startswith(("fm1r_", "fm1a_", "fm2_"))]
     return "FlyV1 " + ",".join(macaroons) if macaroons else "Bearer " + ",".join(parts)
 
 
 def explain_fly(raw: bytes) -> tuple[str, str]:
-    """Fly's words and machine-readable code: `error` or `message`, `status`; else the raw text."""
+    """Fly's words (`error`, `message`, else all) and its code (`status`)."""
     words, code = parse_json(raw), ""
     if isinstance(words, dict):
         code = str(words.get("status") or "")
@@ -2274,7 +2274,7 @@ class Machine:
 
 
 def parse_machine(stored: Any) -> Machine:
-    """Raises KeyError, TypeError, AttributeError or ValueError when it is not a machine."""
+    """Raises KeyError, TypeError, AttributeError or ValueError when it is none."""
     config = stored.get("config") or {}
     known = config or stored.get("incomplete_config") or {}
     image = stored.get("image_ref") or {}
@@ -2313,12 +2313,17 @@ def never(error: UpstreamError) -> bool:
     return False
 
 
-# Calls whose 401 or 403 means that Fly refuses our token; elsewhere the app may not be visible yet.
+def is_passing(error: UpstreamError) -> bool:
+    """A region that is full is not asked again."""
+    return is_unavailable(error) and error.code != NO_CAPACITY
+
+
+# A 401 or 403 to these refuses our token; to others an app may not be visible yet.
 TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
 
 
 class FlyClient:
-    """The Machines API, one method per verb; every request goes through `_call`."""
+    """The Machines API, a method a verb; every request goes through `_call`."""
 
     def __init__(self, api: Upstream, settings: FlySettings, *, budget_s: float) -> None:
         """`budget_s`: how long calls are tried again, the whole of a provisioning."""
@@ -2339,13 +2344,13 @@ class FlyClient:
         action: str,
         parse: Callable[[Any], T] = bool,  # type: ignore[assignment]
         *,
-        when: Callable[[UpstreamError], bool] = is_unavailable,
+        when: Callable[[UpstreamError], bool] = is_passing,
         find: Callable[[], Awaitable[T | None]] | None = None,
         timeout_s: float = 30,
         hide: Iterable[str] = (),
         **sent: Any,
     ) -> T:
-        """What `parse` reads in the answer; `when` and `find` are those of `retry`; raises UpstreamError."""
+        """What `parse` reads in the answer, by `retry`; raises UpstreamError."""
         whose = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
         sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
 
@@ -2367,8 +2372,9 @@ class FlyClient:
         return await retry(attempt, self.backoff, self._clock, when=when, find=find, path=whose)
 
     async def _keep_pace(self, action: str, whose: str) -> None:
-        """Keep under Fly's limits, of an app or machine: 1 a second, bursts of 3; Get Machine 5, 10."""
-        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
+        """Keep under Fly's rate limits, which are per action and app or machine."""
+        # A second, and in a burst.
+        rate, burst = (5, 10) if action == "get machine" else (1, 3)
         now, key = self._clock.monotonic(), f"{action} {whose}"
         free_at = max(self._free_at.get(key, now), now)
         self._free_at.put(key, free_at + 1 / rate, now)
@@ -2378,7 +2384,7 @@ class FlyClient:
             await self._clock.sleep(pause_s + 0.02)
 
     def _note_refusal(self, error: UpstreamError) -> None:
-        """A token that Fly refuses is named on /health, and in one log line a minute."""
+        """/health tells of a token that Fly refuses, and one log line a minute."""
         is_refusal = error.status in (401, 403) and error.code != NO_CAPACITY
         if not is_refusal or error.operation not in TOKEN_CALLS:
             return
@@ -2400,7 +2406,7 @@ class FlyClient:
     ) -> T:
         """POST exactly once what has no idempotency key.
 
-        After an unknown outcome it is what `is_ours` of what a GET of the same path (`listing`) shows.
+        After an unknown outcome a GET of the same path (`listing`) may show what `is_ours`.
         """
 
         def pick(answer: Any) -> T | None:
@@ -2408,26 +2414,18 @@ class FlyClient:
             return next((parse(entry) for entry in entries if is_ours(entry)), None)
 
         async def look() -> T | None:
-            for pause_s in (0.2, 1.0):  # lists lag behind writes
-                await self._clock.sleep(pause_s)
-                if (found := await self._call("GET", path, listing, pick)) is not None:
-                    return found
-            return None
+            await self._clock.sleep(1.2)  # lists lag behind writes
+            return await self._call("GET", path, listing, pick)
 
-        def is_worth_it(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.code != NO_CAPACITY
-
-        more: Json = {"json": body, "timeout_s": 90, "when": is_worth_it}
-        return await self._call("POST", path, action, parse, find=look, **more)
+        more: Json = {"json": body, "timeout_s": 90, "find": look}
+        return await self._call("POST", path, action, parse, **more)
 
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; ours of that name counts; raises NameTaken."""
+        """Create the app on a network of its name; ours of that name counts; raises NameTaken."""
         cookies = self.api.session.cookie_jar
-        if (
-            len(cookies) > COOKIES_KEPT
-        ):  # they would only pile up; a fresh app is seen without, later
+        if len(cookies) > COOKIES_KEPT:  # without its own a fresh app is only seen later
             cookies.clear()
         # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
         body = {"name": app, "org_slug": self._org, "network": app}
@@ -2444,7 +2442,7 @@ class FlyClient:
             log_event("app_adopted", vm_id=app)
 
     async def _is_ours(self, app: str) -> bool:
-        """Made a moment ago by a call whose answer was lost, it may not be visible yet."""
+        """Made by a call whose answer was lost, it may not be visible yet."""
 
         def may_appear(error: UpstreamError) -> bool:
             return is_unavailable(error) or error.status == 404
@@ -2472,13 +2470,15 @@ class FlyClient:
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
-        return await self._call("GET", f"/apps/{app}", "get app", dict, when=never)
+        call = "GET", f"/apps/{app}", "get app", lambda found: {**found}
+        return await self._call(*call, when=never)
 
     async def delete_app(self, app: str) -> bool:
-        """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
+        """Ask for the app to be deleted with all in it; False when Fly knows none."""
         more: Json = {"params": {"force": "true"}, "timeout_s": 60}
         try:
-            await self._call("DELETE", f"/apps/{app}", "delete app", **more)
+            with suppress(UpstreamUnreadable):
+                await self._call("DELETE", f"/apps/{app}", "delete app", **more)
         except UpstreamNotFound:
             return False
         return True
@@ -2511,7 +2511,7 @@ class FlyClient:
     async def ensure_volume(
         self, app: str, region: str, size_gb: int, guest: Json
     ) -> tuple[str, str]:
-        """Create the volume for /data, beside room for `guest`; returns its id and region."""
+        """Create one for /data, beside room for `guest`; returns its id and region."""
         body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
 
         def volume(answer: Any) -> tuple[str, str]:
@@ -2532,7 +2532,7 @@ class FlyClient:
     # Machines
 
     async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
-        """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
+        """Create a machine; after an unknown outcome `launch_id` finds it."""
 
         def is_ours(listed: Json) -> bool:
             return parse_machine(listed).metadata.get("cockpit_launch") == launch_id
@@ -2541,7 +2541,7 @@ class FlyClient:
         return await self._make_once(*call, "list machines", is_ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
-        """The organisation's machines (without host status), and the regions that Fly could not ask."""
+        """The organisation's machines, and the regions that Fly could not ask."""
         machines: list[Machine] = []
         missing: set[str] = set()
         cursors: list[str] = []
@@ -2558,7 +2558,7 @@ class FlyClient:
             cursors.append(await self._call(*call, params=query, timeout_s=60))
             query["cursor"] = cursors[-1]
             if len(set(cursors)) < len(cursors):
-                raise UpstreamUnreadable("fly", call[2], "a list that goes in circles")
+                raise UpstreamUnreadable("fly", call[2], "a list in circles")
         return machines, sorted(missing)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
@@ -2587,7 +2587,7 @@ class FlyClient:
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
     ) -> Machine:
-        """Replace the whole config, which restarts it; another version after an unknown outcome is ours."""
+        """Replace the config, which restarts it; a new version is ours, whatever was heard."""
         body: Json = {"config": config, "min_secrets_version": secrets_version}
         if machine.instance_id:
             body["current_version"] = machine.instance_id
@@ -2604,7 +2604,7 @@ class FlyClient:
         await self._call("POST", path, "set metadata", json={"value": value})
 
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
-        """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out.
+        """Wait for `started`, of `version` or after `from_event_id`; False after 60 s.
 
         `state`: for another one.
         """
@@ -2612,7 +2612,7 @@ class FlyClient:
         query = {"state": "started", "timeout": "60", **given}
 
         def is_worth_it(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.status != 408  # the caller looks first
+            return is_passing(error) and error.status != 408  # then the caller looks first
 
         call = "GET", f"/apps/{app}/machines/{machine_id}/wait", "wait for machine"
         try:
@@ -7571,7 +7571,6 @@ PROBLEM_TYPE = "application/problem+json"
 SSE_TYPE = "text/event-stream"
 CREDENTIAL_BYTES = 8 * 1024
 VARIABLES_MAX = 50
-PAGE_MAX = 1000  # VMs of one answer
 STREAM_BEAT_S = 15.0
 MEDIA_WAKE_S = 10.0
 SILENCE_S = 60.0
@@ -7586,7 +7585,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 @dataclass(eq=False)
 class Gateway:
-    """The running parts, as handlers reach them: those given, then those made of them."""
+    """The running parts: those given, then those made of them."""
 
     settings: Settings
     clock: Clock
@@ -7695,19 +7694,19 @@ def refusal_for_request(error: Exception) -> Refusal:
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The one place where errors become answers; each request has an id here, Fly's or a new one."""
+    """Here errors become answers, and a request gets its id, Fly's or a new one."""
     given = request.headers.get("Fly-Request-Id", "")
-    REQUEST_ID.set(given if FLY_REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}")
+    REQUEST_ID.set(given if FLY_REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
     try:
         # aiohttp bounds the size of a line, and their number.
         if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
-            raise Refusal("malformed", "the head is larger than 16 KiB; send fewer headers")
+            raise Refusal("malformed", "over 16 KiB of headers; send fewer")
         if request.path.startswith("/provision"):  # also what has no such path or method
             require_key(request)
         response = await handler(request)
     except Exception as error:
         response = answer_error(request, error)
-        error.__traceback__ = None  # it leads to this frame, which holds the request and its body
+        error.__traceback__ = None  # it leads to the request and its body
     if not response.prepared:
         response.headers["X-Request-Id"] = REQUEST_ID.get()
         if not request.content.is_eof():  # nothing more is read of a refused body
@@ -7717,15 +7716,13 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
 
 def answer_error(request: web.Request, error: Exception) -> web.Response:
     found = request.match_info.route.resource
-    call = found.canonical if found is not None else "unknown"
+    call = found.canonical if found else "unknown"
     about: Json = {"method": request.method, "call": call}
     try:
         refusal = refusal_for_request(error)
     except Exception as unforeseen:
         log_error("request_failed", exc_info=unforeseen, **about)
-        return problem_response(
-            Refusal("internal", "something went wrong here; the log says what")
-        )
+        return problem_response(Refusal("internal", "a fault of ours; the log says which"))
     request.app[METRICS].refusals.add(call, refusal.code)
     about |= {"code": refusal.code, "error": redact(refusal.detail)}
     if refusal.status >= 500:
@@ -7735,17 +7732,15 @@ def answer_error(request: web.Request, error: Exception) -> web.Response:
     return problem_response(refusal)
 
 
-def bearer_of(request: web.Request) -> str:
-    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    return bearer.strip() if scheme.lower() == "bearer" else ""
-
-
 def key_of(request: web.Request) -> str:
-    return bearer_of(request) or request.headers.get("X-API-Key", "")
+    """The bearer or the X-API-Key that a caller shows."""
+    scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+    shown = bearer.strip() if scheme.lower() == "bearer" else ""
+    return shown or request.headers.get("X-API-Key", "")
 
 
 def has_key(request: web.Request, keys: Iterable[str]) -> bool:
-    """Whether the caller sent one of `keys`; every one is compared, in constant time."""
+    """Whether the caller sent one of `keys`, each compared in constant time."""
     given = key_of(request).encode("utf-8", "surrogateescape")
     return any([hmac.compare_digest(key.encode(), given) for key in keys])
 
@@ -7757,18 +7752,17 @@ def unauthorized(remedy: str) -> Refusal:
 def require_key(request: web.Request) -> None:
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
         fault = "this is not the API key; " if key_of(request) else ""
-        remedy = "send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-        raise unauthorized(fault + remedy)
+        raise unauthorized(f"{fault}send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
 
 
 # Bodies
 
-# Of aiohttp's parser in C, and of the one in Python, which it takes where it has no other.
+# Of aiohttp's parser in C, and of that in Python, for where there is no other.
 UNREADABLE_BODY = (web.RequestPayloadError, HttpProcessingError)
 
 
 async def read_body(request: web.Request, limit: int, content_type: str) -> bytes:
-    """The body of a request of this type and at most this size, counted while it is read; raises Refusal."""
+    """A body of this type and at most this size, counted while it is read; raises Refusal."""
     if request.content_type != content_type:
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
     if "Content-Encoding" in request.headers:  # what is packed may unfold to any size
@@ -7783,7 +7777,7 @@ async def read_body(request: web.Request, limit: int, content_type: str) -> byte
                 body += chunk
                 size = max(size, len(body))
     except TimeoutError:
-        raise Refusal("malformed", f"the body did not arrive within {BODY_S:g} s") from None
+        raise Refusal("malformed", f"the body took more than {BODY_S:g} s") from None
     except (*UNREADABLE_BODY, ConnectionError):
         raise Refusal("malformed", "the body does not arrive as its headers say") from None
     if size > limit:
@@ -7795,15 +7789,15 @@ async def read_json(request: web.Request, limit: int) -> Json:
     raw, fault = await read_body(request, limit, JSON_TYPE), ""
     try:
         body = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # it tells where, in words of Python's own
+    except (ValueError, RecursionError) as error:
         body, fault = None, f": {error}"
     if not isinstance(body, dict):
         raise Refusal("malformed", f"the body must be a JSON object{fault}")
     return body
 
 
-# A request's fields by their JSON Schema, by which they are both checked and described: what does not
-# fit `must be` as described. `?` marks what may be left out.
+# Fields by their JSON Schema, which checks and describes them: what does not fit "must be" as
+# described. `?` marks what may be left out.
 Fields = Mapping[str, Json]
 
 
@@ -7839,7 +7833,7 @@ VARIABLES = OBJECT | {
 ORDER_FIELDS: Fields = {
     "phone_number": text_like(
         r"[ .()-]*\+[ .()-]*[1-9]([ .()-]*[0-9]){6,14}[ .()-]*",
-        "a phone number in E.164 form, such as +15551234567; spaces, dots, dashes, () are removed",
+        "a phone number in E.164 form, such as +15551234567",
         examples=["+15551234567"],
     ),
     "github_token": CREDENTIAL,
@@ -7854,34 +7848,24 @@ VM_MESSAGE: Fields = {
     "text?": TEXT,
     "images?": LIST
     | {
-        "description": f'at most {MAX_IMAGES} images of this VM, such as [{{"url": "/images/a.png"}}]',
-        "items": text_like(IMAGE_PATH.pattern, "its path, or an object with it as url"),
+        "description": f"at most {MAX_IMAGES} images of this VM, such as /images/a.png",
+        "items": text_like(IMAGE_PATH.pattern, "a path, or an object with it as url"),
         "maxItems": MAX_IMAGES,
         "examples": [["/images/chart.png"]],
     },
 }
 PAGING: Fields = {
-    "limit?": {
-        "type": "integer",
-        "description": f"a whole number from 1 to {PAGE_MAX}",
-        "minimum": 1,
-        "maximum": PAGE_MAX,
-    },
+    "limit?": text_like(
+        "([1-9][0-9]{0,2}|1000)", "a whole number from 1 to 1000", examples=["1", "1000"]
+    ),
     "after?": TEXT,
 }
-TWILIO_FORM: Fields = {
-    "MessageSid": text_like(MESSAGE_SID.pattern, "the text's"),
-    "AccountSid": TEXT,
-}
-JSON_TYPES = {str: "string", int: "integer", bool: "boolean", list: "array", dict: "object"}
-JSON_TYPES[type(None)] = "null"
-# The words of JSON Schema used above, the type first: the others need not ask for it again.
+JSON_TYPES = {str: "string", bool: "boolean", list: "array", dict: "object", type(None): "null"}
+# The words of JSON Schema used above, type first: the others rely on it.
 WORDS: dict[str, Callable[[Any, Any], object]] = {
-    "type": lambda value, kinds: JSON_TYPES.get(type(value), "number") in kinds,
+    "type": lambda value, kinds: JSON_TYPES.get(type(value), "other") in kinds,
     "pattern": lambda value, pattern: value is None or re.fullmatch(pattern, value),
     "maxLength": lambda value, most: len(value.encode()) <= most,
-    "minimum": lambda value, least: value >= least,
-    "maximum": lambda value, most: value <= most,
     "minProperties": lambda value, least: len(value) >= least,
     "maxProperties": lambda value, most: len(value) <= most,
     "maxItems": lambda value, most: len(value) <= most,
@@ -7895,13 +7879,14 @@ def fits(value: Any, schema: Json) -> bool:
 
 
 class FieldErrors:
-    """Collects what is wrong with a request's fields, so that all is told at once."""
+    """What is wrong with a request's fields, all of it told at once."""
 
     def __init__(self, values: Mapping[str, Any], fields: Fields) -> None:
         self.errors: list[Json] = []
         schemas = {name.rstrip("?"): schema for name, schema in fields.items()}
-        for name in sorted(values.keys() - schemas):
-            self.add(redact(name)[:100], "is not a field of this request; leave it out")
+        for name in values:
+            if name not in schemas:
+                self.add(redact(name), "is not a field of this request; leave it out")
         for name, schema in schemas.items():
             if name in values:
                 self._compare(name, values[name], schema)
@@ -7913,7 +7898,7 @@ class FieldErrors:
             self.add(name, f"must be {schema['description']}")
         elif inner := schema.get("additionalProperties"):
             for key, one in value.items():
-                label = f"{name}.{redact(key)[:100]}"
+                label = f"{name}.{redact(key)}"
                 self._compare(label, key, schema["propertyNames"])
                 self._compare(label, one, inner)
 
@@ -7923,8 +7908,7 @@ class FieldErrors:
     def check(self) -> None:
         if self.errors:
             names = ", ".join(error["field"] for error in self.errors)
-            reason = f"these fields are not valid: {names}"
-            raise Refusal("invalid_request", reason, errors=self.errors)
+            raise Refusal("invalid_request", f"not valid: {names}", errors=self.errors)
 
 
 def credentials_in(body: Json) -> dict[str, str]:
@@ -7939,7 +7923,7 @@ def parse_order(body: Json, settings: Settings) -> Order:
     errors.check()
     phone, verify = normalise_phone(body["phone_number"]), body.get("verify")
     if phone == settings.twilio.phone_number:
-        errors.add("phone_number", "is this gateway's own number; give the engineer's")
+        errors.add("phone_number", "is the gateway's own; give the engineer's")
         errors.check()
     return Order(
         phone=phone,
@@ -7995,7 +7979,7 @@ def vm_record(gateway: Gateway, vm_id: str) -> Json:
 
 
 def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
-    """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
+    """Up to `limit` ids behind `after`, in order, of VMs routed or being deleted."""
     deleting = [
         vm_id
         for vm_id, entry in routes.undo.items()
@@ -8005,13 +7989,13 @@ def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
 
 
 def location_of(gateway: Gateway, vm_id: str) -> str:
-    """Where a VM's record is, as the caller sees it: PUBLIC_URL may have a path."""
+    """Where a VM's record is: PUBLIC_URL may have a path."""
     prefix = urlsplit(gateway.settings.gateway.public_url).path
     return f"{prefix}/provision/{vm_id}"
 
 
 async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
-    """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
+    """The record once it is done, or 202 at once for who prefers that (RFC 7240)."""
     gateway = request.app[GATEWAY]
     status = 201 if isinstance(work, Provisioning) else 200
     if "respond-async" in ",".join(request.headers.getall("Prefer", ())).lower():
@@ -8064,14 +8048,12 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
 
 async def get_provisions(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    asked: Json = {"limit": "100", "after": "", **request.query}
-    if re.fullmatch("[0-9]{1,4}", asked["limit"]):
-        asked["limit"] = int(asked["limit"])
-    FieldErrors(asked, PAGING).check()
-    vm_ids = vm_ids_after(gateway.routes, asked["after"], asked["limit"] + 1)
-    here = vm_ids[: asked["limit"]]
-    vms = [vm_record(gateway, vm_id) for vm_id in here]
-    return json_response({"vms": vms, "next": here[-1] if len(vm_ids) > len(here) else None})
+    FieldErrors(request.query, PAGING).check()
+    limit, after = int(request.query.get("limit", 100)), request.query.get("after", "")
+    vm_ids = vm_ids_after(gateway.routes, after, limit + 1)
+    vms = [vm_record(gateway, vm_id) for vm_id in vm_ids[:limit]]
+    following = vm_ids[limit - 1] if len(vm_ids) > limit else None
+    return json_response({"vms": vms, "next": following})
 
 
 async def get_provision(request: web.Request) -> web.Response:
@@ -8085,7 +8067,7 @@ async def delete_provision(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     vm_id = gateway.provisioner.record(request.match_info["vm_id"])["vm_id"]
     # A caller who hangs up must not leave the teardown half-way.
-    teardown = gateway.tasks.start(gateway.provisioner.tear_down(vm_id), "tear down")
+    teardown = gateway.tasks.start(gateway.provisioner.tear_down(vm_id))
     if await asyncio.shield(teardown):
         return web.Response(status=204)
     return json_response(vm_record(gateway, vm_id), status=202)
@@ -8103,7 +8085,7 @@ async def lock_vm(request: web.Request) -> web.Response:
     vm_id = gateway.provisioner.record(request.match_info["vm_id"])["vm_id"]
     found = gateway.routes.find(vm_id)
     if found is None:
-        raise Refusal("wrong_state", f"{vm_id} is gone; there is nothing to lock", vm_id=vm_id)
+        raise Refusal("wrong_state", f"{vm_id} is gone, nothing to lock", vm_id=vm_id)
     await gateway.door.lock(gateway.state.vm(vm_id, found[0]))
     return json_response(vm_record(gateway, vm_id))
 
@@ -8132,16 +8114,16 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     header = request.headers.get("X-Twilio-Signature")
     url = settings.gateway.public_url + request.raw_path
     is_ours = any(is_signed(token, url, pairs, header) for token in twilio.auth_tokens)
-    # A webhook signed with a SharedKey names it in this header; none is configured here.
+    # It names a SharedKey, of which there is none here.
     if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not is_ours:
-        remedy = "check that PUBLIC_URL is what Twilio calls, and TWILIO_AUTH_TOKEN"
-        raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
+        reason = "not signed by Twilio; check PUBLIC_URL and TWILIO_AUTH_TOKEN"
+        raise Refusal("bad_signature", reason)
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
     are_usual = all(map(MESSAGE_SID.fullmatch, sids))
     are_usual = are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)
     if not are_usual or ("AccountSid", twilio.account_sid) not in pairs:
-        reason = "signed, but not named as Twilio does, or of another than TWILIO_ACCOUNT_SID"
+        reason = "signed, but of another TWILIO_ACCOUNT_SID, or cut anew"
         raise Refusal("bad_signature", reason)
     return pairs
 
@@ -8160,12 +8142,12 @@ async def post_sms_status(request: web.Request) -> web.Response:
 
 
 def require_vm(request: web.Request) -> tuple[str, Route]:
-    """The phone and route of the VM whose token this request carries; raises Refusal."""
+    """Phone and route of the VM that asks by its token; raises Refusal."""
     gateway = request.app[GATEWAY]
-    found = gateway.routes.find(gateway.keyring.vm_of_token(bearer_of(request)) or "")
+    vm_id = gateway.keyring.vm_of_token(key_of(request))
+    found = gateway.routes.find(vm_id) if vm_id else None
     if found is None or found[1].state == "failed":
-        remedy = "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`"
-        raise unauthorized(f"{remedy}; it is refused once the VM is gone")
+        raise unauthorized("send the COCKPIT_TOKEN of a VM that lives as bearer")
     return found
 
 
@@ -8192,13 +8174,12 @@ async def get_message(request: web.Request) -> web.Response:
     require_key(request)
     trace = request.app[GATEWAY].relay.state.traces.get(request.match_info["sid"])
     if trace is None:
-        reason = f"no text with this SID among the last {TRACES_KEPT} since this gateway started"
-        raise Refusal("not_found", reason)
+        raise Refusal("not_found", f"not among the last {TRACES_KEPT} texts")
     return json_response(trace.to_json())
 
 
 async def get_media(request: web.Request) -> web.StreamResponse:
-    """An image of a VM for Twilio to fetch, or a phone's picture for its VM: whoever holds the link may."""
+    """A VM's image, or a phone's picture, for who holds the link."""
     gateway = request.app[GATEWAY]
     vm_id, path = gateway.keyring.open_link(request.match_info["signed"], gateway.clock.now())
     found = gateway.routes.find(vm_id)
@@ -8217,8 +8198,7 @@ async def get_media(request: web.Request) -> web.StreamResponse:
             await pass_on(request, source, response, pictures_only=is_image)
     except (aiohttp.ClientError, OSError) as error:
         if not response.prepared:
-            reason = "the image cannot be fetched just now; try again in a minute"
-            raise Refusal("vm_unreachable", reason) from error
+            raise Refusal("vm_unreachable", "not to be had just now; try again") from error
         log_warning("media_cut", vm_id=vm_id, error=type(error).__name__)
         if request.transport is not None:
             request.transport.abort()  # the only way to tell that it is not whole
@@ -8232,7 +8212,7 @@ async def pass_on(
     *,
     pictures_only: bool,
 ) -> None:
-    """Stream what is fetched, at most 5 MB of it, as what its first bytes say it is; raises Refusal."""
+    """Stream at most 5 MB, as what the first bytes say it is; raises Refusal."""
     size = source.content_length
     if source.status != HTTPStatus.OK or (size or 0) > MAX_IMAGE_BYTES:
         raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
@@ -8270,7 +8250,7 @@ def vms_by_state(gateway: Gateway) -> dict[str, int]:
 
 
 class Alert(NamedTuple):
-    """What is not well: its kind for everybody, its words for who has the API key."""
+    """What is not well: its kind for all, its words for who has the key."""
 
     kind: str
     words: str
@@ -8293,12 +8273,10 @@ def alerts(gateway: Gateway) -> list[Alert]:
             found.append((kind, words))
     if closed := gateway.door.closed_vms():
         named = ", ".join(closed[:5]) + ", ..." * (len(closed) > 5)
-        remedy = "POST /provision/{vm_id}/lock gives a new code"
-        words = f"no pairing code is accepted for a while, too many were wrong: {named}; {remedy}"
-        found.append(("routes", words))
+        remedy = "POST /provision/{vm_id}/lock gives a new one"
+        found.append(("routes", f"closed after too many wrong codes: {named}; {remedy}"))
     if routes.undo:
-        words = f"{len(routes.undo)} VMs are being deleted; Fly has not confirmed yet"
-        found.append(("fly", words))
+        found.append(("fly", f"{len(routes.undo)} VMs whose deletion Fly has not confirmed"))
     return [Alert(kind, words) for kind, words in found if words]
 
 
@@ -8311,7 +8289,7 @@ async def get_metrics(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     token = gateway.settings.gateway.metrics_token
     if token and not has_key(request, [token]):
-        raise unauthorized("send METRICS_TOKEN as `Authorization: Bearer TOKEN`")
+        raise unauthorized("send METRICS_TOKEN as bearer")
     relay, routes = gateway.relay, gateway.routes
     gauges = [
         Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
@@ -9221,7 +9199,7 @@ followThread();
 
 # --- Description ---
 #
-# The table of the HTTP interface, and /openapi.json made of it.
+# The table of the HTTP interface, and /openapi.json made of it; Twilio's own fields are left to Twilio.
 
 STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
 
@@ -9290,26 +9268,25 @@ class Call(NamedTuple):
 
     def operation(self) -> Json:
         """The call as OpenAPI describes it."""
-        parts = re.findall("{(.*?)}", self.name)
+        parts = [parameter("path", part) for part in re.findall("{(.*?)}", self.name)]
         described: Json = {
             "summary": self.summary,
             "security": [{key: []} if key else {} for key in self.keys],
-            "parameters": [*(parameter("path", part) for part in parts), *self.parameters],
+            "parameters": [*parts, *self.parameters],
             "responses": {"default": PROBLEM},
         }
         for status, content in self.answers.items():
             answer = {"description": HTTPStatus(status).phrase, "content": content}
             described["responses"][str(status)] = answer
         if self.fields:
-            is_form = self.fields is TWILIO_FORM  # Twilio adds fields as it likes
-            schema = object_schema(self.fields, additionalProperties=is_form, minProperties=1)
-            kind = FORM_TYPE if is_form else JSON_TYPE
-            described["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
+            schema = object_schema(self.fields, additionalProperties=False, minProperties=1)
+            content = {JSON_TYPE: {"schema": schema}}
+            described["requestBody"] = {"required": True, "content": content}
         return described
 
 
 def describe_api(calls: Iterable[Call], url: str) -> Json:
-    """The OpenAPI document: what these calls are, from the tables that serve, check and refuse them."""
+    """The OpenAPI document of calls, from the tables that serve and check them."""
     paths = defaultdict[str, Json](dict)
     for call in calls:
         method, path = call.name.split()
@@ -9332,7 +9309,6 @@ VM_PATH = "/provision/{vm_id}"
 RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
 NO_WAIT = (parameter("header", "Prefer?", TEXT | {"examples": ["respond-async"]}),)
 ONCE = (parameter("header", "Idempotency-Key?", TEXT | {"maxLength": 128}),)
-SIGNED = (parameter("header", "X-Twilio-Signature"),)
 LISTED = [parameter("query", name, schema) for name, schema in PAGING.items()]
 CHANGED, ONE, SOME = {200: RECORD, 202: RECORD}, {200: RECORD}, {200: ANY_JSON}
 IMAGES: Json = {f"image/{kind}": {} for kind in ("png", "jpeg", "gif")}
@@ -9341,20 +9317,30 @@ MADE = {200: {SSE_TYPE: {}}, 201: RECORD, 202: RECORD}
 PAGES: Json = {"text/html": {}, "text/plain": {}}
 # The HTTP interface; /openapi.json is made of this.
 CALLS = (
-    Call("POST /provision", post_provision, "Make a VM", MADE, ORDER_FIELDS, NO_WAIT),
-    Call("GET /provision", get_provisions, "VMs, by vm_id", {200: content_of("VMs")}, {}, LISTED),
+    Call("POST /provision", post_provision, "Make a VM for a phone", MADE, ORDER_FIELDS, NO_WAIT),
+    Call(
+        "GET /provision",
+        get_provisions,
+        "VMs, in order of vm_id",
+        {200: content_of("VMs")},
+        {},
+        LISTED,
+    ),
     Call(f"GET {VM_PATH}", get_provision, "One VM", ONE),
-    Call(f"PATCH {VM_PATH}", patch_provision, "Replace keys", CHANGED, NEW_CREDENTIALS, NO_WAIT),
+    Call(
+        f"PATCH {VM_PATH}",
+        patch_provision,
+        "Replace credentials, restart",
+        CHANGED,
+        NEW_CREDENTIALS,
+        NO_WAIT,
+    ),
     Call(f"DELETE {VM_PATH}", delete_provision, "Tear down", {202: RECORD, 204: {}}),
     Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, {}, NO_WAIT),
     Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, {}, NO_WAIT),
     Call(f"POST {VM_PATH}/lock", lock_vm, "Run nothing until the new code is texted", ONE),
-    Call(
-        "POST /sms", post_sms, "Twilio: a text", {200: {"text/xml": {}}}, TWILIO_FORM, SIGNED, ()
-    ),
-    Call(
-        "POST /sms/status", post_sms_status, "Twilio: its end", {204: {}}, TWILIO_FORM, SIGNED, ()
-    ),
+    Call("POST /sms", post_sms, "Twilio: a text", {200: {"text/xml": {}}}, keys=()),
+    Call("POST /sms/status", post_sms_status, "Twilio: a delivery", {204: {}}, keys=()),
     Call(
         "POST /messages",
         post_messages,
@@ -9372,7 +9358,13 @@ CALLS = (
         {200: IMAGES},
         keys=(),
     ),
-    Call("GET /health", get_health, "How it is", {200: ANY_JSON, 503: ANY_JSON}, keys=()),
+    Call(
+        "GET /health",
+        get_health,
+        "How it is, and its troubles",
+        {200: ANY_JSON, 503: ANY_JSON},
+        keys=(),
+    ),
     Call(
         "GET /metrics",
         get_metrics,
@@ -9380,7 +9372,12 @@ CALLS = (
         {200: {"text/plain": {}}},
         keys=("", "metrics_token"),
     ),
-    Call("GET /events", get_events, "The page's feed", {200: {JSON_TYPE: {}, SSE_TYPE: {}}}),
+    Call(
+        "GET /events",
+        get_events,
+        "The live feed of the page",
+        {200: {JSON_TYPE: {}, SSE_TYPE: {}}},
+    ),
     Call("GET /", get_page, "The operator's page", {200: PAGES}, keys=()),
     Call("GET /openapi.json", get_openapi, "This document", SOME, keys=()),
 )

@@ -6506,7 +6506,7 @@ async def test_a_page_of_the_list_is_as_long_as_the_description_allows(world):
     await world.start()
     limit, after = operation("GET", "/provision")["parameters"]
     statuses = {value: (await world.call("GET", f"/provision?limit={value}")).status for value in (*examples(limit["schema"]), 0, 1001, -1, "words", 1.5)}
-    assert statuses == {1: 200, 1000: 200, 0: 422, 1001: 422, -1: 422, "words": 422, 1.5: 422}
+    assert statuses == {"1": 200, "1000": 200, 0: 422, 1001: 422, -1: 422, "words": 422, 1.5: 422}
     assert (await world.call("GET", f"/provision?{after['name']}=x")).status == 200 and (await world.call("GET", "/provision?more=x")).status == 422
 
 
