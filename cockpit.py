@@ -2219,7 +2219,8 @@ CAPACITY = re.compile(
     "insufficient (resources|memory)|no capacity|over the allowed quota", re.IGNORECASE
 )
 RESTING = ("stopped", "suspended")
-FRESH_APP_S = 60.0  # how long a new app may stay invisible (fly-go, WaitForApp)
+# How long a new app may stay invisible (fly-go, WaitForApp).
+FRESH_APP_S = 60.0
 FRESH_APP = Backoff(base_s=0.5, cap_s=2, attempts=1000, budget_s=FRESH_APP_S)
 COOKIES_KEPT = 200
 
@@ -2350,7 +2351,10 @@ class FlyClient:
         hide: Iterable[str] = (),
         **sent: Any,
     ) -> T:
-        """What `parse` reads in the answer, by `retry`; raises UpstreamError."""
+        """What `parse` reads in the answer; `when` and `find` are those of `retry`.
+
+        Raises UpstreamError.
+        """
         whose = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
         sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
 
@@ -2423,9 +2427,13 @@ class FlyClient:
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network of its name; ours of that name counts; raises NameTaken."""
+        """Create the app on a network of its name; ours of that name counts.
+
+        Raises NameTaken.
+        """
         cookies = self.api.session.cookie_jar
-        if len(cookies) > COOKIES_KEPT:  # without its own a fresh app is only seen later
+        # Without its own a fresh app is only seen later.
+        if len(cookies) > COOKIES_KEPT:
             cookies.clear()
         # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
         body = {"name": app, "org_slug": self._org, "network": app}
@@ -2455,8 +2463,8 @@ class FlyClient:
             if error.status == 404:
                 raise
             return False
-        org = object_in(found.get("organization")).get("slug", self._org)
-        return (org, found.get("network", app)) == (self._org, app)
+        org = object_in(found.get("organization")).get("slug") or self._org
+        return org == self._org and (found.get("network") or app) == app
 
     async def list_apps(self) -> set[str]:
         """The names of the organisation's apps."""
@@ -2487,7 +2495,6 @@ class FlyClient:
 
     async def set_secrets(self, app: str, values: Mapping[str, str]) -> int:
         """Set these in one call, leave others; returns the secrets' version."""
-
         call = (
             "POST",
             f"/apps/{app}/secrets",
@@ -2501,9 +2508,11 @@ class FlyClient:
         body = {"type": kind} | ({"network": network} if network else {})
 
         def is_there(address: Json) -> bool:
-            ip = str(address["ip"])  # Fly does not reliably tell a type (fly-go, IsFlycast)
-            private, other = ip.startswith("fdaa:"), "v6" if ":" in ip else "shared_v4"
-            return kind == ("private_v6" if private else other)
+            # Fly does not reliably tell a type (fly-go, IsFlycast).
+            ip = str(address["ip"])
+            if ip.startswith("fdaa:"):
+                return kind == "private_v6"
+            return kind == ("v6" if ":" in ip else "shared_v4")
 
         call = f"/apps/{app}/ip_assignments", "allocate address", body, bool
         await self._make_once(*call, "list addresses", is_there)
@@ -2612,7 +2621,8 @@ class FlyClient:
         query = {"state": "started", "timeout": "60", **given}
 
         def is_worth_it(error: UpstreamError) -> bool:
-            return is_passing(error) and error.status != 408  # then the caller looks first
+            # Of one that ran out the caller looks at the machine first.
+            return is_passing(error) and error.status != 408
 
         call = "GET", f"/apps/{app}/machines/{machine_id}/wait", "wait for machine"
         try:
@@ -7696,12 +7706,14 @@ def refusal_for_request(error: Exception) -> Refusal:
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Here errors become answers, and a request gets its id, Fly's or a new one."""
     given = request.headers.get("Fly-Request-Id", "")
-    REQUEST_ID.set(given if FLY_REQUEST_ID.fullmatch(given) else secrets.token_hex(8))
+    is_id = FLY_REQUEST_ID.fullmatch(given)
+    REQUEST_ID.set(given if is_id else secrets.token_hex(8))
     try:
         # aiohttp bounds the size of a line, and their number.
         if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
             raise Refusal("malformed", "over 16 KiB of headers; send fewer")
-        if request.path.startswith("/provision"):  # also what has no such path or method
+        # Also what has no such path or method.
+        if request.path.startswith("/provision"):
             require_key(request)
         response = await handler(request)
     except Exception as error:
@@ -7762,10 +7774,14 @@ UNREADABLE_BODY = (web.RequestPayloadError, HttpProcessingError)
 
 
 async def read_body(request: web.Request, limit: int, content_type: str) -> bytes:
-    """A body of this type and at most this size, counted while it is read; raises Refusal."""
+    """A body of this type and at most this size, counted while it is read.
+
+    Raises Refusal.
+    """
     if request.content_type != content_type:
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
-    if "Content-Encoding" in request.headers:  # what is packed may unfold to any size
+    # What is packed may unfold to any size.
+    if "Content-Encoding" in request.headers:
         raise Refusal("unsupported_media_type", "send the body without Content-Encoding")
     size, body = request.content_length or 0, b""
     # Small ones come together with their head.
@@ -8142,7 +8158,10 @@ async def post_sms_status(request: web.Request) -> web.Response:
 
 
 def require_vm(request: web.Request) -> tuple[str, Route]:
-    """Phone and route of the VM that asks by its token; raises Refusal."""
+    """Phone and route of the VM whose token this request carries.
+
+    Raises Refusal.
+    """
     gateway = request.app[GATEWAY]
     vm_id = gateway.keyring.vm_of_token(key_of(request))
     found = gateway.routes.find(vm_id) if vm_id else None
@@ -8212,7 +8231,10 @@ async def pass_on(
     *,
     pictures_only: bool,
 ) -> None:
-    """Stream at most 5 MB, as what the first bytes say it is; raises Refusal."""
+    """Stream at most 5 MB, as what the first bytes say it is.
+
+    Raises Refusal.
+    """
     size = source.content_length
     if source.status != HTTPStatus.OK or (size or 0) > MAX_IMAGE_BYTES:
         raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
@@ -9257,7 +9279,8 @@ class Call(NamedTuple):
     name: str  # method and path
     handler: Handler
     summary: str
-    answers: Mapping[int, Json]  # their content; whatever else is answered is a problem
+    # Their content; whatever else is answered is a problem.
+    answers: Mapping[int, Json]
     fields: Mapping[str, Json] = {}  # of the body
     parameters: Sequence[Json] = ()
     keys: Sequence[str] = ("api_key", "x_api_key")  # any opens it; "": so may none
