@@ -7609,29 +7609,30 @@ class Gateway:
     tasks: Tasks
 
     def __post_init__(self) -> None:
+        make = self._make
         self.state = RelayState(self.messages, self.clock, self.routes)
-        self.sender = self._make(Sender)
-        self.watch = self._make(Watch)
-        self.waker = self._make(Waker)
-        self.runner = self._make(Runner)
-        self.door = self._make(PhoneDoor, stamp=self._stamp)
-        self.commands = self._make(
+        self.sender = make(Sender)
+        self.watch = make(Watch)
+        self.waker = make(Waker)
+        self.runner = make(Runner)
+        self.door = make(PhoneDoor, stamp=self._stamp)
+        self.commands = make(
             OwnerCommands, check_restart=self._check_restart, restart=self._restart
         )
-        self.inbox = self._make(Inbox)
-        self.reports = self._make(DeliveryReports)
-        self.relay = self._make(Relay)
-        self.backfill = self._make(Backfill)
-        self.blueprint = self._make(Blueprint)
-        self.readiness = self._make(Readiness)
-        self.undo = self._make(Undo)
-        self.changes = self._make(VmChanges)
-        self.provisioner = self._make(
+        self.inbox = make(Inbox)
+        self.reports = make(DeliveryReports)
+        self.relay = make(Relay)
+        self.backfill = make(Backfill)
+        self.blueprint = make(Blueprint)
+        self.readiness = make(Readiness)
+        self.undo = make(Undo)
+        self.changes = make(VmChanges)
+        self.provisioner = make(
             Provisioner, on_ready=self.relay.vm_ready, on_gone=self.changes.vm_gone
         )
-        self.reconciler = self._make(Reconciler)
-        self.adoption = self._make(Adoption)
-        self.sleeper = self._make(Sleeper)
+        self.reconciler = make(Reconciler)
+        self.adoption = make(Adoption)
+        self.sleeper = make(Sleeper)
 
     # For the relay, which is made before those it asks.
 
