@@ -2478,6 +2478,7 @@ class FlyClient:
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
+        # Of what is no object a TypeError.
         call = "GET", f"/apps/{app}", "get app", lambda found: {**found}
         return await self._call(*call, when=never)
 
