@@ -8237,8 +8237,8 @@ async def pass_on(
 
     Raises Refusal.
     """
-    size = source.content_length
-    if source.status != HTTPStatus.OK or (size or 0) > MAX_IMAGE_BYTES:
+    size, is_packed = source.content_length, "Content-Encoding" in source.headers
+    if source.status != HTTPStatus.OK or is_packed or (size or 0) > MAX_IMAGE_BYTES:
         raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
     chunk = b""
     while len(chunk) < 8 and (more := await source.content.readany()):
