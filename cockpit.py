@@ -5880,7 +5880,7 @@ class PhoneDoor:
     ) -> Verdict | None:
         """Of a text that goes no further than here; raises StoreError."""
         code = pairing_code_in(message.body)
-        if route.is_paired and not self._fits(code, route):
+        if route.is_paired and not (code and self.keyring.fits(code, route)):
             # One that Twilio dates before the pairing may have come during a lock.
             is_early = 0 < message.dated < (parse_utc(route.paired_at) or 0.0)
             return Verdict("before_pairing", vm) if is_early else None
@@ -5895,16 +5895,13 @@ class PhoneDoor:
             return Verdict(outcome, vm)
         return Verdict(outcome, vm, words=[TEXT_THE_CODE], values={"asked_for_code_at": now})
 
-    def _fits(self, code: str, route: Route) -> bool:
-        return bool(code) and self.keyring.fits(code, route)
-
     async def _try(self, message: InboundMessage, code: str, vm: VmState) -> str:
         is_counted = await self.state.store.known([message.sid])
         found = self.routes.find(vm.vm_id)
         if is_counted or found is None or self._is_closed(found[1]):
             return "unpaired"
         phone, route = found
-        if not self._fits(code, route):
+        if not self.keyring.fits(code, route):
             await self._count(phone, route)
             return "wrong_code"
         if route.is_paired:  # on disk too?
@@ -5942,7 +5939,8 @@ class PhoneDoor:
     async def date_adopted(self, message: InboundMessage) -> None:
         """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
         route, code = self.routes.routes.get(message.phone), pairing_code_in(message.body)
-        if route and route.is_paired and not route.paired_at and self._fits(code, route):
+        is_undated = route and route.is_paired and not route.paired_at
+        if route and code and is_undated and self.keyring.fits(code, route):
             await self.routes.update(route.vm_id, paired_at=utc_millis(message.dated))
 
     def _is_closed(self, route: Route) -> bool:
@@ -6036,14 +6034,11 @@ class OwnerCommands:
         return f"{now[:-1]} ({note})." if note else now
 
     def _condition(self, vm: VmState) -> str:
-        """How a VM is, in words for its owner."""
         route = self.routes.routes.get(vm.phone)
         if route is None or route.state == "failed":
             return VM_GONE
         if not route.is_paired:
             return "Your VM is locked."
-        if route.state == "provisioning":
-            return f"Your VM is being set up ({route.step or 'begun'})."
         if vm.is_paused:
             return "Your VM is being restarted."
         if vm.away_since is not None:
@@ -6083,7 +6078,7 @@ class OwnerCommands:
         return NOTHING_RUNS if stopped is False else STOPPED
 
     async def do_restart(self, vm: VmState) -> None:
-        """Begin a restart, and say so; its own record on disk takes over from ours."""
+        """Begin a restart, whose own record takes over from ours, and say so."""
         route, reply = self.routes.of(vm.vm_id), RESTART_BEGUN
         try:
             if route is None or route.change != "restart":  # else a start found its record
@@ -6108,7 +6103,7 @@ def keyword_of(message: InboundMessage, vm: VmState) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class Inbox:
-    """Takes texts in: once, if they are allowed, and stored before they are acknowledged."""
+    """Takes texts in: once, if allowed, and stored before they are acknowledged."""
 
     settings: Settings
     clock: Clock
@@ -6120,12 +6115,11 @@ class Inbox:
     door: PhoneDoor
     tasks: Tasks
     metrics: Metrics
-    # By phone, monotonic.
-    recent_texts: Recent[deque[float]] = field(default_factory=lambda: Recent(10_000))
-    told: Recent[float] = field(default_factory=lambda: Recent(20_000))  # by notice and phone
+    # When what of which phone came or was told (monotonic).
+    times: Recent[deque[float]] = field(default_factory=lambda: Recent(20_000))
 
     async def accept(self, message: InboundMessage) -> str:
-        """Take a text in, once; returns the webhook's reply. Raises StoreError when it cannot be stored."""
+        """Returns the webhook's reply; raises Refusal and StoreError."""
         return await self._conclude(message, await self._judge(message))
 
     async def accept_fetched(self, messages: Sequence[InboundMessage]) -> bool:
@@ -6156,7 +6150,8 @@ class Inbox:
         try:
             known = await self._store(message, verdict, outs)
         finally:
-            vm.accepting -= text is not None
+            if text:
+                vm.accepting -= 1
             if known is not None:
                 self.runner.start(vm)  # a verb that is not stored holds up no text
         self.metrics.texts.add(outcome if known is None else "repeated")
@@ -6225,10 +6220,10 @@ class Inbox:
             if stopped.words:
                 vm.reply_to = address
             return stopped
-        if not (message.is_fetched or self._is_within_rate(phone)):
-            is_told = self._is_news(f"N4 {phone}", 60)
-            reply = TOO_FAST.format(n=limits.text_limit) if is_told else ""
-            return Verdict("too_fast", vm, reply=reply)
+        limit = 0 if message.is_fetched else limits.text_limit
+        if limit and not self._is_within(limit, 60, phone):
+            is_told = self._is_within(1, 60, f"told {phone}")
+            return Verdict("too_fast", vm, reply=TOO_FAST.format(n=limit) if is_told else "")
         if command:
             vm.reply_to = address
             return await self.commands.judge(message, vm, command)
@@ -6263,25 +6258,17 @@ class Inbox:
         url = self.settings.gateway.onboarding_url
         if not PHONE.fullmatch(vm.phone) or vm.phone == self.settings.twilio.phone_number:
             return Verdict("ignored", vm)
-        is_told = url and self._is_news(f"N1 {vm.phone}", 3600)
+        is_told = url and self._is_within(1, 3600, f"invited {vm.phone}")
         return Verdict("unknown", vm, reply=NO_VM_YET.format(url=url) if is_told else "")
 
-    def _is_news(self, notice: str, every_s: float) -> bool:
-        """Whether this was not told lately; it counts as told then."""
+    def _is_within(self, most: int, every_s: float, what: str) -> bool:
+        """Whether there was less of this in so many seconds; then it counts."""
         now = self.clock.monotonic()
-        if now - self.told.get(notice, NEVER) < every_s:
-            return False
-        self.told.put(notice, now, now)
-        return True
-
-    def _is_within_rate(self, phone: str) -> bool:
-        """TEXT_LIMIT within any minute."""
-        limit, now = self.settings.limits.text_limit, self.clock.monotonic()
-        times = self.recent_texts.get(phone) or deque(maxlen=limit)
-        if limit and len(times) == limit and times[0] > now - 60:
+        times = self.times.get(what) or deque(maxlen=most)
+        if len(times) == most and times[0] > now - every_s:
             return False
         times.append(now)
-        self.recent_texts.put(phone, times, now)
+        self.times.put(what, times, now)
         return True
 
     def _take(
@@ -6349,7 +6336,7 @@ class Relay:
         for sid in await self.state.load():
             self.twilio.note_sent(sid)
         for vm in list(self.vms.values()):
-            if vm.owes_cancel:
+            if vm.owes_cancel and vm.phone:
                 await self.commands.do_cancel(vm, vm.unreached())
             route, undone = self.routes.of(vm.vm_id), self.routes.undo.get(vm.vm_id, {})
             if undone or (route and route.state == "failed" and vm.waiting):
@@ -6377,6 +6364,8 @@ class Relay:
     async def vm_adopted(self, vm_id: str, phone: str) -> None:
         if vm := self.vms.get(vm_id):
             vm.phone = phone
+            if vm.owes_cancel:
+                await self.commands.do_cancel(vm, vm.unreached())
             if self.is_started:  # else `start` does it
                 self.tasks.start(self._start_vm(vm))
 
@@ -6401,7 +6390,7 @@ class Relay:
     # What happens to VMs
 
     async def vm_ready(self, vm_id: str, welcome: bool = False) -> None:
-        """What waited for a VM to be set up runs now."""
+        """What waited for it runs now."""
         if found := self.routes.find(vm_id):
             vm = self.state.vm(vm_id, found[0])
             vm.closing_notice = ""  # it was gone, and came back
@@ -6460,7 +6449,7 @@ class Relay:
         return out.id
 
     async def _look(self, vm_id: str) -> None:
-        """A sleeper that speaks was woken by somebody else, or sent this as it froze."""
+        """A sleeper that speaks was woken, or sent this as it froze."""
         with suppress(UpstreamError):  # a sweep sees it too
             await self.runner.waker.look(vm_id)
 
@@ -6479,16 +6468,13 @@ class Relay:
     # Questions
 
     def waiting(self) -> int:
-        """Texts not yet finished."""
         return sum(len(vm.waiting) for vm in self.vms.values())
 
     def oldest_waiting_s(self) -> float:
-        """Age of the text that waits longest, 0 when none does."""
         arrived = [vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting]
         return max(0.0, self.clock.now() - min(arrived, default=float("inf")))
 
     def sending(self) -> int:
-        """Messages to be sent that Twilio has not taken yet."""
         return sum(len(vm.outbox) for vm in self.vms.values())
 
     def oldest_sending_s(self) -> float:
@@ -6551,10 +6537,9 @@ class Backfill:
             is_whole = await self.inbox.accept_fetched(found)
         except UpstreamRejected as error:
             self.twilio.give_up_listing(error)
-        except (UpstreamError, Refusal, StoreError) as error:
-            log_warning("backfill_failed", error=str(error))
         except Exception as error:  # one that nobody foresaw does not end all looking
-            log_error("backfill_failed", exc_info=error)
+            trace = None if isinstance(error, CockpitError) else error
+            log_warning("backfill_failed", error=str(error), exc_info=trace)
         else:
             # Where routes are missing, texts are not known by them.
             if is_whole and not self.routes.closed_because:

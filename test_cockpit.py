@@ -5559,7 +5559,7 @@ async def test_verbs_are_answered_during_set_up_too(world):
     await world.text("cockpit status")
     await world.text("cockpit restart")
     await world.clock.until(lambda: len(world.twilio.sent_to(ANN)) == 2)
-    assert "being set up" in world.twilio.sent_to(ANN)[0] and world.twilio.sent_to(ANN)[1].startswith("Not restarted")
+    assert "is provisioning" in world.twilio.sent_to(ANN)[0] and world.twilio.sent_to(ANN)[1].startswith("Not restarted")
     gate.open()
     assert (await world.clock.run(job)).status == 201
 
