@@ -3394,15 +3394,24 @@ COMMAND_BODY_BYTES = 256 * 1024
 OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
 ERRORS_CHARACTERS = 2000
 CANCELLED = 130
-CANCEL_GRACE_S = 5.0
-INBOX_S = 20.0
+INBOX_TIMEOUT = aiohttp.ClientTimeout(total=20)
 CLONE_S = 240.0
-NAP_S = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
-PICTURE = base64.b64decode(  # 32 x 20 pixels: a hill, the sky and the sun
-    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4"
-    "2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW"
-    "yUOQrvOoPAAAAABJRU5ErkJggg=="
-)
+SAID = "said-"  # so begin the names of pictures that `say` sent
+BUILT_IN = r"""
+said=$(cat)
+set -f
+set -- $(printf %s "$said" | tr A-Z a-z)
+case "$# $*" in
+"1 crash") kill -9 $PPID ;;
+"1 image") mkdir -p images && base64 -d > images/$$.png <<'A HILL, THE SKY AND THE SUN' && echo "Here is an image." ;;
+iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4
+2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW
+yUOQrvOoPAAAAABJRU5ErkJggg==
+A HILL, THE SKY AND THE SUN
+"2 sleep "[0-9]*) sleep "$2" && echo "Slept $2 s." ;;
+*) printf %s "$said" ;;
+esac
+"""
 PRESETS = {  # what is in brackets resumes the last conversation
     "claude": "claude -p [--continue] --dangerously-skip-permissions",
     "codex": "codex exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox "
@@ -3435,185 +3444,79 @@ def opened_folder(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def open_within(folder: int, name: str, mode: str) -> IO[bytes]:
-    """A file of a folder's handle, no link followed (blocking)."""
-
-    def opener(name: str, flags: int) -> int:
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
-        return os.open(name, flags, 0o600, dir_fd=folder)
-
-    return cast("IO[bytes]", open(name, mode, opener=opener))
+def read_picture(path: Path) -> bytes:
+    """A picture's bytes, none when it is not one of at most 5 MB (blocking). Raises OSError."""
+    with path.open("rb") as file:
+        content = file.read(MAX_IMAGE_BYTES + 1)
+    return content if kind_of_picture(content) and len(content) <= MAX_IMAGE_BYTES else b""
 
 
-class Pictures:
-    """A VM's folders `inbox` and `images`; no link leads into or out of them.
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
-    All but `fetch` blocks.
+
+def keep(folder: Path, start: str, content: bytes, kind: str = "") -> Path:
+    """Write a file under a new name, not into a folder that is a link (blocking).
+
+    Raises OSError and StoreError.
     """
+    suffix = mimetypes.guess_extension(kind_of_picture(content) or kind) or ".bin"
+    file = folder / (start + secrets.token_hex(8) + suffix)
+    with opened_folder(folder):
+        write_atomically(file, [content])
+    return file
 
-    SAID = ".said"  # what `say` sent during a command, a line each
 
-    def __init__(self, folder: Path) -> None:
-        self.images = folder / "images"
-        self.inbox = folder / "inbox"
-
-    def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
-        """Write a file under a new name; returns the name. Raises OSError."""
-        kind = kind_of_picture(content) or kind
-        suffix = mimetypes.guess_extension(kind) or ".bin"
-        name = secrets.token_hex(8) + suffix
-        with opened_folder(folder) as handle, open_within(handle, name, "xb") as file:
-            file.write(content)
-        return name
-
-    def shown(self) -> set[Shown]:
-        """The files that may be pictures to be sent."""
-        found = set()
-        with suppress(OSError), opened_folder(self.images) as folder:
-            for entry in os.scandir(folder):
+def shown_in(images: Path) -> set[Shown]:
+    """The files that may be pictures to be sent, no links (blocking)."""
+    found = set()
+    with suppress(OSError), opened_folder(images) as folder:
+        for entry in os.scandir(folder):
+            is_ours = entry.is_file(follow_symlinks=False)
+            if is_ours and IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
                 status = entry.stat(follow_symlinks=False)
-                if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
-                    continue
-                if entry.is_file(follow_symlinks=False):
-                    found.add((status.st_mtime_ns, status.st_size, entry.name))
-        return found
+                found.add((status.st_mtime_ns, status.st_size, entry.name))
+    return found
 
-    def shown_since(self, before: set[Shown]) -> list[Json]:
-        """What pictures appeared, oldest first, without those that `say` sent."""
-        found = []
-        with suppress(OSError), opened_folder(self.images) as folder:
-            said = b""
-            with suppress(OSError), open_within(folder, self.SAID, "rb") as file:
-                said = file.read()
-            for one in sorted(self.shown() - before):
-                if to_json(one).encode() in said.splitlines():
-                    continue
-                _, size, name = one
-                with suppress(OSError), open_within(folder, name, "rb") as file:
-                    kind = kind_of_picture(file.read(8))
-                    if kind and size <= MAX_IMAGE_BYTES:
-                        found.append({"type": kind, "url": f"/images/{name}"})
-        return found[:MAX_IMAGES]
 
-    def begin(self) -> set[Shown]:
-        """What there is when a command begins."""
+def shown_since(images: Path, before: set[Shown]) -> list[Json]:
+    """What pictures appeared, oldest first, ten at most, without those that `say` sent (blocking)."""
+    appeared, found = shown_in(images) - before, []
+    said = [name for _, _, name in appeared if name.startswith(SAID)]
+    for _, _, name in sorted(appeared):
         with suppress(OSError):
-            (self.images / self.SAID).unlink()
-        return self.shown()
+            content = read_picture(images / name)
+            if content and not any(digest_of(content) in name for name in said):
+                found.append({"type": kind_of_picture(content), "url": f"/images/{name}"})
+        if len(found) == MAX_IMAGES:
+            break
+    return found
 
-    def note_said(self, names: Sequence[str]) -> None:
-        """`say` sent these: they are not sent again at the end of the command."""
-        said = [to_json(one).encode() + b"\n" for one in self.shown() if one[2] in names]
-        with (
-            suppress(OSError),
-            opened_folder(self.images) as folder,
-            open_within(folder, self.SAID, "ab") as file,
-        ):
-            file.writelines(said)
 
-    def put(self, path: Path) -> str:
-        """The name of a picture in `images`, copied there if need be.
-
-        Raises CockpitError.
-        """
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_IMAGE_BYTES + 1)
-            if not kind_of_picture(content) or len(content) > MAX_IMAGE_BYTES:
-                reason = "is not a PNG, JPEG or GIF picture of at most 5 MB"
-                raise CockpitError(f"{path} {reason}")
-            is_there = path.resolve().parent == self.images.resolve()
-            is_there = is_there and not path.is_symlink()
-            if is_there and IMAGE_PATH.fullmatch(f"/images/{path.name}"):
-                return path.name
-            return self.keep(self.images, content)
-        except OSError as error:
-            raise CockpitError(f"{path}: {error.strerror}") from error
-
-    async def fetch(self, media: object) -> list[str]:
-        """The phone's pictures as files in `inbox`, ten at most."""
-        wanted = objects_in(media)[:MAX_IMAGES]
-        if not wanted:
-            return []
-        async with aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(), timeout=MEDIA_TIMEOUT
-        ) as session:
-
-            async def fetch(one: Json) -> str:
-                url, kind = str(one.get("url")), str(one.get("content_type"))
-                with suppress(aiohttp.ClientError, OSError, ValueError):
-                    async with (
-                        asyncio.timeout(INBOX_S),
-                        session.get(url, allow_redirects=False) as response,
-                    ):
-                        content = await read_at_most(response, MAX_IMAGE_BYTES)
-                    if response.status == 200 and content is not None:
-                        name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
-                        return f"{self.inbox.name}/{name}"
-                return "(a picture that could not be fetched)"
-
-            return await asyncio.gather(*map(fetch, wanted))
+async def fetch_picture(session: aiohttp.ClientSession, inbox: Path, media: Json) -> str:
+    """The name of the file that a phone's picture becomes, for the agent."""
+    with suppress(aiohttp.ClientError, OSError, ValueError, StoreError):
+        async with session.get(str(media.get("url")), allow_redirects=False) as response:
+            content = await read_at_most(response, MAX_IMAGE_BYTES)
+        if response.status == 200 and content is not None:
+            kind = str(media.get("content_type"))
+            file = await asyncio.to_thread(keep, inbox, "", content, kind)
+            return f"{inbox.name}/{file.name}"
+    return "(a picture that could not be fetched)"
 
 
 class Agent:
-    """What makes an answer of a text.
-
-    Unless it says so it lacks nothing and leaves nothing running.
-    """
-
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        """What it said and its exit code; cancelled it ends what it started."""
-        raise NotImplementedError
-
-    def trouble(self) -> str:
-        """Why it cannot work, or nothing (blocking)."""
-        return ""
-
-    def last_line(self) -> str:
-        """The newest line of the running command (blocking)."""
-        return ""
-
-    def left_running(self) -> set[int]:
-        """The groups of processes that its commands left."""
-        return set()
-
-    def close(self) -> None:
-        """End whatever runs, at once."""
-
-
-class BuiltInAgent(Agent):
-    """Echoes; draws an image, sleeps and crashes on request."""
-
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
-
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        match text.strip().lower().split():
-            case ["crash"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            case ["sleep", seconds] if NAP_S.fullmatch(seconds):
-                await asyncio.sleep(min(3600.0, float(seconds)))
-                return f"Slept {seconds} s.", 0
-            case ["image"]:
-                pictures = self._pictures
-                await asyncio.to_thread(pictures.keep, pictures.images, PICTURE)
-                return "Here is an image.", 0
-        return text, 0
-
-
-class CommandAgent(Agent):
-    """Runs a preset or any command for each text, in a process group of its own.
+    """What makes an answer of a text: a preset or any command, in a process group of its own.
 
     The text is on its standard input, the answer is its standard output; its standard error is
     shown when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
     """
 
     def __init__(self, command: str, folder: Path) -> None:
-        self._command = command
+        self._command = command.strip() or BUILT_IN
         self._folder = folder
         self._groups: set[int] = set()  # of its commands, also of those that ended
-        # Of the running one: what it is given, what it says, what it complains of.
-        self._streams: Sequence[IO[bytes]] = ()
+        self._said: Sequence[IO[bytes]] = ()  # output and errors of the running one
 
     def arguments(self, *, is_new: bool) -> list[str]:
         """The command's words; raises ValueError."""
@@ -3624,89 +3527,72 @@ class CommandAgent(Agent):
         return shlex.split(self._command)
 
     def trouble(self) -> str:
+        """Why it cannot work, or nothing."""
         try:
             program = self.arguments(is_new=False)[0]
         except ValueError as error:
             return f"the agent's command cannot be read: {error}"
         if shutil.which(program):
             return ""
-        remedy = "install it or choose another --agent"
-        return f"there is no {program} on this VM's PATH; {remedy}"
+        return f"there is no {program} on this VM's PATH; install it or choose another --agent"
 
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
+    async def run(self, text: str, *, is_new: bool = False) -> tuple[str, int]:
+        """What it said and its exit code; cancelled it ends what it started."""
         # Files, not pipes: what it leaves running may hold them open as long as it likes.
-        streams = await asyncio.to_thread(open_streams, text)
+        new_file = functools.partial(tempfile.TemporaryFile, "a+b")
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self.arguments(is_new=is_new),
-                cwd=self._folder,
-                env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
-                stdin=streams[0],
-                stdout=streams[1],
-                stderr=streams[2],
-                process_group=0,
-            )
-            self._streams = streams
-            self._groups = self.left_running() | {process.pid}
-            try:
-                code = await process.wait()
-            except asyncio.CancelledError:
-                await end_group(process.pid)
-                code = CANCELLED
-            # Not in a thread: a stop that comes now would lose it.
-            return self._said(code), code if code >= 0 else 128 - code
+            with new_file() as given, new_file() as output, new_file() as errors:
+                given.write(text.encode("utf-8", "replace"))
+                given.seek(0)
+                process = await asyncio.create_subprocess_exec(
+                    *self.arguments(is_new=is_new),
+                    cwd=self._folder,
+                    env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
+                    stdin=given,
+                    stdout=output,
+                    stderr=errors,
+                    process_group=0,
+                )
+                self._groups = self.left_running() | {process.pid}
+                self._said = output, errors
+                try:
+                    code = await process.wait()
+                except asyncio.CancelledError:
+                    await end_group(process.pid)
+                    code = CANCELLED
+                said = os.pread(output.fileno(), OUTPUT_BYTES, 0).decode("utf-8", "replace")
+                if code or not said.strip():
+                    said = f"{said.rstrip()}\n{read_tail(errors)}".strip("\n")
+                return said, code if code >= 0 else 128 - code
         except (OSError, ValueError) as error:
             return f"The agent could not be started: {error}", 127
         finally:
-            self._streams = ()
-            for stream in streams:
-                stream.close()
-
-    def _said(self, code: int) -> str:
-        output, errors = (stream.fileno() for stream in self._streams[1:])
-        said = os.pread(output, OUTPUT_BYTES, 0).decode("utf-8", "replace")
-        if code or not said.strip():
-            complaint = read_tail(errors)[-ERRORS_CHARACTERS:]
-            said = f"{said.rstrip()}\n{complaint}".strip("\n")
-        return said
+            self._said = ()
 
     def last_line(self) -> str:
-        with suppress(OSError, ValueError):  # it ends just now
-            files = [stream.fileno() for stream in self._streams[1:]]
-            newest = max(files, key=lambda file: os.fstat(file).st_mtime_ns)
-            lines = read_tail(newest).splitlines()
-            return next((line for line in reversed(lines) if line.strip()), "")
-        return ""
+        """The newest line of the running command."""
+        if not self._said:
+            return ""
+        newest = max(self._said, key=lambda file: os.fstat(file.fileno()).st_mtime_ns)
+        lines = [line for line in read_tail(newest).splitlines() if line.strip()]
+        return lines[-1] if lines else ""
 
     def left_running(self) -> set[int]:
+        """The groups of processes that its commands left."""
         self._groups = {group for group in self._groups if signal_group(group, 0)}
         return self._groups
 
     def close(self) -> None:
+        """End whatever runs, at once."""
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
 
 
-def open_streams(text: str) -> list[IO[bytes]]:
-    """Nameless files: the text, and what is to be filled with output and errors (blocking)."""
-    streams: list[IO[bytes]] = []
-    for _ in range(3):
-        streams.append(tempfile.TemporaryFile("a+b"))  # noqa: SIM115
-    streams[0].write(text.encode("utf-8", "replace"))
-    streams[0].seek(0)
-    return streams
-
-
-def read_tail(file: int) -> str:
-    """The end of an open file (blocking)."""
-    size = 4 * ERRORS_CHARACTERS
-    start = max(0, os.fstat(file).st_size - size)
-    return os.pread(file, size, start).decode("utf-8", "replace")
-
-
-def choose_agent(command: str, folder: Path, pictures: Pictures) -> Agent:
-    command = command.strip()
-    return CommandAgent(command, folder) if command else BuiltInAgent(pictures)
+def read_tail(file: IO[bytes]) -> str:
+    """The last characters of an open file."""
+    size, handle = 4 * ERRORS_CHARACTERS, file.fileno()
+    tail = os.pread(handle, size, max(0, os.fstat(handle).st_size - size))
+    return tail.decode("utf-8", "replace")[-ERRORS_CHARACTERS:]
 
 
 def signal_group(group: int, number: int) -> bool:
@@ -3720,13 +3606,11 @@ def signal_group(group: int, number: int) -> bool:
 
 async def end_group(group: int) -> None:
     """End a group of processes: SIGINT, after 5 s SIGKILL."""
-    for number, patience_s in ((signal.SIGINT, CANCEL_GRACE_S), (signal.SIGKILL, 0.5)):
+    for number, patience_s in ((signal.SIGINT, 5.0), (signal.SIGKILL, 0.5)):
         is_left, until = signal_group(group, number), time.monotonic() + patience_s
         while is_left and time.monotonic() < until:
             await asyncio.sleep(0.05)
             is_left = signal_group(group, 0)
-        if not is_left:
-            return
 
 
 class Process(NamedTuple):
@@ -3749,10 +3633,10 @@ def processes() -> Iterator[Process]:
             yield Process(int(stat.parent.name), head.partition("(")[2], *ids, fields[19])
 
 
-def names_of(groups: Collection[int]) -> list[str]:
+def names_of(groups: Collection[int]) -> str:
     """The names of the processes of these groups (blocking)."""
     names = [process.name for process in processes() if process.group in groups]
-    return names or [f"process {group}" for group in groups]
+    return ", ".join(names or map("process {}".format, groups))
 
 
 class VmServer:
@@ -3760,167 +3644,156 @@ class VmServer:
 
     ANSWERS_KEPT = 100
 
-    def __init__(self, token: str, agent: Agent, folder: Path, pictures: Pictures) -> None:
+    def __init__(self, token: str, agent: str, folder: Path) -> None:
         """Reads the answers of earlier runs (blocking)."""
-        self.trouble = ""  # why it is of no use yet
-        self._token = token
-        self._agent = agent
+        self._trouble = ""  # why it is of no use yet
+        self._token = f"Bearer {token}".encode() if token else b""
+        self._agent = Agent(agent, folder)
         self._folder = folder
-        self._pictures = pictures
+        self._images = folder / "images"
         self._tasks = Tasks()
-        self._running: asyncio.Task[Json] | None = None  # the command
+        self._work: asyncio.Task[tuple[str, int]] | None = None  # until its answer is stored
         self._key = ""  # of it
-        self._is_cancelled = self._has_ended = False
-        self._is_closing = False
         self._answers_file = folder / ".cockpit-vm-answers.json"
         self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
-        self._load_answers()
-
-    def _load_answers(self) -> None:
         with suppress(OSError):
             stored = object_in(parse_json(self._answers_file.read_bytes()))
             for key, answer in stored.items():
-                if isinstance(answer, dict):
-                    self._answers.put(key, answer, time.monotonic())
+                self._answers.put(key, answer, 0)
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=COMMAND_BODY_BYTES)
+        app = web.Application(client_max_size=COMMAND_BODY_BYTES, middlewares=[self._check_token])
         app.router.add_get("/health", self._health)
         app.router.add_post("/command", self._command)
         app.router.add_post("/cancel", self._cancel)
         app.router.add_get("/images/{name}", self._image)
+        app.cleanup_ctx.append(self._prepare)
         return app
 
-    async def clone(self, repository: str) -> None:
+    async def _prepare(self, app: web.Application) -> AsyncIterator[None]:
+        self._tell_trouble()
+        if repository := os.environ.get("GITHUB_REPOSITORY"):
+            self._tasks.start(self._clone(repository))
+        yield
+        self._agent.close()
+        await self._tasks.close()
+
+    async def end_with_gateway(self, app: web.Application) -> None:
+        """End everything once the gateway is gone, which holds the other end of standard input."""
+
+        def look() -> None:
+            if not os.read(0, 1024):
+                self._agent.close()
+                os.killpg(0, signal.SIGKILL)
+
+        asyncio.get_running_loop().add_reader(0, look)
+        # A process that is stopped sees no input; on Linux it is killed when its parent dies.
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+    async def _clone(self, repository: str) -> None:
         """Clone a repository of GitHub at the first start; the VM is not well before."""
         name = repository.rpartition("/")[2]
         part, whole = self._folder / f".{name}.part", self._folder / name
         if not REPOSITORY.fullmatch(repository):
-            self.trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
+            self._trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
         elif not await asyncio.to_thread(whole.exists):
-            self.trouble = f"{repository} is being cloned"
+            self._trouble = f"{repository} is being cloned"
             await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
             url = f"https://github.com/{repository}.git"
-            command = f"git clone --quiet -- {url} {part.name}"
-            git = CommandAgent(command, self._folder)
             async with asyncio.timeout(CLONE_S):
-                said, code = await git.run("", is_new=False)
-            if code:
-                self.trouble = f"{repository} could not be cloned: {said}"
-            else:  # whole, or another start begins it anew
+                git = Agent(f"git clone --quiet -- {url} {part.name}", self._folder)
+                said, code = await git.run("")
+            self._trouble = f"{repository} could not be cloned: {said}" if code else ""
+            if not code:  # whole, or another start begins it anew
                 await asyncio.to_thread(part.rename, whole)
-                self.trouble = ""
-        self.tell_trouble()
+        self._tell_trouble()
 
-    def tell_trouble(self) -> None:
-        if trouble := self.trouble or self._agent.trouble():
+    def _tell_trouble(self) -> None:
+        if trouble := self._trouble or self._agent.trouble():
             print(f"cockpit vm: {trouble}", file=sys.stderr, flush=True)
-
-    async def start(self) -> None:
-        """Prepare what the agent works with."""
-        await asyncio.to_thread(self.tell_trouble)
-        if repository := os.environ.get("GITHUB_REPOSITORY"):
-            self._tasks.start(self.clone(repository), "clone")
-
-    async def close(self) -> None:
-        """End the running command, and what earlier ones left."""
-        self._is_closing = True
-        self._agent.close()
-        await self._tasks.close()
-
-    def end_with_gateway(self) -> None:
-        """Read standard input, of which the gateway holds the other end: when it closes, end everything."""
-        if not os.read(0, 1024):
-            self._agent.close()
-            os.killpg(0, signal.SIGKILL)
 
     def _has_token(self, request: web.Request) -> bool:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        wanted = f"Bearer {self._token}".encode()
-        return not self._token or hmac.compare_digest(given, wanted)
+        return not self._token or hmac.compare_digest(given, self._token)
 
-    def _check_token(self, request: web.Request) -> None:
-        if not self._has_token(request):
+    @web.middleware
+    async def _check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path != "/health" and not self._has_token(request):
             raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
+        return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
-        if trouble := self.trouble or await asyncio.to_thread(self._agent.trouble):
+        if trouble := self._trouble or self._agent.trouble():
             return web.json_response({"status": "failed", "note": trouble}, status=503)
         answer: Json = {"status": "ok"}
         if self._has_token(request):  # what it works on is nobody else's business
-            if self._running is not None:
-                note = await asyncio.to_thread(self._agent.last_line)
-                answer |= {"busy": True, "note": note}
+            if self._work:
+                answer |= {"busy": True, "note": self._agent.last_line()}
             elif groups := self._agent.left_running():
-                names = ", ".join(await asyncio.to_thread(names_of, groups))
+                names = await asyncio.to_thread(names_of, groups)
                 answer |= {"busy": True, "note": f"left running: {names}"}
         return web.json_response(answer)
 
     async def _command(self, request: web.Request) -> web.Response:
-        self._check_token(request)
-        body = parse_json(await request.read())
-        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
+        body = object_in(parse_json(await request.read()))
+        before = await asyncio.to_thread(shown_in, self._images)
+        if not isinstance(body.get("text"), str):
             return web.json_response({"error": 'send {"text": "..."}'}, status=400)
         key = request.headers.get("Idempotency-Key", "")
         if key in self._answers:
             return web.json_response(self._answers[key])
-        if self._running is not None:
+        if self._work:
             return web.json_response({"error": "busy"}, status=409)
+        self._key, self._work = key, self._tasks.start(self._run(body))
         # A caller who hangs up does not stop it: the answer is stored for the next time.
-        self._key, self._is_cancelled, self._has_ended = key, False, False
-        self._running = self._tasks.start(self._run(key, body), "command")
-        return web.json_response(await asyncio.shield(self._running))
+        answer = self._tasks.start(self._answer(key, self._work, before))
+        return web.json_response(await asyncio.shield(answer))
 
     async def _cancel(self, request: web.Request) -> web.Response:
         """End the command, if it is meant; when none runs, what earlier ones left."""
-        self._check_token(request)
-        key, command = request.headers.get("Idempotency-Key", ""), self._running
-        if command is None:
+        key, work = request.headers.get("Idempotency-Key", ""), self._work
+        if work is None:
             groups = set() if key else self._agent.left_running()
             await asyncio.gather(*map(end_group, groups))
             stopped = bool(groups)
-        elif stopped := key in ("", self._key) and not self._has_ended:
-            if not self._is_cancelled:
-                self._is_cancelled = True
-                await asyncio.sleep(0)  # it has begun then, and takes note of its end
-                command.cancel()
-            await asyncio.wait({command})
+        # Once the agent has ended a stop would only lose the answer.
+        elif stopped := key in ("", self._key) and not work.done():
+            if not work.cancelling():
+                work.cancel()
+            await asyncio.wait({work})
         return web.json_response({"stopped": stopped})
 
-    async def _run(self, key: str, body: Json) -> Json:
+    async def _run(self, body: Json) -> tuple[str, int]:
+        """What the agent said, and its exit code."""
+        async with aiohttp.ClientSession(timeout=INBOX_TIMEOUT) as session:
+            fetch = functools.partial(fetch_picture, session, self._folder / "inbox")
+            inbox = await asyncio.gather(*map(fetch, objects_in(body.get("media"))[:MAX_IMAGES]))
+        text = "\n".join([body["text"], *(["", "Pictures:", *inbox] if inbox else [])])
+        return await self._agent.run(text, is_new=body.get("new") is True)
+
+    async def _answer(
+        self, key: str, work: asyncio.Task[tuple[str, int]], before: set[Shown]
+    ) -> Json:
         began = time.monotonic()
         try:
-            said, code, images = await self._work(body)
+            await asyncio.wait({work})
+            said, code = ("", CANCELLED) if work.cancelled() else work.result()
             answer = {
                 "text": said,
-                "images": images,
+                "images": await asyncio.to_thread(shown_since, self._images, before),
                 "exitCode": code,
                 "durationMs": int((time.monotonic() - began) * 1000),
             }
-            if key and not self._is_closing:
+            if key:
                 await self._store(key, answer)
             return answer
         finally:
-            self._running = None
-
-    async def _work(self, body: Json) -> tuple[str, int, list[Json]]:
-        """What the agent said, its exit code and the pictures it made."""
-        try:
-            before = await asyncio.to_thread(self._pictures.begin)
-            inbox = await self._pictures.fetch(body.get("media"))
-            text = body["text"]
-            if inbox:
-                text = "\n".join([text, "", "Pictures:", *inbox])
-            said, code = await self._agent.run(text, is_new=body.get("new") is True)
-            self._has_ended = True  # from here on a stop would only lose the answer
-            return said, code, await asyncio.to_thread(self._pictures.shown_since, before)
-        except asyncio.CancelledError:
-            if not self._is_cancelled:
-                raise
-            return "", CANCELLED, []
+            self._work = None
 
     async def _store(self, key: str, answer: Json) -> None:
-        self._answers.put(key, answer, time.monotonic())
+        self._answers.put(key, answer, 0)
         content = to_json(self._answers).encode()
         try:
             await asyncio.to_thread(write_atomically, self._answers_file, [content])
@@ -3928,19 +3801,11 @@ class VmServer:
             log_event("answer_not_stored", level=logging.WARNING, error=str(error))
 
     async def _image(self, request: web.Request) -> web.StreamResponse:
-        self._check_token(request)
-        file = await asyncio.to_thread(self._find_image, request.match_info["name"])
-        if file is None:
+        wanted = request.match_info["name"]
+        shown = await asyncio.to_thread(shown_in, self._images)
+        if not any(name == wanted for _, _, name in shown):
             raise web.HTTPNotFound
-        return web.FileResponse(file)
-
-    def _find_image(self, name: str) -> Path | None:
-        """The picture's own path; none that a link leads to outside of the folder (blocking)."""
-        if not IMAGE_PATH.fullmatch(f"/images/{name}"):
-            return None
-        folder = self._folder.resolve() / "images"
-        file = (folder / name).resolve()
-        return file if file.is_relative_to(folder) and file.is_file() else None
+        return web.FileResponse(self._images / wanted)
 
 
 def prepare_environment(agent: str, folder: Path) -> None:
@@ -3955,41 +3820,19 @@ def prepare_environment(agent: str, folder: Path) -> None:
         os.environ |= {"GIT_ASKPASS": str(helper), "GIT_TERMINAL_PROMPT": "0"}
 
 
-def end_with_parent() -> None:
-    """Where there is a parent-death signal: a process that is stopped does not see its input close."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
+def serve_vm(given: argparse.Namespace, folder: Path) -> int:
     """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
-    token = os.environ.get("COCKPIT_TOKEN", "")
-    host, port, pictures = given.host, given.port, Pictures(folder)
-    await asyncio.to_thread(prepare_environment, given.agent, folder)
-    agent = choose_agent(given.agent, folder, pictures)
-    server = await asyncio.to_thread(VmServer, token, agent, folder, pictures)
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    prepare_environment(given.agent, folder)
+    server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), given.agent, folder)
+    app = server.app()
     if given.until_stdin_closes:
-        loop.add_reader(0, server.end_with_gateway)
-        end_with_parent()
+        app.on_startup.append(server.end_with_gateway)
+    host, port = given.host, given.port
     try:
-        await server.start()
-        await runner.setup()
-        await web.TCPSite(runner, host, port).start()
-        print(f"a cockpit VM listens on {host}:{port}", flush=True)
-        await stop.wait()
+        web.run_app(app, host=host, port=port, access_log=None, shutdown_timeout=0.1)
     except (OSError, OverflowError) as error:
         reason = f"cannot listen on {host}:{port}: {error}; set PORT or --port"
-        print(f"cockpit vm: {reason}", file=sys.stderr)
-        return 1
-    finally:
-        await runner.cleanup()
-        await server.close()
+        raise CockpitError(reason) from error
     return 0
 
 
@@ -4028,19 +3871,35 @@ def run_vm(given: argparse.Namespace) -> int:
         os.setuid(user.pw_uid)
         os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     os.chdir(folder)
-    return asyncio.run(serve_vm(given, folder))
+    return serve_vm(given, folder)
 
 
 # Of an agent or a script on the VM
 
 SAY_AGAIN = Backoff(base_s=0.5, cap_s=10, attempts=1000, budget_s=60)
-REFUSED, WRONG_USE, NOT_REACHED, LIMIT_REACHED = 1, 2, 3, 4  # exit codes of `say`
 
 
 def explain_problem(raw: bytes) -> tuple[str, str]:
     """What the gateway says of an error (RFC 9457)."""
     problem = object_in(parse_json(raw))
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
+
+
+def keep_said(paths: Sequence[Path]) -> list[Path]:
+    """Copies of pictures in `images` (blocking); raises CockpitError."""
+    if len(paths) > MAX_IMAGES:
+        raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
+    images = Path(os.environ.get("WORKSPACE") or ".", "images")
+    copies = []
+    for path in paths:
+        try:
+            if not (content := read_picture(path)):
+                reason = "is not a PNG, JPEG or GIF picture of at most 5 MB"
+                raise CockpitError(f"{path} {reason}")
+            copies.append(keep(images, f"{SAID}{digest_of(content)}-", content))
+        except OSError as error:
+            raise CockpitError(f"{path}: {error.strerror}") from error
+    return copies
 
 
 async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
@@ -4050,30 +3909,32 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
         raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
     if not is_url(url):
         raise CockpitError("COCKPIT_URL is no URL; set the gateway's")
-    if len(paths) > MAX_IMAGES:
-        raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
-    pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
-    names = [await asyncio.to_thread(pictures.put, path) for path in paths]
+    copies = await asyncio.to_thread(keep_said, paths)
     dialect = Dialect(
         service="the gateway",
         request_id_header="X-Request-Id",
         explain=explain_problem,
         is_unprocessed=lambda status: False,
     )
-    # The key: an attempt whose answer was lost is not texted twice.
-    key = secrets.token_hex(16)
-    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": key}
-    body = {"text": words, "images": [f"/images/{name}" for name in names]}
+    sent: Json = {
+        "json": {"text": words, "images": [f"/images/{copy.name}" for copy in copies]},
+        # The key: an attempt whose answer was lost is not texted twice.
+        "headers": {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)},
+    }
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, dialect, clock, Metrics(clock))
         call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
-        post = functools.partial(call, timeout_s=20, json=body, headers=headers)
+        post = functools.partial(call, timeout_s=20, **sent)
 
         def is_worth_repeating(error: UpstreamError) -> bool:
             return is_unavailable(error) and error.status != 429
 
-        await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
-    await asyncio.to_thread(pictures.note_said, names)
+        try:
+            await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
+        except UpstreamError:
+            for copy in copies:  # else the command's answer would be taken to have them already
+                copy.unlink(missing_ok=True)
+            raise
 
 
 def run_say(given: argparse.Namespace) -> int:
@@ -4082,11 +3943,12 @@ def run_say(given: argparse.Namespace) -> int:
         asyncio.run(say(given.text, given.images, Clock()))
     except CockpitError as error:
         print(f"cockpit say: {error}", file=sys.stderr)
-        if not isinstance(error, UpstreamError):
-            return WRONG_USE
-        if error.status == 429:
-            return LIMIT_REACHED
-        return NOT_REACHED if is_unavailable(error) else REFUSED
+        match error:
+            case UpstreamError(status=429):
+                return 4
+            case UpstreamError():
+                return 3 if is_unavailable(error) else 1
+        return 2
     return 0
 
 
@@ -10551,7 +10413,7 @@ def print_banner(settings: Settings) -> None:
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
     agent = gateway.local_agent if settings.fly.is_local else ""
-    if agent and (trouble := CommandAgent(agent, LOCAL_FOLDER).trouble()):
+    if agent and (trouble := Agent(agent, LOCAL_FOLDER).trouble()):
         print(f"LOCAL_AGENT: {trouble}", flush=True)
     if agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name

@@ -7912,16 +7912,13 @@ class AgentVM:
         for name, value in (("PATH", f"{self.live.disks / 'bin'}:{os.environ['PATH']}"), ("ANTHROPIC_API_KEY", "of-the-vm"), ("WORKSPACE", ""), ("IS_SANDBOX", "")):
             monkeypatch.setenv(name, value)
         cockpit.prepare_environment(agent, self.folder)
-        pictures = cockpit.Pictures(self.folder)
-        vm = cockpit.VmServer("vm-x.token", cockpit.choose_agent(agent, self.folder, pictures), self.folder, pictures)
-        server = Server(vm.app())
+        server = Server(cockpit.VmServer("vm-x.token", agent, self.folder).app())
         await server.start()
         self.live.twilio.gateway = server.url
         try:
             yield
         finally:
             await server.close()
-            await vm.close()
 
     async def ask(self, method: str, path: str, **more: Any) -> Answer:
         return await self.live.ask(method, path, key="vm-x.token", **more)
@@ -7971,20 +7968,17 @@ async def test_only_pictures_that_appear_are_shown_and_none_that_a_link_leads_to
         for n in range(12):
             (elsewhere / f"{n}.gif").write_bytes(GIF)
         (elsewhere / "large.png").write_bytes(PNG + bytes(5 << 20))
-        many = cockpit.Pictures(live.disks)
-        many.images = elsewhere
-        assert len(many.shown_since(set())) == 10 and "large" not in str(many.shown_since(set()))
+        many = cockpit.shown_since(elsewhere, set())
+        assert len(many) == 10 and "large" not in str(many)
         shutil.rmtree(images)
         images.symlink_to(elsewhere)
         assert (await vm.command("hello"))["images"] == []
 
 
-def test_a_pipe_in_the_place_of_what_say_sent_holds_up_no_command(tmp_path):
-    pictures = cockpit.Pictures(tmp_path)
-    pictures.images.mkdir()
-    os.mkfifo(pictures.images / pictures.SAID)
-    (pictures.images / "plot.png").write_bytes(PNG)
-    assert [image["url"] for image in pictures.shown_since(set())] == ["/images/plot.png"]
+def test_a_pipe_among_the_pictures_holds_up_no_command(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "plot.png").write_bytes(PNG)
+    assert [image["url"] for image in cockpit.shown_since(tmp_path, set())] == ["/images/plot.png"]
 
 
 async def test_the_phone_s_pictures_are_files_that_the_agent_can_open_and_never_leave_the_inbox(live, monkeypatch):
@@ -8070,7 +8064,7 @@ async def test_what_an_agent_leaves_running_holds_up_no_answer_is_told_and_can_b
     ("sh -c 'echo new:$COCKPIT_NEW'", "x", "new:", 0)])
 async def test_any_command_is_an_agent_and_its_complaints_are_shown_when_it_says_nothing_else(tmp_path, agent, text, answer, code):
     for is_new, said in ((False, answer), (True, answer.replace("new:", "new:1"))):
-        words, exit_code = await cockpit.CommandAgent(agent, tmp_path).run(text, is_new=is_new)
+        words, exit_code = await cockpit.Agent(agent, tmp_path).run(text, is_new=is_new)
         assert (words.strip(), exit_code) == (said, code)
 
 
@@ -8261,7 +8255,7 @@ mkdir -p images
 printf 'GIF89a12' > images/said.gif
 printf 'GIF89a12' > elsewhere.gif
 {sys.executable} {HERE / 'cockpit.py'} say look images/said.gif elsewhere.gif || exit
-printf 'GIF89a12' > images/shown.gif
+printf 'GIF89a34' > images/shown.gif
 """)
     url, vm = live.twilio.gateway, AgentVM(live)
     token = owner.env["COCKPIT_TOKEN"]
