@@ -97,7 +97,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
+from typing import IO, Any, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -3212,6 +3212,8 @@ PICTURES = {  # by their first bytes
     b"GIF89a": "image/gif",
 }
 NOTE_CHARACTERS = 100
+# ValueError: a URL that is none; routes.json can be written by hand.
+UNREACHED = (aiohttp.ClientError, OSError, ValueError)
 
 
 class MeteredSocket(socket.socket):
@@ -3251,20 +3253,14 @@ class Answer(NamedTuple):
 def parse_answer(raw: bytes) -> Answer:
     """What a VM's answer says, whatever its shape."""
     body = parse_json(raw)
-    text = body.get("text") or "" if isinstance(body, dict) else None
-    if not isinstance(body, dict) or not isinstance(text, str):
+    if not isinstance(body, dict) or not isinstance(text := body.get("text") or "", str):
         return Answer(is_unreadable=True)
-    listed = body.get("images")
-    urls = [image.get("url") for image in objects_in(listed)]
-    images = [url for url in urls if isinstance(url, str) and IMAGE_PATH.fullmatch(url)]
-    code = body.get("exitCode")
-    text = clean_text(text).rstrip("\n")
-    return Answer(
-        text=text,
-        exit_code=code if type(code) is int and abs(code) < 2**32 else 0,
-        images=tuple(images[:MAX_IMAGES]),
-        is_unreadable=bool(listed) and not images and not text.strip(),
-    )
+    text, code, listed = clean_text(text).rstrip("\n"), body.get("exitCode"), body.get("images")
+    urls = [str(image.get("url")) for image in objects_in(listed)]
+    images = tuple(filter(IMAGE_PATH.fullmatch, urls))[:MAX_IMAGES]
+    is_unreadable = bool(listed) and not images and not text.strip()
+    code = code if type(code) is int and abs(code) < 2**32 else 0
+    return Answer(text, code, images, is_unreadable)
 
 
 def kind_of_picture(start: bytes) -> str:
@@ -3312,10 +3308,7 @@ class VmClient:
         sid: str | None = None,
         body: Json | None = None,
     ) -> tuple[int, bytes]:
-        """Status and body (empty when it is too long), one attempt; raises as aiohttp does.
-
-        ValueError: the URL is none; routes.json can be written by hand.
-        """
+        """Status and body (empty when it is too long), one attempt; raises UNREACHED."""
         headers = self._headers(route) | ({} if sid is None else {"Idempotency-Key": sid})
         sent: Json = {"json": body, "headers": headers, "timeout": CONNECT_TIMEOUT}
         request = self.session.request(method, route.vm_url + path, allow_redirects=False, **sent)
@@ -3330,7 +3323,7 @@ class VmClient:
         """What `/health` says, one attempt."""
         try:
             status, raw = await self._ask(route, "GET", "/health", timeout_s)
-        except (aiohttp.ClientError, OSError, ValueError):
+        except UNREACHED:
             return Health()
         body = object_in(parse_json(raw))
         note = redact(clean_text(str(body.get("note") or "")))[:NOTE_CHARACTERS]
@@ -3343,7 +3336,7 @@ class VmClient:
         """
         try:
             status, raw = await self._ask(route, "POST", "/cancel", self.CANCEL_S, sid)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except UNREACHED as error:
             raise VmAway(f"not cancelled ({type(error).__name__})") from error
         if status >= 300:
             raise VmFailed(status)
@@ -3354,11 +3347,8 @@ class VmClient:
         self, route: Route, path: str
     ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """One of a VM's images, not yet read."""
-        url = URL(route.vm_url + path)
-        headers = self._headers(route)
-        return self.session.get(
-            url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT
-        )
+        sent: Json = {"headers": self._headers(route), "timeout": MEDIA_TIMEOUT}
+        return self.session.get(route.vm_url + path, allow_redirects=False, **sent)
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID.
@@ -3390,7 +3380,6 @@ class VmClient:
 #
 # What runs on a VM: the server's half of the contract, the agent it calls, and `say`.
 
-COMMAND_BODY_BYTES = 256 * 1024
 OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
 ERRORS_CHARACTERS = 2000
 CANCELLED = 130
@@ -3403,11 +3392,11 @@ set -f
 set -- $(printf %s "$said" | tr A-Z a-z)
 case "$# $*" in
 "1 crash") kill -9 $PPID ;;
-"1 image") mkdir -p images && base64 -d > images/$$.png <<'A HILL, THE SKY AND THE SUN' && echo "Here is an image." ;;
+"1 image") mkdir -p images; base64 -d > images/$$.png <<'END' && echo "Here is an image." ;;
 iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4
 2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW
 yUOQrvOoPAAAAABJRU5ErkJggg==
-A HILL, THE SKY AND THE SUN
+END
 "2 sleep "[0-9]*) sleep "$2" && echo "Slept $2 s." ;;
 *) printf %s "$said" ;;
 esac
@@ -3419,7 +3408,7 @@ PRESETS = {  # what is in brackets resumes the last conversation
     "gemini": "gemini [--resume latest] --approval-mode yolo --skip-trust",
     "opencode": "opencode run [--continue] --auto",
 }
-FOR_A_SHELL = re.compile(r"\w+=|.*[|&;<>()$`*?\[\]{}~#!\n]", re.DOTALL)
+PLAIN = re.compile(r"[\w\s./:@%,+-]+")  # what a shell takes as it stands
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # It answers GitHub alone; the token itself is in no argument, URL or file.
 ASKPASS = """#!/bin/sh
@@ -3518,34 +3507,29 @@ class Agent:
         self._groups: set[int] = set()  # of its commands, also of those that ended
         self._said: Sequence[IO[bytes]] = ()  # output and errors of the running one
 
-    def arguments(self, *, is_new: bool) -> list[str]:
-        """The command's words; raises ValueError."""
-        if preset := PRESETS.get(self._command):
-            return re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
-        if FOR_A_SHELL.match(self._command):
-            return ["sh", "-c", self._command]
-        return shlex.split(self._command)
-
     def trouble(self) -> str:
         """Why it cannot work, or nothing."""
-        try:
-            program = self.arguments(is_new=False)[0]
-        except ValueError as error:
-            return f"the agent's command cannot be read: {error}"
-        if shutil.which(program):
+        program = self._command.split()[0]
+        if shutil.which(program) or not PLAIN.fullmatch(self._command):
             return ""
         return f"there is no {program} on this VM's PATH; install it or choose another --agent"
 
     async def run(self, text: str, *, is_new: bool = False) -> tuple[str, int]:
         """What it said and its exit code; cancelled it ends what it started."""
+        arguments = ["sh", "-c", self._command]
+        if preset := PRESETS.get(self._command):
+            arguments = re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
         # Files, not pipes: what it leaves running may hold them open as long as it likes.
-        new_file = functools.partial(tempfile.TemporaryFile, "a+b")
         try:
-            with new_file() as given, new_file() as output, new_file() as errors:
+            with (
+                tempfile.TemporaryFile() as given,
+                tempfile.TemporaryFile("a+b") as output,
+                tempfile.TemporaryFile("a+b") as errors,
+            ):
                 given.write(text.encode("utf-8", "replace"))
                 given.seek(0)
                 process = await asyncio.create_subprocess_exec(
-                    *self.arguments(is_new=is_new),
+                    *arguments,
                     cwd=self._folder,
                     env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
                     stdin=given,
@@ -3634,15 +3618,12 @@ def processes() -> Iterator[Process]:
 
 
 def names_of(groups: Collection[int]) -> str:
-    """The names of the processes of these groups (blocking)."""
-    names = [process.name for process in processes() if process.group in groups]
-    return ", ".join(names or map("process {}".format, groups))
+    """The names of the processes of these groups, on Linux (blocking)."""
+    return ", ".join(process.name for process in processes() if process.group in groups)
 
 
 class VmServer:
     """The VM's half of the contract: one command at a time, and none is run twice."""
-
-    ANSWERS_KEPT = 100
 
     def __init__(self, token: str, agent: str, folder: Path) -> None:
         """Reads the answers of earlier runs (blocking)."""
@@ -3652,17 +3633,17 @@ class VmServer:
         self._folder = folder
         self._images = folder / "images"
         self._tasks = Tasks()
-        self._work: asyncio.Task[tuple[str, int]] | None = None  # until its answer is stored
+        self._work: asyncio.Task[Any] | None = None  # until its answer is stored
         self._key = ""  # of it
         self._answers_file = folder / ".cockpit-vm-answers.json"
-        self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
+        self._answers: Recent[Json] = Recent(most=100)
         with suppress(OSError):
             stored = object_in(parse_json(self._answers_file.read_bytes()))
             for key, answer in stored.items():
                 self._answers.put(key, answer, 0)
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=COMMAND_BODY_BYTES, middlewares=[self._check_token])
+        app = web.Application(middlewares=[self._check_token])
         app.router.add_get("/health", self._health)
         app.router.add_post("/command", self._command)
         app.router.add_post("/cancel", self._cancel)
@@ -3695,19 +3676,16 @@ class VmServer:
     async def _clone(self, repository: str) -> None:
         """Clone a repository of GitHub at the first start; the VM is not well before."""
         name = repository.rpartition("/")[2]
-        part, whole = self._folder / f".{name}.part", self._folder / name
         if not REPOSITORY.fullmatch(repository):
             self._trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
-        elif not await asyncio.to_thread(whole.exists):
+        elif not await asyncio.to_thread((self._folder / name).exists):
             self._trouble = f"{repository} is being cloned"
-            await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
+            part = f".{name}.part"  # it becomes whole, or another start begins it anew
             url = f"https://github.com/{repository}.git"
+            git = f"rm -rf {part} && git clone --quiet -- {url} {part} && mv {part} ./{name}"
             async with asyncio.timeout(CLONE_S):
-                git = Agent(f"git clone --quiet -- {url} {part.name}", self._folder)
-                said, code = await git.run("")
+                said, code = await Agent(git, self._folder).run("")
             self._trouble = f"{repository} could not be cloned: {said}" if code else ""
-            if not code:  # whole, or another start begins it anew
-                await asyncio.to_thread(part.rename, whole)
         self._tell_trouble()
 
     def _tell_trouble(self) -> None:
@@ -3773,9 +3751,7 @@ class VmServer:
         text = "\n".join([body["text"], *(["", "Pictures:", *inbox] if inbox else [])])
         return await self._agent.run(text, is_new=body.get("new") is True)
 
-    async def _answer(
-        self, key: str, work: asyncio.Task[tuple[str, int]], before: set[Shown]
-    ) -> Json:
+    async def _answer(self, key: str, work: asyncio.Task[Any], before: set[Shown]) -> Json:
         began = time.monotonic()
         try:
             await asyncio.wait({work})
@@ -3787,18 +3763,14 @@ class VmServer:
                 "durationMs": int((time.monotonic() - began) * 1000),
             }
             if key:
-                await self._store(key, answer)
-            return answer
+                self._answers.put(key, answer, 0)
+                content = to_json(self._answers).encode()
+                await asyncio.to_thread(write_atomically, self._answers_file, [content])
+        except StoreError as error:
+            log_warning("answer_not_stored", error=str(error))
         finally:
             self._work = None
-
-    async def _store(self, key: str, answer: Json) -> None:
-        self._answers.put(key, answer, 0)
-        content = to_json(self._answers).encode()
-        try:
-            await asyncio.to_thread(write_atomically, self._answers_file, [content])
-        except StoreError as error:
-            log_event("answer_not_stored", level=logging.WARNING, error=str(error))
+        return answer
 
     async def _image(self, request: web.Request) -> web.StreamResponse:
         wanted = request.match_info["name"]
@@ -3824,10 +3796,9 @@ def serve_vm(given: argparse.Namespace, folder: Path) -> int:
     """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
     prepare_environment(given.agent, folder)
     server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), given.agent, folder)
-    app = server.app()
+    app, host, port = server.app(), given.host, given.port
     if given.until_stdin_closes:
         app.on_startup.append(server.end_with_gateway)
-    host, port = given.host, given.port
     try:
         web.run_app(app, host=host, port=port, access_log=None, shutdown_timeout=0.1)
     except (OSError, OverflowError) as error:
@@ -3885,6 +3856,14 @@ def explain_problem(raw: bytes) -> tuple[str, str]:
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
 
 
+GATEWAY_API = Dialect(
+    service="the gateway",
+    request_id_header="X-Request-Id",
+    explain=explain_problem,
+    is_unprocessed=lambda status: False,
+)
+
+
 def keep_said(paths: Sequence[Path]) -> list[Path]:
     """Copies of pictures in `images` (blocking); raises CockpitError."""
     if len(paths) > MAX_IMAGES:
@@ -3905,32 +3884,25 @@ def keep_said(paths: Sequence[Path]) -> list[Path]:
 async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     """Text the VM's owner; tried for a minute. Raises CockpitError."""
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
-    if not url or not token:
-        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
-    if not is_url(url):
-        raise CockpitError("COCKPIT_URL is no URL; set the gateway's")
+    if not is_url(url) or not token:
+        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set as on a VM; run it there")
     copies = await asyncio.to_thread(keep_said, paths)
-    dialect = Dialect(
-        service="the gateway",
-        request_id_header="X-Request-Id",
-        explain=explain_problem,
-        is_unprocessed=lambda status: False,
-    )
     sent: Json = {
         "json": {"text": words, "images": [f"/images/{copy.name}" for copy in copies]},
         # The key: an attempt whose answer was lost is not texted twice.
         "headers": {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)},
     }
     async with aiohttp.ClientSession() as session:
-        gateway = Upstream(session, session, dialect, clock, Metrics(clock))
+        gateway = Upstream(session, session, GATEWAY_API, clock, Metrics(clock))
         call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
         post = functools.partial(call, timeout_s=20, **sent)
-
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.status != 429
-
         try:
-            await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
+            await retry(
+                post,
+                SAY_AGAIN,
+                clock,
+                when=lambda error: is_unavailable(error) and error.status != 429,
+            )
         except UpstreamError:
             for copy in copies:  # else the command's answer would be taken to have them already
                 copy.unlink(missing_ok=True)
@@ -10069,36 +10041,32 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 
 # --- Assembly ---
 
-FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
-TWILIO_CONNECTIONS = 1000
 UNREAD_MS = 30_000
-
-
-async def open_session(
-    stack: contextlib.AsyncExitStack, limit: int, *, is_fresh: bool = False, **more: Any
-) -> aiohttp.ClientSession:
-    """A client session that ends with `stack`; a fresh one makes a connection for each request."""
-    connector = aiohttp.TCPConnector(
-        limit=limit, force_close=is_fresh, socket_factory=more.pop("socket_factory", None)
-    )
-    more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
-    session = aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
-    return await stack.enter_async_context(session)
+STAND_IN = "not checked: the stand-in is used"
 
 
 async def open_clouds(
     stack: contextlib.AsyncExitStack, settings: Settings, clock: Clock, metrics: Metrics
 ) -> tuple[FlyClient, TwilioClient]:
+    """Clients whose connections end with `stack`."""
+
+    async def upstream(dialect: Dialect, limit: int, jar: Any) -> Upstream:
+        kept, fresh = (
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=limit, force_close=is_fresh), cookie_jar=jar
+            )
+            for is_fresh in (False, True)
+        )
+        await stack.enter_async_context(kept)
+        await stack.enter_async_context(fresh)
+        return Upstream(kept, fresh, dialect, clock, metrics)
+
     # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
     # bare addresses.
-    cookies = aiohttp.CookieJar(unsafe=True)
-    session = await open_session(stack, 100, cookie_jar=cookies)
-    fresh = await open_session(stack, 100, is_fresh=True, cookie_jar=cookies)
-    api = Upstream(session, fresh, FLY, clock, metrics)
-    fly = FlyClient(api, settings.fly, budget_s=settings.limits.provision_timeout_s)
-    session = await open_session(stack, TWILIO_CONNECTIONS)
-    fresh = await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True)
-    return fly, TwilioClient(Upstream(session, fresh, TWILIO, clock, metrics), settings.twilio)
+    fly = await upstream(FLY, 100, aiohttp.CookieJar(unsafe=True))
+    twilio = await upstream(TWILIO, 1000, aiohttp.DummyCookieJar())
+    budget_s = settings.limits.provision_timeout_s
+    return FlyClient(fly, settings.fly, budget_s=budget_s), TwilioClient(twilio, settings.twilio)
 
 
 def state_path(settings: Settings) -> Path:
@@ -10107,47 +10075,37 @@ def state_path(settings: Settings) -> Path:
 
 async def run_gateway(app: web.Application) -> AsyncIterator[None]:
     """Bring the parts up in order, and down in the reverse; the state files are held meanwhile."""
-    settings = app[SETTINGS]
+    settings, clock, metrics = app[SETTINGS], app[CLOCK], app[METRICS]
     if not settings.gateway.is_production:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-    path = await asyncio.to_thread(state_path, settings)
+    path, disk, keyring = state_path(settings), Tasks(), Keyring(settings.gateway.secrets)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, await asyncio.to_thread(lock_state, path))
-        gateway = app[GATEWAY] = await open_gateway(
-            settings, app[CLOCK], app[METRICS], path, stack
+        stack.push_async_callback(disk.close)
+        routes = await asyncio.to_thread(RouteStore, path, clock, disk)
+        stack.push_async_callback(routes.close)
+        if routes.recovery_note:
+            log_warning("routes_recovered", note=routes.recovery_note)
+        messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
+        await messages.open()
+        stack.push_async_callback(messages.close)
+        fly, twilio = await open_clouds(stack, settings, clock, metrics)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, force_close=True, socket_factory=metered_socket
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        await stack.enter_async_context(session)
+        vms = VmClient(session, keyring, clock, settings.limits.vm_command_timeout_s)
+        gateway = app[GATEWAY] = Gateway(
+            settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, Tasks()
         )
         stack.push_async_callback(gateway.tasks.close)
         await move_old_journal(path, gateway)
         await bring_up(gateway)
         yield
-
-
-async def open_gateway(
-    settings: Settings,
-    clock: Clock,
-    metrics: Metrics,
-    path: Path,
-    stack: contextlib.AsyncExitStack,
-) -> Gateway:
-    """The parts, with state files and client sessions that end with `stack`."""
-    disk, keyring = Tasks(), Keyring(settings.gateway.secrets)
-    stack.push_async_callback(disk.close)
-    routes = await asyncio.to_thread(RouteStore, path, clock, disk)
-    stack.push_async_callback(routes.close)
-    if routes.recovery_note:
-        log_warning("routes_recovered", note=routes.recovery_note)
-    messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
-    await messages.open()
-    stack.push_async_callback(messages.close)
-    fly, twilio = await open_clouds(stack, settings, clock, metrics)
-    vm_session = await open_session(
-        stack, 0, is_fresh=True, auto_decompress=False, socket_factory=metered_socket
-    )
-    timeout_s = settings.limits.vm_command_timeout_s
-    vms = VmClient(vm_session, keyring, clock, command_timeout_s=timeout_s)
-    return Gateway(
-        settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, tasks=Tasks()
-    )
 
 
 async def move_old_journal(path: Path, gateway: Gateway) -> None:
@@ -10182,18 +10140,10 @@ async def bring_up(gateway: Gateway) -> None:
         if not settings.twilio.is_local:
             await gateway.backfill.at_start()
         gateway.tasks.start(gateway.backfill.run())
-    gateway.tasks.start(start_relay(gateway))
-
-
-async def start_relay(gateway: Gateway) -> None:
-    """Set going what was in flight; stand-ins are reached at our own port, which listens a moment later."""
-    while gateway.settings.has_stand_in:
-        with suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.gateway.port)
-            writer.close()
-            break
-        await gateway.clock.sleep(0.05)
-    gateway.relay.start()
+    if (
+        not settings.has_stand_in
+    ):  # they are reached at our own port, on which `serve` listens first
+        gateway.relay.start()
 
 
 async def drain(gateway: Gateway) -> None:
@@ -10211,18 +10161,15 @@ async def drain(gateway: Gateway) -> None:
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     """The whole gateway as an aiohttp application; nothing starts before the application does."""
     is_local = settings.has_stand_in
-    middlewares = [answer_errors, loopback_only] if is_local else [answer_errors]
-    app = web.Application(middlewares=middlewares)
+    app = web.Application(middlewares=[answer_errors, loopback_only][: 1 + is_local])
     app[SETTINGS] = settings
     app[CLOCK] = clock or Clock()
     app[METRICS] = Metrics(app[CLOCK])
     app[STRANGERS] = SparingLog(app[CLOCK])
-    app[PAGE] = render_page(
-        with_phone=settings.twilio.is_local,
-        hint="In local mode it is: local"
-        if LOCAL_KEY in settings.gateway.api_keys
-        else "It is what COCKPIT_API_KEY holds where this gateway runs.",
-    )
+    hint = "It is what COCKPIT_API_KEY holds where this gateway runs."
+    if LOCAL_KEY in settings.gateway.api_keys:
+        hint = "In local mode it is: local"
+    app[PAGE] = render_page(with_phone=settings.twilio.is_local, hint=hint)
     app.add_routes([call.route() for call in CALLS])
     app.cleanup_ctx.append(run_gateway)
     if is_local:
@@ -10230,18 +10177,21 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
-def malformed(reason: str) -> web.Response:
-    """The answer to what no handler has seen; it ends the connection."""
-    answer = problem_response(Refusal("malformed", reason))
-    answer.force_close()
-    return answer
-
-
 class Connection(web.RequestHandler):
     """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
 
-    def __init__(self, *given: Any, strangers: SparingLog, **options: Any) -> None:
-        super().__init__(*given, **options)
+    def __init__(self, server: web.Server, strangers: SparingLog) -> None:
+        options: Json = {
+            "access_log": None,
+            "auto_decompress": False,
+            "keepalive_timeout": 15,
+            "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
+            "max_line_size": 16 * 1024,
+            "max_field_size": 8 * 1024,
+            "max_headers": 64,
+            "read_bufsize": 4 * 1024,  # of a body that waits for its turn
+        }
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.strangers = strangers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -10252,52 +10202,26 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, *why: Any, **named: Any
     ) -> web.StreamResponse:
         if status != HTTPStatus.BAD_REQUEST:
-            return super().handle_error(request, status, exc, message)
+            return super().handle_error(request, status, *why, **named)
         # Its words may hold a key.
-        self.strangers.warning("request_unreadable", error=type(exc).__name__)
-        return malformed(
-            "this cannot be read as HTTP/1.1; check the request line and the headers"
-        )
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware; it echoes
-            resp = malformed("of Expect only 100-continue is understood")
-        return await super().finish_response(request, resp, start_time)
+        self.strangers.warning("request_unreadable")
+        reason = "this is not HTTP/1.1; check the request line and the headers"
+        answer = problem_response(Refusal("malformed", reason))
+        answer.force_close()
+        return answer
 
 
 class GatewayRunner(web.AppRunner):
-    """aiohttp's, but its connections are ours: bodies are never inflated, idle ones end after 15 s."""
-
-    OPTIONS: ClassVar[Json] = {
-        "access_log": None,
-        "auto_decompress": False,
-        "keepalive_timeout": 15,
-        "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
-        "max_line_size": 16 * 1024,
-        "max_field_size": 8 * 1024,
-        "max_headers": 64,
-        "read_bufsize": 4 * 1024,  # of a body that waits for its turn
-    }
+    """aiohttp's, but its connections are ours."""
 
     @property
     def server(self) -> Any:
         """What a site calls to have a connection; None before `setup`."""
         server = super().server
-        more: Json = {"loop": asyncio.get_running_loop(), "strangers": self.app[STRANGERS]}
-        return server and functools.partial(Connection, server, **more, **self.OPTIONS)
-
-
-def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.AppRunner:
-    return GatewayRunner(app, shutdown_timeout=shutdown_timeout_s)
+        return server and functools.partial(Connection, server, self.app[STRANGERS])
 
 
 # Serving
@@ -10318,23 +10242,21 @@ def leave_out_the_request(record: logging.LogRecord) -> bool:
     return True
 
 
-def raise_file_limit() -> None:
-    """Every command in flight holds a connection: take all the descriptors that we may have."""
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    # Every command in flight holds a connection: all the descriptors that we may have are taken.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if 0 <= most < FILES_WANTED:
-        remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
-        log_warning("few_file_descriptors", limit=most, wanted=FILES_WANTED, remedy=remedy)
-
-
-async def listen(runner: web.AppRunner, host: str, port: int) -> None:
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, backlog=1024).start()
     except OSError as error:
         reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
         raise CockpitError(reason) from error
+    # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 async def serve(settings: Settings) -> int:
@@ -10342,34 +10264,30 @@ async def serve(settings: Settings) -> int:
 
     Returns the exit code.
     """
-    raise_file_limit()
-    app = make_app(settings)
-    runner = new_runner(app)
-    gateway = settings.gateway
-    starting = asyncio.ensure_future(listen(runner, gateway.host, gateway.port))
-    stop = asyncio.Event()
+    app, serving = make_app(settings), asyncio.current_task()
+    runner = GatewayRunner(app, shutdown_timeout=0.3)
+    assert serving
 
     def on_signal() -> None:
-        if stop.is_set():
+        if serving.cancelling():
             os._exit(1)  # the database holds whatever was not finished
-        stop.set()
-        starting.cancel()  # a start that waits for a cloud does not hold up the end
+        serving.cancel()  # a start that waits for a cloud does not hold up the end
 
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(LoopErrors())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        await starting
-        # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
+        await listen(runner, settings.gateway.host, settings.gateway.port)
+        if settings.has_stand_in:
+            app[GATEWAY].relay.start()
         print_banner(settings)
-        await stop.wait()
-        await drain(app[GATEWAY])
+        await asyncio.Event().wait()  # for a signal
     except asyncio.CancelledError:
-        log_event("stopped_while_starting")
+        if runner.sites:
+            await drain(app[GATEWAY])
+        else:
+            log_event("stopped_while_starting")
     finally:
         await clean_up(runner)
     return 0
@@ -10389,17 +10307,16 @@ async def clean_up(runner: web.AppRunner) -> None:
 class LoopErrors:
     """Logs what asyncio cannot tell anybody else; at the limit of file descriptors one line a minute."""
 
-    def __init__(self) -> None:
-        self.told_at = NEVER
+    told_at = NEVER
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         error = context.get("exception")
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            if loop.time() - self.told_at >= 60:
-                self.told_at = loop.time()
-                log_error("no_file_descriptors", error=error.strerror, remedy="raise ulimit -n")
-            return
-        log_error("loop_error", exc_info=error, error=context.get("message"))
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            log_error("loop_error", exc_info=error, error=context.get("message"))
+        elif loop.time() - self.told_at >= 60:
+            self.told_at = loop.time()
+            remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
+            log_error("no_file_descriptors", error=error.strerror, remedy=remedy)
 
 
 def print_banner(settings: Settings) -> None:
@@ -10413,43 +10330,34 @@ def print_banner(settings: Settings) -> None:
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
     agent = gateway.local_agent if settings.fly.is_local else ""
-    if agent and (trouble := Agent(agent, LOCAL_FOLDER).trouble()):
+    if trouble := Agent(agent, LOCAL_FOLDER).trouble():
         print(f"LOCAL_AGENT: {trouble}", flush=True)
     if agent in PRESETS:
-        who = pwd.getpwuid(os.geteuid()).pw_name
-        where = Path(LOCAL_FOLDER, "vms").absolute()
-        print(
-            f"{agent} acts without asking, with all that {who} may do on this machine;",
-            f"each VM's agent begins in a folder of {where}",
-            flush=True,
-        )
+        who, where = pwd.getpwuid(os.geteuid()).pw_name, Path(LOCAL_FOLDER, "vms").absolute()
+        rights = f"with all that {who} may do on this machine"
+        print(f"{agent} acts without asking, {rights}; it begins in {where}", flush=True)
 
 
-# Doctor
-
-Finding = tuple[str, str]  # `ok`, `note` or `wrong`, and why or what to do
-OK = ("ok", "")
-STAND_IN = ("note", "not checked: the stand-in is used")
+# Doctor: a look returns nothing or a note, and raises CockpitError with what to mend
 
 
-async def look_at_folder(folder: Path) -> Finding:
+async def look_at_folder(folder: Path) -> str:
     if folder.name == LOCAL_FOLDER.name and not await asyncio.to_thread(folder.exists):
-        return "note", f"{folder} is made by the first start"
+        return f"{folder} is made by the first start"
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"cockpit")
     except OSError as error:
-        remedy = "mount a volume there, or set ROUTES_FILE"
-        return "wrong", f"{folder} is not writable ({error.strerror}); {remedy}"
-    return OK
+        reason = f"{folder} is not writable ({error.strerror})"
+        raise CockpitError(f"{reason}; mount a volume there, or set ROUTES_FILE") from error
+    return ""
 
 
-async def look_at_routes(path: Path) -> Finding:
-    stored, note = read_routes(path)
-    return ("note", note) if note else ("ok", f"{len(stored.routes)} in {path}")
+async def look_at_routes(path: Path) -> str:
+    return read_routes(path)[1]
 
 
-async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
+async def look_at_token(fly: FlyClient, settings: FlySettings) -> str:
     if settings.is_local:
         return STAND_IN
     org, remedy = settings.org, "make one with: fly tokens create org"
@@ -10458,16 +10366,15 @@ async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
         await fly.list_apps()
     except UpstreamRejected as error:
         reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
-        return "wrong", f"{reason}; {remedy}"
+        raise CockpitError(f"{reason}; {remedy}") from error
     orgs = {str(token.get("org_slug") or org) for token in tokens}
-    if any(token.get("apps") for token in tokens):
-        return "wrong", f"it is limited to single apps; {remedy}"
     if orgs and org not in orgs and org != "personal":
-        return "wrong", f"it is for {', '.join(sorted(orgs))}; set FLY_ORG to that, or {remedy}"
-    return OK
+        found = ", ".join(sorted(orgs))
+        raise CockpitError(f"it is for {found}; set FLY_ORG to that, or {remedy}")
+    return ""
 
 
-async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Finding:
+async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> str:
     if settings.is_local:
         return STAND_IN
     try:
@@ -10476,38 +10383,29 @@ async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Fin
         if not settings.api_key:
             raise
         # A standard API key may not read the account itself.
-        return "note", f"not checked: TWILIO_API_KEY may not read it ({error.status})"
-    return OK if state == "active" else ("wrong", f"it is {state}; see Twilio's console")
+        return f"not checked: TWILIO_API_KEY may not read it ({error.status})"
+    if state != "active":
+        raise CockpitError(f"it is {state}; see Twilio's console")
+    return ""
 
 
-async def look_at_number(twilio: TwilioClient, settings: Settings) -> Finding:
+async def look_at_number(twilio: TwilioClient, settings: Settings) -> str:
     if settings.twilio.is_local:
         return STAND_IN
     number = await twilio.find_number(settings.twilio.phone_number)
     if number is None:
-        return "wrong", "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one"
+        reason = "TWILIO_PHONE_NUMBER is not a number of this account"
+        raise CockpitError(f"{reason}; mend it, or buy one")
     wanted = f"{settings.gateway.public_url}/sms"
     is_posted = number.get("sms_url") == wanted and number.get("sms_method", "POST") == "POST"
-    if is_posted and not number.get("sms_application_sid"):
-        return OK
-    remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
-    return "wrong", f"its texts go elsewhere; {remedy}"
+    if not is_posted or number.get("sms_application_sid"):
+        remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
+        raise CockpitError(f"its texts go elsewhere; {remedy}")
+    return ""
 
 
-async def look_at_settings(settings: Settings) -> Finding:
-    return ("note", settings.sleep_obstacle) if settings.sleep_obstacle else OK
-
-
-async def report(subject: str, look: Awaitable[Finding]) -> bool:
-    """Print what a look found; whether all is well."""
-    try:
-        verdict, words = await look
-    except UpstreamUnavailable as error:
-        verdict, words = "wrong", f"{error}; check the network, then try again"
-    except CockpitError as error:
-        verdict, words = "wrong", str(error)
-    print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
-    return verdict != "wrong"
+async def note(words: str) -> str:
+    return words
 
 
 async def examine(settings: Settings) -> int:
@@ -10515,18 +10413,27 @@ async def examine(settings: Settings) -> int:
 
     It takes no lock and changes nothing.
     """
-    path, clock = state_path(settings), Clock()
+    path, clock, code = state_path(settings), Clock(), 0
     async with contextlib.AsyncExitStack() as stack:
         fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
-        are_well = [
-            await report("settings", look_at_settings(settings)),
-            await report("state folder", look_at_folder(path.parent)),
-            await report("routes", look_at_routes(path)),
-            await report("Fly token", look_at_token(fly, settings.fly)),
-            await report("Twilio account", look_at_account(twilio, settings.twilio)),
-            await report("Twilio number", look_at_number(twilio, settings)),
-        ]
-    return 0 if all(are_well) else 1
+        looks = {
+            "settings": note(settings.sleep_obstacle),
+            "state folder": look_at_folder(path.parent),
+            "routes": look_at_routes(path),
+            "Fly token": look_at_token(fly, settings.fly),
+            "Twilio account": look_at_account(twilio, settings.twilio),
+            "Twilio number": look_at_number(twilio, settings),
+        }
+        for subject, look in looks.items():
+            try:
+                words = await look
+                verdict = "note" if words else "ok"
+            except CockpitError as error:
+                is_passing = isinstance(error, UpstreamUnavailable)
+                remedy = "; check the network, then try again" if is_passing else ""
+                verdict, words, code = "wrong", f"{error}{remedy}", 1
+            print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
+    return code
 
 
 # Command line
@@ -10559,25 +10466,21 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("doctor", help="say what is wrong with settings, state, Fly and Twilio")
     vm = commands.add_parser("vm", help="serve what a VM speaks")
-    host, port = os.environ.get("HOST") or "0.0.0.0", os.environ.get("PORT") or "3000"
-    vm.add_argument("--host", default=host, help="where to listen (HOST; default: %(default)s)")
-    vm.add_argument("--port", type=int, default=port, help="(PORT; default: %(default)s)")
-    vm.add_argument(
-        "--agent",
-        default=os.environ.get("LOCAL_AGENT", ""),
-        help=f"{', '.join(PRESETS)}, or a command: the text on its standard input, the answer on "
-        "its standard output (LOCAL_AGENT)",
-    )
-    folder = os.environ.get("WORKSPACE") or "."
-    vm.add_argument(
-        "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
-    )
+    words = "the text on its standard input, the answer on its standard output"
+    for option, name, default, more in (
+        ("--host", "HOST", "0.0.0.0", "where to listen"),
+        ("--port", "PORT", "3000", ""),
+        ("--agent", "LOCAL_AGENT", "", f"{', '.join(PRESETS)}, or a command: {words}"),
+        ("--folder", "WORKSPACE", ".", "where it works"),
+    ):
+        value, told = os.environ.get(name) or default, f"{more} ({name}; default: %(default)s)"
+        vm.add_argument(option, default=value, help=told, type=int if name == "PORT" else str)
     vm.add_argument("--user", default="", help="as root: work as this user")
+    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
-    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
