@@ -3471,11 +3471,11 @@ def shown_in(images: Path) -> set[Shown]:
 def shown_since(images: Path, before: set[Shown]) -> list[Json]:
     """What pictures appeared, oldest first, ten at most, without those that `say` sent (blocking)."""
     appeared, found = shown_in(images) - before, []
-    said = [name for _, _, name in appeared if name.startswith(SAID)]
+    said = {name.removeprefix(SAID)[:16] for _, _, name in appeared if name.startswith(SAID)}
     for _, _, name in sorted(appeared):
         with suppress(OSError):
             content = read_picture(images / name)
-            if content and not any(digest_of(content) in name for name in said):
+            if content and digest_of(content) not in said:
                 found.append({"type": kind_of_picture(content), "url": f"/images/{name}"})
         if len(found) == MAX_IMAGES:
             break
@@ -3864,21 +3864,27 @@ GATEWAY_API = Dialect(
 )
 
 
-def keep_said(paths: Sequence[Path]) -> list[Path]:
-    """Copies of pictures in `images` (blocking); raises CockpitError."""
+@contextlib.contextmanager
+def copied(paths: Sequence[Path]) -> Iterator[list[str]]:
+    """Paths of copies of pictures, in `images` for good if what follows succeeds (blocking).
+
+    Raises CockpitError.
+    """
     if len(paths) > MAX_IMAGES:
         raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
-    images = Path(os.environ.get("WORKSPACE") or ".", "images")
-    copies = []
-    for path in paths:
-        try:
+    images, copies = Path(os.environ.get("WORKSPACE") or ".", "images"), []
+    try:
+        for path in paths:
             if not (content := read_picture(path)):
-                reason = "is not a PNG, JPEG or GIF picture of at most 5 MB"
-                raise CockpitError(f"{path} {reason}")
+                raise CockpitError(f"{path} is not a PNG, JPEG or GIF picture of at most 5 MB")
             copies.append(keep(images, f"{SAID}{digest_of(content)}-", content))
-        except OSError as error:
-            raise CockpitError(f"{path}: {error.strerror}") from error
-    return copies
+        yield [f"/images/{copy.name}" for copy in copies]
+    except BaseException as error:
+        for copy in copies:  # else they were left out at the end of the command
+            copy.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CockpitError(f"{error.filename}: {error.strerror}") from error
+        raise
 
 
 async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
@@ -3886,27 +3892,19 @@ async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
     if not is_url(url) or not token:
         raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set as on a VM; run it there")
-    copies = await asyncio.to_thread(keep_said, paths)
-    sent: Json = {
-        "json": {"text": words, "images": [f"/images/{copy.name}" for copy in copies]},
-        # The key: an attempt whose answer was lost is not texted twice.
-        "headers": {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)},
-    }
+    # The key: an attempt whose answer was lost is not texted twice.
+    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)}
     async with aiohttp.ClientSession() as session:
         gateway = Upstream(session, session, GATEWAY_API, clock, Metrics(clock))
         call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
-        post = functools.partial(call, timeout_s=20, **sent)
-        try:
+        with copied(paths) as images:
+            body = {"text": words, "images": images}
             await retry(
-                post,
+                functools.partial(call, timeout_s=20, json=body, headers=headers),
                 SAY_AGAIN,
                 clock,
                 when=lambda error: is_unavailable(error) and error.status != 429,
             )
-        except UpstreamError:
-            for copy in copies:  # else the command's answer would be taken to have them already
-                copy.unlink(missing_ok=True)
-            raise
 
 
 def run_say(given: argparse.Namespace) -> int:
@@ -10140,9 +10138,8 @@ async def bring_up(gateway: Gateway) -> None:
         if not settings.twilio.is_local:
             await gateway.backfill.at_start()
         gateway.tasks.start(gateway.backfill.run())
-    if (
-        not settings.has_stand_in
-    ):  # they are reached at our own port, on which `serve` listens first
+    # Stand-ins are reached at our own port, on which `serve` listens first.
+    if not settings.has_stand_in:
         gateway.relay.start()
 
 
@@ -10161,7 +10158,8 @@ async def drain(gateway: Gateway) -> None:
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     """The whole gateway as an aiohttp application; nothing starts before the application does."""
     is_local = settings.has_stand_in
-    app = web.Application(middlewares=[answer_errors, loopback_only][: 1 + is_local])
+    fences = [loopback_only] if is_local else []
+    app = web.Application(middlewares=[answer_errors, *fences])
     app[SETTINGS] = settings
     app[CLOCK] = clock or Clock()
     app[METRICS] = Metrics(app[CLOCK])
