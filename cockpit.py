@@ -10496,12 +10496,8 @@ def main(argv: Sequence[str]) -> int:
         set_up_logging(settings.gateway.log_format)
         return asyncio.run(examine(settings) if is_doctor else serve(settings))
     except SettingsError as error:
-        if is_doctor:
-            print(*(f"wrong {problem}" for problem in error.problems), sep="\n")
-            return 1
-        problems = [f"  {problem}" for problem in error.problems]
-        print("cockpit cannot start; mend these settings:", *problems, sep="\n", file=sys.stderr)
-        return 2
+        print(*(f"wrong {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 1 if is_doctor else 2
     except (CockpitError, OSError) as error:
         print(f"cockpit: {error}", file=sys.stderr)
         return 1
