@@ -3255,7 +3255,8 @@ def parse_answer(raw: bytes) -> Answer:
     body = parse_json(raw)
     if not isinstance(body, dict) or not isinstance(text := body.get("text") or "", str):
         return Answer(is_unreadable=True)
-    text, code, listed = clean_text(text).rstrip("\n"), body.get("exitCode"), body.get("images")
+    text, code = clean_text(text).rstrip("\n"), body.get("exitCode")
+    listed = body.get("images")
     urls = [str(image.get("url")) for image in objects_in(listed)]
     images = tuple(filter(IMAGE_PATH.fullmatch, urls))[:MAX_IMAGES]
     is_unreadable = bool(listed) and not images and not text.strip()
@@ -3393,9 +3394,11 @@ set -- $(printf %s "$said" | tr A-Z a-z)
 case "$# $*" in
 "1 crash") kill -9 $PPID ;;
 "1 image") mkdir -p images; base64 -d > images/$$.png <<'END' && echo "Here is an image." ;;
-iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4
-2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW
-yUOQrvOoPAAAAABJRU5ErkJggg==
+iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAA
+DFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR42mNgIAC0
+FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////
+D2YA6f9XYQygqngw4//X8P8QBhDAGQDWyUOQrvOoPAAAAABJ
+RU5ErkJggg==
 END
 "2 sleep "[0-9]*) sleep "$2" && echo "Slept $2 s." ;;
 *) printf %s "$said" ;;
@@ -3423,7 +3426,7 @@ Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 @contextlib.contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
-    """A handle of a folder, made if need be; never of what a link leads to (blocking)."""
+    """A handle of a folder, made if need be, never of a link's (blocking)."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -3434,7 +3437,7 @@ def opened_folder(folder: Path) -> Iterator[int]:
 
 
 def read_picture(path: Path) -> bytes:
-    """A picture's bytes, none when it is not one of at most 5 MB (blocking). Raises OSError."""
+    """The bytes of a picture of at most 5 MB, else none (blocking). Raises OSError."""
     with path.open("rb") as file:
         content = file.read(MAX_IMAGE_BYTES + 1)
     return content if kind_of_picture(content) and len(content) <= MAX_IMAGE_BYTES else b""
@@ -3469,7 +3472,7 @@ def shown_in(images: Path) -> set[Shown]:
 
 
 def shown_since(images: Path, before: set[Shown]) -> list[Json]:
-    """What pictures appeared, oldest first, ten at most, without those that `say` sent (blocking)."""
+    """Ten pictures that appeared, oldest first, but none that `say` sent (blocking)."""
     appeared, found = shown_in(images) - before, []
     said = {name.removeprefix(SAID)[:16] for _, _, name in appeared if name.startswith(SAID)}
     for _, _, name in sorted(appeared):
@@ -3495,10 +3498,10 @@ async def fetch_picture(session: aiohttp.ClientSession, inbox: Path, media: Json
 
 
 class Agent:
-    """What makes an answer of a text: a preset or any command, in a process group of its own.
+    """A preset or any command, run for each text in a process group of its own.
 
-    The text is on its standard input, the answer is its standard output; its standard error is
-    shown when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
+    The text is its standard input, the answer its standard output; standard error is shown
+    when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
     """
 
     def __init__(self, command: str, folder: Path) -> None:
@@ -3580,7 +3583,7 @@ def read_tail(file: IO[bytes]) -> str:
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Signal a group of processes (0 only asks); whether there is any left to take it."""
+    """Signal a group of processes (0 only asks); whether any of it is left."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS refuses to signal what has ended
@@ -3618,7 +3621,7 @@ def processes() -> Iterator[Process]:
 
 
 def names_of(groups: Collection[int]) -> str:
-    """The names of the processes of these groups, on Linux (blocking)."""
+    """The names of their processes, on Linux (blocking)."""
     return ", ".join(process.name for process in processes() if process.group in groups)
 
 
@@ -3660,7 +3663,7 @@ class VmServer:
         await self._tasks.close()
 
     async def end_with_gateway(self, app: web.Application) -> None:
-        """End everything once the gateway is gone, which holds the other end of standard input."""
+        """End everything once the gateway is gone: it holds the other end of standard input."""
 
         def look() -> None:
             if not os.read(0, 1024):
@@ -3668,23 +3671,23 @@ class VmServer:
                 os.killpg(0, signal.SIGKILL)
 
         asyncio.get_running_loop().add_reader(0, look)
-        # A process that is stopped sees no input; on Linux it is killed when its parent dies.
+        # A stopped process sees no input; Linux kills it when its parent dies.
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
     async def _clone(self, repository: str) -> None:
-        """Clone a repository of GitHub at the first start; the VM is not well before."""
+        """Clone it at the first start; the VM is not well before."""
         name = repository.rpartition("/")[2]
         if not REPOSITORY.fullmatch(repository):
             self._trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
         elif not await asyncio.to_thread((self._folder / name).exists):
             self._trouble = f"{repository} is being cloned"
             part = f".{name}.part"  # it becomes whole, or another start begins it anew
-            url = f"https://github.com/{repository}.git"
-            git = f"rm -rf {part} && git clone --quiet -- {url} {part} && mv {part} ./{name}"
+            clone = f"git clone --quiet -- https://github.com/{repository}.git {part}"
+            script = f"rm -rf {part} && {clone} && mv {part} ./{name}"
             async with asyncio.timeout(CLONE_S):
-                said, code = await Agent(git, self._folder).run("")
+                said, code = await Agent(script, self._folder).run("")
             self._trouble = f"{repository} could not be cloned: {said}" if code else ""
         self._tell_trouble()
 
@@ -3697,7 +3700,7 @@ class VmServer:
         return not self._token or hmac.compare_digest(given, self._token)
 
     @web.middleware
-    async def _check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def _check_token(self, request: web.Request, handler: Any) -> Any:
         if request.path != "/health" and not self._has_token(request):
             raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
         return await handler(request)
@@ -3725,7 +3728,7 @@ class VmServer:
         if self._work:
             return web.json_response({"error": "busy"}, status=409)
         self._key, self._work = key, self._tasks.start(self._run(body))
-        # A caller who hangs up does not stop it: the answer is stored for the next time.
+        # A caller who hangs up does not stop it: the next time the answer is there.
         answer = self._tasks.start(self._answer(key, self._work, before))
         return web.json_response(await asyncio.shield(answer))
 
@@ -3747,7 +3750,8 @@ class VmServer:
         """What the agent said, and its exit code."""
         async with aiohttp.ClientSession(timeout=INBOX_TIMEOUT) as session:
             fetch = functools.partial(fetch_picture, session, self._folder / "inbox")
-            inbox = await asyncio.gather(*map(fetch, objects_in(body.get("media"))[:MAX_IMAGES]))
+            media = objects_in(body.get("media"))[:MAX_IMAGES]
+            inbox = await asyncio.gather(*map(fetch, media))
         text = "\n".join([body["text"], *(["", "Pictures:", *inbox] if inbox else [])])
         return await self._agent.run(text, is_new=body.get("new") is True)
 
@@ -3781,7 +3785,7 @@ class VmServer:
 
 
 def prepare_environment(agent: str, folder: Path) -> None:
-    """What an agent finds in its environment beside the VM's own variables (blocking)."""
+    """What an agent finds in it beside the VM's own variables (blocking)."""
     os.environ["WORKSPACE"] = str(folder)  # for `say`
     if agent.strip() == "claude" and os.geteuid() == 0:
         os.environ["IS_SANDBOX"] = "1"  # else it refuses to act without asking as root
@@ -3793,7 +3797,7 @@ def prepare_environment(agent: str, folder: Path) -> None:
 
 
 def serve_vm(given: argparse.Namespace, folder: Path) -> int:
-    """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
+    """Serve until a signal, or until the gateway that started it is gone."""
     prepare_environment(given.agent, folder)
     server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), given.agent, folder)
     app, host, port = server.app(), given.host, given.port
@@ -3814,7 +3818,7 @@ def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
 
 
 def reap_until_end_of(child: int) -> int:
-    """Pass signals on and reap orphans, as process 1 must; returns the child's exit code."""
+    """Pass signals on and reap orphans, as process 1 must; the child's exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
     while True:
@@ -3866,7 +3870,7 @@ GATEWAY_API = Dialect(
 
 @contextlib.contextmanager
 def copied(paths: Sequence[Path]) -> Iterator[list[str]]:
-    """Paths of copies of pictures, in `images` for good if what follows succeeds (blocking).
+    """Copies of pictures, in `images` for good if what follows succeeds (blocking).
 
     Raises CockpitError.
     """
@@ -3889,9 +3893,10 @@ def copied(paths: Sequence[Path]) -> Iterator[list[str]]:
 
 async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
     """Text the VM's owner; tried for a minute. Raises CockpitError."""
-    url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
+    url = os.environ.get("COCKPIT_URL", "")
+    token = os.environ.get("COCKPIT_TOKEN", "")
     if not is_url(url) or not token:
-        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set as on a VM; run it there")
+        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set as on a VM")
     # The key: an attempt whose answer was lost is not texted twice.
     headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)}
     async with aiohttp.ClientSession() as session:
@@ -10049,18 +10054,14 @@ async def open_clouds(
     """Clients whose connections end with `stack`."""
 
     async def upstream(dialect: Dialect, limit: int, jar: Any) -> Upstream:
-        kept, fresh = (
-            aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(limit=limit, force_close=is_fresh), cookie_jar=jar
-            )
-            for is_fresh in (False, True)
-        )
-        await stack.enter_async_context(kept)
-        await stack.enter_async_context(fresh)
-        return Upstream(kept, fresh, dialect, clock, metrics)
+        sessions = {}
+        for is_fresh in (False, True):
+            connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh)
+            session = aiohttp.ClientSession(connector=connector, cookie_jar=jar)
+            sessions[is_fresh] = await stack.enter_async_context(session)
+        return Upstream(sessions[False], sessions[True], dialect, clock, metrics)
 
-    # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
-    # bare addresses.
+    # A fresh app is visible to whoever sends Fly's cookies back; `unsafe` allows bare addresses.
     fly = await upstream(FLY, 100, aiohttp.CookieJar(unsafe=True))
     twilio = await upstream(TWILIO, 1000, aiohttp.DummyCookieJar())
     budget_s = settings.limits.provision_timeout_s
@@ -10072,11 +10073,12 @@ def state_path(settings: Settings) -> Path:
 
 
 async def run_gateway(app: web.Application) -> AsyncIterator[None]:
-    """Bring the parts up in order, and down in the reverse; the state files are held meanwhile."""
+    """Bring the parts up in order, and down in the reverse; holds the state files."""
     settings, clock, metrics = app[SETTINGS], app[CLOCK], app[METRICS]
     if not settings.gateway.is_production:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-    path, disk, keyring = state_path(settings), Tasks(), Keyring(settings.gateway.secrets)
+    path, disk = state_path(settings), Tasks()
+    keyring = Keyring(settings.gateway.secrets)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, await asyncio.to_thread(lock_state, path))
         stack.push_async_callback(disk.close)
@@ -10144,7 +10146,7 @@ async def bring_up(gateway: Gateway) -> None:
 
 
 async def drain(gateway: Gateway) -> None:
-    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the database and the next start."""
+    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the next start."""
     relay, provisioner = gateway.relay, gateway.provisioner
     relay.state.is_draining = provisioner.is_draining = True
     log_event("draining", waiting=relay.waiting(), provisioning=len(provisioner.running))
@@ -10156,7 +10158,7 @@ async def drain(gateway: Gateway) -> None:
 
 
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
-    """The whole gateway as an aiohttp application; nothing starts before the application does."""
+    """The whole gateway as an application; nothing starts before that does."""
     is_local = settings.has_stand_in
     fences = [loopback_only] if is_local else []
     app = web.Application(middlewares=[answer_errors, *fences])
@@ -10176,14 +10178,14 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
 
 
 class Connection(web.RequestHandler):
-    """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
+    """aiohttp's, but a problem document that echoes nothing answers what it cannot parse."""
 
     def __init__(self, server: web.Server, strangers: SparingLog) -> None:
         options: Json = {
             "access_log": None,
             "auto_decompress": False,
             "keepalive_timeout": 15,
-            "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
+            "lingering_time": 2,  # so long the rest of a refused body is thrown away
             "max_line_size": 16 * 1024,
             "max_field_size": 8 * 1024,
             "max_headers": 64,
@@ -10217,7 +10219,7 @@ class GatewayRunner(web.AppRunner):
 
     @property
     def server(self) -> Any:
-        """What a site calls to have a connection; None before `setup`."""
+        """What makes connections; None before `setup`."""
         server = super().server
         return server and functools.partial(Connection, server, self.app[STRANGERS])
 
@@ -10233,7 +10235,7 @@ def set_up_logging(log_format: str) -> None:
 
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
-    """aiohttp logs a body that it cannot read word for word, and a key may be among it: only that is told."""
+    """aiohttp logs an unreadable body word for word, and a key may be among it."""
     if record.exc_info and isinstance(record.exc_info[1], UNREADABLE_BODY):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
         record.levelname = "WARNING"
@@ -10241,7 +10243,7 @@ def leave_out_the_request(record: logging.LogRecord) -> bool:
 
 
 async def listen(runner: web.AppRunner, host: str, port: int) -> None:
-    # Every command in flight holds a connection: all the descriptors that we may have are taken.
+    # Every command in flight holds a connection: take all the descriptors that we may have.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -10251,7 +10253,7 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> None:
     except OSError as error:
         reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
         raise CockpitError(reason) from error
-    # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
+    # What was loaded stays: looking for garbage in 100,000 routes only costs time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
@@ -10292,7 +10294,7 @@ async def serve(settings: Settings) -> int:
 
 
 async def clean_up(runner: web.AppRunner) -> None:
-    """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
+    """A disk that hangs holds up no end: what is not on it was not acknowledged."""
     cleaning = asyncio.ensure_future(runner.cleanup())
     _, late = await asyncio.wait([cleaning], timeout=1)
     if late:  # what it would close next may hang as well
@@ -10303,7 +10305,7 @@ async def clean_up(runner: web.AppRunner) -> None:
 
 
 class LoopErrors:
-    """Logs what asyncio cannot tell anybody else; at the limit of file descriptors one line a minute."""
+    """Logs what asyncio can tell nobody else; a lack of file descriptors once a minute."""
 
     told_at = NEVER
 
@@ -10331,7 +10333,8 @@ def print_banner(settings: Settings) -> None:
     if trouble := Agent(agent, LOCAL_FOLDER).trouble():
         print(f"LOCAL_AGENT: {trouble}", flush=True)
     if agent in PRESETS:
-        who, where = pwd.getpwuid(os.geteuid()).pw_name, Path(LOCAL_FOLDER, "vms").absolute()
+        who = pwd.getpwuid(os.geteuid()).pw_name
+        where = Path(LOCAL_FOLDER, "vms").absolute()
         rights = f"with all that {who} may do on this machine"
         print(f"{agent} acts without asking, {rights}; it begins in {where}", flush=True)
 
@@ -10363,7 +10366,7 @@ async def look_at_token(fly: FlyClient, settings: FlySettings) -> str:
         tokens = await fly.read_token()
         await fly.list_apps()
     except UpstreamRejected as error:
-        reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
+        reason = f"Fly refuses FLY_API_TOKEN for FLY_ORG {org} ({error.status})"
         raise CockpitError(f"{reason}; {remedy}") from error
     orgs = {str(token.get("org_slug") or org) for token in tokens}
     if orgs and org not in orgs and org != "personal":
@@ -10395,9 +10398,10 @@ async def look_at_number(twilio: TwilioClient, settings: Settings) -> str:
         reason = "TWILIO_PHONE_NUMBER is not a number of this account"
         raise CockpitError(f"{reason}; mend it, or buy one")
     wanted = f"{settings.gateway.public_url}/sms"
-    is_posted = number.get("sms_url") == wanted and number.get("sms_method", "POST") == "POST"
-    if not is_posted or number.get("sms_application_sid"):
-        remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
+    is_posted = number.get("sms_method", "POST") == "POST"
+    has_application = number.get("sms_application_sid")
+    if number.get("sms_url") != wanted or not is_posted or has_application:
+        remedy = f"set its messaging webhook to {wanted} with POST, no TwiML application"
         raise CockpitError(f"its texts go elsewhere; {remedy}")
     return ""
 
@@ -10407,7 +10411,7 @@ async def note(words: str) -> str:
 
 
 async def examine(settings: Settings) -> int:
-    """The command `doctor`: say `ok`, or what to mend, of whatever the gateway needs; returns the exit code.
+    """The command `doctor`: say `ok` or what to mend; returns the exit code.
 
     It takes no lock and changes nothing.
     """
@@ -10438,7 +10442,7 @@ async def examine(settings: Settings) -> int:
 
 
 def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """In local mode a COCKPIT_SECRET is made once and kept, so that local VMs know us again."""
+    """In local mode one is made once and kept, so that local VMs know us again."""
     if environ.get("COCKPIT_ENV") == "production" or environ.get("COCKPIT_SECRET"):
         return environ
     path = LOCAL_FOLDER / "secret"
@@ -10456,9 +10460,9 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
-        description="Without a command it serves: with no settings a whole local world, no account needed.",
-        epilog="""While it serves, its first page says where to go on: http://127.0.0.1:8080/ (PORT). Settings
-        are environment variables; README.md lists them, and has a walk to try everything.""",
+        description="Without a command it serves; without settings a whole local world.",
+        epilog="Its first page says where to go on: http://127.0.0.1:8080/ (PORT). README.md lists "
+        "the settings, which are environment variables.",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
     commands = parser.add_subparsers(dest="command")
@@ -10475,7 +10479,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         vm.add_argument(option, default=value, help=told, type=int if name == "PORT" else str)
     vm.add_argument("--user", default="", help="as root: work as this user")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
-    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
+    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway; 4 limit reached."
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
@@ -10492,7 +10496,8 @@ def main(argv: Sequence[str]) -> int:
         if given.command == "say":
             set_up_logging("text")
             return run_say(given)
-        settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
+        environ = os.environ if is_doctor else with_local_secret(os.environ)
+        settings = Settings.from_env(environ)
         set_up_logging(settings.gateway.log_format)
         return asyncio.run(examine(settings) if is_doctor else serve(settings))
     except SettingsError as error:
