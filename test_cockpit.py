@@ -8235,15 +8235,18 @@ async def test_say_waits_for_a_gateway_that_is_away_and_texts_once(live):
     await live.hears("still here")
 
 
-async def test_say_gives_up_after_a_minute(world, monkeypatch):
+async def test_say_gives_up_after_a_minute_and_leaves_no_copy_of_its_pictures(world, monkeypatch):
     vm = await world.ready()
+    chart = world.disks / "chart.png"
+    chart.write_bytes(PNG)
     for name, value in (("COCKPIT_URL", world.twilio.gateway), ("COCKPIT_TOKEN", vm.env["COCKPIT_TOKEN"]), ("WORKSPACE", str(world.disks))):
         monkeypatch.setenv(name, value)
     await world.stop()
     began = world.clock.elapsed
     with pytest.raises(cockpit.UpstreamUnavailable):
-        await world.clock.run(cockpit.say("hello?", [], world.clock.clock))
+        await world.clock.run(cockpit.say("hello?", [chart], world.clock.clock))
     assert 45 < world.clock.elapsed - began <= 60
+    assert not list((world.disks / "images").iterdir())
 
 
 @beside
