@@ -3320,7 +3320,7 @@ class VmClient:
 
 # --- Agents ---
 #
-# What runs on a VM: the server's half of the contract, the agent it calls, and `say`.
+# What runs on a VM: the server of the contract, its agent, and `say`.
 
 OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
 ERRORS_CHARACTERS = 2000
@@ -3389,7 +3389,7 @@ def digest_of(content: bytes) -> str:
 
 
 def keep(folder: Path, start: str, content: bytes, kind: str = "") -> Path:
-    """Write a file under a new name, not into a folder that is a link (blocking).
+    """Write a new file, not into a folder that is a link (blocking).
 
     Raises OSError and StoreError.
     """
@@ -3463,7 +3463,7 @@ class Agent:
         arguments = ["sh", "-c", self._command]
         if preset := PRESETS.get(self._command):
             arguments = re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
-        # Files, not pipes: what it leaves running may hold them open as long as it likes.
+        # Files, not pipes: what it leaves running may hold them open.
         try:
             with (
                 tempfile.TemporaryFile() as given,
@@ -3567,7 +3567,7 @@ def names_of(groups: Collection[int]) -> str:
 
 
 class VmServer:
-    """The VM's half of the contract: one command at a time, and none is run twice."""
+    """The VM's half of the contract: one command at a time, none twice."""
 
     def __init__(self, token: str, agent: str, folder: Path) -> None:
         """Reads the answers of earlier runs (blocking)."""
@@ -3604,7 +3604,7 @@ class VmServer:
         await self._tasks.close()
 
     async def end_with_gateway(self, app: web.Application) -> None:
-        """End everything once the gateway is gone: it holds the other end of standard input."""
+        """End everything once standard input closes: the gateway is gone."""
 
         def look() -> None:
             if not os.read(0, 1024):
@@ -3669,7 +3669,7 @@ class VmServer:
         if self._work:
             return web.json_response({"error": "busy"}, status=409)
         self._key, self._work = key, self._tasks.start(self._run(body))
-        # A caller who hangs up does not stop it: the next time the answer is there.
+        # A caller who hangs up does not stop it: its answer is kept.
         answer = self._tasks.start(self._answer(key, self._work, before))
         return web.json_response(await asyncio.shield(answer))
 
@@ -3770,7 +3770,7 @@ def reap_until_end_of(child: int) -> int:
 
 
 def run_vm(given: argparse.Namespace) -> int:
-    """The command `vm`; root leaves it to a process of `--user`, whose folders it makes."""
+    """The command `vm`; root makes the folders of `--user` and leaves it to that."""
     folder = Path(os.path.abspath(given.folder))
     if given.user and os.geteuid() == 0:
         try:
@@ -3811,7 +3811,7 @@ GATEWAY_API = Dialect(
 
 @contextlib.contextmanager
 def copied(paths: Sequence[Path]) -> Iterator[list[str]]:
-    """Copies of pictures, in `images` for good if what follows succeeds (blocking).
+    """Copies of pictures, in `images` for good if the block succeeds (blocking).
 
     Raises CockpitError.
     """
@@ -9870,7 +9870,7 @@ async def open_clouds(
             sessions[is_fresh] = await stack.enter_async_context(session)
         return Upstream(sessions[False], sessions[True], dialect, clock, metrics)
 
-    # A fresh app is visible to whoever sends Fly's cookies back; `unsafe` allows bare addresses.
+    # A fresh app is visible to who sends Fly's cookies back; `unsafe`: to bare addresses, too.
     fly = await upstream(FLY, 100, aiohttp.CookieJar(unsafe=True))
     twilio = await upstream(TWILIO, 1000, aiohttp.DummyCookieJar())
     budget_s = settings.limits.provision_timeout_s
@@ -9994,7 +9994,7 @@ class Connection(web.RequestHandler):
             "access_log": None,
             "auto_decompress": False,
             "keepalive_timeout": 15,
-            "lingering_time": 2,  # so long the rest of a refused body is thrown away
+            "lingering_time": 2,  # for the rest of a refused body
             "max_line_size": 16 * 1024,
             "max_field_size": 8 * 1024,
             "max_headers": 64,
@@ -10052,7 +10052,7 @@ def leave_out_the_request(record: logging.LogRecord) -> bool:
 
 
 async def listen(runner: web.AppRunner, host: str, port: int) -> None:
-    # Every command in flight holds a connection: take all the descriptors that we may have.
+    # Every command in flight holds a connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -10062,7 +10062,7 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> None:
     except OSError as error:
         reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
         raise CockpitError(reason) from error
-    # What was loaded stays: looking for garbage in 100,000 routes only costs time.
+    # What was loaded stays: looking for garbage in it only costs time.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
@@ -10148,7 +10148,7 @@ def print_banner(settings: Settings) -> None:
         print(f"{agent} acts without asking, {rights}; it begins in {where}", flush=True)
 
 
-# Doctor: a look returns nothing or a note, and raises CockpitError with what to mend
+# Doctor: a look returns a note, if any, and raises what is to be mended
 
 
 async def look_at_folder(folder: Path) -> str:
