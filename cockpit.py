@@ -98,7 +98,7 @@ from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import IO, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
-from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 from xml.sax.saxutils import escape
 
 try:
@@ -2086,7 +2086,7 @@ CONNECT_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10)
 async def read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
     """The body, or None when it is longer than `limit` bytes."""
     body = bytearray()
-    async for chunk in response.content.iter_any():
+    while chunk := await response.content.readany():
         body += chunk
         if len(body) > limit:
             response.close()
@@ -2746,6 +2746,7 @@ def twilio_signature(
     return base64.b64encode(digest).decode()
 
 
+@functools.lru_cache(100)
 def signed_urls(url: str) -> tuple[str, ...]:
     """The forms of a webhook's URL that Twilio may have signed: without its port, and with it."""
     parts = urlsplit(url)
@@ -2774,7 +2775,7 @@ def is_signed(
         if not hmac.compare_digest(digest.encode(), query.get("bodySHA256", "").encode()):
             return False
     given = header.encode("utf-8", "surrogateescape")
-    signatures = [twilio_signature(token, form, pairs, algorithm) for form in signed_urls(url)]
+    signatures = (twilio_signature(token, form, pairs, algorithm) for form in signed_urls(url))
     return any(hmac.compare_digest(one.encode(), given) for one in signatures)
 
 
@@ -2807,7 +2808,6 @@ def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMe
 
 
 MESSAGE_SID = re.compile("(SM|MM)[0-9a-f]{32}")
-FIELD_NAME = re.compile("[A-Za-z0-9]+")
 
 
 def twiml(message: str = "") -> str:
@@ -2827,7 +2827,7 @@ def clean_text(text: str) -> str:
 
 
 def utf16_units(text: str) -> int:
-    return len(text) + sum(character > "\uffff" for character in text)
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def cut_within(text: str, start: int, units: int) -> int:
@@ -2965,9 +2965,10 @@ class Sms(NamedTuple):
     callback: str = ""  # where Twilio reports what became of it
 
     def form(self) -> bytes:
-        form = {"SmartEncoded": "true", "From": self.sender, "To": self.recipient}
-        more = {"Body": self.body, "MediaUrl": self.media, "StatusCallback": self.callback}
-        return urlencode(form | {name: value for name, value in more.items() if value}).encode()
+        form = {"From": self.sender, "To": self.recipient, "Body": self.body}
+        form |= {"MediaUrl": self.media, "StatusCallback": self.callback}
+        fields = [f"&{name}={quote_plus(value)}" for name, value in form.items() if value]
+        return ("SmartEncoded=true" + "".join(fields)).encode()
 
 
 def comparable(body: str) -> str:
@@ -5192,11 +5193,12 @@ class Sender:
         parts: Sequence[str],
         text: Text | None = None,
         images: Sequence[str] = (),
+        id: str = "",
         **more: Any,
     ) -> Outbound:
         """Something to tell: about a text where that came from, else where the owner last texted."""
-        more.setdefault("id", f"n-{self.clock.random_id()}")
         return Outbound(
+            id=id or f"n-{self.clock.random_id()}",
             vm_id=vm.vm_id,
             phone=vm.phone,
             reply_to=text.reply_to if text else vm.reply_to,
@@ -8270,7 +8272,7 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
     are_usual = all(MESSAGE_SID.fullmatch(sid) for sid in sids)
-    if not (are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)):
+    if not (are_usual and all(name.isascii() and name.isalnum() for name, _ in pairs)):
         reason = "signed, but its fields are not named or numbered as Twilio does"
         raise Refusal("bad_signature", reason)
     if ("AccountSid", twilio.account_sid) not in pairs:
