@@ -1792,17 +1792,12 @@ class Entry:
     refusal: StoreError | None = None  # SQLite took the rest, not this
 
     def write(self, database: sqlite3.Connection) -> None:
-        if (
-            self.see
-            and not database.execute(
-                SEE, (self.see[0], self.see[1], storable(self.see[2]))
-            ).rowcount
-        ):
+        if self.see and not database.execute(SEE, self.see).rowcount:
             query = "SELECT reply FROM seen WHERE sid = ?"
             (self.result,) = database.execute(query, self.see[:1]).fetchone()
             return
         for statement, values in self.changes:
-            database.execute(statement, tuple(map(storable, values)))
+            database.execute(statement, values)
 
     def settle(self, error: StoreError | None) -> None:
         """Tell who waits, once; what is tried again then has nobody who waits."""
@@ -1996,7 +1991,8 @@ class MessageStore:
             self._prune()
 
     def _write_apart(self, entry: Entry, database: sqlite3.Connection) -> None:
-        """What SQLite refuses is put aside alone, and never tried again."""
+        """What SQLite refuses, mended or not, is put aside alone, and never tried again."""
+        entry.changes = [(sql, tuple(map(storable, values))) for sql, values in entry.changes]
         database.execute("SAVEPOINT entry")
         try:
             entry.write(database)
