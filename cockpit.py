@@ -5659,11 +5659,11 @@ class Runner:
 
 # --- Taking in ---
 #
-# A text is judged, its verdict is stored together with its SID, then what the verdict says is done.
+# A text is judged, its verdict stored with its SID, then done.
 
 COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
 VERBS = ("status", "stop", "new", "restart", "queue", "cancel", "lock")
-# Twilio answers these by itself when they are the whole of a text; YES only while its sender is opted out.
+# Twilio answers these itself, when nothing else is said; YES only to who opted out.
 KEYWORDS = {
     word: kind
     for kind, *words in (
@@ -5703,7 +5703,7 @@ def pairing_code_in(body: str) -> str:
 class PhoneDoor:
     """Whose phone it is: the code that only the sign-up page shows pairs it, a lock undoes that.
 
-    Both hold in memory at once, and are on disk before a SID is. A code is neither kept nor passed on.
+    Both hold at once, and are on disk before a SID is. A code is neither kept nor passed on.
     """
 
     clock: Clock
@@ -5798,7 +5798,7 @@ class PhoneDoor:
         return sorted(self.closed)
 
     async def lock(self, vm: VmState) -> None:
-        """Run nothing more until the new code is texted; raises StoreError, and is locked then too."""
+        """Until the new code is texted; raises StoreError, and is locked then too."""
         if found := self.routes.find(vm.vm_id):
             phone, route = found
             now = utc_millis(self.twilio.now()) if route.is_paired else ""
@@ -5837,7 +5837,7 @@ class OwnerCommands:
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
         note = await self.watch.note(vm, NOTE_S) if command == "status" else ""
         says, waiting = functools.partial(Verdict, "command", vm), vm.queued()
-        # By Twilio's list, of whole seconds, it may come late: it does not mean what is behind it.
+        # By Twilio's list, of whole seconds, it may come late.
         is_late = any(text.arrived > message.arrived + 1 for text in vm.waiting)
         match "queue" if is_late and command in ("stop", "cancel") else command:
             case "status":
@@ -5968,10 +5968,10 @@ class Inbox:
         return await self._conclude(message, await self._judge(message))
 
     async def accept_fetched(self, messages: Sequence[InboundMessage]) -> bool:
-        """The same for texts of Twilio's list, oldest first; False: for some there is no room yet."""
+        """The same of Twilio's list, oldest first; False: some have no room yet."""
         for message in messages:
             await self.door.date_adopted(message)
-        full: set[str] = set()  # phones whose texts wait: behind them only STOP and START count
+        full: set[str] = set()  # phones: behind, only STOP and START count
         for message in messages:
             if message.phone in full and message.body.strip().upper() not in KEYWORDS:
                 continue
@@ -5983,9 +5983,9 @@ class Inbox:
         return not full
 
     async def _conclude(self, message: InboundMessage, verdict: Verdict) -> str:
-        """Store a text's SID with what becomes of it, then see to that; returns the webhook's reply.
+        """Store a SID with what becomes of its text, then see to that.
 
-        One that came before is answered as then. Raises StoreError.
+        Returns the webhook's reply, that of the first time; raises StoreError.
         """
         vm, text, outcome = verdict.vm, verdict.text, verdict.outcome
         if vm.opted_out.get(message.channel):
@@ -6047,10 +6047,10 @@ class Inbox:
     # Judging
 
     async def _judge(self, message: InboundMessage) -> Verdict:
-        """What becomes of a text; raises StoreError, and Refusal when it is to be fetched later."""
+        """Raises StoreError, and Refusal of what is to be fetched later."""
         phone, limits = message.phone, self.settings.limits
         if self.state.is_draining:
-            reason = "this gateway is shutting down; the text will be fetched from Twilio's list"
+            reason = "this gateway is shutting down; the text will be fetched later"
             raise Refusal("draining", reason)
         route = self.routes.routes.get(phone)
         vm = self.state.vm(route.vm_id, phone) if route else VmState(vm_id="", phone=phone)
@@ -6128,7 +6128,7 @@ class Inbox:
             arrived=message.arrived,
             reply_to=address,
             media=message.media,
-            # When nothing is before it the hand-over follows at once, so one transaction tells both.
+            # The hand-over follows at once: one transaction tells both.
             handed_over=self.runner.is_free(vm, route),
             trace=self.state.trace(message.sid, vm.vm_id, message.arrived),
         )
@@ -6340,7 +6340,7 @@ class Relay:
 
 @dataclass(kw_only=True, eq=False)
 class Backfill:
-    """Fetches texts that arrived while nobody listened, and hands them in at the same door."""
+    """Fetches texts that came while nobody listened, to the same door."""
 
     settings: Settings
     clock: Clock
@@ -6424,7 +6424,7 @@ class Backfill:
         return at >= since - 1 and int(at + self.twilio.api.ahead_s) >= route_made
 
     async def _message(self, entry: Json, recipient: str) -> InboundMessage:
-        """One that cannot be read whole holds up no other: it is taken without its pictures."""
+        """One without its pictures, rather than one that holds up others."""
         sid, dated = str(entry["sid"]), listed_at(entry) or 0.0
         media: Sequence[Sequence[str]] = ()
         if str(entry.get("num_media") or "0") != "0":
