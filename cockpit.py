@@ -5695,13 +5695,13 @@ class Verdict:
 
 
 def pairing_code_in(body: str) -> str:
-    """The six digits that a text is once spaces and dashes are removed, or nothing."""
+    """The six digits that a text is, but for spaces and dashes, or nothing."""
     return re.sub("[^0-9]", "", body) if PAIRING_CODE.fullmatch(body) else ""
 
 
 @dataclass(kw_only=True, eq=False)
 class PhoneDoor:
-    """Whose phone it is: the code that only the sign-up page shows pairs it, a lock undoes that.
+    """Whose phone it is: the sign-up page's code pairs it, a lock undoes that.
 
     Both hold at once, and are on disk before a SID is. A code is neither kept nor passed on.
     """
@@ -5726,7 +5726,7 @@ class PhoneDoor:
         """Of a text that goes no further than here; raises StoreError."""
         code = pairing_code_in(message.body)
         if route.is_paired and not (code and self.keyring.fits(code, route)):
-            # One that Twilio dates before the pairing may have come during a lock.
+            # Dated before the pairing, it may have come during a lock.
             is_early = 0 < message.dated < (parse_utc(route.paired_at) or 0.0)
             return Verdict("before_pairing", vm) if is_early else None
         if route.was_paired and command in ("status", "help"):
@@ -5758,7 +5758,7 @@ class PhoneDoor:
         return "paired"
 
     async def _count(self, phone: str, route: Route) -> None:
-        """A wrong code more: each ten of them close the VM, twice as long as the last."""
+        """Each ten wrong ones close the VM, twice as long as the last."""
         count, until = route.wrong_codes + 1, ""
         if count % CODES_AT_ONCE == 0:
             until = utc_millis(self.clock.now() + CLOSED.ceiling(count // CODES_AT_ONCE))
@@ -5782,7 +5782,7 @@ class PhoneDoor:
             log_warning("stamp_failed", vm_id=vm_id, error=str(error))
 
     async def date_adopted(self, message: InboundMessage) -> None:
-        """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
+        """A lost disk took the time of a pairing along: the list may tell it."""
         route, code = self.routes.routes.get(message.phone), pairing_code_in(message.body)
         is_undated = route and route.is_paired and not route.paired_at
         if route and code and is_undated and self.keyring.fits(code, route):
@@ -5798,7 +5798,7 @@ class PhoneDoor:
         return sorted(self.closed)
 
     async def lock(self, vm: VmState) -> None:
-        """Until the new code is texted; raises StoreError, and is locked then too."""
+        """Until the new code comes; raises StoreError, and is locked then too."""
         if found := self.routes.find(vm.vm_id):
             phone, route = found
             now = utc_millis(self.twilio.now()) if route.is_paired else ""
@@ -5811,9 +5811,9 @@ class PhoneDoor:
 
 @dataclass(kw_only=True, eq=False)
 class OwnerCommands:
-    """What an owner asks the gateway itself, by text: answered at once, with the VM dead too.
+    """What an owner asks the gateway by text: it works with the VM dead too.
 
-    What is to be done is owed from the text's SID on, until it is done and told.
+    What is to be done is owed from its SID on, until it is done and told.
     """
 
     clock: Clock
@@ -5923,7 +5923,7 @@ class OwnerCommands:
         return NOTHING_RUNS if stopped is False else STOPPED
 
     async def do_restart(self, vm: VmState) -> None:
-        """Begin a restart, whose own record takes over from ours, and say so."""
+        """Begin one, whose own record takes over from ours, and say so."""
         route, reply = self.routes.of(vm.vm_id), RESTART_BEGUN
         try:
             if route is None or route.change != "restart":  # else a start found its record
@@ -5939,7 +5939,7 @@ class OwnerCommands:
 
 
 def keyword_of(message: InboundMessage, vm: VmState) -> str:
-    """STOP, START or HELP when Twilio answers this text itself, else nothing."""
+    """STOP, START, HELP: Twilio answers this text itself; or nothing."""
     word = message.body.strip().upper()
     if word == "YES" and not vm.opted_out.get(message.channel):
         return ""
@@ -5948,7 +5948,7 @@ def keyword_of(message: InboundMessage, vm: VmState) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class Inbox:
-    """Takes texts in: once, if allowed, and stored before they are acknowledged."""
+    """Takes texts in: once, if allowed, stored before the answer."""
 
     settings: Settings
     clock: Clock
@@ -6015,7 +6015,7 @@ class Inbox:
     async def _store(
         self, message: InboundMessage, verdict: Verdict, outs: Sequence[Outbound]
     ) -> str | None:
-        """All or nothing; None when the SID is new, else the reply of that time."""
+        """None when the SID is new, else the reply of that time."""
         changes = [new.added() for new in (*outs, verdict.text) if new]
         try:
             if outs or verdict.values:
@@ -6081,7 +6081,7 @@ class Inbox:
         return self._take(message, route, vm, address)
 
     async def _judge_keyword(self, message: InboundMessage, vm: VmState, word: str) -> Verdict:
-        """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
+        """Record an opt-out or opt-in; Twilio replies."""
         verdict, channel, at = Verdict("keyword", vm), message.channel, message.arrived
         # What the list tells late does not undo what was said since.
         is_late = message.is_fetched and at < vm.opted_at.get(channel, 0.0)
@@ -6146,7 +6146,7 @@ class Inbox:
 
 # --- Relay ---
 
-# How long texts of a VM without a route are kept: Fly may yet tell whose it is.
+# Texts of a VM without a route are kept: Fly may tell whose it is.
 UNROUTED_S = 3600.0
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 
@@ -6245,7 +6245,7 @@ class Relay:
             self.runner.start(vm)
 
     async def vm_gone(self, vm_id: str, phone: str, reason: str) -> None:
-        """Nothing that belongs to a VM outlives it: its owner reads what was not run.
+        """Nothing of a VM outlives it: its owner reads what was not run.
 
         `reason`: `failed` to be set up, `torn_down`, or `vanished`.
         """
@@ -6327,7 +6327,7 @@ class Relay:
         return max(0.0, self.twilio.now() - min(created, default=float("inf")))
 
     def away_states(self) -> Counter[str]:
-        """How many VMs are away, by their routes' states."""
+        """VMs that are away, by their routes' states."""
         away = (vm.vm_id for vm in self.vms.values() if vm.away_since is not None)
         return Counter(route.state for route in map(self.routes.of, away) if route)
 
@@ -6415,7 +6415,7 @@ class Backfill:
         return [await self._message(entry, recipient) for entry in new]
 
     def _is_ours(self, entry: Json, since: float) -> bool:
-        """Whether it is to us, young enough, and not older than its sender's route."""
+        """Whether it is to us, young, and not older than its sender's route."""
         at, is_inbound = listed_at(entry), entry.get("direction") == "inbound"
         route = self.routes.routes.get(str(entry.get("from")).removeprefix(WHATSAPP))
         if at is None or route is None or not (is_inbound and entry.get("sid")):
