@@ -4103,10 +4103,7 @@ FAILED_KEPT_S = 3600.0
 RESTARTED = "the gateway was restarted while it was being set up, so it is undone; ask again"
 # States that a start undoes: why, and what is told.
 UNFINISHED = {"provisioning": ("failed", RESTARTED), "deleting": ("torn_down", "")}
-RECORD = (
-    *("vm_id", "machine_id", "vm_url", "phone_number", "region", "image", "state", "step"),
-    *("created_at", "last_error"),
-)
+RECORD = "vm_id machine_id vm_url phone_number region image state step created_at last_error"
 
 
 def log_failure(event: str, fly: FlyClient, error: CockpitError, **about: Any) -> None:
@@ -4228,23 +4225,23 @@ class Work:
     phone: str
     what: str
     is_torn_down: bool = False
-    task: asyncio.Task[None] | None = None
+    task: asyncio.Task[None] = field(init=False)
 
     async def outcome(self) -> None:
         """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
-        assert self.task is not None
         await asyncio.wait({self.task})
         if not self.task.cancelled():
             return self.task.result()
+        code, reason = (
+            "draining",
+            f"this gateway shut down during the {self.what} of {self.vm_id}",
+        )
         if self.is_torn_down:
-            reason = f"{self.vm_id} was deleted during its {self.what}"
-            raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        reason = f"this gateway is shutting down; its next start goes on from the {self.what}"
-        raise Refusal("draining", f"{reason}: see the VM's record", vm_id=self.vm_id)
+            code, reason = "torn_down", f"{self.vm_id} was deleted during its {self.what}"
+        raise Refusal(code, reason, vm_id=self.vm_id)
 
     async def tear_down(self) -> None:
         """End it, since its VM goes."""
-        assert self.task is not None
         self.is_torn_down = True
         self.task.cancel()
         await asyncio.wait({self.task})
@@ -4336,20 +4333,20 @@ class Builder:
 
         Raises what a step raises, or TimeoutError.
         """
-        vm_id, fly, when_visible = job.vm_id, self.fly, self.when_visible
+        vm_id, fly = job.vm_id, self.fly
         async with self.in_time():
             await self.routes.commit()
             with self._step(job, "app"):
                 await fly.create_app(vm_id)
             with self._step(job, "secrets"):
                 values = {**job.order.credentials, **self.blueprint.own_secrets(vm_id)}
-                job.secrets_version = await when_visible(fly.set_secrets, vm_id, values)
+                job.secrets_version = await self.when_visible(fly.set_secrets, vm_id, values)
             with self._step(job, "address"):
                 is_public = self.settings.vm.is_public
                 # A private address lives on the network its callers are on: the gateway's, not the app's own.
                 network = "" if is_public else self.settings.fly.network
                 for kind in ("shared_v4", "v6") if is_public else ("private_v6",):
-                    await when_visible(fly.ensure_address, vm_id, kind, network)
+                    await self.when_visible(fly.ensure_address, vm_id, kind, network)
             with self._step(job, "volume"):
                 await self._in_a_region(job, self._make_volume)
             with self._step(job, "machine"):
@@ -4419,34 +4416,33 @@ class Builder:
     async def refusal(self, job: Provisioning, error: Exception) -> Refusal:
         """What the caller is told of a step that failed."""
         about: Json = {"vm_id": job.vm_id, "step": job.step}
+        code, reason = "internal", "something went wrong here; the log says what"
         match error:
+            case TimeoutError() if job.step in ("start", "health"):
+                code, reason = await self._silence(job)
             case TimeoutError():
-                return await self._refusal_for_timeout(job, about)
+                code, reason = "fly_unavailable", f"Fly did not finish this step {self.limit}"
             case CockpitError():
                 return refusal_for(error, **about)
-        log_error("provision_broken", exc_info=error, **about)
-        return Refusal("internal", "something went wrong here; the log says what", **about)
+            case _:
+                log_error("provision_broken", exc_info=error, **about)
+        return Refusal(code, reason, **about)
 
-    async def _refusal_for_timeout(self, job: Provisioning, about: Json) -> Refusal:
-        if job.step not in ("start", "health"):
-            reason = f"Fly did not finish the step {job.step} {self.limit}"
-            return Refusal("fly_unavailable", reason, retry_after_s=10, **about)
+    async def _silence(self, job: Provisioning) -> tuple[str, str]:
+        """Why a VM did not get well in time: a code, and words."""
         route = self.routes.routes[job.phone]
         note = redact((await self.vms.health(route)).note, job.order.credentials.values())
-        if job.step == "health" and not note and await self._passes_flys_check(route):
-            reason = (
-                f"Fly's own check of the VM passes, but {route.vm_url} does not answer from here"
-            )
-            remedy = "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on"
-            return Refusal("vm_unreachable", f"{reason} {self.limit}; {remedy}", **about)
         reason = f"the VM did not answer /health {self.limit}"
-        return Refusal("vm_unhealthy", f"{reason}: {note}" if note else reason, **about)
-
-    async def _passes_flys_check(self, route: Route) -> bool:
+        if note:
+            return "vm_unhealthy", f"{reason}: {note}"
         with suppress(UpstreamError, TimeoutError):
             async with self.clock.time_limit(10):
-                return (await self.fly.get_machine(route.vm_id, route.machine_id)).checks_pass
-        return False
+                machine = await self.fly.get_machine(job.vm_id, route.machine_id)
+            if machine.checks_pass:
+                seen = f"Fly's own check passes, but {route.vm_url} does not answer from here"
+                remedy = "check that FLY_NETWORK names this gateway's network, and VM_NETWORK"
+                return "vm_unreachable", f"{seen} {self.limit}; {remedy}"
+        return "vm_unhealthy", reason
 
 
 @dataclass(kw_only=True, eq=False)
@@ -4505,7 +4501,7 @@ class Undo:
 
 def describe(stored: Json) -> Json:
     """The VM record, as far as a route or an entry of the undo section knows it."""
-    record = {name: stored.get(name) or None for name in RECORD}
+    record = {name: stored.get(name) or None for name in RECORD.split()}
     record["paired"] = not str(stored.get("pairing")).endswith(":unpaired")
     if "steps" in stored:  # known once it is ready
         record["steps"] = stored["steps"]
@@ -4654,8 +4650,8 @@ class Provisioner:
 
     async def drain(self) -> None:
         """Wait for what is under way (the caller bounds the wait)."""
-        if tasks := [work.task for work in self.running.values() if work.task]:
-            await asyncio.wait(tasks)
+        works = self.running.values()
+        await asyncio.gather(*(work.outcome() for work in works), return_exceptions=True)
 
     def record(self, vm_id: str) -> Json:
         """The record of a VM that is routed, being deleted, or failed within the hour.
@@ -6946,29 +6942,19 @@ class VmChanges:
             raise Refusal("vm_unhealthy", reason, vm_id=vm_id) from error
 
 
-class Inventory(NamedTuple):
-    """What Fly shows: machines by app, which may have none, and the regions it could not ask."""
-
-    machines: Mapping[str, Sequence[Machine]]
-    missing_regions: Sequence[str] = ()
+Machines = Mapping[str, Sequence[Machine]]  # by app, which may have none
 
 
-async def fetch_inventory(fly: FlyClient) -> Inventory:
-    """Raises UpstreamError."""
+async def fetch_machines(fly: FlyClient) -> Machines:
+    """All of the organisation; raises UpstreamError, also when a part of them is not told."""
     machines: dict[str, list[Machine]] = {app: [] for app in await fly.list_apps()}
-    listed, missing = await fly.list_org_machines()
+    listed, missing_regions = await fly.list_org_machines()
+    if missing_regions:
+        words = f"the regions {', '.join(missing_regions)} were not asked"
+        raise UpstreamUnavailable("fly", "list org machines", words)
     for machine in listed:
         machines.setdefault(machine.app, []).append(machine)
-    return Inventory(machines, missing)
-
-
-class Here(NamedTuple):
-    """What the gateway itself knows: the file, and what is under way."""
-
-    routes: Mapping[str, Route]
-    undone: Collection[str] = ()  # apps that go, or went within the hour
-    changing: Collection[str] = ()  # falling asleep and waking, too
-    suspects: Collection[str] = ()  # VMs whose last call failed
+    return machines
 
 
 class Action(NamedTuple):
@@ -6984,31 +6970,34 @@ class Action(NamedTuple):
 class Comparison:
     """Compares what Fly shows with what the gateway knows, without any I/O."""
 
-    fly: Inventory
-    here: Here
+    machines: Machines
+    routes: Mapping[str, Route]
     blueprint: Blueprint
+    undone: Collection[str] = ()  # apps that go, or went within the hour
+    changing: Collection[str] = ()  # VMs; falling asleep and waking, too
+    suspects: Collection[str] = ()  # VMs whose last call failed
 
     def actions(self) -> Iterator[Action]:
-        unknown = self.fly.machines.keys() - self.here.undone
-        for phone, route in self.here.routes.items():
+        unknown = self.machines.keys() - self.undone
+        for phone, route in self.routes.items():
             unknown.discard(route.vm_id)
-            if route.vm_id not in self.here.changing:
-                yield from self._of_route(phone, route)
+            if route.vm_id not in self.changing:
+                for kind, machine_id in self._of_route(phone, route):
+                    yield Action(kind, route.vm_id, phone, machine_id)
         yield from self._of_unknown(unknown)
 
-    def _of_route(self, phone: str, route: Route) -> Iterator[Action]:
-        vm_id, is_up = route.vm_id, route.state in ("ready", "asleep")
-        machines = self.fly.machines.get(vm_id, ())
+    def _of_route(self, phone: str, route: Route) -> Iterator[tuple[str, str]]:
+        machines = self.machines.get(route.vm_id, ())
+        is_up = route.state in ("ready", "asleep")
         own = next((m for m in machines if m.id == route.machine_id), None)
         if is_up and own:
-            for kind in self._kinds(phone, route, own):
-                yield Action(kind, vm_id, phone)
+            yield from ((kind, own.id) for kind in self._kinds(phone, route, own))
         elif is_up or route.state == "failed":
-            proven = [m.id for m in machines if self._claimed(m) == phone]
+            proven = [m.id for m in machines if self._claimed_by(m) == phone]
             if len(proven) == 1:
-                yield Action("take_over", vm_id, phone, proven[0])
-            elif is_up and not self.fly.missing_regions:
-                yield Action("give_up", vm_id, phone)
+                yield "take_over", proven[0]
+            elif is_up:
+                yield "give_up", route.machine_id
 
     def _kinds(self, phone: str, route: Route, machine: Machine) -> Iterator[str]:
         match route.state, machine.state:
@@ -7016,7 +7005,7 @@ class Comparison:
                 yield "note_awake"
             case "ready", "stopped" | "suspended":
                 yield "start"
-            case "ready", "started" if route.vm_id in self.here.suspects:
+            case "ready", "started" if route.vm_id in self.suspects:
                 yield "probe"
         if machine.image not in ("", route.image):
             yield "note_image"
@@ -7024,27 +7013,24 @@ class Comparison:
         if machine.config and not stamp.items() <= machine.metadata.items():
             yield "stamp"
 
-    def _claimed(self, machine: Machine) -> str:
-        """The phone whose machine it proves to be, as one of this gateway."""
+    def _claimed_by(self, machine: Machine) -> str:
+        """The phone whose machine it proves to be, as one of this gateway; or nothing."""
         proof = self.blueprint.proof(machine)
-        is_ours = proof and proof.gateway_id == self.blueprint.routes.gateway_id
-        return proof.phone if proof and is_ours else ""
+        gateway_id = self.blueprint.routes.gateway_id
+        return proof.phone if proof and proof.gateway_id == gateway_id else ""
 
     def _of_unknown(self, apps: Iterable[str]) -> Iterator[Action]:
-        """Apps nobody here knows: adopted when they prove whose they are, else reported; none is deleted."""
-        found = [
-            (machine, self._claimed(machine))
-            for app in apps
-            for machine in self.fly.machines[app]
-        ]
-        counts = Counter(phone for _, phone in found)
+        """Apps nobody here knows: adopted when they prove whose they are, else reported."""
+        prefix, blueprint = self.blueprint.settings.vm.app_prefix + "-", self.blueprint
+        found = [(m, self._claimed_by(m)) for app in apps for m in self.machines[app]]
+        claimants = Counter(phone for _, phone in found)
         claims = {machine.app: (phone, machine.id) for machine, phone in found if phone}
-        stamped = {machine.app for machine, _ in found if self.blueprint.is_stamped(machine)}
+        stamped = {machine.app for machine, _ in found if blueprint.is_stamped(machine)}
         for app in apps:
             phone, machine_id = claims.get(app, ("", ""))
-            if counts[phone] == 1 and phone and phone not in self.here.routes:
+            if phone and claimants[phone] == 1 and phone not in self.routes:
                 yield Action("adopt", app, phone, machine_id)
-            elif app in stamped or app.startswith(self.blueprint.settings.vm.app_prefix + "-"):
+            elif app in stamped or app.startswith(prefix):
                 yield Action("report", app, phone)
 
 
@@ -7054,20 +7040,15 @@ def what_is_due(found: Iterable[Action], found_before: Iterable[Action]) -> list
     return [action for action in found if action.kind in at_first_sight or action in known]
 
 
-def reports(fly: Inventory, due: Iterable[Action]) -> list[str]:
+def reports(due: Iterable[Action]) -> list[str]:
     """What a sweep can only tell of."""
-    lines = []
-    if fly.missing_regions:
-        regions = ", ".join(fly.missing_regions)
-        reason = "nothing is concluded from what is missing"
-        lines.append(f"Fly could not ask its regions {regions}: {reason}")
-    unrouted = sorted((a.vm_id, a.phone) for a in due if a.kind == "report")
-    if unrouted:
-        named = [f"{app} (of {mask_phone(phone)})" if phone else app for app, phone in unrouted]
-        some = ", ".join(named[:5]) + ", ..." * (len(named) > 5)
-        remedy = f"if nobody needs them: fly apps destroy {unrouted[0][0]}"
-        lines.append(f"{len(named)} apps no route leads to are not touched: {some}; {remedy}")
-    return lines
+    apps = sorted((action.vm_id, action.phone) for action in due if action.kind == "report")
+    if not apps:
+        return []
+    named = [f"{app} (of {mask_phone(phone)})" if phone else app for app, phone in apps]
+    some = ", ".join(named[:5]) + ", ..." * (len(named) > 5)
+    remedy = f"if nobody needs them: fly apps destroy {apps[0][0]}"
+    return [f"{len(apps)} apps that no route leads to are not touched: {some}; {remedy}"]
 
 
 async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Action]) -> None:
@@ -7116,40 +7097,39 @@ class Reconciler:
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        inventory = await fetch_inventory(self.fly)
-        found = self.compare(inventory)
+        found = self.compare(await fetch_machines(self.fly))
         due = what_is_due(found, self.found_before)
         self.found_before = found
-        self.alerts = reports(inventory, due)
-        probed = {action.vm_id for action in due if action.kind == "probe"}
+        self.alerts = reports(due)
+        probed = [action.vm_id for action in due if action.kind == "probe"]
         self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
         await do_all(self._carry_out, due)
 
-    def compare(self, inventory: Inventory) -> list[Action]:
+    def compare(self, machines: Machines) -> list[Action]:
         vms = self.relay.vms.values()
-        here = Here(
-            routes=self.routes.routes,
+        comparison = Comparison(
+            machines,
+            self.routes.routes,
+            self.blueprint,
             undone={*self.routes.undo, *self.undo.confirmed},
             changing={*self.changes.running, *(vm.vm_id for vm in vms if vm.is_turning())},
             suspects={vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None},
         )
-        return list(Comparison(inventory, here, self.blueprint).actions())
+        return list(comparison.actions())
 
     async def _carry_out(self, action: Action) -> None:
-        vm_id, phone = action.vm_id, action.phone
-        route = self.routes.routes.get(phone)
+        vm_id, route = action.vm_id, self.routes.of(action.vm_id)
         try:
-            if route is None or route.vm_id != vm_id:
-                if action.kind == "adopt":
-                    await self.claim(action)
-            elif vm_id not in self.changes.running:
+            if action.kind in ("adopt", "take_over"):
+                await self.claim(action)
+            elif route and vm_id not in self.changes.running:
                 await self._mend(action, route)
         except CockpitError as error:  # left to the next sweep
             log_warning("sweep_step_failed", vm_id=vm_id, action=action.kind, error=str(error))
 
     async def _mend(self, action: Action, route: Route) -> None:
-        vm_id, phone = action.vm_id, action.phone
-        match action.kind:
+        kind, vm_id, phone, _ = action
+        match kind:
             case "start" if route.state == "ready":
                 await self.waker.start_machine(self.relay.state.vm(vm_id, phone))
             case "note_awake":
@@ -7161,8 +7141,6 @@ class Reconciler:
                 await self.routes.update(vm_id, image=image or route.image)
             case "stamp":
                 await self.stamp(vm_id)
-            case "take_over":
-                await self.claim(action)
             case "give_up":
                 await self._give_up(phone, route)
 
@@ -7180,12 +7158,12 @@ class Reconciler:
     async def stamp(self, vm_id: str) -> None:
         """Write the stamp anew, again if the pairing changes meanwhile; raises UpstreamError."""
         written = ""
-        while (found := self.routes.find(vm_id)) and found[1].pairing != written:
-            route = found[1]
-            if not route.machine_id:
-                return
+        while (found := self.routes.find(vm_id)) and found[1].machine_id:
+            phone, route = found
+            if route.pairing == written:
+                break
             written = route.pairing
-            for name, value in self.blueprint.stamp(*found).items():
+            for name, value in self.blueprint.stamp(phone, route).items():
                 await self.fly.set_metadata(vm_id, route.machine_id, name, value)
             log_event("stamp_renewed", vm_id=vm_id)
 
@@ -7194,21 +7172,19 @@ class Reconciler:
 
         It has no route yet, was given up, or replaced ours in our own app.
         """
-        vm_id, phone = action.vm_id, action.phone
-        before = self.routes.routes.get(phone)
-        try:
-            await self.fly.get_app(vm_id)
-            proof = self.blueprint.proof(await self.fly.get_machine(vm_id, action.machine_id))
-        except UpstreamNotFound:
+        _, vm_id, phone, machine_id = action
+        before, proof = self.routes.routes.get(phone), None
+        with suppress(UpstreamNotFound):
+            proof = self.blueprint.proof(await self.fly.get_machine(vm_id, machine_id))
+        if proof is None or (proof.phone, proof.gateway_id) != (phone, self.routes.gateway_id):
             return
-        is_ours = proof and (proof.phone, proof.gateway_id) == (phone, self.routes.gateway_id)
-        if not (proof and is_ours) or self.routes.routes.get(phone) is not before:
+        if self.routes.routes.get(phone) is not before or vm_id in self.changes.running:
             return
         if before is None:
             self.routes.put(phone, proof.route)
             await self.relay.vm_adopted(vm_id, phone)
             log_warning("vm_adopted", vm_id=vm_id, phone=mask_phone(phone))
-        else:
+        elif before.vm_id == vm_id:
             at_fly = {name: getattr(proof.route, name) for name in AT_FLY}
             self.routes.put(phone, replace(before, **at_fly, last_error=""))
             await self.relay.vm_ready(vm_id)
@@ -7224,8 +7200,8 @@ class Reconciler:
         if self.routes.routes.get(phone) is not route:
             return
         log_error("vm_vanished", vm_id=route.vm_id, phone=mask_phone(phone))
-        gone = "its machine is gone from Fly"
-        await self.routes.update(route.vm_id, state="failed", last_error=gone)
+        gone: Json = {"state": "failed", "last_error": "its machine is gone from Fly"}
+        await self.routes.update(route.vm_id, **gone)
         await self.relay.vm_gone(route.vm_id, phone, "vanished")
 
 
@@ -7260,25 +7236,21 @@ class Adoption:
                 await self._adopt_all()
                 self.routes.closed_because = ""
             except CockpitError as error:
+                self._close(error)
                 if isinstance(error, UpstreamRejected) and not failures:
                     # It would refuse the next VM as well, and that answer says more than ours.
                     log_warning("adoption_refused", error=str(error))
                     self.routes.closed_because = ""
-                    return
-                self._close(error)
                 failures += 1
                 await ADOPT_LATER.pause(self.clock, failures)
 
     async def _adopt_all(self) -> None:
         """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
-        inventory = await fetch_inventory(self.fly)
-        if regions := inventory.missing_regions:
-            words = f"the regions {', '.join(regions)} were not asked"
-            raise UpstreamUnavailable("fly", "list org machines", words)
-        machines = [machine for listed in inventory.machines.values() for machine in listed]
-        proofs = filter(None, map(self.blueprint.proof, machines))
+        machines = await fetch_machines(self.fly)
+        listed = [machine for several in machines.values() for machine in several]
+        proofs = filter(None, map(self.blueprint.proof, listed))
         self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs})
-        actions = self.reconciler.compare(inventory)
+        actions = self.reconciler.compare(machines)
         await do_all(self.reconciler.claim, [a for a in actions if a.kind == "adopt"])
 
     def _choose(self, found: set[str]) -> str:
@@ -7320,10 +7292,10 @@ class Sleeper:
 
     def _is_due(self, phone: str) -> bool:
         route = self.routes.routes.get(phone)
-        if route is None or route.state != "ready" or self.relay.is_draining:
+        if route is None or route.state != "ready":
             return False
-        is_early = self.clock.monotonic() < self.not_before.get(route.vm_id, NEVER)
-        return not is_early and self._is_idle(route)
+        not_before = self.not_before.get(route.vm_id, NEVER)
+        return self.clock.monotonic() >= not_before and self._is_idle(route)
 
     def _is_idle(self, route: Route) -> bool:
         """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
