@@ -4130,18 +4130,14 @@ class Blueprint:
 
     @property
     def host(self) -> str:
-        return urlsplit(self.settings.gateway.public_url).netloc
+        return urlsplit(self.settings.gateway.public_url).netloc + "/"
 
     def config(self, phone: str, route: Route) -> Json:
         """A machine's config: restarted always, one service, kept open through a long command."""
         vm = self.settings.vm
         # Fly's proxy may cut a connection that is silent for 60 s.
-        idle_s = int(self.settings.limits.vm_command_timeout_s) + 60
-        port: Json = {
-            "port": 3000,
-            "handlers": ["http"],
-            "http_options": {"idle_timeout": idle_s},
-        }
+        options = {"idle_timeout": int(self.settings.limits.vm_command_timeout_s) + 60}
+        port: Json = {"port": 3000, "handlers": ["http"], "http_options": options}
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
         service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
@@ -4181,7 +4177,7 @@ class Blueprint:
         gateway_id = self.routes.gateway_id
         text = Keyring.owner_text(route.vm_id, phone, gateway_id, route.pairing)
         return {
-            "cockpit_gateway": f"{self.host}/{gateway_id}",
+            "cockpit_gateway": self.host + gateway_id,
             "cockpit_phone": phone,
             "cockpit_pairing": route.pairing,
             "cockpit_owner": self.keyring.sign(text),
@@ -4189,12 +4185,12 @@ class Blueprint:
 
     def is_stamped(self, machine: Machine) -> bool:
         """Whether it names our host, truly or not."""
-        return machine.metadata.get("cockpit_gateway", "").startswith(self.host + "/")
+        return machine.metadata.get("cockpit_gateway", "").startswith(self.host)
 
     def proof(self, machine: Machine) -> Proof | None:
         """What a machine that lives proves; a VM can write its own metadata, but not sign it."""
         stamp = machine.metadata
-        gateway_id = stamp.get("cockpit_gateway", "").removeprefix(self.host + "/")
+        gateway_id = stamp.get("cockpit_gateway", "").removeprefix(self.host)
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
         key_id = self.keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
@@ -4216,6 +4212,11 @@ class Blueprint:
         )
         return Proof(phone, gateway_id, route)
 
+    def claimed_by(self, machine: Machine) -> str:
+        """The phone whose machine, as one of this gateway, it proves to be; or nothing."""
+        proof = self.proof(machine)
+        return proof.phone if proof and proof.gateway_id == self.routes.gateway_id else ""
+
 
 @dataclass(kw_only=True, eq=False)
 class Work:
@@ -4232,13 +4233,10 @@ class Work:
         await asyncio.wait({self.task})
         if not self.task.cancelled():
             return self.task.result()
-        code, reason = (
-            "draining",
-            f"this gateway shut down during the {self.what} of {self.vm_id}",
-        )
+        code, reason = "draining", f"the {self.what} of {self.vm_id} was cut off by a shutdown"
         if self.is_torn_down:
             code, reason = "torn_down", f"{self.vm_id} was deleted during its {self.what}"
-        raise Refusal(code, reason, vm_id=self.vm_id)
+        raise Refusal(code, reason)
 
     async def tear_down(self) -> None:
         """End it, since its VM goes."""
@@ -4272,6 +4270,9 @@ class Builder:
     blueprint: Blueprint
     metrics: Metrics
 
+    def route(self, work: Work) -> Route:
+        return self.routes.routes[work.phone]
+
     def in_time(self) -> TimeLimit:
         return self.clock.time_limit(self.settings.limits.provision_timeout_s)
 
@@ -4281,25 +4282,19 @@ class Builder:
 
     # Waiting
 
-    async def when_visible(
-        self, call: Callable[P, Awaitable[T]], *args: P.args, **named: P.kwargs
-    ) -> T:
+    async def when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
         """Fly may answer 404 or 401 for an app it has just made."""
 
         def is_hidden(error: UpstreamError) -> bool:
             return error.status in (401, 404) or "failed to get app" in error.detail
 
-        return await retry(lambda: call(*args, **named), FRESH_APP, self.clock, when=is_hidden)
+        return await retry(call, FRESH_APP, self.clock, when=is_hidden)
 
-    async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        """Wait until Fly calls the machine started.
-
-        Raises Refusal when that will not be.
-        """
-        since = (
-            {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
-        )
-        while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
+    async def wait_started(self, vm_id: str, machine: Machine, event: str = "") -> None:
+        """Wait until Fly calls the machine started, after an event; raises Refusal."""
+        since = {"from_event_id": event} if event else {"version": machine.instance_id}
+        wait = functools.partial(self.fly.is_started, vm_id, machine.id, **since)
+        while not await self.when_visible(wait):
             present = await self.fly.get_machine(vm_id, machine.id)
             if present.state in STATES_THAT_FAILED:
                 reason = f"the machine did not start: Fly says {present.state}"
@@ -4309,44 +4304,37 @@ class Builder:
                 with suppress(UpstreamRejected):
                     await self.fly.start_machine(vm_id, machine.id)
 
-    async def wait_healthy(self, phone: str) -> None:
+    async def wait_healthy(self, work: Work) -> None:
         """Poll until the VM answers /health."""
         failures = 0
-        while not await self.vms.is_healthy(self.routes.routes[phone]):
+        while not await self.vms.is_healthy(self.route(work)):
             failures += 1
             await HEALTH_POLL.pause(self.clock, failures)
 
-    async def wait_ready(self, work: Work, machine: Machine, after_event: str = "") -> None:
+    async def wait_ready(self, work: Work, machine: Machine, event: str = "") -> None:
         """Wait until a VM that was changed is well again; raises Refusal."""
         try:
             async with self.in_time():
-                await self.wait_started(work.vm_id, machine, after_event)
-                await self.wait_healthy(work.phone)
+                await self.wait_started(work.vm_id, machine, event)
+                await self.wait_healthy(work)
         except TimeoutError as error:
             reason = f"{work.vm_id} did not answer /health {self.limit} of its {work.what}"
-            raise Refusal("vm_unhealthy", reason, vm_id=work.vm_id) from error
+            raise Refusal("vm_unhealthy", reason) from error
 
     # Steps
 
     async def set_up(self, job: Provisioning) -> None:
-        """Take all steps, each id on disk as soon as it exists.
-
-        Raises what a step raises, or TimeoutError.
-        """
-        vm_id, fly = job.vm_id, self.fly
+        """Take all steps, each id on disk as soon as it exists; raises what they raise, or TimeoutError."""
+        vm_id, fly, when_visible = job.vm_id, self.fly, self.when_visible
         async with self.in_time():
             await self.routes.commit()
             with self._step(job, "app"):
                 await fly.create_app(vm_id)
             with self._step(job, "secrets"):
                 values = {**job.order.credentials, **self.blueprint.own_secrets(vm_id)}
-                job.secrets_version = await self.when_visible(fly.set_secrets, vm_id, values)
+                job.secrets_version = await when_visible(lambda: fly.set_secrets(vm_id, values))
             with self._step(job, "address"):
-                is_public = self.settings.vm.is_public
-                # A private address lives on the network its callers are on: the gateway's, not the app's own.
-                network = "" if is_public else self.settings.fly.network
-                for kind in ("shared_v4", "v6") if is_public else ("private_v6",):
-                    await self.when_visible(fly.ensure_address, vm_id, kind, network)
+                await when_visible(lambda: self._allocate(vm_id))
             with self._step(job, "volume"):
                 await self._in_a_region(job, self._make_volume)
             with self._step(job, "machine"):
@@ -4354,7 +4342,7 @@ class Builder:
             with self._step(job, "start"):
                 await self.wait_started(vm_id, machine)
             with self._step(job, "health"):
-                await self.wait_healthy(job.phone)
+                await self.wait_healthy(job)
             self._note(job, state="ready", step="", extra={"steps": job.seconds})
             await self.routes.commit()
 
@@ -4370,15 +4358,23 @@ class Builder:
 
     def _note(self, job: Provisioning, **changes: Any) -> None:
         """Change its route in memory."""
-        self.routes.put(job.phone, replace(self.routes.routes[job.phone], **changes))
+        self.routes.put(job.phone, replace(self.route(job), **changes))
+
+    async def _allocate(self, vm_id: str) -> None:
+        if self.settings.vm.is_public:
+            await self.fly.ensure_address(vm_id, "shared_v4")
+            await self.fly.ensure_address(vm_id, "v6")
+        else:  # on the network its callers are on: the gateway's, not the app's own
+            network = self.settings.fly.network
+            await self.fly.ensure_address(vm_id, "private_v6", network)
 
     async def _in_a_region(
-        self, job: Provisioning, call: Callable[[Provisioning], Awaitable[T]]
+        self, job: Provisioning, make: Callable[[Provisioning], Awaitable[T]]
     ) -> T:
-        """Make something in the first region that has room; raises UpstreamError."""
+        """In the first that has room; raises UpstreamError."""
         while True:
             try:
-                return await self.when_visible(call, job)
+                return await self.when_visible(lambda: make(job))
             except UpstreamError as error:
                 if error.code != NO_CAPACITY or len(job.regions) < 2:
                     raise
@@ -4387,7 +4383,7 @@ class Builder:
 
     async def _make_volume(self, job: Provisioning) -> None:
         """In the next region; one elsewhere, beside which no machine fitted, goes."""
-        route, vm, region = self.routes.routes[job.phone], self.settings.vm, job.regions[0]
+        route, vm, region = self.route(job), self.settings.vm, job.regions[0]
         if not vm.volume_gb or (route.volume_id and route.region == region):
             return
         if route.volume_id:
@@ -4397,7 +4393,7 @@ class Builder:
 
     async def _make_machine(self, job: Provisioning) -> Machine:
         await self._make_volume(job)
-        vm_id, route = job.vm_id, self.routes.routes[job.phone]
+        vm_id, route = job.vm_id, self.route(job)
         request = {
             "name": vm_id,
             # Fly reads a list of regions itself; a volume pins the machine to its own.
@@ -4430,7 +4426,7 @@ class Builder:
 
     async def _silence(self, job: Provisioning) -> tuple[str, str]:
         """Why a VM did not get well in time: a code, and words."""
-        route = self.routes.routes[job.phone]
+        route = self.route(job)
         note = redact((await self.vms.health(route)).note, job.order.credentials.values())
         reason = f"the VM did not answer /health {self.limit}"
         if note:
@@ -4447,10 +4443,7 @@ class Builder:
 
 @dataclass(kw_only=True, eq=False)
 class Undo:
-    """Deletes apps until Fly confirms that they are gone, however long that takes.
-
-    What is being undone stands in the `undo` section of routes.json.
-    """
+    """Deletes the apps in the `undo` section of routes.json until Fly confirms that they are gone."""
 
     clock: Clock
     routes: RouteStore
@@ -4529,10 +4522,7 @@ class Provisioner:
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on; raises Refusal.
-
-        No await before the record, so one of many wins.
-        """
+        """Take an order on; raises Refusal. No await before the record, so one of many wins."""
         settings, clock, phone = self.settings, self.clock, order.phone
         failed = self._admit(phone)
         if failed:  # only now: who is refused loses nothing
@@ -4566,10 +4556,9 @@ class Provisioner:
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         if why := self.routes.closed_because:
-            raise Refusal("fly_unavailable", why, retry_after_s=10)
+            raise Refusal("fly_unavailable", why)
         if (begun := self.routes.states["provisioning"]) >= limits.provision_limit:
-            reason = f"{begun} VMs are being set up already (PROVISION_LIMIT)"
-            raise Refusal("too_many", reason, retry_after_s=10)
+            raise Refusal("too_many", f"{begun} VMs are being set up already (PROVISION_LIMIT)")
         count = len(self.routes.routes) - bool(known)
         if limits.vm_limit and count >= limits.vm_limit:
             raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
@@ -4601,10 +4590,7 @@ class Provisioner:
     async def _let_go(
         self, phone: str, reason: str, error: str = "", *, is_made: bool = True
     ) -> None:
-        """Free the number, tell whoever waits, and start the undo, for which nobody waits.
-
-        `is_made` False: nothing of ours is at Fly.
-        """
+        """Free the number, tell whoever waits, start the undo; `is_made`: something is at Fly."""
         vm_id = self.routes.routes[phone].vm_id
         if reason == "failed":
             record = self.record(vm_id) | {"state": "failed", "last_error": error}
@@ -4654,10 +4640,7 @@ class Provisioner:
         await asyncio.gather(*(work.outcome() for work in works), return_exceptions=True)
 
     def record(self, vm_id: str) -> Json:
-        """The record of a VM that is routed, being deleted, or failed within the hour.
-
-        Raises Refusal.
-        """
+        """A VM that is routed, being deleted, or failed within the hour; raises Refusal."""
         if found := self.routes.find(vm_id):
             return describe(found[1].to_json() | {"phone_number": found[0]})
         for known, entry in self.routes.undo.items():
@@ -6818,9 +6801,9 @@ class VmChanges:
     def begin(self, vm_id: str, what: str, **credentials: str) -> VmChange:
         """Take a change on; raises Refusal when the VM is not ready for it."""
         phone, route = self.check(vm_id)
-        self.routes.put(phone, replace(route, change=what))
-        log_event(f"{what}_begun", vm_id=route.vm_id)
-        return self._start(phone, route.vm_id, what, credentials)
+        route = replace(route, change=what)
+        self.routes.put(phone, route)
+        return self._start(phone, route, credentials)
 
     def check(self, vm_id: str) -> tuple[str, Route]:
         """The phone and route of a VM that can be changed now; raises Refusal."""
@@ -6830,7 +6813,7 @@ class VmChanges:
             state = f"in the middle of its {work.what}"
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
-            raise Refusal("wrong_state", reason, vm_id=vm_id)
+            raise Refusal("wrong_state", reason)
         if self.relay.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         return found
@@ -6839,12 +6822,11 @@ class VmChanges:
         """At start: end what an earlier process began."""
         for phone, route in self.routes.routes.items():
             if route.change in PATIENCE_S:
-                log_event("change_resumed", vm_id=route.vm_id, what=route.change)
-                self._start(phone, route.vm_id, route.change, {})
+                self._start(phone, route, {})
 
-    def _start(
-        self, phone: str, vm_id: str, what: str, credentials: Mapping[str, str]
-    ) -> VmChange:
+    def _start(self, phone: str, route: Route, credentials: Mapping[str, str]) -> VmChange:
+        vm_id, what = route.vm_id, route.change
+        log_event(f"{what}_begun", vm_id=vm_id)
         self.relay.state.vm(vm_id, phone).is_paused = True
         change = VmChange(vm_id=vm_id, phone=phone, what=what, credentials=credentials)
         self.running[vm_id] = change
@@ -6859,14 +6841,14 @@ class VmChanges:
             await self.routes.commit()
             limits = self.settings.limits
             await runner.pause(vm, min(PATIENCE_S[what], limits.vm_command_timeout_s))
-            if self._route(change).state == "asleep":  # a restart would only resume it
+            if self.builder.route(change).state == "asleep":  # a restart would only resume it
                 await self.waker.rouse(vm, limits.provision_timeout_s)
                 await self.waker.note_awake(vm_id)
             await self._do(change)
             answered_at = self.clock.now()
             await self._end(change, "")
         except CockpitError as error:
-            refusal = refusal_for(error, vm_id=vm_id)
+            refusal = refusal_for(error)
             await self._end(change, f"{what}: {refusal.detail}")
             raise refusal from error
         finally:
@@ -6879,9 +6861,6 @@ class VmChanges:
         log_event(event, vm_id=change.vm_id, error=trouble)
         with suppress(StoreError):
             await self.routes.update(change.vm_id, change="", old_image="", last_error=trouble)
-
-    def _route(self, change: VmChange) -> Route:
-        return self.routes.routes[change.phone]
 
     async def _do(self, change: VmChange) -> None:
         match change.what:
@@ -6896,10 +6875,10 @@ class VmChanges:
                 await self._upgrade(change)
 
     async def _machine(self, change: VmChange) -> Machine:
-        machine = await self.fly.get_machine(change.vm_id, self._route(change).machine_id)
+        machine = await self.fly.get_machine(change.vm_id, self.builder.route(change).machine_id)
         if not machine.host_ok or not machine.config:
             reason = "Fly does not reach the host this VM is on; try again later"
-            raise Refusal("fly_unavailable", reason, retry_after_s=60, vm_id=change.vm_id)
+            raise Refusal("fly_unavailable", reason)
         return machine
 
     async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
@@ -6908,7 +6887,7 @@ class VmChanges:
         machine = await self._machine(change)
         values = {**change.credentials, **blueprint.own_secrets(vm_id)}
         version = await self.fly.set_secrets(vm_id, values)
-        stamp = blueprint.stamp(change.phone, self._route(change))
+        stamp = blueprint.stamp(change.phone, self.builder.route(change))
         config = {
             **machine.config,
             **({} if machine.config.get("mounts") else blueprint.rootfs()),
@@ -6916,7 +6895,7 @@ class VmChanges:
             "metadata": {**machine.metadata, **stamp},
         }
         updated = await self.fly.update_machine(vm_id, machine, config, version)
-        image = image or self._route(change).image
+        image = image or self.builder.route(change).image
         await self.routes.update(vm_id, key_id=blueprint.keyring.current_id, image=image)
         return updated
 
@@ -6927,7 +6906,7 @@ class VmChanges:
         process began is begun anew.
         """
         vm_id, image = change.vm_id, self.settings.vm.image
-        old = self._route(change).old_image
+        old = self.builder.route(change).old_image
         if not old:
             machine = await self._machine(change)
             old = machine.image if machine.image != image else machine.build or image
@@ -6939,7 +6918,7 @@ class VmChanges:
             log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
             await self.builder.wait_ready(change, await self._replace_config(change, old))
             reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
-            raise Refusal("vm_unhealthy", reason, vm_id=vm_id) from error
+            raise Refusal("vm_unhealthy", reason) from error
 
 
 Machines = Mapping[str, Sequence[Machine]]  # by app, which may have none
@@ -6973,15 +6952,14 @@ class Comparison:
     machines: Machines
     routes: Mapping[str, Route]
     blueprint: Blueprint
-    undone: Collection[str] = ()  # apps that go, or went within the hour
-    changing: Collection[str] = ()  # VMs; falling asleep and waking, too
+    busy: Collection[str] = ()  # VMs that change, wake, fall asleep, go, or went within the hour
     suspects: Collection[str] = ()  # VMs whose last call failed
 
     def actions(self) -> Iterator[Action]:
-        unknown = self.machines.keys() - self.undone
+        unknown = self.machines.keys() - self.busy
         for phone, route in self.routes.items():
             unknown.discard(route.vm_id)
-            if route.vm_id not in self.changing:
+            if route.vm_id not in self.busy:
                 for kind, machine_id in self._of_route(phone, route):
                     yield Action(kind, route.vm_id, phone, machine_id)
         yield from self._of_unknown(unknown)
@@ -6993,7 +6971,8 @@ class Comparison:
         if is_up and own:
             yield from ((kind, own.id) for kind in self._kinds(phone, route, own))
         elif is_up or route.state == "failed":
-            proven = [m.id for m in machines if self._claimed_by(m) == phone]
+            claims = [(self.blueprint.claimed_by(m), m.id) for m in machines]
+            proven = [machine_id for claimant, machine_id in claims if claimant == phone]
             if len(proven) == 1:
                 yield "take_over", proven[0]
             elif is_up:
@@ -7013,16 +6992,10 @@ class Comparison:
         if machine.config and not stamp.items() <= machine.metadata.items():
             yield "stamp"
 
-    def _claimed_by(self, machine: Machine) -> str:
-        """The phone whose machine it proves to be, as one of this gateway; or nothing."""
-        proof = self.blueprint.proof(machine)
-        gateway_id = self.blueprint.routes.gateway_id
-        return proof.phone if proof and proof.gateway_id == gateway_id else ""
-
     def _of_unknown(self, apps: Iterable[str]) -> Iterator[Action]:
         """Apps nobody here knows: adopted when they prove whose they are, else reported."""
         prefix, blueprint = self.blueprint.settings.vm.app_prefix + "-", self.blueprint
-        found = [(m, self._claimed_by(m)) for app in apps for m in self.machines[app]]
+        found = [(m, blueprint.claimed_by(m)) for app in apps for m in self.machines[app]]
         claimants = Counter(phone for _, phone in found)
         claims = {machine.app: (phone, machine.id) for machine, phone in found if phone}
         stamped = {machine.app for machine, _ in found if blueprint.is_stamped(machine)}
@@ -7034,21 +7007,21 @@ class Comparison:
                 yield Action("report", app, phone)
 
 
-def what_is_due(found: Iterable[Action], found_before: Iterable[Action]) -> list[Action]:
-    """What is done now: as Fly's lists may lag, most of it only if the last sweep found it, too."""
-    at_first_sight, known = ("note_awake", "start", "probe"), set(found_before)
-    return [action for action in found if action.kind in at_first_sight or action in known]
+def what_is_due(found: Iterable[Action], found_before: Collection[Action]) -> list[Action]:
+    """As Fly's lists may lag, most is done only if the last sweep found it, too."""
+    at_first_sight = ("note_awake", "start", "probe")
+    return [action for action in found if action.kind in at_first_sight or action in found_before]
 
 
-def reports(due: Iterable[Action]) -> list[str]:
-    """What a sweep can only tell of."""
+def told_of(due: Iterable[Action]) -> str:
+    """What a sweep does nothing about, or nothing."""
     apps = sorted((action.vm_id, action.phone) for action in due if action.kind == "report")
     if not apps:
-        return []
-    named = [f"{app} (of {mask_phone(phone)})" if phone else app for app, phone in apps]
-    some = ", ".join(named[:5]) + ", ..." * (len(named) > 5)
+        return ""
+    named = [f"{app} (of {mask_phone(phone)})" if phone else app for app, phone in apps[:5]]
+    more = ", ..." * (len(apps) > 5)
     remedy = f"if nobody needs them: fly apps destroy {apps[0][0]}"
-    return [f"{len(apps)} apps that no route leads to are not touched: {some}; {remedy}"]
+    return f"{len(apps)} apps that no route leads to: {', '.join(named)}{more}; {remedy}"
 
 
 async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Action]) -> None:
@@ -7075,8 +7048,10 @@ class Reconciler:
     changes: VmChanges
     relay: Relay
     waker: Waker
-    alerts: list[str] = field(default_factory=list)
-    found_before: list[Action] = field(default_factory=list)
+    tasks: Tasks
+    running: dict[str, Work]
+    trouble: str = ""
+    found_before: set[Action] = field(default_factory=set)
     sick: Counter[str] = field(default_factory=Counter)  # sweeps in a row without /health
     restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=RESTART_AGAIN_S))
 
@@ -7089,7 +7064,7 @@ class Reconciler:
             try:
                 await self.sweep()
             except CockpitError as error:
-                self.alerts = [f"Fly could not be compared with the routes: {error}"]
+                self.trouble = f"Fly could not be compared with the routes: {error}"
                 log_failure("sweep_failed", self.fly, error)
             except Exception as error:
                 log_error("sweep_failed", exc_info=error)
@@ -7097,32 +7072,28 @@ class Reconciler:
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        found = self.compare(await fetch_machines(self.fly))
+        found = self._compare(await fetch_machines(self.fly))
         due = what_is_due(found, self.found_before)
-        self.found_before = found
-        self.alerts = reports(due)
+        self.found_before = set(found)
+        self.trouble = told_of(due)
         probed = [action.vm_id for action in due if action.kind == "probe"]
         self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
         await do_all(self._carry_out, due)
 
-    def compare(self, machines: Machines) -> list[Action]:
-        vms = self.relay.vms.values()
-        comparison = Comparison(
-            machines,
-            self.routes.routes,
-            self.blueprint,
-            undone={*self.routes.undo, *self.undo.confirmed},
-            changing={*self.changes.running, *(vm.vm_id for vm in vms if vm.is_turning())},
-            suspects={vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None},
-        )
-        return list(comparison.actions())
+    def _compare(self, machines: Machines) -> list[Action]:
+        vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
+        turning = {vm.vm_id for vm in vms if vm.is_turning()}
+        suspects = {vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None}
+        known = machines, self.routes.routes, self.blueprint
+        busy = going | turning | self.running.keys()
+        return list(Comparison(*known, busy, suspects).actions())
 
     async def _carry_out(self, action: Action) -> None:
         vm_id, route = action.vm_id, self.routes.of(action.vm_id)
         try:
             if action.kind in ("adopt", "take_over"):
-                await self.claim(action)
-            elif route and vm_id not in self.changes.running:
+                await self._claim(action)
+            elif route and vm_id not in self.running:
                 await self._mend(action, route)
         except CockpitError as error:  # left to the next sweep
             log_warning("sweep_step_failed", vm_id=vm_id, action=action.kind, error=str(error))
@@ -7167,18 +7138,15 @@ class Reconciler:
                 await self.fly.set_metadata(vm_id, route.machine_id, name, value)
             log_event("stamp_renewed", vm_id=vm_id)
 
-    async def claim(self, action: Action) -> None:
-        """Route a phone to what proves, as Fly tells it now, to be its machine.
-
-        It has no route yet, was given up, or replaced ours in our own app.
-        """
+    async def _claim(self, action: Action) -> None:
+        """Route a phone to what, as Fly tells it now, proves to be its machine: unknown, back, or new."""
         _, vm_id, phone, machine_id = action
         before, proof = self.routes.routes.get(phone), None
         with suppress(UpstreamNotFound):
             proof = self.blueprint.proof(await self.fly.get_machine(vm_id, machine_id))
         if proof is None or (proof.phone, proof.gateway_id) != (phone, self.routes.gateway_id):
             return
-        if self.routes.routes.get(phone) is not before or vm_id in self.changes.running:
+        if self.routes.routes.get(phone) is not before or vm_id in self.running:
             return
         if before is None:
             self.routes.put(phone, proof.route)
@@ -7204,20 +7172,9 @@ class Reconciler:
         await self.routes.update(route.vm_id, **gone)
         await self.relay.vm_gone(route.vm_id, phone, "vanished")
 
+    # A start without routes may be a lost disk: what proves at Fly that it is ours is adopted
 
-@dataclass(kw_only=True, eq=False)
-class Adoption:
-    """A start without routes may be a lost disk: what proves at Fly that it is ours is adopted."""
-
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    reconciler: Reconciler
-    tasks: Tasks
-
-    async def at_start(self) -> None:
+    async def adopt_at_start(self) -> None:
         """Wait for it a moment; while Fly is out of reach no VM is made, and it is tried on."""
         self._close("no answer in time")
         adopting = self.tasks.start(self._adopt())
@@ -7234,35 +7191,32 @@ class Adoption:
         while self.routes.closed_because:
             try:
                 await self._adopt_all()
-                self.routes.closed_because = ""
             except CockpitError as error:
-                self._close(error)
-                if isinstance(error, UpstreamRejected) and not failures:
-                    # It would refuse the next VM as well, and that answer says more than ours.
-                    log_warning("adoption_refused", error=str(error))
-                    self.routes.closed_because = ""
                 failures += 1
-                await ADOPT_LATER.pause(self.clock, failures)
+                if failures > 1 or not isinstance(error, UpstreamRejected):
+                    self._close(error)
+                    await ADOPT_LATER.pause(self.clock, failures)
+                    continue
+                # It would refuse the next VM as well, and that answer says more than ours.
+                log_warning("adoption_refused", error=str(error))
+            self.routes.closed_because = ""
 
     async def _adopt_all(self) -> None:
         """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
         machines = await fetch_machines(self.fly)
-        listed = [machine for several in machines.values() for machine in several]
-        proofs = filter(None, map(self.blueprint.proof, listed))
-        self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs})
-        actions = self.reconciler.compare(machines)
-        await do_all(self.reconciler.claim, [a for a in actions if a.kind == "adopt"])
+        proofs = [self.blueprint.proof(m) for several in machines.values() for m in several]
+        self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs if proof})
+        actions = self._compare(machines)
+        await do_all(self._claim, [a for a in actions if a.kind == "adopt"])
 
     def _choose(self, found: set[str]) -> str:
         """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
         wanted, own = self.settings.gateway.gateway_id, self.routes.gateway_id
-        for known in (wanted, own):
-            if known in found:
-                return known
-        if found and (wanted or len(found) > 1):
+        chosen = found & {wanted} if wanted else found & {own} or found
+        if found and len(chosen) != 1:
             named = ", ".join(sorted(found))
             raise StoreError(f"Fly holds VMs of the gateways {named}: set GATEWAY_ID to one")
-        return found.pop() if found else own
+        return chosen.pop() if found else own
 
 
 @dataclass(kw_only=True, eq=False)
@@ -7309,17 +7263,15 @@ class Sleeper:
         """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
         route = self.routes.routes[phone]
         vm_id, vm = route.vm_id, self.relay.state.vm(route.vm_id, phone)
-        self._leave_alone(vm_id, ASK_IDLE_AGAIN_S)
+        self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
             if not await self._may_suspend(route):
                 return
             async with vm.machine:
-                if self.routes.routes.get(phone) is route and self._is_idle(route):
-                    await self._suspend(route, vm)
-            present, wanted = self.routes.of(vm_id), {"state": "suspended"}
-            if present is None or present.state != "asleep":
-                return
-            if not await self.fly.is_started(vm_id, route.machine_id, **wanted):
+                is_same = self.routes.routes.get(phone) is route
+                sleeps = is_same and self._is_idle(route) and await self._suspend(route, vm)
+            wanted = {"state": "suspended"}
+            if sleeps and not await self.fly.is_started(vm_id, route.machine_id, **wanted):
                 await self.waker.look(vm_id)
         except UpstreamError as error:
             log_warning("sleep_not_confirmed", vm_id=vm_id, error=str(error))
@@ -7329,18 +7281,19 @@ class Sleeper:
         machine = await self.fly.get_machine(route.vm_id, route.machine_id)
         if machine.state != "started" or not machine.host_ok:
             return False
+        trouble = (
+            "" if machine.keeps_disk else "a cold boot would empty its root disk; upgrade it"
+        )
         if machine.memory_mb > SLEEPER_MEMORY_MB:
-            return self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
-        if not machine.keeps_disk:  # made while VM_IDLE_S was 0
-            reason = "a cold boot would empty its root disk; PATCH or upgrade mends that"
-            return self._refuse(route, reason)
+            trouble = f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB"
+        if trouble:
+            return self._leave_alone(route, SUSPEND_AGAIN_S, trouble)
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
-    async def _suspend(self, route: Route, vm: VmState) -> None:
-        """An outcome that is not known counts as asleep."""
-        vm_id = route.vm_id
-        vm.is_falling_asleep = True
+    async def _suspend(self, route: Route, vm: VmState) -> bool:
+        """False when it stays awake; an outcome that is not known counts as asleep."""
+        vm_id, vm.is_falling_asleep = route.vm_id, True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
             self.relay.state.store.note(vm.put())
@@ -7348,26 +7301,27 @@ class Sleeper:
             await self.routes.update(vm_id, state="asleep")
             if self.routes.find(vm_id) and self._is_idle(route):
                 await self.fly.suspend_machine(vm_id, route.machine_id)
+                log_event("vm_asleep", vm_id=vm_id)
                 self.not_before.forget(vm_id)
-                return log_event("vm_asleep", vm_id=vm_id)
+                return True
         except StoreError:
             pass
         except UpstreamError as error:
             if not (isinstance(error, UpstreamRejected) or is_surely_undone(error)):
-                return log_warning("suspend_unknown", vm_id=vm_id, error=str(error))
-            self._refuse(route, str(error))
+                log_warning("suspend_unknown", vm_id=vm_id, error=str(error))
+                return True
+            self._leave_alone(route, SUSPEND_AGAIN_S, str(error))
         finally:
             vm.is_falling_asleep = False
-        return await self.waker.note_awake(vm_id)
-
-    def _refuse(self, route: Route, reason: str) -> bool:
-        self._leave_alone(route.vm_id, SUSPEND_AGAIN_S)
-        log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
+        await self.waker.note_awake(vm_id)
         return False
 
-    def _leave_alone(self, vm_id: str, for_s: float) -> None:
+    def _leave_alone(self, route: Route, for_s: float, reason: str = "") -> bool:
         now = self.clock.monotonic()
-        self.not_before.put(vm_id, now + for_s, now)
+        self.not_before.put(route.vm_id, now + for_s, now)
+        if reason:
+            log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
+        return False
 
 
 # --- HTTP ---
@@ -7443,7 +7397,6 @@ class Gateway:
         )
         self.changes = self._make(VmChanges)
         self.reconciler = self._make(Reconciler)
-        self.adoption = self._make(Adoption)
         self.sleeper = self._make(Sleeper)
 
     # For the relay, which is made before `changes`.
@@ -8172,7 +8125,7 @@ def alerts(gateway: Gateway) -> list[Alert]:
         Alert("twilio", gateway.twilio.trouble),
         Alert("fly", gateway.fly.trouble),
         Alert("routes", gateway.routes.closed_because),
-        *(Alert("fly", words) for words in gateway.reconciler.alerts),
+        Alert("fly", gateway.reconciler.trouble),
     ]
     now = gateway.clock.monotonic()
     for kind, api in (("fly", gateway.fly.api), ("twilio", gateway.twilio.api)):
@@ -10048,7 +10001,7 @@ async def bring_up(gateway: Gateway) -> None:
     """Go on where the last process ended, before the door opens."""
     settings, limits, routes = gateway.settings, gateway.settings.limits, gateway.routes
     if settings.gateway.is_production and not (routes.routes or routes.undo):
-        await gateway.adoption.at_start()
+        await gateway.reconciler.adopt_at_start()
     if settings.fly.is_local:  # its VMs are reached at our own port, which may be a new one
         for phone, route in list(routes.routes.items()):
             url = gateway.blueprint.url(route.vm_id, route.machine_id, route.region)

@@ -5051,12 +5051,12 @@ def test_two_sweeps_conclude_from_a_world_what_is_to_be_done(machines, routes, a
     blueprint = cockpit.Blueprint(settings_, cockpit.Keyring([SECRET]), Routes())
     at_fly = {app: [machine for machine in machines if machine.app == app] for app in {machine.app for machine in machines}}
 
-    def found(changing=()) -> list[cockpit.Action]:
-        return list(cockpit.Comparison(at_fly, routes, blueprint, changing=changing).actions())
+    def found(busy=()) -> list[cockpit.Action]:
+        return list(cockpit.Comparison(at_fly, routes, blueprint, busy).actions())
     assert {action.kind for action in cockpit.what_is_due(found(), [])} <= {"start", "probe"}, "Fly's lists may lag: what is seen once is not acted on"
     assert [action.kind for action in cockpit.what_is_due(found(), found())] == actions
     if routes:
-        assert {action.kind for action in found(changing={MINE})} <= {"report"}
+        assert {action.kind for action in found(busy={MINE})} <= {"report"}
 
 
 # A lost disk
