@@ -4220,11 +4220,12 @@ class Blueprint:
 
 @dataclass(kw_only=True, eq=False)
 class Work:
-    """A set-up or a change of one VM on its way."""
+    """A set-up, restart, rotation or upgrade of one VM on its way."""
 
     vm_id: str
     phone: str
     what: str
+    credentials: Mapping[str, str] = field(repr=False)
     is_torn_down: bool = False
     task: asyncio.Task[None] = field(init=False)
 
@@ -4247,11 +4248,11 @@ class Work:
 
 @dataclass(kw_only=True, eq=False)
 class Provisioning(Work):
-    """One VM being set up: what was asked, and how far it is."""
+    """A set-up, and how far it is."""
 
-    order: Order
-    regions: list[str]  # not yet found full
     what: str = "set-up"
+    is_welcome: bool  # its owner is told that it is ready
+    regions: list[str]  # not yet found full
     step: str = ""
     secrets_version: int = 0
     seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
@@ -4331,7 +4332,7 @@ class Builder:
             with self._step(job, "app"):
                 await fly.create_app(vm_id)
             with self._step(job, "secrets"):
-                values = {**job.order.credentials, **self.blueprint.own_secrets(vm_id)}
+                values = {**job.credentials, **self.blueprint.own_secrets(vm_id)}
                 job.secrets_version = await when_visible(lambda: fly.set_secrets(vm_id, values))
             with self._step(job, "address"):
                 await when_visible(lambda: self._allocate(vm_id))
@@ -4427,7 +4428,7 @@ class Builder:
     async def _silence(self, job: Provisioning) -> tuple[str, str]:
         """Why a VM did not get well in time: a code, and words."""
         route = self.route(job)
-        note = redact((await self.vms.health(route)).note, job.order.credentials.values())
+        note = redact((await self.vms.health(route)).note, job.credentials.values())
         reason = f"the VM did not answer /health {self.limit}"
         if note:
             return "vm_unhealthy", f"{reason}: {note}"
@@ -4540,7 +4541,8 @@ class Provisioner:
         )
         self.routes.put(phone, route)
         regions = [order.region] if order.region else list(settings.vm.regions)
-        job = Provisioning(vm_id=vm_id, phone=phone, order=order, regions=regions)
+        known: Json = {"vm_id": vm_id, "phone": phone, "credentials": order.credentials}
+        job = Provisioning(**known, regions=regions, is_welcome=order.welcome)
         self.running[vm_id] = job
         job.task = self.tasks.start(self._run(job))
         job.task.add_done_callback(lambda _: job.moved.set())
@@ -4583,7 +4585,7 @@ class Provisioner:
             self.metrics.provision.observe(self.clock.monotonic() - began, outcome)
         phone = mask_phone(job.phone)
         log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=job.seconds)
-        await self.on_ready(vm_id, job.order.welcome)
+        await self.on_ready(vm_id, job.is_welcome)
 
     # Tearing one down
 
@@ -6767,19 +6769,13 @@ SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
 ADOPT_AT_START_S = 3.0
 ADOPT_LATER = Backoff(base_s=2, cap_s=300)
+NOT_ADOPTED = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
 LOOK_FOR_IDLE_S = 5.0
 ASK_IDLE_AGAIN_S = 30.0
 SUSPEND_AGAIN_S = 3600.0
 ROUTES_A_TURN = 1000
 # What a machine that takes the place of ours changes of a route.
 AT_FLY = ("machine_id", "vm_url", "region", "image", "state", "key_id")
-
-
-@dataclass(kw_only=True, eq=False)
-class VmChange(Work):
-    """A `restart`, `rotate` or `upgrade`."""
-
-    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -6798,7 +6794,7 @@ class VmChanges:
     tasks: Tasks
     running: dict[str, Work]
 
-    def begin(self, vm_id: str, what: str, **credentials: str) -> VmChange:
+    def begin(self, vm_id: str, what: str, **credentials: str) -> Work:
         """Take a change on; raises Refusal when the VM is not ready for it."""
         phone, route = self.check(vm_id)
         route = replace(route, change=what)
@@ -6824,16 +6820,16 @@ class VmChanges:
             if route.change in PATIENCE_S:
                 self._start(phone, route, {})
 
-    def _start(self, phone: str, route: Route, credentials: Mapping[str, str]) -> VmChange:
+    def _start(self, phone: str, route: Route, credentials: Mapping[str, str]) -> Work:
         vm_id, what = route.vm_id, route.change
         log_event(f"{what}_begun", vm_id=vm_id)
         self.relay.state.vm(vm_id, phone).is_paused = True
-        change = VmChange(vm_id=vm_id, phone=phone, what=what, credentials=credentials)
+        change = Work(vm_id=vm_id, phone=phone, what=what, credentials=credentials)
         self.running[vm_id] = change
         change.task = self.tasks.start(self._run(change))
         return change
 
-    async def _run(self, change: VmChange) -> None:
+    async def _run(self, change: Work) -> None:
         """Cancelled by a shutdown it stays on disk: the next start ends it."""
         vm_id, what, answered_at = change.vm_id, change.what, 0.0
         vm, runner = self.relay.state.vm(vm_id, change.phone), self.relay.runner
@@ -6856,13 +6852,13 @@ class VmChanges:
             if not change.is_torn_down:
                 await runner.resume(vm, answered_at=answered_at)
 
-    async def _end(self, change: VmChange, trouble: str) -> None:
+    async def _end(self, change: Work, trouble: str) -> None:
         event = f"{change.what}_{'failed' if trouble else 'done'}"
         log_event(event, vm_id=change.vm_id, error=trouble)
         with suppress(StoreError):
             await self.routes.update(change.vm_id, change="", old_image="", last_error=trouble)
 
-    async def _do(self, change: VmChange) -> None:
+    async def _do(self, change: Work) -> None:
         match change.what:
             case "restart":
                 machine = await self._machine(change)
@@ -6874,14 +6870,14 @@ class VmChanges:
             case "upgrade":
                 await self._upgrade(change)
 
-    async def _machine(self, change: VmChange) -> Machine:
+    async def _machine(self, change: Work) -> Machine:
         machine = await self.fly.get_machine(change.vm_id, self.builder.route(change).machine_id)
         if not machine.host_ok or not machine.config:
             reason = "Fly does not reach the host this VM is on; try again later"
             raise Refusal("fly_unavailable", reason)
         return machine
 
-    async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
+    async def _replace_config(self, change: Work, image: str = "") -> Machine:
         """Set secrets, ours renewed, and send the whole config back: a VM reads them as it boots."""
         vm_id, blueprint = change.vm_id, self.blueprint
         machine = await self._machine(change)
@@ -6899,7 +6895,7 @@ class VmChanges:
         await self.routes.update(vm_id, key_id=blueprint.keyring.current_id, image=image)
         return updated
 
-    async def _upgrade(self, change: VmChange) -> None:
+    async def _upgrade(self, change: Work) -> None:
         """Move to the present VM_IMAGE, and back when it is not healthy.
 
         What to go back to, the very build if tags are equal, is on disk: an upgrade that an earlier
@@ -6945,66 +6941,67 @@ class Action(NamedTuple):
     machine_id: str = ""
 
 
-@dataclass(eq=False)
-class Comparison:
-    """Compares what Fly shows with what the gateway knows, without any I/O."""
+def compare(
+    machines: Machines,
+    routes: Mapping[str, Route],
+    blueprint: Blueprint,
+    *,
+    busy: Collection[str] = (),  # VMs that change, wake, fall asleep, go, or went within the hour
+    suspects: Collection[str] = (),  # VMs whose last call failed
+) -> Iterator[Action]:
+    """What is to be done when Fly shows these machines, without any I/O."""
+    unknown = machines.keys() - busy
+    for phone, route in routes.items():
+        vm_id, is_given_up = route.vm_id, route.state == "failed"
+        unknown.discard(vm_id)
+        if vm_id in busy or route.state == "provisioning":
+            continue
+        shown = machines.get(vm_id, ())
+        own = next((machine for machine in shown if machine.id == route.machine_id), None)
+        if own and not is_given_up:
+            kinds = mends(phone, route, own, blueprint, is_suspect=vm_id in suspects)
+            yield from (Action(kind, vm_id, phone) for kind in kinds)
+            continue
+        proven = [machine.id for machine in shown if blueprint.claimed_by(machine) == phone]
+        if len(proven) == 1:
+            yield Action("take_over", vm_id, phone, proven[0])
+        elif not is_given_up:
+            yield Action("give_up", vm_id, phone)
+    yield from sort_unknown({app: machines[app] for app in unknown}, routes, blueprint)
 
-    machines: Machines
-    routes: Mapping[str, Route]
-    blueprint: Blueprint
-    busy: Collection[str] = ()  # VMs that change, wake, fall asleep, go, or went within the hour
-    suspects: Collection[str] = ()  # VMs whose last call failed
 
-    def actions(self) -> Iterator[Action]:
-        unknown = self.machines.keys() - self.busy
-        for phone, route in self.routes.items():
-            unknown.discard(route.vm_id)
-            if route.vm_id not in self.busy:
-                for kind, machine_id in self._of_route(phone, route):
-                    yield Action(kind, route.vm_id, phone, machine_id)
-        yield from self._of_unknown(unknown)
+def mends(
+    phone: str, route: Route, machine: Machine, blueprint: Blueprint, *, is_suspect: bool
+) -> Iterator[str]:
+    match route.state, machine.state:
+        case "asleep", "started":
+            yield "note_awake"
+        case "ready", "stopped" | "suspended":
+            yield "start"
+        case "ready", "started" if is_suspect:
+            yield "probe"
+    if machine.image not in ("", route.image):
+        yield "note_image"
+    stamp = blueprint.stamp(phone, route)
+    if machine.config and not stamp.items() <= machine.metadata.items():
+        yield "stamp"
 
-    def _of_route(self, phone: str, route: Route) -> Iterator[tuple[str, str]]:
-        machines = self.machines.get(route.vm_id, ())
-        is_up = route.state in ("ready", "asleep")
-        own = next((m for m in machines if m.id == route.machine_id), None)
-        if is_up and own:
-            yield from ((kind, own.id) for kind in self._kinds(phone, route, own))
-        elif is_up or route.state == "failed":
-            claims = [(self.blueprint.claimed_by(m), m.id) for m in machines]
-            proven = [machine_id for claimant, machine_id in claims if claimant == phone]
-            if len(proven) == 1:
-                yield "take_over", proven[0]
-            elif is_up:
-                yield "give_up", route.machine_id
 
-    def _kinds(self, phone: str, route: Route, machine: Machine) -> Iterator[str]:
-        match route.state, machine.state:
-            case "asleep", "started":
-                yield "note_awake"
-            case "ready", "stopped" | "suspended":
-                yield "start"
-            case "ready", "started" if route.vm_id in self.suspects:
-                yield "probe"
-        if machine.image not in ("", route.image):
-            yield "note_image"
-        stamp = self.blueprint.stamp(phone, route)
-        if machine.config and not stamp.items() <= machine.metadata.items():
-            yield "stamp"
-
-    def _of_unknown(self, apps: Iterable[str]) -> Iterator[Action]:
-        """Apps nobody here knows: adopted when they prove whose they are, else reported."""
-        prefix, blueprint = self.blueprint.settings.vm.app_prefix + "-", self.blueprint
-        found = [(m, blueprint.claimed_by(m)) for app in apps for m in self.machines[app]]
-        claimants = Counter(phone for _, phone in found)
-        claims = {machine.app: (phone, machine.id) for machine, phone in found if phone}
-        stamped = {machine.app for machine, _ in found if blueprint.is_stamped(machine)}
-        for app in apps:
-            phone, machine_id = claims.get(app, ("", ""))
-            if phone and claimants[phone] == 1 and phone not in self.routes:
-                yield Action("adopt", app, phone, machine_id)
-            elif app in stamped or app.startswith(prefix):
-                yield Action("report", app, phone)
+def sort_unknown(
+    apps: Machines, routes: Mapping[str, Route], blueprint: Blueprint
+) -> Iterator[Action]:
+    """Apps nobody here knows: adopted when they prove whose they are, else reported."""
+    machines = [machine for several in apps.values() for machine in several]
+    claims = [(blueprint.claimed_by(machine), machine) for machine in machines]
+    claimants = Counter(phone for phone, _ in claims)
+    claimed = {machine.app: (phone, machine.id) for phone, machine in claims if phone}
+    stamped = {machine.app for machine in machines if blueprint.is_stamped(machine)}
+    for app in apps:
+        phone, machine_id = claimed.get(app, ("", ""))
+        if phone and claimants[phone] == 1 and phone not in routes:
+            yield Action("adopt", app, phone, machine_id)
+        elif app in stamped or app.startswith(blueprint.settings.vm.app_prefix + "-"):
+            yield Action("report", app, phone)
 
 
 def what_is_due(found: Iterable[Action], found_before: Collection[Action]) -> list[Action]:
@@ -7084,9 +7081,9 @@ class Reconciler:
         vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
         turning = {vm.vm_id for vm in vms if vm.is_turning()}
         suspects = {vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None}
-        known = machines, self.routes.routes, self.blueprint
         busy = going | turning | self.running.keys()
-        return list(Comparison(*known, busy, suspects).actions())
+        known = machines, self.routes.routes, self.blueprint
+        return list(compare(*known, busy=busy, suspects=suspects))
 
     async def _carry_out(self, action: Action) -> None:
         vm_id, route = action.vm_id, self.routes.of(action.vm_id)
@@ -7176,30 +7173,22 @@ class Reconciler:
 
     async def adopt_at_start(self) -> None:
         """Wait for it a moment; while Fly is out of reach no VM is made, and it is tried on."""
-        self._close("no answer in time")
+        self.routes.closed_because = f"{NOT_ADOPTED}: no answer in time"
         adopting = self.tasks.start(self._adopt())
         with suppress(TimeoutError):
             async with self.clock.time_limit(ADOPT_AT_START_S):
                 await asyncio.wait({adopting})
-
-    def _close(self, reason: object) -> None:
-        empty = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
-        self.routes.closed_because = f"{empty}: {reason}"
 
     async def _adopt(self) -> None:
         failures = 0
         while self.routes.closed_because:
             try:
                 await self._adopt_all()
+                self.routes.closed_because = ""
             except CockpitError as error:
                 failures += 1
-                if failures > 1 or not isinstance(error, UpstreamRejected):
-                    self._close(error)
-                    await ADOPT_LATER.pause(self.clock, failures)
-                    continue
-                # It would refuse the next VM as well, and that answer says more than ours.
-                log_warning("adoption_refused", error=str(error))
-            self.routes.closed_because = ""
+                self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
+                await ADOPT_LATER.pause(self.clock, failures)
 
     async def _adopt_all(self) -> None:
         """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
@@ -7830,7 +7819,7 @@ def location_of(gateway: Gateway, vm_id: str) -> str:
     return f"{prefix}/provision/{vm_id}"
 
 
-async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
+async def outcome_of(request: web.Request, work: Work) -> web.Response:
     """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
     gateway = request.app[GATEWAY]
     headers = {"Location": location_of(gateway, work.vm_id)}
@@ -7841,9 +7830,9 @@ async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web
         return json_response(vm_record(gateway, work.vm_id), status=202, headers=headers)
     await work.outcome()
     record = vm_record(gateway, work.vm_id)
-    if isinstance(work, VmChange):
-        return json_response(record)
-    return json_response(record, status=201, headers=headers)
+    if isinstance(work, Provisioning):
+        return json_response(record, status=201, headers=headers)
+    return json_response(record)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:

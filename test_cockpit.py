@@ -5052,7 +5052,7 @@ def test_two_sweeps_conclude_from_a_world_what_is_to_be_done(machines, routes, a
     at_fly = {app: [machine for machine in machines if machine.app == app] for app in {machine.app for machine in machines}}
 
     def found(busy=()) -> list[cockpit.Action]:
-        return list(cockpit.Comparison(at_fly, routes, blueprint, busy).actions())
+        return list(cockpit.compare(at_fly, routes, blueprint, busy=busy))
     assert {action.kind for action in cockpit.what_is_due(found(), [])} <= {"start", "probe"}, "Fly's lists may lag: what is seen once is not acted on"
     assert [action.kind for action in cockpit.what_is_due(found(), found())] == actions
     if routes:
@@ -5080,12 +5080,13 @@ async def test_a_start_with_a_lost_disk_adopts_what_fly_holds(world):
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
-async def test_a_fly_that_refuses_to_list_still_tells_a_caller_its_own_words(world, status):
+async def test_a_fly_that_refuses_to_list_makes_no_vm_and_a_caller_hears_why(world, status):
     world.fly.fails("list_apps", status, times=100)
     await world.start()
-    world.fly.fails("create_app", 422, body={"error": "Validation failed: quota of apps exceeded"})
     answer = await world.provision()
-    assert (answer.status, answer.body["code"]) == (502, "fly_rejected") and "quota of apps" in answer.body["detail"]
+    assert (answer.status, answer.body["code"]) == (503, "fly_unavailable") and f"list apps: {status}" in answer.body["detail"]
+    world.fly.heals("list_apps")
+    await world.clock.advance(300)
     await world.sign_up()
 
 
