@@ -4093,8 +4093,8 @@ def run_say(given: argparse.Namespace) -> int:
 # --- Provisioning ---
 
 STATES_THAT_FAILED = ("failed", "launch_failed", "destroying", "destroyed")
-HEALTH_POLL = Backoff(base_s=0.05, cap_s=0.5)
-CONFIRM_DELETE = Backoff(base_s=1, cap_s=1, attempts=30)
+ASK_HEALTH_EVERY_S = 0.25
+CONFIRM_TIMES = 30  # once a second
 UNDO = Backoff(base_s=0.5, cap_s=60)
 UNDO_REFUSED = replace(UNDO, cap_s=300)
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
@@ -4239,12 +4239,6 @@ class Work:
             code, reason = "torn_down", f"{self.vm_id} was deleted during its {self.what}"
         raise Refusal(code, reason)
 
-    async def tear_down(self) -> None:
-        """End it, since its VM goes."""
-        self.is_torn_down = True
-        self.task.cancel()
-        await asyncio.wait({self.task})
-
 
 @dataclass(kw_only=True, eq=False)
 class Provisioning(Work):
@@ -4307,10 +4301,8 @@ class Builder:
 
     async def wait_healthy(self, work: Work) -> None:
         """Poll until the VM answers /health."""
-        failures = 0
         while not await self.vms.is_healthy(self.route(work)):
-            failures += 1
-            await HEALTH_POLL.pause(self.clock, failures)
+            await self.clock.sleep(ASK_HEALTH_EVERY_S)
 
     async def wait_ready(self, work: Work, machine: Machine, event: str = "") -> None:
         """Wait until a VM that was changed is well again; raises Refusal."""
@@ -4344,22 +4336,19 @@ class Builder:
                 await self.wait_started(vm_id, machine)
             with self._step(job, "health"):
                 await self.wait_healthy(job)
-            self._note(job, state="ready", step="", extra={"steps": job.seconds})
+            made: Json = {"state": "ready", "step": "", "extra": {"steps": job.seconds}}
+            self.routes.put(job.phone, replace(self.route(job), **made))
             await self.routes.commit()
 
     @contextlib.contextmanager
     def _step(self, job: Provisioning, name: str) -> Iterator[None]:
         job.step, began = name, self.clock.monotonic()
-        self._note(job, step=name)
+        self.routes.put(job.phone, replace(self.route(job), step=name))
         yield
         passed_s = self.clock.monotonic() - began
         job.seconds[name] = round(passed_s, 3)
         self.metrics.provision_step.observe(passed_s, name)
         job.moved.set()
-
-    def _note(self, job: Provisioning, **changes: Any) -> None:
-        """Change its route in memory."""
-        self.routes.put(job.phone, replace(self.route(job), **changes))
 
     async def _allocate(self, vm_id: str) -> None:
         if self.settings.vm.is_public:
@@ -4487,9 +4476,9 @@ class Undo:
 
     async def _confirm(self, vm_id: str) -> None:
         with suppress(UpstreamNotFound):
-            for failures in range(1, CONFIRM_DELETE.attempts + 1):
+            for _ in range(CONFIRM_TIMES):
                 await self.fly.get_app(vm_id)
-                await CONFIRM_DELETE.pause(self.clock, failures)
+                await self.clock.sleep(1)
             raise UpstreamUnavailable("fly", "delete app", "the app is still there")
 
 
@@ -4540,9 +4529,13 @@ class Provisioner:
             pairing="0:unpaired" if order.verify else "0:paired",
         )
         self.routes.put(phone, route)
-        regions = [order.region] if order.region else list(settings.vm.regions)
-        known: Json = {"vm_id": vm_id, "phone": phone, "credentials": order.credentials}
-        job = Provisioning(**known, regions=regions, is_welcome=order.welcome)
+        job = Provisioning(
+            vm_id=vm_id,
+            phone=phone,
+            credentials=order.credentials,
+            is_welcome=order.welcome,
+            regions=[order.region] if order.region else list(settings.vm.regions),
+        )
         self.running[vm_id] = job
         job.task = self.tasks.start(self._run(job))
         job.task.add_done_callback(lambda _: job.moved.set())
@@ -4577,7 +4570,7 @@ class Provisioner:
             outcome, words = refusal.code, refusal.detail
             del self.running[vm_id]  # from here on a teardown has nothing to cancel
             log_warning("provision_failed", vm_id=vm_id, step=job.step, code=outcome, error=words)
-            is_made = not isinstance(error, NameTaken)
+            is_made = job.step != "" and not isinstance(error, NameTaken)
             await self._let_go(job.phone, "failed", words, is_made=is_made)
             raise refusal from error
         finally:
@@ -4610,7 +4603,9 @@ class Provisioner:
         """Destroy a VM in whatever state and forget its route; False when Fly has not confirmed in 25 s."""
         log_event("teardown", vm_id=vm_id)
         if work := self.running.pop(vm_id, None):
-            await work.tear_down()
+            work.is_torn_down = True
+            work.task.cancel()
+            await asyncio.wait({work.task})
         if found := self.routes.find(vm_id):
             await self._let_go(found[0], "torn_down")
         if undo := self.undo.running.get(vm_id):
@@ -6810,8 +6805,6 @@ class VmChanges:
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
             raise Refusal("wrong_state", reason)
-        if self.relay.is_draining:
-            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         return found
 
     def resume_all(self) -> None:
@@ -6920,18 +6913,6 @@ class VmChanges:
 Machines = Mapping[str, Sequence[Machine]]  # by app, which may have none
 
 
-async def fetch_machines(fly: FlyClient) -> Machines:
-    """All of the organisation; raises UpstreamError, also when a part of them is not told."""
-    machines: dict[str, list[Machine]] = {app: [] for app in await fly.list_apps()}
-    listed, missing_regions = await fly.list_org_machines()
-    if missing_regions:
-        words = f"the regions {', '.join(missing_regions)} were not asked"
-        raise UpstreamUnavailable("fly", "list org machines", words)
-    for machine in listed:
-        machines.setdefault(machine.app, []).append(machine)
-    return machines
-
-
 class Action(NamedTuple):
     """Something a sweep wants done; each is checked against Fly once more before it is."""
 
@@ -6995,12 +6976,12 @@ def sort_unknown(
     claims = [(blueprint.claimed_by(machine), machine) for machine in machines]
     claimants = Counter(phone for phone, _ in claims)
     claimed = {machine.app: (phone, machine.id) for phone, machine in claims if phone}
-    stamped = {machine.app for machine in machines if blueprint.is_stamped(machine)}
-    for app in apps:
+    prefix = blueprint.settings.vm.app_prefix + "-"
+    for app, several in apps.items():
         phone, machine_id = claimed.get(app, ("", ""))
         if phone and claimants[phone] == 1 and phone not in routes:
             yield Action("adopt", app, phone, machine_id)
-        elif app in stamped or app.startswith(blueprint.settings.vm.app_prefix + "-"):
+        elif app.startswith(prefix) or any(map(blueprint.is_stamped, several)):
             yield Action("report", app, phone)
 
 
@@ -7069,13 +7050,24 @@ class Reconciler:
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        found = self._compare(await fetch_machines(self.fly))
+        found = self._compare(await self._machines())
         due = what_is_due(found, self.found_before)
         self.found_before = set(found)
         self.trouble = told_of(due)
         probed = [action.vm_id for action in due if action.kind == "probe"]
         self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
         await do_all(self._carry_out, due)
+
+    async def _machines(self) -> Machines:
+        """All of the organisation; raises UpstreamError, also when a part of them is not told."""
+        machines: dict[str, list[Machine]] = {app: [] for app in await self.fly.list_apps()}
+        listed, missing_regions = await self.fly.list_org_machines()
+        if missing_regions:
+            words = f"the regions {', '.join(missing_regions)} were not asked"
+            raise UpstreamUnavailable("fly", "list org machines", words)
+        for machine in listed:
+            machines.setdefault(machine.app, []).append(machine)
+        return machines
 
     def _compare(self, machines: Machines) -> list[Action]:
         vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
@@ -7192,7 +7184,7 @@ class Reconciler:
 
     async def _adopt_all(self) -> None:
         """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
-        machines = await fetch_machines(self.fly)
+        machines = await self._machines()
         proofs = [self.blueprint.proof(m) for several in machines.values() for m in several]
         self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs if proof})
         actions = self._compare(machines)
@@ -7225,7 +7217,7 @@ class Sleeper:
     async def run(self) -> None:
         """Look for VMs without work again and again; suspend at most one a second."""
         while True:
-            await self.clock.sleep(min(LOOK_FOR_IDLE_S, self.settings.limits.vm_idle_s))
+            await self.clock.sleep(LOOK_FOR_IDLE_S)
             for count, phone in enumerate(list(self.routes.routes), 1):
                 if self._is_due(phone):
                     self.tasks.start(self._put_to_sleep(phone))
@@ -7251,19 +7243,16 @@ class Sleeper:
     async def _put_to_sleep(self, phone: str) -> None:
         """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
         route = self.routes.routes[phone]
-        vm_id, vm = route.vm_id, self.relay.state.vm(route.vm_id, phone)
+        vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
             if not await self._may_suspend(route):
                 return
             async with vm.machine:
-                is_same = self.routes.routes.get(phone) is route
-                sleeps = is_same and self._is_idle(route) and await self._suspend(route, vm)
-            wanted = {"state": "suspended"}
-            if sleeps and not await self.fly.is_started(vm_id, route.machine_id, **wanted):
-                await self.waker.look(vm_id)
+                if self.routes.routes.get(phone) is route and self._is_idle(route):
+                    await self._suspend(route, vm)
         except UpstreamError as error:
-            log_warning("sleep_not_confirmed", vm_id=vm_id, error=str(error))
+            log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
 
     async def _may_suspend(self, route: Route) -> bool:
         """Whether Fly can wake it as it was, and it says that it has no work; raises UpstreamError."""
@@ -7280,8 +7269,8 @@ class Sleeper:
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
-    async def _suspend(self, route: Route, vm: VmState) -> bool:
-        """False when it stays awake; an outcome that is not known counts as asleep."""
+    async def _suspend(self, route: Route, vm: VmState) -> None:
+        """What its outcome is not known of counts as asleep: a text or a sweep finds out."""
         vm_id, vm.is_falling_asleep = route.vm_id, True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
@@ -7290,20 +7279,17 @@ class Sleeper:
             await self.routes.update(vm_id, state="asleep")
             if self.routes.find(vm_id) and self._is_idle(route):
                 await self.fly.suspend_machine(vm_id, route.machine_id)
-                log_event("vm_asleep", vm_id=vm_id)
                 self.not_before.forget(vm_id)
-                return True
+                return log_event("vm_asleep", vm_id=vm_id)
         except StoreError:
             pass
         except UpstreamError as error:
             if not (isinstance(error, UpstreamRejected) or is_surely_undone(error)):
-                log_warning("suspend_unknown", vm_id=vm_id, error=str(error))
-                return True
+                return log_warning("suspend_unknown", vm_id=vm_id, error=str(error))
             self._leave_alone(route, SUSPEND_AGAIN_S, str(error))
         finally:
             vm.is_falling_asleep = False
-        await self.waker.note_awake(vm_id)
-        return False
+        return await self.waker.note_awake(vm_id)
 
     def _leave_alone(self, route: Route, for_s: float, reason: str = "") -> bool:
         now = self.clock.monotonic()

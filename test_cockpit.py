@@ -5206,6 +5206,19 @@ async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(wo
     await world.clock.until(lambda: vm.ran == ["hello"])
 
 
+async def test_a_vm_that_shifts_the_borders_in_its_stamp_does_not_pass_for_another_gateway(world):
+    vm = await world.ready()
+    await world.sign_up(BOB)
+    machine, = world.fly.apps[vm.app].machines.values()
+    machine.config["metadata"] |= {"cockpit_gateway": ours(world) + ":0", "cockpit_pairing": "paired"}
+    await world.clock.advance(5)
+    await world.stop()
+    for file in world.file.parent.iterdir():
+        file.unlink()
+    await world.start()
+    assert set(world.saved["routes"]) == {BOB} and not await troubles(world)
+
+
 # Doctor
 
 async def doctor(live, capsys, **changes: str) -> tuple[int, str]:
@@ -5787,7 +5800,7 @@ async def test_vms_fall_asleep_one_a_second(world):
 # A text at every moment
 
 FALLING = [("fly", "get_machine", False), ("fly", "get_machine", True), ("vms", "health", False), ("vms", "health", True),
-           ("fly", "suspend_machine", False), ("fly", "suspend_machine", True), ("fly", "wait_machine", False), ("fly", "wait_machine", True)]
+           ("fly", "suspend_machine", False), ("fly", "suspend_machine", True)]
 
 
 @pytest.mark.parametrize("freeze_s", [0, 2])
@@ -6034,7 +6047,7 @@ async def test_a_message_of_a_sleeper_s_own_says_that_it_is_awake(world):
 async def test_a_message_that_a_vm_sent_while_it_was_being_frozen_does_not_say_that_it_is_awake(world):
     vm = await drowsy(world)
     world.fly.freeze_s = 3
-    await world.clock.until(lambda: world.fly.count("wait_machine") > 1, IDLE + 30)
+    await world.clock.until(lambda: machine_of(world, vm) == "suspending", IDLE + 30)
     answer = await world.ask("POST", "/messages", key=vm.env["COCKPIT_TOKEN"], json={"text": "good night"})
     assert answer.status == 202
     await world.clock.advance(10)
@@ -6061,11 +6074,12 @@ async def test_a_suspension_of_unknown_outcome_counts_as_asleep(world):
     await world.hears("ran: wake up")
 
 
-async def test_a_suspension_that_did_not_happen_after_all_is_seen(world):
-    vm = await drowsy(world)
+async def test_a_suspension_that_did_not_happen_after_all_is_seen_by_a_sweep(world):
+    vm = await drowsy(world, RECONCILE_S=EVERY)
     world.fly.drops("suspend_machine")
-    await world.clock.until(lambda: world.fly.count("wait_machine") > 1, IDLE + 20)
-    await world.clock.advance(70)
+    await world.clock.until(lambda: world.saved["routes"][ANN]["state"] == "asleep", IDLE + 20)
+    assert machine_of(world, vm) == "started"
+    await sweeps(world, 1)
     assert await state_of(world, vm) == "ready"
 
 
