@@ -4097,12 +4097,10 @@ ASK_HEALTH_EVERY_S = 0.25
 CONFIRM_TIMES = 30  # once a second
 UNDO = Backoff(base_s=0.5, cap_s=60)
 UNDO_REFUSED = replace(UNDO, cap_s=300)
-LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
+LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # for a fresh app that Fly does not know (yet)
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
-RESTARTED = "the gateway was restarted while it was being set up, so it is undone; ask again"
-# States that a start undoes: why, and what is told.
-UNFINISHED = {"provisioning": ("failed", RESTARTED), "deleting": ("torn_down", "")}
+RESTARTED = "the gateway was restarted during its set-up, which is undone; ask again"
 RECORD = "vm_id machine_id vm_url phone_number region image state step created_at last_error"
 
 
@@ -4113,7 +4111,7 @@ def log_failure(event: str, fly: FlyClient, error: CockpitError, **about: Any) -
 
 
 class Proof(NamedTuple):
-    """What a machine's stamp proves: whose it is, of which gateway, and so its route."""
+    """Whose a machine is, and of which gateway; its route."""
 
     phone: str
     gateway_id: str
@@ -4133,7 +4131,7 @@ class Blueprint:
         return urlsplit(self.settings.gateway.public_url).netloc + "/"
 
     def config(self, phone: str, route: Route) -> Json:
-        """A machine's config: restarted always, one service, kept open through a long command."""
+        """A machine's config; its service stays open through a long command."""
         vm = self.settings.vm
         # Fly's proxy may cut a connection that is silent for 60 s.
         options = {"idle_timeout": int(self.settings.limits.vm_command_timeout_s) + 60}
@@ -4141,8 +4139,7 @@ class Blueprint:
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
         service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
-        # It only informs: a check that gates would hide a busy VM from the proxy. Durations are strings,
-        # a bare number would be nanoseconds.
+        # One that gates would hide a busy VM from the proxy; bare numbers would be nanoseconds.
         check: Json = {"type": "http", "kind": "informational", "port": 3000}
         check |= {"interval": "15s", "timeout": "5s", "grace_period": "30s"}
         mounts = [{"volume": route.volume_id, "path": "/data"}]
@@ -4159,7 +4156,7 @@ class Blueprint:
         }
 
     def rootfs(self) -> Json:
-        """What keeps the root disk of a machine without a volume: waking may end in a cold boot."""
+        """What keeps a root disk without a volume: waking may end in a cold boot."""
         persist = "always" if self.settings.limits.vm_idle_s else "restart"
         return {"rootfs": {"persist": persist}}
 
@@ -4188,13 +4185,13 @@ class Blueprint:
         return machine.metadata.get("cockpit_gateway", "").startswith(self.host)
 
     def proof(self, machine: Machine) -> Proof | None:
-        """What a machine that lives proves; a VM can write its own metadata, but not sign it."""
+        """What a living machine proves: a VM can write its metadata, not sign it."""
         stamp = machine.metadata
         gateway_id = stamp.get("cockpit_gateway", "").removeprefix(self.host)
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
         key_id = self.keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
-        # What is signed knows no borders between its parts: their forms tell them.
+        # What is signed tells no borders between its parts; their forms do.
         is_formed = PHONE.fullmatch(phone) and PAIRING.fullmatch(pairing)
         is_alive = machine.host_ok and machine.state not in STATES_THAT_FAILED
         if not (key_id and is_formed and is_alive and self.is_stamped(machine)):
@@ -4212,10 +4209,10 @@ class Blueprint:
         )
         return Proof(phone, gateway_id, route)
 
-    def claimed_by(self, machine: Machine) -> str:
-        """The phone whose machine, as one of this gateway, it proves to be; or nothing."""
+    def own_proof(self, machine: Machine) -> Proof | None:
+        """The same, of this gateway alone."""
         proof = self.proof(machine)
-        return proof.phone if proof and proof.gateway_id == self.routes.gateway_id else ""
+        return proof if proof and proof.gateway_id == self.routes.gateway_id else None
 
 
 @dataclass(kw_only=True, eq=False)
@@ -4249,13 +4246,14 @@ class Provisioning(Work):
     regions: list[str]  # not yet found full
     step: str = ""
     secrets_version: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
-    moved: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end of each step
+    # Of the steps that ended; at each end `moved` is set.
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 @dataclass(kw_only=True, eq=False)
 class Builder:
-    """Takes VMs through their set-up, and waits for what Fly and a VM take their time with."""
+    """Sets VMs up, and waits for what Fly and they take their time with."""
 
     settings: Settings
     clock: Clock
@@ -4286,7 +4284,7 @@ class Builder:
         return await retry(call, FRESH_APP, self.clock, when=is_hidden)
 
     async def wait_started(self, vm_id: str, machine: Machine, event: str = "") -> None:
-        """Wait until Fly calls the machine started, after an event; raises Refusal."""
+        """Wait until Fly calls it started (after an event); raises Refusal."""
         since = {"from_event_id": event} if event else {"version": machine.instance_id}
         wait = functools.partial(self.fly.is_started, vm_id, machine.id, **since)
         while not await self.when_visible(wait):
@@ -4295,7 +4293,7 @@ class Builder:
                 reason = f"the machine did not start: Fly says {present.state}"
                 raise Refusal("vm_unhealthy", reason, vm_id=vm_id)
             if present.state == "stopped":
-                # Seen after updates; while Fly is still replacing it, it refuses to start it.
+                # Seen after updates; Fly refuses while it is still replacing it.
                 with suppress(UpstreamRejected):
                     await self.fly.start_machine(vm_id, machine.id)
 
@@ -4311,13 +4309,16 @@ class Builder:
                 await self.wait_started(work.vm_id, machine, event)
                 await self.wait_healthy(work)
         except TimeoutError as error:
-            reason = f"{work.vm_id} did not answer /health {self.limit} of its {work.what}"
+            reason = f"no answer of its /health {self.limit} of the {work.what}"
             raise Refusal("vm_unhealthy", reason) from error
 
     # Steps
 
     async def set_up(self, job: Provisioning) -> None:
-        """Take all steps, each id on disk as soon as it exists; raises what they raise, or TimeoutError."""
+        """Take all steps; each id is on disk as soon as it exists.
+
+        Raises what they raise, or TimeoutError.
+        """
         vm_id, fly, when_visible = job.vm_id, self.fly, self.when_visible
         async with self.in_time():
             await self.routes.commit()
@@ -4325,7 +4326,8 @@ class Builder:
                 await fly.create_app(vm_id)
             with self._step(job, "secrets"):
                 values = {**job.credentials, **self.blueprint.own_secrets(vm_id)}
-                job.secrets_version = await when_visible(lambda: fly.set_secrets(vm_id, values))
+                version = await when_visible(lambda: fly.set_secrets(vm_id, values))
+                job.secrets_version = version
             with self._step(job, "address"):
                 await when_visible(lambda: self._allocate(vm_id))
             with self._step(job, "volume"):
@@ -4372,7 +4374,7 @@ class Builder:
                 log_warning("region_full", vm_id=job.vm_id, region=region, error=str(error))
 
     async def _make_volume(self, job: Provisioning) -> None:
-        """In the next region; one elsewhere, beside which no machine fitted, goes."""
+        """One elsewhere, beside which no machine fitted, goes."""
         route, vm, region = self.route(job), self.settings.vm, job.regions[0]
         if not vm.volume_gb or (route.volume_id and route.region == region):
             return
@@ -4386,7 +4388,7 @@ class Builder:
         vm_id, route = job.vm_id, self.route(job)
         request = {
             "name": vm_id,
-            # Fly reads a list of regions itself; a volume pins the machine to its own.
+            # Fly reads a list itself; a volume pins the machine to its own.
             "region": route.region if route.volume_id else ",".join(job.regions),
             "config": self.blueprint.config(job.phone, route),
             "min_secrets_version": job.secrets_version,
@@ -4425,15 +4427,15 @@ class Builder:
             async with self.clock.time_limit(10):
                 machine = await self.fly.get_machine(job.vm_id, route.machine_id)
             if machine.checks_pass:
-                seen = f"Fly's own check passes, but {route.vm_url} does not answer from here"
-                remedy = "check that FLY_NETWORK names this gateway's network, and VM_NETWORK"
-                return "vm_unreachable", f"{seen} {self.limit}; {remedy}"
+                seen = f"its check at Fly passes, but not {route.vm_url} from here {self.limit}"
+                remedy = "check VM_NETWORK, and FLY_NETWORK, which is to be the gateway's own"
+                return "vm_unreachable", f"{seen}; {remedy}"
         return "vm_unhealthy", reason
 
 
 @dataclass(kw_only=True, eq=False)
 class Undo:
-    """Deletes the apps in the `undo` section of routes.json until Fly confirms that they are gone."""
+    """Deletes what is in the `undo` section of routes.json until Fly confirms it."""
 
     clock: Clock
     routes: RouteStore
@@ -4457,7 +4459,8 @@ class Undo:
                 self.routes.undo[vm_id]["last_error"] = str(error)
                 log_failure("undo_retry", self.fly, error, vm_id=vm_id)
                 failures += 1
-                await (UNDO_REFUSED if self.fly.trouble else UNDO).pause(self.clock, failures)
+                backoff = UNDO_REFUSED if self.fly.trouble else UNDO
+                await backoff.pause(self.clock, failures)
         self.confirmed.put(vm_id, None, self.clock.monotonic())
         log_event("undo_confirmed", vm_id=vm_id)
         with suppress(StoreError):
@@ -4493,7 +4496,7 @@ def describe(stored: Json) -> Json:
 
 @dataclass(kw_only=True, eq=False)
 class Provisioner:
-    """Admits sign-ups, tears VMs down, and undoes at a start what an earlier process left half-made."""
+    """Admits sign-ups and tears VMs down, also what an earlier process left half-made."""
 
     settings: Settings
     clock: Clock
@@ -4504,7 +4507,7 @@ class Provisioner:
     tasks: Tasks
     metrics: Metrics
     on_ready: Callable[[str, bool], Awaitable[None]]  # (vm_id, welcome)
-    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, `failed` or `torn_down`)
+    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, reason)
     running: dict[str, Work]  # by vm_id: set-ups and changes
     failed: Recent[Json] = field(default_factory=lambda: Recent(1000, for_s=FAILED_KEPT_S))
     is_draining: bool = False
@@ -4512,7 +4515,7 @@ class Provisioner:
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on; raises Refusal. No await before the record, so one of many wins."""
+        """Take an order on, without an await, so one of many wins; raises Refusal."""
         settings, clock, phone = self.settings, self.clock, order.phone
         failed = self._admit(phone)
         if failed:  # only now: who is refused loses nothing
@@ -4543,29 +4546,29 @@ class Provisioner:
         return job
 
     def _admit(self, phone: str) -> Route | None:
-        """The number's VM that is gone, if one is: a new one may replace it. Raises Refusal."""
+        """The number's VM that is gone, which a new one replaces; raises Refusal."""
         limits, known = self.settings.limits, self.routes.routes.get(phone)
         if known and known.state != "failed":
-            reason = f"this number has the VM {known.vm_id} ({known.state}); delete it first"
+            reason = f"this number has {known.vm_id} ({known.state}); delete it first"
             raise Refusal("phone_taken", reason, vm_id=known.vm_id)
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         if why := self.routes.closed_because:
             raise Refusal("fly_unavailable", why)
         if (begun := self.routes.states["provisioning"]) >= limits.provision_limit:
-            raise Refusal("too_many", f"{begun} VMs are being set up already (PROVISION_LIMIT)")
+            raise Refusal("too_many", f"{begun} VMs are being set up (PROVISION_LIMIT)")
         count = len(self.routes.routes) - bool(known)
         if limits.vm_limit and count >= limits.vm_limit:
-            raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
+            raise Refusal("vm_limit", f"there are {count} VMs (VM_LIMIT)")
         return known
 
     async def _run(self, job: Provisioning) -> None:
-        """Cancelled it leaves things as they are: to who tears it down, or to the next start."""
+        """Cancelled it leaves all to who tears it down, or to the next start."""
         vm_id, began, outcome = job.vm_id, self.clock.monotonic(), "torn_down"
         try:
             await self.builder.set_up(job)
             outcome = "ready"
-        except Exception as error:  # also one that nobody foresaw must not keep the number
+        except Exception as error:  # nor does an unforeseen one keep the number
             refusal = await self.builder.refusal(job, error)
             outcome, words = refusal.code, refusal.detail
             del self.running[vm_id]  # from here on a teardown has nothing to cancel
@@ -4585,7 +4588,7 @@ class Provisioner:
     async def _let_go(
         self, phone: str, reason: str, error: str = "", *, is_made: bool = True
     ) -> None:
-        """Free the number, tell whoever waits, start the undo; `is_made`: something is at Fly."""
+        """Free the number, tell whoever waits, start the undo of what is made."""
         vm_id = self.routes.routes[phone].vm_id
         if reason == "failed":
             record = self.record(vm_id) | {"state": "failed", "last_error": error}
@@ -4595,12 +4598,12 @@ class Provisioner:
             del self.routes.undo[vm_id]
         with suppress(StoreError):  # a full disk must not keep a VM alive
             await self.routes.commit()
-        # Not before it is on disk: after a kill the VM would live on, its texts dropped.
+        # Not before: killed here, the VM would live on with its texts dropped.
         await self.on_gone(vm_id, phone, reason)
         self.undo.start(vm_id)
 
     async def tear_down(self, vm_id: str) -> bool:
-        """Destroy a VM in whatever state and forget its route; False when Fly has not confirmed in 25 s."""
+        """Destroy a VM in whatever state; whether Fly confirmed it within 25 s."""
         log_event("teardown", vm_id=vm_id)
         if work := self.running.pop(vm_id, None):
             work.is_torn_down = True
@@ -4622,9 +4625,12 @@ class Provisioner:
     async def recover(self) -> None:
         """At start: undo what an earlier process left unfinished."""
         for phone, route in list(self.routes.routes.items()):
-            if unfinished := UNFINISHED.get(route.state):
+            if route.state in ("provisioning", "deleting"):
                 log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
-                await self._let_go(phone, *unfinished)
+            if route.state == "provisioning":
+                await self._let_go(phone, "failed", RESTARTED)
+            elif route.state == "deleting":  # by the first version
+                await self._let_go(phone, "torn_down")
         if self.routes.is_new:
             with suppress(StoreError):
                 await self.routes.commit()
@@ -4633,11 +4639,11 @@ class Provisioner:
 
     async def drain(self) -> None:
         """Wait for what is under way (the caller bounds the wait)."""
-        works = self.running.values()
-        await asyncio.gather(*(work.outcome() for work in works), return_exceptions=True)
+        ends = [work.outcome() for work in self.running.values()]
+        await asyncio.gather(*ends, return_exceptions=True)
 
     def record(self, vm_id: str) -> Json:
-        """A VM that is routed, being deleted, or failed within the hour; raises Refusal."""
+        """Of a VM that is there, going, or failed within the hour; raises Refusal."""
         if found := self.routes.find(vm_id):
             return describe(found[1].to_json() | {"phone_number": found[0]})
         for known, entry in self.routes.undo.items():
@@ -6757,14 +6763,14 @@ class Backfill:
 
 # --- Fleet ---
 
-# How long a text that is being run has to end before its VM is changed; an upgrade waits for all of it.
+# How long a text has to end before its VM is changed; an upgrade waits for all of it.
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
 AT_ONCE = 20
 SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
 ADOPT_AT_START_S = 3.0
 ADOPT_LATER = Backoff(base_s=2, cap_s=300)
-NOT_ADOPTED = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
+NOT_ADOPTED = "routes.json is empty, and what Fly holds is not adopted yet"
 LOOK_FOR_IDLE_S = 5.0
 ASK_IDLE_AGAIN_S = 30.0
 SUSPEND_AGAIN_S = 3600.0
@@ -6775,7 +6781,7 @@ AT_FLY = ("machine_id", "vm_url", "region", "image", "state", "key_id")
 
 @dataclass(kw_only=True, eq=False)
 class VmChanges:
-    """Changes a VM while its texts wait: one change at a time, on disk before Fly is asked."""
+    """Changes VMs while their texts wait; on disk before Fly is asked."""
 
     settings: Settings
     clock: Clock
@@ -6830,7 +6836,8 @@ class VmChanges:
             await self.routes.commit()
             limits = self.settings.limits
             await runner.pause(vm, min(PATIENCE_S[what], limits.vm_command_timeout_s))
-            if self.builder.route(change).state == "asleep":  # a restart would only resume it
+            # A restart would only resume it.
+            if self.builder.route(change).state == "asleep":
                 await self.waker.rouse(vm, limits.provision_timeout_s)
                 await self.waker.note_awake(vm_id)
             await self._do(change)
@@ -6856,7 +6863,7 @@ class VmChanges:
             case "restart":
                 machine = await self._machine(change)
                 await self.fly.restart_machine(change.vm_id, machine)
-                # Right after the call Fly may still show the old `started`: only a later event counts.
+                # Fly may still show the old `started`: only a later event counts.
                 await self.builder.wait_ready(change, machine, machine.last_event)
             case "rotate":
                 await self.builder.wait_ready(change, await self._replace_config(change))
@@ -6871,7 +6878,7 @@ class VmChanges:
         return machine
 
     async def _replace_config(self, change: Work, image: str = "") -> Machine:
-        """Set secrets, ours renewed, and send the whole config back: a VM reads them as it boots."""
+        """Set secrets, ours renewed, and send the whole config back: it boots with them."""
         vm_id, blueprint = change.vm_id, self.blueprint
         machine = await self._machine(change)
         values = {**change.credentials, **blueprint.own_secrets(vm_id)}
@@ -6891,8 +6898,8 @@ class VmChanges:
     async def _upgrade(self, change: Work) -> None:
         """Move to the present VM_IMAGE, and back when it is not healthy.
 
-        What to go back to, the very build if tags are equal, is on disk: an upgrade that an earlier
-        process began is begun anew.
+        What to go back to (the very build, if tags are equal) is on disk: one that was killed
+        is begun anew.
         """
         vm_id, image = change.vm_id, self.settings.vm.image
         old = self.builder.route(change).old_image
@@ -6904,7 +6911,8 @@ class VmChanges:
         try:
             await self.builder.wait_ready(change, updated)
         except CockpitError as error:
-            log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
+            about = {"image": image, "back_to": old, "error": str(error)}
+            log_warning("upgrade_undone", vm_id=vm_id, **about)
             await self.builder.wait_ready(change, await self._replace_config(change, old))
             reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
             raise Refusal("vm_unhealthy", reason) from error
@@ -6914,7 +6922,7 @@ Machines = Mapping[str, Sequence[Machine]]  # by app, which may have none
 
 
 class Action(NamedTuple):
-    """Something a sweep wants done; each is checked against Fly once more before it is."""
+    """What a sweep wants done; Fly is asked once more before it is."""
 
     kind: str
     vm_id: str
@@ -6927,8 +6935,8 @@ def compare(
     routes: Mapping[str, Route],
     blueprint: Blueprint,
     *,
-    busy: Collection[str] = (),  # VMs that change, wake, fall asleep, go, or went within the hour
-    suspects: Collection[str] = (),  # VMs whose last call failed
+    busy: Collection[str] = (),  # they change, wake, fall asleep, go, or just went
+    suspects: Collection[str] = (),  # their last call failed
 ) -> Iterator[Action]:
     """What is to be done when Fly shows these machines, without any I/O."""
     unknown = machines.keys() - busy
@@ -6943,7 +6951,8 @@ def compare(
             kinds = mends(phone, route, own, blueprint, is_suspect=vm_id in suspects)
             yield from (Action(kind, vm_id, phone) for kind in kinds)
             continue
-        proven = [machine.id for machine in shown if blueprint.claimed_by(machine) == phone]
+        proofs = filter(None, map(blueprint.own_proof, shown))
+        proven = [proof.route.machine_id for proof in proofs if proof.phone == phone]
         if len(proven) == 1:
             yield Action("take_over", vm_id, phone, proven[0])
         elif not is_given_up:
@@ -6971,16 +6980,17 @@ def mends(
 def sort_unknown(
     apps: Machines, routes: Mapping[str, Route], blueprint: Blueprint
 ) -> Iterator[Action]:
-    """Apps nobody here knows: adopted when they prove whose they are, else reported."""
+    """Apps nobody here knows: adopted if they prove whose they are, else reported."""
     machines = [machine for several in apps.values() for machine in several]
-    claims = [(blueprint.claimed_by(machine), machine) for machine in machines]
-    claimants = Counter(phone for phone, _ in claims)
-    claimed = {machine.app: (phone, machine.id) for phone, machine in claims if phone}
+    proofs = list(filter(None, map(blueprint.own_proof, machines)))
+    claimants = Counter(proof.phone for proof in proofs)
+    proven = {proof.route.vm_id: proof for proof in proofs}
     prefix = blueprint.settings.vm.app_prefix + "-"
     for app, several in apps.items():
-        phone, machine_id = claimed.get(app, ("", ""))
-        if phone and claimants[phone] == 1 and phone not in routes:
-            yield Action("adopt", app, phone, machine_id)
+        proof = proven.get(app)
+        phone = proof.phone if proof else ""
+        if proof and claimants[phone] == 1 and phone not in routes:
+            yield Action("adopt", app, phone, proof.route.machine_id)
         elif app.startswith(prefix) or any(map(blueprint.is_stamped, several)):
             yield Action("report", app, phone)
 
@@ -7014,7 +7024,7 @@ async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Ac
 
 @dataclass(kw_only=True, eq=False)
 class Reconciler:
-    """Holds the routes against Fly every RECONCILE_S, and carries out what the comparison finds."""
+    """Holds the routes against Fly every RECONCILE_S, and mends what differs."""
 
     settings: Settings
     clock: Clock
@@ -7031,7 +7041,7 @@ class Reconciler:
     trouble: str = ""
     found_before: set[Action] = field(default_factory=set)
     sick: Counter[str] = field(default_factory=Counter)  # sweeps in a row without /health
-    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=RESTART_AGAIN_S))
+    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, RESTART_AGAIN_S))
 
     async def run(self) -> None:
         """While Fly refuses us, up to 5 minutes apart."""
@@ -7059,7 +7069,7 @@ class Reconciler:
         await do_all(self._carry_out, due)
 
     async def _machines(self) -> Machines:
-        """All of the organisation; raises UpstreamError, also when a part of them is not told."""
+        """All of the organisation, not a part of them; raises UpstreamError."""
         machines: dict[str, list[Machine]] = {app: [] for app in await self.fly.list_apps()}
         listed, missing_regions = await self.fly.list_org_machines()
         if missing_regions:
@@ -7105,7 +7115,7 @@ class Reconciler:
                 await self._give_up(phone, route)
 
     async def _restart_if_hung(self, route: Route) -> None:
-        """Three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
+        """Three sweeps without /health, nothing running, not twice in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
         self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick[vm_id] + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
@@ -7116,7 +7126,7 @@ class Reconciler:
         self.changes.begin(vm_id, "restart")
 
     async def stamp(self, vm_id: str) -> None:
-        """Write the stamp anew, again if the pairing changes meanwhile; raises UpstreamError."""
+        """Write the stamp, again if the pairing changes meanwhile; raises UpstreamError."""
         written = ""
         while (found := self.routes.find(vm_id)) and found[1].machine_id:
             phone, route = found
@@ -7128,12 +7138,13 @@ class Reconciler:
             log_event("stamp_renewed", vm_id=vm_id)
 
     async def _claim(self, action: Action) -> None:
-        """Route a phone to what, as Fly tells it now, proves to be its machine: unknown, back, or new."""
+        """Route a phone to what proves to be its machine, unknown, back, or new."""
         _, vm_id, phone, machine_id = action
         before, proof = self.routes.routes.get(phone), None
         with suppress(UpstreamNotFound):
-            proof = self.blueprint.proof(await self.fly.get_machine(vm_id, machine_id))
-        if proof is None or (proof.phone, proof.gateway_id) != (phone, self.routes.gateway_id):
+            machine = await self.fly.get_machine(vm_id, machine_id)
+            proof = self.blueprint.own_proof(machine)
+        if proof is None or proof.phone != phone:
             return
         if self.routes.routes.get(phone) is not before or vm_id in self.running:
             return
@@ -7149,7 +7160,7 @@ class Reconciler:
         await self.routes.commit()
 
     async def _give_up(self, phone: str, route: Route) -> None:
-        """A VM that Fly, asked for it, does not know is gone: its owner is told once."""
+        """A VM that Fly, asked for it, does not know: its owner is told once."""
         with suppress(UpstreamNotFound):
             machine = await self.fly.get_machine(route.vm_id, route.machine_id)
             if machine.state != "destroyed" or not machine.host_ok:
@@ -7161,10 +7172,10 @@ class Reconciler:
         await self.routes.update(route.vm_id, **gone)
         await self.relay.vm_gone(route.vm_id, phone, "vanished")
 
-    # A start without routes may be a lost disk: what proves at Fly that it is ours is adopted
+    # A start without routes may be a lost disk: what proves to be ours is adopted
 
     async def adopt_at_start(self) -> None:
-        """Wait for it a moment; while Fly is out of reach no VM is made, and it is tried on."""
+        """Wait for it a moment; until it has succeeded no VM is made."""
         self.routes.closed_because = f"{NOT_ADOPTED}: no answer in time"
         adopting = self.tasks.start(self._adopt())
         with suppress(TimeoutError):
@@ -7183,7 +7194,7 @@ class Reconciler:
                 await ADOPT_LATER.pause(self.clock, failures)
 
     async def _adopt_all(self) -> None:
-        """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
+        """Raises UpstreamError, and StoreError when it is to be told as which gateway."""
         machines = await self._machines()
         proofs = [self.blueprint.proof(m) for several in machines.values() for m in several]
         self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs if proof})
@@ -7215,7 +7226,7 @@ class Sleeper:
     not_before: Recent[float] = field(default_factory=lambda: Recent(100_000))  # monotonic
 
     async def run(self) -> None:
-        """Look for VMs without work again and again; suspend at most one a second."""
+        """Look for VMs without work; suspend at most one a second."""
         while True:
             await self.clock.sleep(LOOK_FOR_IDLE_S)
             for count, phone in enumerate(list(self.routes.routes), 1):
@@ -7241,7 +7252,7 @@ class Sleeper:
         return is_over and (vm is None or vm.may_sleep())
 
     async def _put_to_sleep(self, phone: str) -> None:
-        """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
+        """Asleep on disk, looked at once more, then suspended: no text comes too late."""
         route = self.routes.routes[phone]
         vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
@@ -7255,22 +7266,22 @@ class Sleeper:
             log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
 
     async def _may_suspend(self, route: Route) -> bool:
-        """Whether Fly can wake it as it was, and it says that it has no work; raises UpstreamError."""
+        """Whether Fly can wake it as it was, and it has no work; raises UpstreamError."""
         machine = await self.fly.get_machine(route.vm_id, route.machine_id)
         if machine.state != "started" or not machine.host_ok:
             return False
-        trouble = (
-            "" if machine.keeps_disk else "a cold boot would empty its root disk; upgrade it"
-        )
+        trouble = ""
         if machine.memory_mb > SLEEPER_MEMORY_MB:
             trouble = f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB"
+        elif not machine.keeps_disk:
+            trouble = "a cold boot would empty its root disk; upgrade it"
         if trouble:
             return self._leave_alone(route, SUSPEND_AGAIN_S, trouble)
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
     async def _suspend(self, route: Route, vm: VmState) -> None:
-        """What its outcome is not known of counts as asleep: a text or a sweep finds out."""
+        """An outcome that is not known counts as asleep: a text or a sweep finds out."""
         vm_id, vm.is_falling_asleep = route.vm_id, True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
