@@ -4139,7 +4139,7 @@ class Blueprint:
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
         service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
-        # One that gates would hide a busy VM from the proxy; bare numbers would be nanoseconds.
+        # A check that gates would hide a busy VM; bare numbers would be nanoseconds.
         check: Json = {"type": "http", "kind": "informational", "port": 3000}
         check |= {"interval": "15s", "timeout": "5s", "grace_period": "30s"}
         mounts = [{"volume": route.volume_id, "path": "/data"}]
@@ -4156,7 +4156,7 @@ class Blueprint:
         }
 
     def rootfs(self) -> Json:
-        """What keeps a root disk without a volume: waking may end in a cold boot."""
+        """What keeps the root disk: waking may end in a cold boot."""
         persist = "always" if self.settings.limits.vm_idle_s else "restart"
         return {"rootfs": {"persist": persist}}
 
@@ -4185,7 +4185,7 @@ class Blueprint:
         return machine.metadata.get("cockpit_gateway", "").startswith(self.host)
 
     def proof(self, machine: Machine) -> Proof | None:
-        """What a living machine proves: a VM can write its metadata, not sign it."""
+        """A living machine's: a VM can write its metadata, not sign it."""
         stamp = machine.metadata
         gateway_id = stamp.get("cockpit_gateway", "").removeprefix(self.host)
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
@@ -4227,7 +4227,7 @@ class Work:
     task: asyncio.Task[None] = field(init=False)
 
     async def outcome(self) -> None:
-        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
+        """Wait for its end; raises Refusal. Who hangs up stops nothing."""
         await asyncio.wait({self.task})
         if not self.task.cancelled():
             return self.task.result()
@@ -4469,7 +4469,7 @@ class Undo:
     async def _delete(self, vm_id: str) -> None:
         """Returns when the app is gone; raises UpstreamError."""
         created = str(self.routes.undo[vm_id].get("created_at") or "")
-        # A create that was cut off may still take effect: a 404 may mean `not yet`.
+        # A create that was cut off may yet take effect: 404 may mean `not yet`.
         is_fresh = created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
         for pause_s in (*LOOK_AGAIN_S * is_fresh, 0.0):
             if await self.fly.delete_app(vm_id):
@@ -4486,7 +4486,7 @@ class Undo:
 
 
 def describe(stored: Json) -> Json:
-    """The VM record, as far as a route or an entry of the undo section knows it."""
+    """The VM record, as far as a route or an entry of `undo` knows it."""
     record = {name: stored.get(name) or None for name in RECORD.split()}
     record["paired"] = not str(stored.get("pairing")).endswith(":unpaired")
     if "steps" in stored:  # known once it is ready
@@ -4496,7 +4496,7 @@ def describe(stored: Json) -> Json:
 
 @dataclass(kw_only=True, eq=False)
 class Provisioner:
-    """Admits sign-ups and tears VMs down, also what an earlier process left half-made."""
+    """Admits sign-ups, and tears VMs down, also those left half-made by a kill."""
 
     settings: Settings
     clock: Clock
@@ -6763,7 +6763,7 @@ class Backfill:
 
 # --- Fleet ---
 
-# How long a text has to end before its VM is changed; an upgrade waits for all of it.
+# How long a running text has to end before a change; an upgrade waits for all of it.
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
 AT_ONCE = 20
 SICK_SWEEPS = 3
@@ -6878,7 +6878,7 @@ class VmChanges:
         return machine
 
     async def _replace_config(self, change: Work, image: str = "") -> Machine:
-        """Set secrets, ours renewed, and send the whole config back: it boots with them."""
+        """Set secrets, ours renewed, and send the whole config back: it boots anew."""
         vm_id, blueprint = change.vm_id, self.blueprint
         machine = await self._machine(change)
         values = {**change.credentials, **blueprint.own_secrets(vm_id)}
@@ -6898,8 +6898,8 @@ class VmChanges:
     async def _upgrade(self, change: Work) -> None:
         """Move to the present VM_IMAGE, and back when it is not healthy.
 
-        What to go back to (the very build, if tags are equal) is on disk: one that was killed
-        is begun anew.
+        What to go back to (the very build, if tags are equal) is on disk; killed, it is
+        begun anew.
         """
         vm_id, image = change.vm_id, self.settings.vm.image
         old = self.builder.route(change).old_image
@@ -6918,9 +6918,6 @@ class VmChanges:
             raise Refusal("vm_unhealthy", reason) from error
 
 
-Machines = Mapping[str, Sequence[Machine]]  # by app, which may have none
-
-
 class Action(NamedTuple):
     """What a sweep wants done; Fly is asked once more before it is."""
 
@@ -6931,24 +6928,28 @@ class Action(NamedTuple):
 
 
 def compare(
-    machines: Machines,
+    apps: set[str],
+    machines: Sequence[Machine],
     routes: Mapping[str, Route],
     blueprint: Blueprint,
     *,
     busy: Collection[str] = (),  # they change, wake, fall asleep, go, or just went
     suspects: Collection[str] = (),  # their last call failed
 ) -> Iterator[Action]:
-    """What is to be done when Fly shows these machines, without any I/O."""
-    unknown = machines.keys() - busy
+    """What is to be done when Fly shows these, without any I/O."""
+    of_app: dict[str, list[Machine]] = {app: [] for app in apps}
+    for machine in machines:
+        of_app.setdefault(machine.app, []).append(machine)
+    unknown = of_app.keys() - busy
     for phone, route in routes.items():
         vm_id, is_given_up = route.vm_id, route.state == "failed"
         unknown.discard(vm_id)
         if vm_id in busy or route.state == "provisioning":
             continue
-        shown = machines.get(vm_id, ())
-        own = next((machine for machine in shown if machine.id == route.machine_id), None)
+        shown = of_app.get(vm_id, ())
+        own = [machine for machine in shown if machine.id == route.machine_id]
         if own and not is_given_up:
-            kinds = mends(phone, route, own, blueprint, is_suspect=vm_id in suspects)
+            kinds = mends(phone, route, own[0], blueprint, is_suspect=vm_id in suspects)
             yield from (Action(kind, vm_id, phone) for kind in kinds)
             continue
         proofs = filter(None, map(blueprint.own_proof, shown))
@@ -6957,7 +6958,7 @@ def compare(
             yield Action("take_over", vm_id, phone, proven[0])
         elif not is_given_up:
             yield Action("give_up", vm_id, phone)
-    yield from sort_unknown({app: machines[app] for app in unknown}, routes, blueprint)
+    yield from sort_unknown({app: of_app[app] for app in unknown}, routes, blueprint)
 
 
 def mends(
@@ -6978,9 +6979,9 @@ def mends(
 
 
 def sort_unknown(
-    apps: Machines, routes: Mapping[str, Route], blueprint: Blueprint
+    apps: Mapping[str, list[Machine]], routes: Collection[str], blueprint: Blueprint
 ) -> Iterator[Action]:
-    """Apps nobody here knows: adopted if they prove whose they are, else reported."""
+    """Apps nobody here knows: adopted if they prove whose they are."""
     machines = [machine for several in apps.values() for machine in several]
     proofs = list(filter(None, map(blueprint.own_proof, machines)))
     claimants = Counter(proof.phone for proof in proofs)
@@ -6996,7 +6997,7 @@ def sort_unknown(
 
 
 def what_is_due(found: Iterable[Action], found_before: Collection[Action]) -> list[Action]:
-    """As Fly's lists may lag, most is done only if the last sweep found it, too."""
+    """Fly's lists may lag: most is done only if the last sweep found it, too."""
     at_first_sight = ("note_awake", "start", "probe")
     return [action for action in found if action.kind in at_first_sight or action in found_before]
 
@@ -7060,7 +7061,7 @@ class Reconciler:
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        found = self._compare(await self._machines())
+        found = self._compare(*await self._shown())
         due = what_is_due(found, self.found_before)
         self.found_before = set(found)
         self.trouble = told_of(due)
@@ -7068,24 +7069,22 @@ class Reconciler:
         self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
         await do_all(self._carry_out, due)
 
-    async def _machines(self) -> Machines:
-        """All of the organisation, not a part of them; raises UpstreamError."""
-        machines: dict[str, list[Machine]] = {app: [] for app in await self.fly.list_apps()}
-        listed, missing_regions = await self.fly.list_org_machines()
+    async def _shown(self) -> tuple[set[str], list[Machine]]:
+        """Fly's apps and machines; raises UpstreamError, also when it shows only a part."""
+        apps = await self.fly.list_apps()
+        machines, missing_regions = await self.fly.list_org_machines()
         if missing_regions:
             words = f"the regions {', '.join(missing_regions)} were not asked"
             raise UpstreamUnavailable("fly", "list org machines", words)
-        for machine in listed:
-            machines.setdefault(machine.app, []).append(machine)
-        return machines
+        return apps, machines
 
-    def _compare(self, machines: Machines) -> list[Action]:
+    def _compare(self, apps: set[str], machines: Sequence[Machine]) -> list[Action]:
         vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
         turning = {vm.vm_id for vm in vms if vm.is_turning()}
         suspects = {vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None}
         busy = going | turning | self.running.keys()
-        known = machines, self.routes.routes, self.blueprint
-        return list(compare(*known, busy=busy, suspects=suspects))
+        known = self.routes.routes, self.blueprint
+        return list(compare(apps, machines, *known, busy=busy, suspects=suspects))
 
     async def _carry_out(self, action: Action) -> None:
         vm_id, route = action.vm_id, self.routes.of(action.vm_id)
@@ -7186,23 +7185,19 @@ class Reconciler:
         failures = 0
         while self.routes.closed_because:
             try:
-                await self._adopt_all()
+                apps, machines = await self._shown()
+                proofs = filter(None, map(self.blueprint.proof, machines))
+                self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs})
+                actions = self._compare(apps, machines)
+                await do_all(self._claim, [a for a in actions if a.kind == "adopt"])
                 self.routes.closed_because = ""
             except CockpitError as error:
                 failures += 1
                 self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
                 await ADOPT_LATER.pause(self.clock, failures)
 
-    async def _adopt_all(self) -> None:
-        """Raises UpstreamError, and StoreError when it is to be told as which gateway."""
-        machines = await self._machines()
-        proofs = [self.blueprint.proof(m) for several in machines.values() for m in several]
-        self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs if proof})
-        actions = self._compare(machines)
-        await do_all(self._claim, [a for a in actions if a.kind == "adopt"])
-
     def _choose(self, found: set[str]) -> str:
-        """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
+        """The gateway to go on as: GATEWAY_ID, the file's own, or the only one; raises StoreError."""
         wanted, own = self.settings.gateway.gateway_id, self.routes.gateway_id
         chosen = found & {wanted} if wanted else found & {own} or found
         if found and len(chosen) != 1:
@@ -7252,7 +7247,7 @@ class Sleeper:
         return is_over and (vm is None or vm.may_sleep())
 
     async def _put_to_sleep(self, phone: str) -> None:
-        """Asleep on disk, looked at once more, then suspended: no text comes too late."""
+        """Asleep on disk, looked at again, then suspended: no text is late."""
         route = self.routes.routes[phone]
         vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
@@ -7266,7 +7261,7 @@ class Sleeper:
             log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
 
     async def _may_suspend(self, route: Route) -> bool:
-        """Whether Fly can wake it as it was, and it has no work; raises UpstreamError."""
+        """Whether it can wake as it was, and has no work; raises UpstreamError."""
         machine = await self.fly.get_machine(route.vm_id, route.machine_id)
         if machine.state != "started" or not machine.host_ok:
             return False
@@ -7281,7 +7276,7 @@ class Sleeper:
         return health.is_well and not health.is_busy
 
     async def _suspend(self, route: Route, vm: VmState) -> None:
-        """An outcome that is not known counts as asleep: a text or a sweep finds out."""
+        """An unknown outcome counts as asleep: a text or a sweep finds out."""
         vm_id, vm.is_falling_asleep = route.vm_id, True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None

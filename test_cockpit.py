@@ -5049,10 +5049,10 @@ def test_two_sweeps_conclude_from_a_world_what_is_to_be_done(machines, routes, a
     class Routes:
         gateway_id = GATEWAY_ID
     blueprint = cockpit.Blueprint(settings_, cockpit.Keyring([SECRET]), Routes())
-    at_fly = {app: [machine for machine in machines if machine.app == app] for app in {machine.app for machine in machines}}
+    apps = {machine.app for machine in machines}
 
     def found(busy=()) -> list[cockpit.Action]:
-        return list(cockpit.compare(at_fly, routes, blueprint, busy=busy))
+        return list(cockpit.compare(apps, machines, routes, blueprint, busy=busy))
     assert {action.kind for action in cockpit.what_is_due(found(), [])} <= {"start", "probe"}, "Fly's lists may lag: what is seen once is not acted on"
     assert [action.kind for action in cockpit.what_is_due(found(), found())] == actions
     if routes:
