@@ -4100,7 +4100,7 @@ UNDO_REFUSED = replace(UNDO, cap_s=300)
 LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # for a fresh app that Fly does not know (yet)
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
-RESTARTED = "the gateway was restarted during its set-up, which is undone; ask again"
+RESTARTED = "the gateway restarted during its set-up, so it is undone; ask again"
 RECORD = "vm_id machine_id vm_url phone_number region image state step created_at last_error"
 
 
@@ -4139,7 +4139,7 @@ class Blueprint:
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
         service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
-        # A check that gates would hide a busy VM; bare numbers would be nanoseconds.
+        # One that gates would hide a busy VM; bare numbers would be nanoseconds.
         check: Json = {"type": "http", "kind": "informational", "port": 3000}
         check |= {"interval": "15s", "timeout": "5s", "grace_period": "30s"}
         mounts = [{"volume": route.volume_id, "path": "/data"}]
@@ -4227,11 +4227,11 @@ class Work:
     task: asyncio.Task[None] = field(init=False)
 
     async def outcome(self) -> None:
-        """Wait for its end; raises Refusal. Who hangs up stops nothing."""
+        """Wait for its end; raises Refusal."""
         await asyncio.wait({self.task})
         if not self.task.cancelled():
             return self.task.result()
-        code, reason = "draining", f"the {self.what} of {self.vm_id} was cut off by a shutdown"
+        code, reason = "draining", f"a shutdown cut off the {self.what} of {self.vm_id}"
         if self.is_torn_down:
             code, reason = "torn_down", f"{self.vm_id} was deleted during its {self.what}"
         raise Refusal(code, reason)
@@ -4427,9 +4427,9 @@ class Builder:
             async with self.clock.time_limit(10):
                 machine = await self.fly.get_machine(job.vm_id, route.machine_id)
             if machine.checks_pass:
-                seen = f"its check at Fly passes, but not {route.vm_url} from here {self.limit}"
-                remedy = "check VM_NETWORK, and FLY_NETWORK, which is to be the gateway's own"
-                return "vm_unreachable", f"{seen}; {remedy}"
+                reason = f"its check at Fly passes, but {route.vm_url} is not reached from here"
+                remedy = "check VM_NETWORK and FLY_NETWORK (the gateway's own)"
+                return "vm_unreachable", f"{reason} {self.limit}; {remedy}"
         return "vm_unhealthy", reason
 
 
@@ -4469,7 +4469,7 @@ class Undo:
     async def _delete(self, vm_id: str) -> None:
         """Returns when the app is gone; raises UpstreamError."""
         created = str(self.routes.undo[vm_id].get("created_at") or "")
-        # A create that was cut off may yet take effect: 404 may mean `not yet`.
+        # A create that was cut off may yet take effect: 404 is `not yet`.
         is_fresh = created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
         for pause_s in (*LOOK_AGAIN_S * is_fresh, 0.0):
             if await self.fly.delete_app(vm_id):
@@ -4515,7 +4515,7 @@ class Provisioner:
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on, without an await, so one of many wins; raises Refusal."""
+        """Take an order on (no await: one of many wins); raises Refusal."""
         settings, clock, phone = self.settings, self.clock, order.phone
         failed = self._admit(phone)
         if failed:  # only now: who is refused loses nothing
@@ -4623,7 +4623,7 @@ class Provisioner:
     # Start and stop
 
     async def recover(self) -> None:
-        """At start: undo what an earlier process left unfinished."""
+        """At start: undo what is unfinished."""
         for phone, route in list(self.routes.routes.items()):
             if route.state in ("provisioning", "deleting"):
                 log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
@@ -6763,7 +6763,7 @@ class Backfill:
 
 # --- Fleet ---
 
-# How long a running text has to end before a change; an upgrade waits for all of it.
+# How long a running text has to end before a change.
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
 AT_ONCE = 20
 SICK_SWEEPS = 3
@@ -6781,7 +6781,7 @@ AT_FLY = ("machine_id", "vm_url", "region", "image", "state", "key_id")
 
 @dataclass(kw_only=True, eq=False)
 class VmChanges:
-    """Changes VMs while their texts wait; on disk before Fly is asked."""
+    """Changes VMs while their texts wait; each is on disk before Fly is asked."""
 
     settings: Settings
     clock: Clock
@@ -6878,7 +6878,7 @@ class VmChanges:
         return machine
 
     async def _replace_config(self, change: Work, image: str = "") -> Machine:
-        """Set secrets, ours renewed, and send the whole config back: it boots anew."""
+        """Set secrets, ours renewed, and send the config back: it boots anew."""
         vm_id, blueprint = change.vm_id, self.blueprint
         machine = await self._machine(change)
         values = {**change.credentials, **blueprint.own_secrets(vm_id)}
@@ -6935,6 +6935,7 @@ def compare(
     *,
     busy: Collection[str] = (),  # they change, wake, fall asleep, go, or just went
     suspects: Collection[str] = (),  # their last call failed
+    is_whole: bool = True,  # else nothing follows from what is missing
 ) -> Iterator[Action]:
     """What is to be done when Fly shows these, without any I/O."""
     of_app: dict[str, list[Machine]] = {app: [] for app in apps}
@@ -6956,7 +6957,7 @@ def compare(
         proven = [proof.route.machine_id for proof in proofs if proof.phone == phone]
         if len(proven) == 1:
             yield Action("take_over", vm_id, phone, proven[0])
-        elif not is_given_up:
+        elif is_whole and not is_given_up:
             yield Action("give_up", vm_id, phone)
     yield from sort_unknown({app: of_app[app] for app in unknown}, routes, blueprint)
 
@@ -6997,7 +6998,7 @@ def sort_unknown(
 
 
 def what_is_due(found: Iterable[Action], found_before: Collection[Action]) -> list[Action]:
-    """Fly's lists may lag: most is done only if the last sweep found it, too."""
+    """Lists may lag: most is done only if the last sweep found it, too."""
     at_first_sight = ("note_awake", "start", "probe")
     return [action for action in found if action.kind in at_first_sight or action in found_before]
 
@@ -7025,7 +7026,7 @@ async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Ac
 
 @dataclass(kw_only=True, eq=False)
 class Reconciler:
-    """Holds the routes against Fly every RECONCILE_S, and mends what differs."""
+    """Compares the routes with Fly every RECONCILE_S, and mends what differs."""
 
     settings: Settings
     clock: Clock
@@ -7061,30 +7062,27 @@ class Reconciler:
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        found = self._compare(*await self._shown())
+        apps = await self.fly.list_apps()
+        machines, missing = await self.fly.list_org_machines()
+        found = self._compare(apps, machines, missing)
         due = what_is_due(found, self.found_before)
         self.found_before = set(found)
         self.trouble = told_of(due)
+        if missing:
+            self.trouble = f"Fly could not ask its regions {', '.join(missing)}; {self.trouble}"
         probed = [action.vm_id for action in due if action.kind == "probe"]
         self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
         await do_all(self._carry_out, due)
 
-    async def _shown(self) -> tuple[set[str], list[Machine]]:
-        """Fly's apps and machines; raises UpstreamError, also when it shows only a part."""
-        apps = await self.fly.list_apps()
-        machines, missing_regions = await self.fly.list_org_machines()
-        if missing_regions:
-            words = f"the regions {', '.join(missing_regions)} were not asked"
-            raise UpstreamUnavailable("fly", "list org machines", words)
-        return apps, machines
-
-    def _compare(self, apps: set[str], machines: Sequence[Machine]) -> list[Action]:
+    def _compare(
+        self, apps: set[str], machines: Sequence[Machine], missing: Sequence[str] = ()
+    ) -> list[Action]:
         vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
         turning = {vm.vm_id for vm in vms if vm.is_turning()}
         suspects = {vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None}
         busy = going | turning | self.running.keys()
-        known = self.routes.routes, self.blueprint
-        return list(compare(apps, machines, *known, busy=busy, suspects=suspects))
+        more: Json = {"busy": busy, "suspects": suspects, "is_whole": not missing}
+        return list(compare(apps, machines, self.routes.routes, self.blueprint, **more))
 
     async def _carry_out(self, action: Action) -> None:
         vm_id, route = action.vm_id, self.routes.of(action.vm_id)
@@ -7114,7 +7112,7 @@ class Reconciler:
                 await self._give_up(phone, route)
 
     async def _restart_if_hung(self, route: Route) -> None:
-        """Three sweeps without /health, nothing running, not twice in 10 minutes."""
+        """Three sweeps without /health, nothing runs, not twice in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
         self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick[vm_id] + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
@@ -7125,7 +7123,7 @@ class Reconciler:
         self.changes.begin(vm_id, "restart")
 
     async def stamp(self, vm_id: str) -> None:
-        """Write the stamp, again if the pairing changes meanwhile; raises UpstreamError."""
+        """Write it, again if the pairing changes meanwhile; raises UpstreamError."""
         written = ""
         while (found := self.routes.find(vm_id)) and found[1].machine_id:
             phone, route = found
@@ -7185,7 +7183,11 @@ class Reconciler:
         failures = 0
         while self.routes.closed_because:
             try:
-                apps, machines = await self._shown()
+                apps = await self.fly.list_apps()
+                machines, missing = await self.fly.list_org_machines()
+                if missing:
+                    words = f"the regions {', '.join(missing)} were not asked"
+                    raise UpstreamUnavailable("fly", "list org machines", words)
                 proofs = filter(None, map(self.blueprint.proof, machines))
                 self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs})
                 actions = self._compare(apps, machines)
@@ -7197,7 +7199,7 @@ class Reconciler:
                 await ADOPT_LATER.pause(self.clock, failures)
 
     def _choose(self, found: set[str]) -> str:
-        """The gateway to go on as: GATEWAY_ID, the file's own, or the only one; raises StoreError."""
+        """GATEWAY_ID, the file's own, or the only one; raises StoreError."""
         wanted, own = self.settings.gateway.gateway_id, self.routes.gateway_id
         chosen = found & {wanted} if wanted else found & {own} or found
         if found and len(chosen) != 1:
@@ -7225,18 +7227,16 @@ class Sleeper:
         while True:
             await self.clock.sleep(LOOK_FOR_IDLE_S)
             for count, phone in enumerate(list(self.routes.routes), 1):
-                if self._is_due(phone):
-                    self.tasks.start(self._put_to_sleep(phone))
+                route = self.routes.routes.get(phone)
+                if route and self._is_due(route):
+                    self.tasks.start(self._put_to_sleep(phone, route))
                     await self.clock.sleep(1)
                 elif count % ROUTES_A_TURN == 0:
                     await self.clock.sleep(0)
 
-    def _is_due(self, phone: str) -> bool:
-        route = self.routes.routes.get(phone)
-        if route is None or route.state != "ready":
-            return False
-        not_before = self.not_before.get(route.vm_id, NEVER)
-        return self.clock.monotonic() >= not_before and self._is_idle(route)
+    def _is_due(self, route: Route) -> bool:
+        is_early = self.clock.monotonic() < self.not_before.get(route.vm_id, NEVER)
+        return route.state == "ready" and not is_early and self._is_idle(route)
 
     def _is_idle(self, route: Route) -> bool:
         """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
@@ -7246,9 +7246,8 @@ class Sleeper:
         is_over = self.clock.now() - since >= self.settings.limits.vm_idle_s
         return is_over and (vm is None or vm.may_sleep())
 
-    async def _put_to_sleep(self, phone: str) -> None:
+    async def _put_to_sleep(self, phone: str, route: Route) -> None:
         """Asleep on disk, looked at again, then suspended: no text is late."""
-        route = self.routes.routes[phone]
         vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
@@ -7261,7 +7260,7 @@ class Sleeper:
             log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
 
     async def _may_suspend(self, route: Route) -> bool:
-        """Whether it can wake as it was, and has no work; raises UpstreamError."""
+        """Whether it can wake as it was, and idles; raises UpstreamError."""
         machine = await self.fly.get_machine(route.vm_id, route.machine_id)
         if machine.state != "started" or not machine.host_ok:
             return False
