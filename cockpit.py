@@ -97,7 +97,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
+from typing import IO, Any, ClassVar, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -111,7 +111,6 @@ from yarl import URL
 
 VERSION = "2.0"
 T = TypeVar("T")
-P = ParamSpec("P")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
 
@@ -4139,7 +4138,7 @@ class Blueprint:
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
         service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
-        # One that gates would hide a busy VM; bare numbers would be nanoseconds.
+        # A gating check would hide a busy VM; bare numbers would be nanoseconds.
         check: Json = {"type": "http", "kind": "informational", "port": 3000}
         check |= {"interval": "15s", "timeout": "5s", "grace_period": "30s"}
         mounts = [{"volume": route.volume_id, "path": "/data"}]
@@ -4374,7 +4373,7 @@ class Builder:
                 log_warning("region_full", vm_id=job.vm_id, region=region, error=str(error))
 
     async def _make_volume(self, job: Provisioning) -> None:
-        """One elsewhere, beside which no machine fitted, goes."""
+        """One beside which no machine fitted goes."""
         route, vm, region = self.route(job), self.settings.vm, job.regions[0]
         if not vm.volume_gb or (route.volume_id and route.region == region):
             return
@@ -4435,7 +4434,7 @@ class Builder:
 
 @dataclass(kw_only=True, eq=False)
 class Undo:
-    """Deletes what is in the `undo` section of routes.json until Fly confirms it."""
+    """Deletes what is in `undo` of routes.json until Fly confirms it."""
 
     clock: Clock
     routes: RouteStore
@@ -7239,7 +7238,7 @@ class Sleeper:
         return route.state == "ready" and not is_early and self._is_idle(route)
 
     def _is_idle(self, route: Route) -> bool:
-        """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
+        """Whether nothing of it is or was in flight for VM_IDLE_S."""
         vm = self.relay.vms.get(route.vm_id)
         last_sign = vm.last_sign() if vm else 0.0
         since = max(self.relay.state.began, route.began_to_be_awake() or 0.0, last_sign)
@@ -7247,7 +7246,7 @@ class Sleeper:
         return is_over and (vm is None or vm.may_sleep())
 
     async def _put_to_sleep(self, phone: str, route: Route) -> None:
-        """Asleep on disk, looked at again, then suspended: no text is late."""
+        """Asleep on disk, looked at again, then suspended."""
         vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
@@ -7275,7 +7274,7 @@ class Sleeper:
         return health.is_well and not health.is_busy
 
     async def _suspend(self, route: Route, vm: VmState) -> None:
-        """An unknown outcome counts as asleep: a text or a sweep finds out."""
+        """An unknown outcome counts as asleep: a sweep finds out."""
         vm_id, vm.is_falling_asleep = route.vm_id, True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
