@@ -4440,13 +4440,13 @@ class Undo:
     routes: RouteStore
     fly: FlyClient
     tasks: Tasks
-    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    deleting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     confirmed: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
 
     def start(self, vm_id: str) -> None:
-        if vm_id in self.routes.undo and vm_id not in self.running:
-            task = self.running[vm_id] = self.tasks.start(self._run(vm_id))
-            task.add_done_callback(lambda _: self.running.pop(vm_id))
+        if vm_id in self.routes.undo and vm_id not in self.deleting:
+            task = self.deleting[vm_id] = self.tasks.start(self._run(vm_id))
+            task.add_done_callback(lambda _: self.deleting.pop(vm_id))
 
     async def _run(self, vm_id: str) -> None:
         failures = 0
@@ -4610,7 +4610,8 @@ class Provisioner:
             await asyncio.wait({work.task})
         if found := self.routes.find(vm_id):
             await self._let_go(found[0], "torn_down")
-        if undo := self.undo.running.get(vm_id):
+        self.undo.start(vm_id)  # unless the first of two callers did
+        if undo := self.undo.deleting.get(vm_id):
             with suppress(TimeoutError):
                 async with self.clock.time_limit(TEARDOWN_WAIT_S):
                     await asyncio.wait({undo})

@@ -2380,6 +2380,17 @@ async def test_teardown_cancels_a_running_provisioning(world, call):
     assert not world.fly.everything and not world.saved["routes"]
 
 
+async def test_who_tears_a_set_up_down_at_the_same_time_is_told_the_same(world):
+    await world.start()
+    gate, job = await world.begin(world.fly, "create_machine")
+    vm_id = world.saved["routes"][ANN]["vm_id"]
+    teardowns = asyncio.gather(*(world.ask("DELETE", f"/provision/{vm_id}") for _ in range(3)))
+    gate.open()
+    assert [answer.status for answer in await world.clock.run(teardowns)] == [204] * 3
+    assert (await world.clock.run(job)).body["code"] == "torn_down"
+    assert not world.fly.everything and not world.saved["routes"] and not world.saved["undo"]
+
+
 async def test_a_failure_that_nobody_foresaw_frees_the_number_too(world):
     await world.start()
     world.fly.fails("create_machine", 200, body={"id": "\ud83d", "state": "started", "region": "iad"}, after=True)  # half a character fits into no URL
@@ -4676,6 +4687,21 @@ async def test_a_teardown_ends_a_change(world):
     await world.clock.advance(5)
     assert (await world.call("DELETE", f"/provision/{vm.app}")).status == 204
     assert (await world.clock.run(change)).body["code"] == "torn_down" and not world.saved["routes"]
+
+
+async def test_what_waits_for_a_change_is_told_of_once_when_its_vm_is_torn_down(world):
+    vm = await world.ready(PROVISION_TIMEOUT_S=3000)
+    vm.away = 503
+    change = asyncio.ensure_future(world.ask("POST", f"/provision/{vm.app}/restart"))
+    await world.clock.advance(5)
+    await world.text("one")
+    teardowns = asyncio.gather(*(world.ask("DELETE", f"/provision/{vm.app}") for _ in range(2)))
+    assert [answer.status for answer in await world.clock.run(teardowns)] == [204] * 2
+    await world.clock.run(change)
+    await world.hears('Your VM is gone. Not run: "one" Sign up: https://signup.example.com')
+    another = await world.sign_up()
+    await world.text("two")
+    await world.clock.until(lambda: another.ran == ["two"])
 
 
 CHANGES = {"restart": ("POST", {}), "upgrade": ("POST", {}), "rotate": ("PATCH", {"json": {"github_token": "ghp_new"}})}
