@@ -7270,13 +7270,15 @@ class Sleeper:
         elif not machine.keeps_disk:
             trouble = "a cold boot would empty its root disk; upgrade it"
         if trouble:
-            return self._leave_alone(route, SUSPEND_AGAIN_S, trouble)
+            self._leave_alone(route, SUSPEND_AGAIN_S, trouble)
+            return False
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
     async def _suspend(self, route: Route, vm: VmState) -> None:
         """An unknown outcome counts as asleep: a sweep finds out."""
-        vm_id, vm.is_falling_asleep = route.vm_id, True
+        vm_id = route.vm_id
+        vm.is_falling_asleep = True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
             self.relay.state.store.note(vm.put())
@@ -7296,12 +7298,11 @@ class Sleeper:
             vm.is_falling_asleep = False
         return await self.waker.note_awake(vm_id)
 
-    def _leave_alone(self, route: Route, for_s: float, reason: str = "") -> bool:
+    def _leave_alone(self, route: Route, for_s: float, reason: str = "") -> None:
         now = self.clock.monotonic()
         self.not_before.put(route.vm_id, now + for_s, now)
         if reason:
             log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
-        return False
 
 
 # --- HTTP ---
