@@ -4488,7 +4488,7 @@ class Provisioner:
         return job
 
     def _admit(self, phone: str) -> Route | None:
-        """The number's VM that is gone, which a new one replaces; raises Refusal."""
+        """The number's VM that a new one replaces, if any; raises Refusal."""
         limits, known = self.settings.limits, self.routes.routes.get(phone)
         if known and known.state != "failed":
             reason = f"this number has {known.vm_id} ({known.state}); delete it first"
@@ -4586,7 +4586,7 @@ class Provisioner:
         await asyncio.gather(*ends, return_exceptions=True)
 
     def record(self, vm_id: str) -> Json:
-        """Of a VM that is there, going, or failed within the hour; raises Refusal."""
+        """Of a VM that is there, goes, or failed lately; raises Refusal."""
         if found := self.routes.find(vm_id):
             return describe(found[1].to_json() | {"phone_number": found[0]})
         for known, entry in self.routes.undo.items():
@@ -6746,7 +6746,7 @@ class VmChanges:
         return self._start(phone, route, credentials)
 
     def check(self, vm_id: str) -> tuple[str, Route]:
-        """The phone and route of a VM that can be changed now; raises Refusal."""
+        """Of a VM that can be changed now; raises Refusal."""
         record, found = self.provisioner.record(vm_id), self.routes.find(vm_id)
         vm_id, state = record["vm_id"], record["state"]
         if work := self.running.get(vm_id):
@@ -6841,8 +6841,8 @@ class VmChanges:
     async def _upgrade(self, change: Work) -> None:
         """Move to the present VM_IMAGE, and back when it is not healthy.
 
-        What to go back to (the very build, if tags are equal) is on disk; killed, it is
-        begun anew.
+        What to go back to (the very build, if tags are equal) is on disk, and all is begun
+        anew after a kill.
         """
         vm_id, image = change.vm_id, self.settings.vm.image
         old = self.builder.route(change).old_image
