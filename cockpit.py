@@ -4281,7 +4281,7 @@ def describe(stored: Json) -> Json:
 
 @dataclass(kw_only=True, eq=False)
 class Provisioner:
-    """Admits sign-ups, and tears VMs down, also those left half-made by a kill."""
+    """Admits sign-ups; tears VMs down, also those left half-made by a kill."""
 
     settings: Settings
     clock: Clock
@@ -4373,7 +4373,7 @@ class Provisioner:
     async def _let_go(
         self, phone: str, reason: str, error: str = "", *, is_made: bool = True
     ) -> None:
-        """Free the number, tell whoever waits, start the undo of what is made."""
+        """Free the number, tell whoever waits, undo what is made."""
         vm_id = self.routes.routes[phone].vm_id
         if reason == "failed":
             record = self.record(vm_id) | {"state": "failed", "last_error": error}
@@ -4388,7 +4388,7 @@ class Provisioner:
         self.undo.start(vm_id)
 
     async def tear_down(self, vm_id: str) -> bool:
-        """Destroy a VM in whatever state; whether Fly confirmed it within 25 s."""
+        """Destroy a VM in any state; whether Fly confirmed it in 25 s."""
         log_event("teardown", vm_id=vm_id)
         if work := self.running.pop(vm_id, None):
             work.is_torn_down = True
@@ -6900,7 +6900,7 @@ class Reconciler:
                 await self._give_up(phone, route)
 
     async def _restart_if_hung(self, route: Route) -> None:
-        """Three sweeps without /health, nothing runs, not twice in 10 minutes."""
+        """After three sweeps without /health, once in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
         self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick[vm_id] + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
@@ -6957,10 +6957,10 @@ class Reconciler:
         await self.routes.update(route.vm_id, **gone)
         await self.relay.vm_gone(route.vm_id, phone, "vanished")
 
-    # A start without routes may be a lost disk: what proves to be ours is adopted
+    # A start without routes may be a lost disk
 
     async def adopt_at_start(self) -> None:
-        """Wait for it a moment; until it has succeeded no VM is made."""
+        """Adopt what proves to be ours; until then no VM is made."""
         self.routes.closed_because = f"{NOT_ADOPTED}: no answer in time"
         adopting = self.tasks.start(self._adopt())
         with suppress(TimeoutError):
