@@ -5581,7 +5581,7 @@ KEYWORDS = {
 PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
 ASK_FOR_CODE_EVERY_S = 3600.0
 CODES_AT_ONCE = 10
-# After so many wrong ones none counts for an hour, doubled each time up to a day.
+# After so many wrong ones none counts for an hour, doubled up to a day.
 CLOSED = Backoff(base_s=3600, cap_s=86_400)
 NOTE_S = 1.0
 
@@ -6058,7 +6058,7 @@ VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio
 
 @dataclass(kw_only=True, eq=False)
 class Relay:
-    """The parts of the relay as one: what happens to VMs, and its start and end."""
+    """The relay as one: what happens to VMs, its start and its end."""
 
     clock: Clock
     routes: RouteStore
