@@ -9605,9 +9605,7 @@ THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
 FORGET_IT = f"put back a good copy, or forget the local world: rm -r {LOCAL_FOLDER}"
-DIRECTIONS = {"inbound": "in", "note": "note"}
 FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
-ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
 
 
 @web.middleware
@@ -9622,8 +9620,9 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
         url = f"http://127.0.0.1:{gateway.port}"
         raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
     if is_local_path:
-        names = [name.lower() for name in request.headers]
-        is_forwarded = any(name.startswith(("forwarded", "x-forwarded")) for name in names)
+        is_forwarded = any(
+            name.lower().startswith(("forwarded", "x-forwarded")) for name in request.headers
+        )
         if is_forwarded or not is_loopback(request.remote or ""):
             reason = "/_local answers this machine only, without a proxy or tunnel"
             raise Refusal("forbidden", reason)
@@ -9632,6 +9631,11 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
         if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
             raise Refusal("unsupported_media_type", f"send Content-Type: {JSON_TYPE}")
     return await handler(request)
+
+
+def require_authorization(request: web.Request, wanted: str) -> None:
+    if request.headers.get("Authorization") != wanted:
+        raise unauthorized("the stand-ins answer this gateway only")
 
 
 def make_private_folder(folder: Path) -> None:
@@ -9643,13 +9647,14 @@ def make_private_folder(folder: Path) -> None:
         raise StoreError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
-def choose_port(wanted: int = 0) -> int:
-    """The wanted port if it is free, else another (blocking)."""
+def open_to_append(file: Path) -> int:
+    """Open a file for this user alone, made if need be (blocking)."""
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return choose_port()
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -9678,72 +9683,53 @@ def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class LocalMachine:
-    """A machine of the stand-in: a child process with its own environment, folder and port."""
+class LocalVm:
+    """An app of the stand-in for Fly, and its machine: a child process in a folder of its own."""
 
     app: str
-    id: str
-    region: str
-    config: Json
-    secrets: dict[str, str]
-    folder: Path
     agent: str
-    state: str = "created"
-    instance_id: str = ""
-    created_at: str = ""
-    port: int = 0
-    events: list[Json] = field(default_factory=list)  # newest first
+    secrets: dict[str, str] = field(default_factory=dict)
+    machine: Json = field(default_factory=dict)  # as Fly shows it; empty until it is made
     stopped: list[tuple[int, str]] = field(default_factory=list)  # processes, while suspended
+    port: int = 0
     process: asyncio.subprocess.Process | None = None
     keeper: asyncio.Task[None] | None = None
 
-    SHOWN = ("id", "region", "config", "state", "instance_id", "created_at", "port")
-    KEPT = (*SHOWN, "app", "secrets", "stopped")
+    KEPT = ("app", "secrets", "machine", "stopped")
 
-    def shown(self) -> Json:
-        record = {name: getattr(self, name) for name in self.SHOWN}
-        return record | {"name": self.id, "events": self.events, "app_name": self.app}
+    @property
+    def folder(self) -> Path:
+        return LOCAL_FOLDER / "vms" / self.app
 
     def become(self, state: str) -> None:
-        self.state = state
-        event = {"id": secrets.token_hex(13), "type": state, "timestamp": int(time.time() * 1000)}
-        self.events = [event, *self.events[:19]]
+        self.machine |= {"state": state, "events": [{"id": secrets.token_hex(13)}]}
 
-    async def start(self) -> None:
-        if self.keeper is None:
-            await self.spawn()
-            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.id}")
-        elif self.state == "suspended" and self.process is not None:
-            self.become("started")
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
+    # Its process
 
-    async def suspend(self) -> None:
-        """Its processes stop where they are: memory survives."""
-        assert self.process is not None
-        self.become("suspended")
-        leader = self.process.pid
-        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
+    async def keep(self) -> None:
+        """The restart policy `always`."""
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
+        while True:
+            try:
+                ended: Json = {"exit_code": await self.live()}
+            except (OSError, StoreError) as error:
+                ended = {"error": str(error)}
+            log_event("local_vm_exited", vm_id=self.app, **ended, restarts_in_s=RESTART_PAUSE_S)
+            await asyncio.sleep(RESTART_PAUSE_S)
 
-    async def spawn(self) -> None:
-        self.port = await asyncio.to_thread(choose_port, self.port)
-        arguments = [
-            "vm",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--until-stdin-closes",
-        ]
+    async def live(self) -> int:
+        """One life of the process; returns its exit code."""
+        self.port = await asyncio.to_thread(free_port)
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--until-stdin-closes"]
         if self.agent:
             arguments += ["--agent", self.agent]
-        output = await asyncio.to_thread(self.open_log)
         environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        await asyncio.to_thread(make_private_folder, self.folder)
+        output = await asyncio.to_thread(open_to_append, self.folder / "vm.log")
         try:
             # Its standard input closes with this process, however that ends: then it ends too.
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                THIS_FILE,
-                *arguments,
+            self.process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, THIS_FILE, "vm", *arguments),
                 cwd=self.folder,
                 env=environ | self.secrets,
                 stdin=asyncio.subprocess.PIPE,
@@ -9754,43 +9740,74 @@ class LocalMachine:
         finally:
             os.close(output)
         self.become("started")
+        try:
+            return await process.wait()
+        finally:
+            self.process, self.machine["state"] = None, "starting"
+            await asyncio.to_thread(signal_session, process.pid, signal.SIGKILL)
+            await process.wait()
 
-    def open_log(self) -> int:
-        make_private_folder(self.folder)
-        return os.open(self.folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    async def keep(self) -> None:
-        """The restart policy `always`."""
-        REQUEST_ID.set("")  # it outlives the request that happened to start it
-        while self.process is not None:
-            code = await self.process.wait()
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-            self.process, self.state = None, "starting"
-            pause_s = RESTART_PAUSE_S
-            log_event("local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=pause_s)
-            await asyncio.sleep(pause_s)
-            await self.spawn()
-
-    async def stop(self, state: str) -> None:
+    async def stop(self) -> None:
         if self.keeper is not None:
             self.keeper.cancel()
             await asyncio.wait({self.keeper})
             self.keeper = None
-        if self.process is not None:
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-            await self.process.wait()
-            self.process = None
-        self.become(state)
 
+    # What Fly is asked of it
 
-class Asked(NamedTuple):
-    """One call of the stand-in for the Machines API."""
+    async def start(self, _: Json | None = None) -> Json:
+        if self.keeper is None:
+            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.app}")
+        elif self.process is not None and self.machine["state"] == "suspended":
+            self.become("started")
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
+        return {"ok": True}
 
-    app: Json
-    machine: LocalMachine
-    body: Json
-    query: Mapping[str, str]
-    verb: str
+    async def restart(self, _: Json) -> Json:
+        await self.stop()
+        return await self.start()
+
+    async def suspend(self, _: Json) -> Any:
+        """Its processes stop where they are: memory survives."""
+        if self.process is None or self.machine["state"] != "started":
+            return 412, {"error": f"failed_precondition: it is {self.machine['state']}"}
+        self.become("suspended")
+        leader = self.process.pid
+        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
+        return {"ok": True}
+
+    async def wait(self, asked: Json) -> Any:
+        machine, until = self.machine, time.monotonic() + float(asked["timeout"])
+        while time.monotonic() < until:
+            is_new = machine["events"][0]["id"] != asked.get("from_event_id")
+            if is_new and machine["state"] == asked["state"]:
+                return {"ok": True}
+            await asyncio.sleep(0.05)
+        return 408, {"error": f"deadline_exceeded: the machine is {machine['state']}"}
+
+    async def create(self, asked: Json) -> Json:
+        self.machine |= {
+            "id": secrets.token_hex(7),
+            "app_name": self.app,
+            "region": asked["region"].split(",")[0],
+            "created_at": utc_seconds(time.time()),
+        }
+        return await self.update(asked)
+
+    async def update(self, asked: Json) -> Json:
+        await self.stop()
+        self.machine |= {"config": asked["config"], "instance_id": secrets.token_hex(13)}
+        self.become("starting")
+        await self.start()
+        return self.machine
+
+    def set_secrets(self, asked: Json) -> Json:
+        self.secrets |= asked["values"]
+        return {"version": 1}
+
+    def set_metadata(self, asked: Json) -> Json:
+        self.machine["config"].setdefault("metadata", {})[asked["name"]] = asked["value"]
+        return {}
 
 
 class LocalFly:
@@ -9800,59 +9817,52 @@ class LocalFly:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self.authorization = fly_authorization(settings.fly.token)
+        self.agent = settings.gateway.local_agent
         self.file = LOCAL_FOLDER / "fly.json"
-        self.apps: dict[str, Json] = {}
-        self.machines: dict[str, LocalMachine] = {}
+        self.vms: dict[str, LocalVm] = {}
         self.saving = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
-        app = "/apps/{app}"
-        machine = app + "/machines/{machine}"
-        table: list[tuple[str, str, Callable[[Asked], Any]]] = [
-            ("POST", "/apps", self.create_app),
-            ("GET", "/apps", self.list_apps),
-            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.shown_of()}),
-            ("GET", app, lambda asked: self.shown(asked.app)),
-            ("DELETE", app, self.delete_app),
-            ("POST", app + "/secrets", self.set_secrets),
-            ("GET", app + "/ip_assignments", lambda asked: {"ips": asked.app["ips"]}),
-            ("POST", app + "/ip_assignments", self.allocate_address),
-            ("GET", app + "/volumes", lambda asked: asked.app["volumes"]),
-            ("POST", app + "/volumes", self.create_volume),
-            ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
-            ("GET", app + "/machines", lambda asked: self.shown_of(asked.app["name"])),
-            ("POST", app + "/machines", self.create_machine),
-            ("GET", machine, lambda asked: asked.machine.shown()),
-            ("POST", machine, self.update_machine),
-            ("GET", machine + "/wait", self.wait),
-            ("POST", machine + "/suspend", self.suspend),
-            ("POST", machine + "/{verb:start|stop|restart}", self.command),
-            ("POST", machine + "/metadata/{verb}", self.set_metadata),
-        ]
-        return [
-            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
-            web.post("/_local/vms/{app}/kill", self.kill),
-            *(
-                web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
-                for method, path, call in table
-            ),
-        ]
+        app, machine = "/apps/{app}", "/apps/{app}/machines/{machine}"
+        # Of an app and what is asked: body, query and path in one.
+        table: dict[str, Callable[[LocalVm, Json], Any]] = {
+            "POST /apps": lambda _, asked: self.create_app(asked["name"]),
+            "GET /apps": lambda *_: {"apps": [{"name": name} for name in self.vms]},
+            "GET /orgs/{org}/machines": lambda *_: {"machines": self.machines()},
+            f"GET {app}": lambda vm, _: {"name": vm.app},
+            f"DELETE {app}": self.delete_app,
+            f"POST {app}/secrets": LocalVm.set_secrets,
+            f"POST {app}/ip_assignments": lambda *_: {},
+            f"POST {app}/volumes": lambda *_: {"id": "vol_local"},
+            f"POST {app}/machines": LocalVm.create,
+            f"GET {machine}": lambda vm, _: vm.machine,
+            f"POST {machine}": LocalVm.update,
+            f"GET {machine}/wait": LocalVm.wait,
+            f"POST {machine}/start": LocalVm.start,
+            f"POST {machine}/suspend": LocalVm.suspend,
+            f"POST {machine}/restart": LocalVm.restart,
+            f"POST {machine}/metadata/{{name}}": LocalVm.set_metadata,
+        }
+        proxy = web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy)
+        routes = [proxy, web.post("/_local/vms/{app}/kill", self.kill)]
+        for call, act in table.items():
+            method, path = call.split(" ")
+            handler = functools.partial(self.answer, act)
+            routes.append(web.route(method, FLY_ROOT + path, handler))
+        return routes
 
-    async def answer(self, call: Callable[[Asked], Any], request: web.Request) -> web.Response:
+    async def answer(
+        self, call: Callable[[LocalVm, Json], Any], request: web.Request
+    ) -> web.Response:
         """Each call: authorized, about what exists, kept on disk before it is answered."""
-        if request.headers.get("Authorization") != self.authorization:
-            return web.json_response({"error": "unauthorized"}, status=401)
+        require_authorization(request, self.authorization)
         names = request.match_info
-        app = self.apps.get(names.get("app", ""))
-        machine = self.machines.get(names.get("machine", ""))
-        if ("app" in names and app is None) or ("machine" in names and machine is None):
+        vm = self.vms.get(names["app"]) if "app" in names else LocalVm(app="", agent="")
+        if vm is None or names.get("machine") not in (None, vm.machine.get("id")):
             return web.json_response({"error": "not found"}, status=404)
         body = await read_json(request, PROVISION_BODY_BYTES) if request.can_read_body else {}
-        verb = names.get("verb", "")
-        asked = Asked(app or {}, cast(LocalMachine, machine), body, request.query, verb)
-        answer = call(asked)
+        answer = call(vm, {**body, **request.query, **names})
         if asyncio.iscoroutine(answer):
             answer = await answer
         if request.method != "GET":
@@ -9860,163 +9870,59 @@ class LocalFly:
         status, value = answer if isinstance(answer, tuple) else (200, answer)
         return web.json_response(value, status=status)
 
-    def create_app(self, asked: Asked) -> Any:
-        name = asked.body["name"]
-        if name in self.apps:
-            return 422, {"error": "Name has already been taken", "status": "name_taken"}
-        empty: Json = {"secrets": {}, "version": 0, "ips": [], "volumes": []}
-        self.apps[name] = {"name": name, "network": asked.body.get("network", "")} | empty
-        return 201, {"id": name, "created_at": int(time.time() * 1000)}
+    def machines(self) -> list[Json]:
+        return [vm.machine for vm in self.vms.values() if vm.machine]
 
-    def shown(self, app: Json) -> Json:
-        name, organization = app["name"], {"slug": self.settings.fly.org}
-        known = {"id": name, "name": name, "network": app["network"]}
-        return known | {"organization": organization}
-
-    def list_apps(self, asked: Asked) -> Any:
-        apps = [self.shown(app) for app in self.apps.values()]
-        return {"total_apps": len(apps), "apps": apps}
-
-    async def delete_app(self, asked: Asked) -> Any:
-        name = asked.app["name"]
-        for machine in self.of(name):
-            await machine.stop("destroyed")
-            del self.machines[machine.id]
-        self.apps.pop(name, None)
-        await asyncio.to_thread(shutil.rmtree, LOCAL_FOLDER / "vms" / name, ignore_errors=True)
-        return 202, {}
-
-    def of(self, app: str = "") -> list[LocalMachine]:
-        """The machines of an app, of all apps when none is named."""
-        return [machine for machine in self.machines.values() if app in ("", machine.app)]
-
-    def shown_of(self, app: str = "") -> list[Json]:
-        return [machine.shown() for machine in self.of(app)]
-
-    def set_secrets(self, asked: Asked) -> Any:
-        app = asked.app
-        app["secrets"] |= asked.body["values"]
-        app["version"] += 1
-        return {"secrets": [{"name": name} for name in app["secrets"]], "version": app["version"]}
-
-    def allocate_address(self, asked: Asked) -> Any:
-        kind, ips = asked.body["type"], asked.app["ips"]
-        ips.append({"ip": f"{ADDRESSES[kind]}{len(ips) + 1}", "shared": kind == "shared_v4"})
-        return ips[-1]
-
-    def create_volume(self, asked: Asked) -> Any:
-        volume = {"id": f"vol_{secrets.token_hex(8)}", "state": "created"} | asked.body
-        asked.app["volumes"].append(volume)
-        return volume
-
-    def delete_volumes(self, asked: Asked) -> Any:
-        asked.app["volumes"].clear()
+    def create_app(self, name: str) -> Json:
+        self.vms.setdefault(name, LocalVm(app=name, agent=self.agent))
         return {}
 
-    async def create_machine(self, asked: Asked) -> Any:
-        machine = self.made(
-            asked.app["name"],
-            id=secrets.token_hex(7),
-            region=str(asked.body.get("region") or "iad").split(",")[0],
-            config=asked.body["config"],
-            secrets=dict(asked.app["secrets"]),
-            instance_id=secrets.token_hex(13),
-            created_at=utc_seconds(time.time()),
-        )
-        await machine.start()
-        return machine.shown()
-
-    def made(self, app: str, **record: Any) -> LocalMachine:
-        folder, agent = LOCAL_FOLDER / "vms" / app, self.settings.gateway.local_agent
-        machine = LocalMachine(app=app, folder=folder, agent=agent, **record)
-        self.machines[machine.id] = machine
-        return machine
-
-    async def update_machine(self, asked: Asked) -> Any:
-        machine = asked.machine
-        if asked.body.get("current_version", machine.instance_id) != machine.instance_id:
-            return 409, {"error": "aborted: the machine has another version"}
-        await machine.stop("replacing")
-        machine.config, machine.secrets = asked.body["config"], dict(asked.app["secrets"])
-        machine.instance_id = secrets.token_hex(13)
-        await machine.start()
-        return machine.shown()
-
-    async def wait(self, asked: Asked) -> Any:
-        machine, query = asked.machine, asked.query
-        wanted, after = query["state"], query.get("from_event_id", "")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(float(query["timeout"])):
-                while machine.state != wanted or machine.events[0]["id"] == after:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-                return {"ok": True}
-        return 408, {"error": f"deadline_exceeded: the machine is {machine.state}"}
-
-    async def suspend(self, asked: Asked) -> Any:
-        if asked.machine.state != "started":
-            return 412, {"error": f"failed_precondition: it is {asked.machine.state}"}
-        await asked.machine.suspend()
-        return {"ok": True}
-
-    async def command(self, asked: Asked) -> Any:
-        previous = asked.machine.state
-        if asked.verb in ("stop", "restart"):
-            await asked.machine.stop("stopped")
-        if asked.verb in ("start", "restart"):
-            await asked.machine.start()
-        return {"ok": True, "previous_state": previous}
-
-    def set_metadata(self, asked: Asked) -> Any:
-        asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
+    async def delete_app(self, vm: LocalVm, _: Json) -> Json:
+        self.vms.pop(vm.app, None)
+        await vm.stop()
+        await asyncio.to_thread(shutil.rmtree, vm.folder, ignore_errors=True)
         return {}
 
     # Lasting
 
     async def save(self) -> None:
         async with self.saving:
-            machines = [{name: getattr(m, name) for name in m.KEPT} for m in self.of()]
-            content = to_json({"apps": self.apps, "machines": machines}).encode()
+            kept = [{name: getattr(vm, name) for name in vm.KEPT} for vm in self.vms.values()]
+            content = to_json({"vms": kept}).encode()
             await asyncio.to_thread(write_atomically, self.file, [content])
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
         with suppress(FileNotFoundError):
             stored = object_in(parse_json(await asyncio.to_thread(read_nofollow, self.file)))
-            if not stored:
+            if "vms" not in stored:
                 raise StoreError(f"{self.file} cannot be read; {FORGET_IT}")
-            self.apps = stored["apps"]
-            for record in stored["machines"]:
-                machine = self.made(**record)
-                await asyncio.to_thread(end_stopped, machine.stopped)
-                if machine.state not in RESTING:
-                    await machine.start()
+            for record in stored["vms"]:
+                vm = self.vms[record["app"]] = LocalVm(agent=self.agent, **record)
+                await asyncio.to_thread(end_stopped, vm.stopped)
+                if vm.machine and vm.machine["state"] not in RESTING:
+                    await vm.start()
         try:
             yield
         finally:
-            for machine in self.of():
-                await machine.stop(machine.state)
+            for vm in self.vms.values():
+                await vm.stop()
 
     # A VM's own address
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """As Fly's: 503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(iter(self.of(request.match_info["app"])), None)
-        if machine is not None and machine.state == "suspended":
-            await machine.start()  # as `autostart` does
-        if machine is None or machine.process is None:
+        vm = self.vms.get(request.match_info["app"])
+        if vm and vm.machine.get("state") == "suspended":
+            await vm.start()  # as `autostart` does
+        if vm is None or vm.process is None:
             return web.Response(status=503, text="no machine is running")
-        url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
-        wanted = ("authorization", "content-type", "idempotency-key")
-        headers = {
-            name: value for name, value in request.headers.items() if name.lower() in wanted
-        }
-        body = await request.read()
-        no_limit = aiohttp.ClientTimeout(total=None)
+        url = f"http://127.0.0.1:{vm.port}{request.match_info['path']}"
+        passed = ("Authorization", "Content-Type", "Idempotency-Key")
+        headers = {name: request.headers[name] for name in passed if name in request.headers}
+        more: Any = {"data": await request.read(), "timeout": aiohttp.ClientTimeout(total=None)}
         try:
-            async with (
-                aiohttp.ClientSession(timeout=no_limit) as session,
-                session.request(request.method, url, data=body, headers=headers) as answer,
-            ):
+            async with aiohttp.request(request.method, url, headers=headers, **more) as answer:
                 content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
                 kind = answer.headers.get("Content-Type", "application/octet-stream")
                 headers = {"Content-Type": kind}
@@ -10031,12 +9937,18 @@ class LocalFly:
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
         app = request.match_info["app"]
-        if app not in self.apps:
+        if app not in self.vms:
             raise Refusal("unknown_vm", f"there is no VM {app}")
-        for machine in self.of(app):
-            if machine.process is not None:
-                signal_group(machine.process.pid, signal.SIGKILL)
+        if process := self.vms[app].process:
+            signal_group(process.pid, signal.SIGKILL)
         return web.Response(status=204)
+
+
+A_PHONE = "must be a phone number such as +15551234567"
+LOCAL_TEXT = {
+    "from": Field({**TEXT, "pattern": PHONE.pattern}, A_PHONE, is_required=True),
+    "body": Field(TEXT, "must be a text", is_required=True),
+}
 
 
 class LocalTwilio:
@@ -10068,79 +9980,53 @@ class LocalTwilio:
     async def record(
         self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = ()
     ) -> Json:
-        now = format_datetime(datetime.now(UTC))
         message = {
             "sid": f"SM{secrets.token_hex(16)}",
-            "account_sid": self.settings.twilio.account_sid,
             "direction": direction,
             "from": sender,
             "to": recipient,
             "body": body,
-            "media": list(media),
-            "date_created": now,
-            "date_sent": now,
+            "media": media,
+            "date_created": format_datetime(datetime.now(UTC)),
         }
         self.messages.append(message)
         await asyncio.to_thread(self.append, to_json(message).encode() + b"\n")
         return message
 
     def append(self, line: bytes) -> None:
-        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(file, "ab") as log:
+        with os.fdopen(open_to_append(self.file), "ab") as log:
             log.write(line)
 
-    def refusal(self, request: web.Request) -> web.Response | None:
-        is_known = request.headers.get("Authorization") == self.authorization
-        return None if is_known else self.refused(20003, "Authenticate", status=401)
-
-    @staticmethod
-    def refused(code: int, words: str, status: int = 400) -> web.Response:
-        return web.json_response({"code": code, "message": words}, status=status)
-
     async def create(self, request: web.Request) -> web.Response:
-        if refusal := self.refusal(request):
-            return refusal
+        require_authorization(request, self.authorization)
         form = await request.post()
-        recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
-        if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
-            return self.refused(21211, "To is no phone number")
-        if utf16_units(body) > PART_UNITS:
-            return self.refused(21617, "Body is over 1600 units")
-        media = [str(value) for value in form.getall("MediaUrl", [])]
-        sender = str(form.get("From", ""))
+        sender, recipient, body = (str(form.get(name, "")) for name in ("From", "To", "Body"))
+        media = [str(url) for url in form.getall("MediaUrl", [])]
         message = await self.record("outbound-api", sender, recipient, body, media)
         return web.json_response(message, status=201)
 
     async def list(self, request: web.Request) -> web.Response:
-        if refusal := self.refusal(request):
-            return refusal
-        wanted = [(name.lower(), request.query.get(name)) for name in ("To", "From")]
-        found = [
-            message
-            for message in reversed(self.messages)
-            if all(value in (None, message[name]) for name, value in wanted)
-        ]
-        return web.json_response({"messages": found[:1000], "next_page_uri": None})
+        require_authorization(request, self.authorization)
+        wanted = {
+            name.lower(): request.query[name] for name in ("To", "From") if name in request.query
+        }
+        found = [m for m in reversed(self.messages) if wanted.items() <= m.items()]
+        return web.json_response({"messages": found[:1000]})
 
     async def send_text(self, request: web.Request) -> web.Response:
         """Send a text as a phone would."""
         require_key(request)
-        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors({}, {})
-        sender, words = body.get("from"), body.get("body")
-        if not isinstance(sender, str) or not PHONE.fullmatch(sender):
-            errors.add("from", "must be a phone number such as +15551234567")
-        if not isinstance(words, str) or len(words) > PART_UNITS:
-            errors.add("body", "must be a text of at most 1600 characters")
-        errors.check()
-        sender, words, number = str(sender), str(words), self.settings.twilio.phone_number
-        message = await self.record("inbound", sender, number, words)
+        body = await read_json(request, SMS_BODY_BYTES)
+        FieldErrors(body, LOCAL_TEXT).check()
+        phone, words, number = body["from"], body["body"], self.settings.twilio.phone_number
+        message = await self.record("inbound", phone, number, words)
         status, document = await self.deliver(message)
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
-        for reply in replies if status == 200 else ():
-            await self.record("outbound-reply", number, sender, html.unescape(reply))
-        is_known = sender in request.app[GATEWAY].routes.routes
-        if note := self.note(words, is_known=is_known or bool(replies)):
-            await self.record("note", number, sender, note)
+        for reply in replies:
+            await self.record("outbound-reply", number, phone, html.unescape(reply))
+        is_known = replies or phone in request.app[GATEWAY].routes.routes
+        if note := self.note(words, is_known=bool(is_known)):
+            await self.record("note", number, phone, note)
         return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
 
     async def deliver(self, message: Json) -> tuple[int, str]:
@@ -10158,22 +10044,15 @@ class LocalTwilio:
         signature = twilio_signature(twilio.auth_tokens[0], url, form.items())
         headers = {"X-Twilio-Signature": signature}
         own_url = f"http://127.0.0.1:{gateway.port}/sms"
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
-            session.post(own_url, data=form, headers=headers) as answer,
-        ):
+        more: Any = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=15)}
+        async with aiohttp.request("POST", own_url, data=form, **more) as answer:
             return answer.status, await answer.text()
 
     def note(self, words: str, *, is_known: bool) -> str:
         """What a phone would read of Twilio itself, or why it reads nothing."""
         said = words.strip().upper()
-        if said != "YES" and (word := KEYWORDS.get(said)):
-            answers = {
-                "STOP": "You have successfully been unsubscribed. Reply START to resubscribe.",
-                "START": "You have successfully been re-subscribed.",
-                "HELP": "Reply STOP to unsubscribe.",
-            }
-            return f"Twilio itself answers {word}, such as: {answers[word]}"
+        if said != "YES" and said in KEYWORDS:
+            return f"Twilio itself answers {KEYWORDS[said]}."
         if is_known or self.settings.gateway.onboarding_url:
             return ""
         return "Nothing is said: this number has no VM, and ONBOARDING_URL is not set."
@@ -10182,10 +10061,9 @@ class LocalTwilio:
         """One phone's thread, both directions, oldest first."""
         require_key(request)
         phone = request.query.get("phone", "").replace(" ", "+")
-        names = ("sid", "from", "to", "body", "media")
+        ways = {"inbound": "in", "note": "note"}
         texts = [
-            {name: message[name] for name in names}
-            | {"direction": DIRECTIONS.get(message["direction"], "out")}
+            {**message, "direction": ways.get(message["direction"], "out")}
             | {"at": utc_seconds(listed_at(message) or 0)}
             for message in self.messages
             if phone in (message["from"], message["to"])
