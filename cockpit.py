@@ -8524,19 +8524,17 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     """One VM as the table shows it, its number masked; raises Refusal when it is gone."""
     record = vm_record(gateway, vm_id)
     vm = gateway.relay.vms.get(vm_id)
-    names = ("vm_id", "state", "step", "region", "image", "last_error")
-    row: Json = {name: record[name] or "" for name in names}
-    return row | {
+    names = ("vm_id", "state", "step", "region", "image", "last_error", "paired")
+    return {name: record[name] for name in names} | {
         "phone": mask_phone(record["phone_number"]),
-        "paired": record["paired"],
         "waiting": len(vm.waiting) if vm else 0,
         "last_text": vm.last_text if vm else None,
         "away_since": vm.away_since if vm else None,
     }
 
 
-async def fleet_table(gateway: Gateway) -> Json:
-    """The first 1,000 VMs in order of vm_id, and how many there are in all."""
+async def fleet_news(gateway: Gateway) -> dict[str, Json]:
+    """The feed's events: `fleet`, and `table`: the first 1,000 VMs in order of vm_id."""
     rows: list[Json] = []
     vm_ids = vm_ids_after(gateway.routes, "", ROWS_MAX)
     for at, vm_id in enumerate(vm_ids):
@@ -8544,29 +8542,26 @@ async def fleet_table(gateway: Gateway) -> Json:
             await gateway.clock.sleep(0)
         with suppress(Refusal):  # torn down since the ids were read
             rows.append(row_of(gateway, vm_id))
-    # The states count failed ones too, which are not listed.
-    are_all_here = len(vm_ids) < ROWS_MAX
-    total = len(rows) if are_all_here else sum(vms_by_state(gateway).values())
-    return {"rows": rows, "total": total}
+    table = {"rows": rows, "is_whole": len(vm_ids) < ROWS_MAX}
+    return {"fleet": fleet_summary(gateway), "table": table}
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
-    """The page's live feed: `fleet` every 2 s, `table` when it changed; for who polls, both once, as JSON."""
+    """The page's live feed: every 2 s what changed; all of it once, as JSON, for who asks so."""
     require_key(request)
     gateway = request.app[GATEWAY]
     if not accepts(request, SSE_TYPE):
-        table = await fleet_table(gateway)
-        return json_response({"fleet": fleet_summary(gateway), "table": table})
+        return json_response(await fleet_news(gateway))
     response = event_stream()
-    sent = b""
+    sent: dict[str, bytes] = {}
     with suppress(ConnectionError):
         await response.prepare(request)
         while not gateway.relay.is_draining:
-            await response.write(server_sent("fleet", fleet_summary(gateway)))
-            event = server_sent("table", await fleet_table(gateway))
-            if event != sent:
-                await response.write(event)
-                sent = event
+            for name, news in (await fleet_news(gateway)).items():
+                event = server_sent(name, news)
+                if event != sent.get(name):
+                    await response.write(event)
+                sent[name] = event
             await gateway.clock.sleep(FEED_EVERY_S)
     return response
 
@@ -8731,7 +8726,7 @@ PAGE_BODY = """
 <h1>cockpit</h1>
 <div id="tools" class="row grow">
 <span id="mode" class="dim"></span>
-<span id="status" class="dim grow" role="status"></span>
+<span id="status" class="dim grow" role="status">Connecting</span>
 <button id="new" class="go">New VM</button>
 <button id="out" class="flat">Sign out</button>
 </div>
@@ -8863,7 +8858,6 @@ PAGE_FEED = r"""
 'use strict';
 const REMEDIES = [  // by code or state, and words
   [/^unauthorized/, 'Sign in with the key that COCKPIT_API_KEY holds now.'],
-  [/^not_found/, 'This gateway cannot do that.'],
   [/^away/, 'Its texts are kept and run when it is back; if this lasts, restart it.'],
   [/^failed .*gone/, 'Tear it down, then set it up anew.'],
   [/ not paired/, 'Text the code in its details from that phone.'],
@@ -8874,13 +8868,14 @@ const REMEDIES = [  // by code or state, and words
   [/^ready/, 'Try it again.'],
 ];
 let key = sessionStorage.getItem('cockpit-key') || '';
-let feed = 0;  // raised to end the one before
+let told = {};  // the last of each event
+let cut = null;  // of the feed that is followed
 let failures = 0;
-let cut = new AbortController();
-let heardAt = 0;
 
 const $ = id => document.getElementById(id);
 const sleep = ms => new Promise(done => setTimeout(done, ms));
+const silence = {detail: 'nothing arrives; a proxy may hold it back'};
+const soon = work => Promise.race([work, sleep(15000).then(() => Promise.reject(silence))]);
 // Words from outside only ever become text: this page has no way to make markup of them.
 function make(tag, given, ...kids) {
   const made = Object.assign(document.createElement(tag), given);
@@ -8891,6 +8886,10 @@ function put(node, words) {
   if (node.textContent !== words) node.textContent = words;
 }
 const say = (id, words) => put($(id), words.toLocaleString('en'));
+function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
+  const words = kids.map(kid => kid.textContent).join('');
+  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
+}
 const sentence = words => `${words[0].toUpperCase()}${words.slice(1)}.`.replace(/\.\.$/, '.');
 function withRemedy(kind, words) {
   const fits = ([pattern]) => pattern.test(`${kind} ${words}`);
@@ -8900,105 +8899,94 @@ function withRemedy(kind, words) {
 
 async function api(path, options) {
   const headers = {Authorization: `Bearer ${key}`, ...options?.headers};
-  const answer = await fetch(path, {cache: 'no-store', ...options, headers});
+  const answer = await fetch(path, {...options, headers});
   if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
-  throw {problem: {detail: `the gateway answered ${answer.status}`, ...told}};
+  const problem = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
+  throw {detail: `the gateway answered ${answer.status}`, ...problem};
 }
-function post(path, body, more, method = 'POST') {
+const read = async path => (await api(path)).json();
+function send(path, body, method = 'POST', more = {}) {
   const headers = {'Content-Type': 'application/json', ...more};
-  return api(path, {method, body: JSON.stringify(body), headers});
+  return api(path, {method, headers, body: JSON.stringify(body)});
 }
-function explain({problem}) {
-  if (!problem) return 'The gateway did not answer. Check that it is running, then try again.';
-  const {code, detail} = problem;
-  const words = code === 'unauthorized' ? 'that key is not accepted' : detail;
-  return withRemedy(code, words);
+function explain({code, detail}) {
+  if (!detail) return 'The gateway did not answer. Check that it is running, then try again.';
+  return withRemedy(code, code === 'unauthorized' ? 'that key is not accepted' : detail);
 }
 
-function clearFaults(form) {
-  for (const words of document.querySelectorAll('.fault')) words.remove();
-  for (const field of form.elements) {
-    field.removeAttribute('aria-invalid');
-    field.removeAttribute('aria-describedby');
-  }
-}
-function fieldOf(form, field) {
-  const names = [...form.querySelectorAll('[name=variable]')];
-  const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
-  return form.elements[field] || named || names[0];
-}
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
-  for (const fault of error.problem?.errors || []) {
-    const field = fieldOf(form, fault.field);
-    const id = `${form.id}-${fault.field}`;
-    field.setAttribute('aria-invalid', 'true');
-    field.setAttribute('aria-describedby', id);
-    const words = make('small', {id, className: 'fault'}, sentence(fault.message));
-    field.closest('label,.row').after(words);
+  const names = [...form.querySelectorAll('[name=variable]')];
+  for (const {field, message} of error.errors || []) {
+    const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
+    const input = form.elements[field] || named || names[0];
+    const id = `${form.id}-${field}`;
+    input.ariaInvalid = 'true';
+    input.setAttribute('aria-describedby', id);
+    const words = make('small', {id, className: 'fault'}, sentence(message));
+    input.closest('label,.row').after(words);
   }
   const first = [...form.elements].find(({ariaInvalid}) => ariaInvalid);
   first?.focus();
   return first ? 'Correct what is marked.' : explain(error);
+}
+function onSubmit(id, wordsId, act) {
+  const form = $(id);
+  form.onsubmit = async event => {
+    event.preventDefault();
+    for (const fault of document.querySelectorAll('.fault')) fault.remove();
+    for (const field of form.elements) field.ariaInvalid = null;
+    say(wordsId, '');
+    await act(form).catch(error => say(wordsId, showFaults(form, error)));
+  };
 }
 
 function status(kind, words) {
   $('status').className = `dim grow ${kind}`;
   say('status', words);
 }
-function readFeed(accept) {
-  cut = new AbortController();
-  heardAt = performance.now();
-  return api('events', {headers: {Accept: accept}, signal: cut.signal});
-}
-async function stream() {
-  const {body} = await readFeed('text/event-stream');
+async function stream(signal) {
+  const headers = {Accept: 'text/event-stream'};
+  const {body} = await soon(api('events', {headers, signal}));
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ''; ;) {
-    const {value, done} = await reader.read();
+    const {value, done} = await soon(reader.read());
     if (done) throw new Error('the stream ended');
     const blocks = (text + value).split('\n\n');
     text = blocks.pop();
     for (const block of blocks) {
-      const [, name, told] = /^event: (.*)\ndata: (.*)$/.exec(block);
-      TAKE[name](JSON.parse(told));
+      const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(block);
+      told[name] = JSON.parse(data);
     }
-    heardAt = performance.now();
     failures = 0;
     status('live', 'Live');
+    if (!document.body.className) enter();
+    if (told.table) show();
   }
 }
-async function poll() {
-  const told = await (await readFeed('application/json')).json();
-  for (const name in told) TAKE[name](told[name]);
-  status('poll', 'Live, every 5 s');
-  await sleep(5000);
-}
-async function follow() {
-  const mine = ++feed;
-  failures = 0;
-  document.body.className = 'in';
-  status('', 'Connecting');
-  while (mine === feed) {
-    // Where a stream does not get through, poll, and try a stream now and then.
-    const polls = failures > 2 && failures % 6;
-    failures++;
-    try {
-      await (polls ? poll() : stream());
-    } catch (error) {
-      if (mine !== feed) return;
-      if (error.problem?.code === 'unauthorized') return leave(explain(error));
-      const pause = Math.min(30, 2 ** failures) * (0.25 + Math.random() / 4);
-      status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
-      await sleep(pause * 1000);
-    }
-  }
+async function follow() {  // until somebody signs in or out
+  cut?.abort();
+  let mine;
+  do {
+    mine = cut = new AbortController();
+    const error = await stream(mine.signal).catch(error => error);
+    mine.abort();
+    if (mine !== cut) return;
+    if (error.code === 'unauthorized' || !document.body.className) return leave(explain(error));
+    const pause = Math.min(30, 2 ** ++failures) * (0.25 + Math.random() / 4);
+    status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
+    await sleep(pause * 1000);
+  } while (mine === cut);
 }
 
+function enter() {
+  document.body.className = 'in';
+  $('new').focus();
+}
 function leave(why) {
-  feed++;
-  cut.abort();
+  cut?.abort();
+  cut = null;
   key = '';
+  told = {};
   sessionStorage.removeItem('cockpit-key');
   for (const dialog of document.querySelectorAll('dialog')) dialog.close();
   document.body.className = '';
@@ -9007,31 +8995,22 @@ function leave(why) {
   $('key').value = '';
   $('key').focus();
 }
-$('enter').onsubmit = async event => {
+$('enter').onsubmit = event => {
   event.preventDefault();
   key = $('key').value.trim().replace(/[^!-~]/g, '?');  // a header holds ASCII only
-  try {
-    await api('provision?limit=1');
-    sessionStorage.setItem('cockpit-key', key);
-    follow();
-    $('new').focus();
-  } catch (error) {
-    leave(explain(error));
-  }
+  sessionStorage.setItem('cockpit-key', key);
+  follow();
 };
 $('out').onclick = () => leave('');
 """
 
 PAGE_BOARD = r"""
 const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [0, 's']];
-let fleet = null;
-let table = null;
-let skew = 0;  // of the gateway's clock against the browser's
 
 const took = seconds => `${Number(seconds.toFixed(seconds < 10 ? 2 : 0))} s`;
 const when = at => new Date(at).toLocaleString();
 function since(at) {
-  const seconds = Math.max(0, Date.now() / 1000 + skew - at);
+  const seconds = Math.max(0, told.fleet.at - at);
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
   return `${Math.floor(seconds / (size || 1))} ${unit}`;
 }
@@ -9044,39 +9023,34 @@ function stateOf({state, step, waiting, paired}) {
   const how = paired || state !== 'ready' ? state : 'not paired';
   return (step ? `${how}: ${step}` : how) + (waiting ? `, ${waiting} waiting` : '');
 }
-function takeFleet(told) {
-  fleet = told;
-  skew = fleet.at - Date.now() / 1000;
-  const codes = ['', ...fleet.regions];
-  const regions = codes.map(code => make('option', {value: code}, code || 'As configured'));
-  if (!$('region').length) $('region').append(...regions);
-  const states = Object.entries(fleet.vms)
-    .filter(([, count]) => count)
-    .map(([state, count]) => `${count} ${state}`);
+function drawFleet({fleet}) {
+  const {vms, hour, waiting, median_s: median, p99_s: p99} = fleet;
   const sum = counts => counts.reduce((total, count) => total + count, 0);
-  const failed = fleet.hour.map(([, count]) => count);
-  const all = fleet.hour.map(sum);
+  const states = Object.entries(vms).filter(([, count]) => count);
+  const all = hour.map(sum);
+  const failed = hour.map(([, count]) => count);
   const most = Math.max(4, ...all);
-  say('mode', `${fleet.mode} ${fleet.number}`);
-  say('waiting', fleet.waiting);
-  say('vms', sum(Object.values(fleet.vms)));
-  say('states', states.join(' · ') || 'none yet');
-  say('rate', `${fleet.texts_a_minute} texts a minute`);
-  say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
-  const p99 = () => `half of them; 99 % in ${took(fleet.p99_s)}`;
-  say('p99', fleet.median_s === null ? 'no answers yet' : p99());
-  say('oldest', fleet.waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits');
-  say('all-sum', `${sum(all)} in the last hour`);
-  say('failed-sum', `${sum(failed)} failed`);
-  say('most', most);
-  drawBars('all', all, most);
-  drawBars('failed', failed, most);
-  $('troubles').replaceChildren(...fleet.troubles.map(words => make('li', {}, words)));
-  if ($('details').open) readVm();
-}
-function drawBars(id, counts, most) {
-  const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
-  $(id).setAttribute('d', bars.join(''));
+  const words = {
+    mode: `${fleet.mode} ${fleet.number}`,
+    vms: sum(Object.values(vms)),
+    states: states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet',
+    median: median === null ? '–' : took(median),
+    p99: median === null ? 'no answers yet' : `half of them; 99 % in ${took(p99)}`,
+    waiting,
+    oldest: waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits',
+    rate: `${fleet.texts_a_minute} texts a minute`,
+    'all-sum': `${sum(all)} in the last hour`,
+    'failed-sum': `${sum(failed)} failed`,
+    most,
+  };
+  for (const id in words) say(id, words[id]);
+  for (const [id, counts] of Object.entries({all, failed})) {
+    const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
+    $(id).setAttribute('d', bars.join(''));
+  }
+  draw('troubles', fleet.troubles.map(words => make('li', {}, words)));
+  const regions = fleet.regions.map(code => make('option', {value: code}, code));
+  draw('region', [make('option', {value: ''}, 'As configured'), ...regions]);
 }
 
 function isFound(row, needle) {
@@ -9086,9 +9060,9 @@ function isFound(row, needle) {
 }
 const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
-  const open = () => showDetails(row);
+  const onclick = () => showDetails(row);
   return make('li', {id: `row-${row.vm_id}`},
-    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick: open}, row.phone),
+    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick}, row.phone),
     make('code', {}, row.vm_id),
     make('span', {className: 'state'}),
     make('span', {className: 'spoke dim'}),
@@ -9103,33 +9077,27 @@ function lineOf(row) {
   put(trouble, troubleOf(row));
   return line;
 }
-function drawTable() {
-  const {rows, total} = table;
+function drawTable({table: {rows, is_whole}}) {
   const needle = $('filter').value.trim().toLowerCase();
-  const some = rows.filter(row => isFound(row, needle));
-  const found = some.sort((one, other) => rank(one) - rank(other)).map(lineOf);
-  const shown = $('rows').children;
-  if (found.length !== shown.length || found.some((line, at) => line !== shown[at])) {
+  const found = rows.filter(row => isFound(row, needle)).sort((a, b) => rank(a) - rank(b));
+  const lines = found.map(lineOf);
+  const old = $('rows').children;
+  if (lines.length !== old.length || lines.some((line, at) => line !== old[at])) {
     const focused = document.activeElement;  // moving a line takes the focus from it
-    $('rows').replaceChildren(...found);
+    $('rows').replaceChildren(...lines);
     (focused.isConnected ? focused : $('filter')).focus();
   }
-  const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
-  say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
+  const part = is_whole ? '' : `the first ${rows.length}`;
+  say('count', [needle && `${lines.length} found`, part].filter(Boolean).join(' in '));
   const none = needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.';
-  say('none', found.length ? '' : none);
+  say('none', lines.length ? '' : none);
 }
-function takeTable(told) {
-  table = told;
-  drawTable();
-  shown = told.rows.find(({vm_id}) => vm_id === shown.vm_id) || shown;
+function show() {
+  drawFleet(told);
+  drawTable(told);
+  if ($('details').open) readVm();
 }
-const TAKE = {fleet: takeFleet, table: takeTable};
-$('filter').oninput = () => table && drawTable();
-setInterval(() => {
-  if (performance.now() - heardAt > 15000) cut.abort();
-  if (key && table) drawTable();  // times go by
-}, 1000);
+$('filter').oninput = () => told.table && drawTable(told);
 """
 
 PAGE_ACTIONS = r"""
@@ -9160,51 +9128,45 @@ function stepsOf({state, step, steps = {}}) {
     return `${mark}\u00a0${name}${time}`;
   }).join(', ');
 }
-function pairingOf({paired, pairing_code: code}) {
-  const words = 'Text this code from that phone to connect it. Until then nothing of it is run.';
-  if (paired || !code) return [];
-  return [make('b', {className: 'code'}, code), make('p', {}, words)];
+function newText({message_sid, outcome, steps, errors}) {
+  const ways = steps.slice(1).map(({step, ms}) => `${step} after ${took(ms / 1000)}`);
+  const words = `${when(steps[0].at)}: ${outcome}`;
+  return make('li', {}, words.replace('_', ' '),
+    make('small', {}, ways.join(', ').replaceAll('_', ' ')),
+    ...errors.map(({error}) => make('small', {className: 'error'}, error)),
+    make('code', {}, message_sid));
 }
-function newText({message_sid: sid, outcome, steps, errors}) {
-  const wayOf = ({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`;
-  const way = make('small', {}, steps.slice(1).map(wayOf).join(', '));
-  const faults = errors.map(({error}) => make('small', {className: 'error'}, error));
-  const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
-  return make('li', {}, words, way, ...faults, make('code', {}, sid));
-}
-function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
-  const words = kids.map(kid => kid.textContent).join('');
-  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
-}
-function drawDetails(vm) {
-  const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
+function drawDetails(title, trouble, vm) {
+  const {paired, pairing_code: code, texts = []} = vm;
+  const facts = {...vm};
+  if (vm.state) facts.steps = stepsOf(vm);
+  if (vm.created_at) facts.created_at = when(vm.created_at);
   if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
   const known = Object.entries(RECORD).filter(([name]) => facts[name]);
   const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
-  draw('pairing', pairingOf(vm));
+  const remedy = 'Text this code from that phone to connect it. Until then nothing of it is run.';
+  const pairing = [make('b', {className: 'code'}, code), make('p', {}, remedy)];
+  say('who', title);
+  say('trouble', trouble);
+  draw('pairing', code && !paired ? pairing : []);
   draw('record', known.flatMap(line));
-  draw('texts', vm.texts.map(newText));
+  draw('texts', texts.map(newText));
 }
 async function readVm() {
   const {vm_id} = shown;
+  shown = told.table?.rows.find(row => row.vm_id === vm_id) || shown;
+  let details;
   try {
-    const told = await (await api(`provision/${vm_id}`)).json();
-    if (vm_id !== shown.vm_id) return;
-    const vm = {...shown, ...told};
-    say('who', `${vm.phone}: ${stateOf(vm)}`);
-    say('trouble', troubleOf(vm));
-    drawDetails(vm);
+    const vm = {...shown, ...await read(`provision/${vm_id}`)};
+    details = [`${vm.phone}: ${stateOf(vm)}`, troubleOf(vm), vm];
   } catch (error) {
-    if (vm_id !== shown.vm_id) return;
-    say('who', shown.phone);
-    say('trouble', explain(error));
-    draw('pairing', []);
+    details = [shown.phone, explain(error), {}];
   }
+  if (vm_id === shown.vm_id) drawDetails(...details);
 }
 async function showDetails(row) {
   shown = row;
   say('news', '');
-  for (const id of ['pairing', 'record', 'texts']) draw(id, []);
   $('renew').reset();
   for (const more of $('changes').children) more.open = false;
   await readVm();
@@ -9231,36 +9193,30 @@ async function change(title, call, form) {
 for (const [title, words] of Object.entries(CHANGES)) {
   const call = path => title === 'Tear down'
     ? api(path, {method: 'DELETE'})
-    : post(`${path}/${title.toLowerCase()}`, {});
+    : send(`${path}/${title.toLowerCase()}`, {});
   const onclick = () => change(title, call);
-  const more = make('details', {},
+  $('changes').append(make('details', {name: 'change'},
     make('summary', {}, title),
     make('p', {}, words),
-    make('button', {className: 'go', onclick}, title));
-  more.name = 'change';
-  $('changes').append(more);
+    make('button', {className: 'go', onclick}, title)));
 }
 
 function readForm(form) {
   const given = new FormData(form);
   const values = given.getAll('value');
   const pairs = given.getAll('variable').map((name, at) => [name.trim(), values[at]]);
-  const named = pairs.filter(([name, value]) => name || value);
-  return {
-    phone_number: given.get('phone_number')?.trim(),
-    github_token: given.get('github_token') || undefined,
-    api_keys: named.length ? Object.fromEntries(named) : undefined,
-    region: given.get('region') || undefined,
-    welcome: given.has('welcome') || undefined,
-    verify: given.has('verify') || undefined,
-  };
+  const api_keys = Object.fromEntries(pairs.filter(([name, value]) => name || value));
+  const filled = [...given].filter(([, value]) => value);
+  const {variable, value, ...order} = Object.fromEntries(filled);
+  order.welcome &&= true;
+  order.verify &&= true;
+  return Object.keys(api_keys).length ? {...order, api_keys} : order;
 }
-function addPair(more, name) {
-  const variable = {name: 'variable', defaultValue: name, ariaLabel: 'Name of the variable'};
-  const secret = {type: 'password', autocomplete: 'off'};
-  const value = {name: 'value', ...secret, ariaLabel: 'Value of the variable'};
-  const kids = [variable, value].map(given => make('input', given));
-  more.before(make('div', {className: 'pair row'}, ...kids));
+function addPair(more, defaultValue) {
+  const secret = {type: 'password', autocomplete: 'off', ariaLabel: 'Value of the variable'};
+  more.before(make('div', {className: 'pair row'},
+    make('input', {name: 'variable', defaultValue, ariaLabel: 'Name of the variable'}),
+    make('input', {name: 'value', ...secret})));
 }
 for (const more of document.getElementsByName('more')) {
   addPair(more, more.value);
@@ -9269,31 +9225,19 @@ for (const more of document.getElementsByName('more')) {
     more.previousElementSibling.firstElementChild.focus();
   };
 }
-$('renew').onsubmit = event => {
-  event.preventDefault();
-  const form = $('renew');
-  clearFaults(form);
-  change('Change of credentials', path => post(path, readForm(form), {}, 'PATCH'), form);
-};
-
-$('order').onsubmit = async event => {
-  event.preventDefault();
-  const form = $('order');
-  clearFaults(form);
-  say('order-words', '');
-  try {
-    const order = readForm(form);
-    const vm = await (await post('provision', order, {Prefer: 'respond-async'})).json();
-    form.reset();
-    if ($('from')) $('from').value = vm.phone_number;
-    $('make').close();
-    showDetails({...vm, phone: 'New VM'});
-  } catch (error) {
-    say('order-words', showFaults(form, error));
-  }
-};
+onSubmit('renew', 'news', form =>
+  change('Change of credentials', path => send(path, readForm(form), 'PATCH'), form));
+onSubmit('order', 'order-words', async form => {
+  const answer = await send('provision', readForm(form), 'POST', {Prefer: 'respond-async'});
+  const vm = await answer.json();
+  form.reset();
+  if ($('from')) $('from').value = vm.phone_number;
+  $('make').close();
+  showDetails({...vm, phone: 'New VM'});
+});
 $('new').onclick = () => $('make').showModal();
 $('close').onclick = () => $('make').close();
+document.body.className = key && 'in';
 if (key) follow();
 """
 
@@ -9302,12 +9246,6 @@ const NOTICE = /^(Your (VM|queue) |Not run|No answer after|Still working)/;
 let vms = [];
 let threadOf = '';
 const number = () => $('from').value.replace(/[ .()-]/g, '');
-async function readNumbers() {  // the feed masks them
-  vms = (await (await api('provision?limit=200')).json()).vms;
-  const options = vms.map(vm => make('option', {value: vm.phone_number}));
-  if (options.length !== $('known').children.length) $('known').replaceChildren(...options);
-  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
-}
 function bubble({at, body, direction, media}) {
   const pictures = media.map(url => {
     const {pathname, search} = new URL(url, location);
@@ -9319,48 +9257,40 @@ function bubble({at, body, direction, media}) {
 }
 async function readThread() {
   const list = $('thread');
-  await readNumbers();
+  ({vms} = await read('provision?limit=200'));  // the feed masks numbers
+  draw('known', vms.map(vm => make('option', {}, vm.phone_number)));
+  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
   const phone = number();
   if (phone !== threadOf) list.replaceChildren();
   threadOf = phone;
-  if (!phone) return;
-  const answer = await api(`_local/texts?phone=${encodeURIComponent(phone)}`);
-  const {texts} = await answer.json();
+  const {texts} = await read(`_local/texts?phone=${encodeURIComponent(phone)}`);
   const news = texts.slice(list.children.length);
   list.append(...news.map(bubble));
   if (news.length) list.scrollTop = list.scrollHeight;
 }
 async function followThread() {
   for (;;) {
-    $('kill').hidden = !fleet?.can_kill;
+    $('kill').hidden = !told.fleet?.can_kill;
     if (key) await readThread().catch(() => {});  // the feed says what is wrong
     await sleep(document.hidden ? 5000 : 800);
   }
 }
-$('send').onsubmit = async event => {
-  event.preventDefault();
+onSubmit('send', 'phone-words', async () => {
   const body = $('words').value;
   $('words').value = '';
-  clearFaults($('send'));
-  try {
-    const answer = await post('_local/texts', {from: number(), body});
-    const {webhook_status: code} = await answer.json();
-    const words = `The gateway answered this text with ${code}. Its log says why.`;
-    say('phone-words', code === 200 ? '' : words);
-  } catch (error) {
+  const answer = await send('_local/texts', {from: number(), body}).catch(error => {
     $('words').value = body;
-    say('phone-words', showFaults($('send'), error));
-  }
-};
+    throw error;
+  });
+  const {webhook_status: code} = await answer.json();
+  if (code !== 200) throw {detail: `the gateway answered this text with ${code}; its log says why`};
+});
 $('kill').onclick = async () => {
   const vm = vms.find(known => known.phone_number === number());
   if (!vm) return say('phone-words', 'This number has no VM. New VM sets one up.');
-  try {
-    await post(`_local/vms/${vm.vm_id}/kill`, {});
-    say('phone-words', 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.');
-  } catch (error) {
-    say('phone-words', explain(error));
-  }
+  const words = 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.';
+  const end = send(`_local/vms/${vm.vm_id}/kill`, {}).then(() => words, explain);
+  say('phone-words', await end);
 };
 const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
 $('out').before(make('button', toPhone, 'Phone'));
