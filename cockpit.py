@@ -8507,7 +8507,6 @@ def fleet_summary(gateway: Gateway) -> Json:
         "at": gateway.clock.now(),
         "mode": "production" if settings.gateway.is_production else "local",
         "number": mask_phone(settings.twilio.phone_number),
-        "can_kill": settings.fly.is_local,
         "regions": settings.vm.regions,
         "vms": vms_by_state(gateway),
         "texts_a_minute": round(metrics.texts_a_minute(), 1),
@@ -8567,13 +8566,12 @@ async def get_events(request: web.Request) -> web.StreamResponse:
 
 
 WHERE_TO_GO = """\
-cockpit {version}: an engineer texts one phone number and drives the coding agent on a cloud VM of their own.
+cockpit {version}; its manual is README.md.
 
 The operator's page: {url}/ in a browser; it asks for the API key
-The VMs:             curl {url}/provision -H 'Authorization: Bearer {key}'
+The VMs:             curl {url}/provision -H 'Authorization: Bearer KEY'
 All calls:           {url}/openapi.json
 What is wrong:       {url}/health, and python cockpit.py doctor
-The manual:          README.md
 """
 
 
@@ -8582,9 +8580,8 @@ async def get_page(request: web.Request) -> web.Response:
     html, headers = request.app[PAGE]
     if accepts(request, "text/html"):
         return web.Response(text=html, content_type="text/html", headers=headers)
-    gateway = request.app[SETTINGS].gateway
-    key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "KEY"
-    return web.Response(text=WHERE_TO_GO.format(version=VERSION, url=gateway.public_url, key=key))
+    url = request.app[SETTINGS].gateway.public_url
+    return web.Response(text=WHERE_TO_GO.format(version=VERSION, url=url))
 
 
 def csp_hash(inline: str) -> str:
@@ -8624,24 +8621,22 @@ PAGE_STYLE = """
 :root{
 color-scheme:light dark;
 scroll-padding-top:72px;
---card:Canvas;
---ink:CanvasText;
 --go:light-dark(#2b5fd0,#8db2ff);
 --ok:light-dark(#17743f,#56c78c);
 --warn:light-dark(#8a5800,#e5ab45);
 --bad:light-dark(#b92534,#ff9096);
---dim:color-mix(in srgb,var(--ink) 66%,var(--card));
---line:color-mix(in srgb,var(--ink) 14%,var(--card));
---soft:color-mix(in srgb,var(--ink) 5%,var(--card));
+--dim:color-mix(in srgb,CanvasText 66%,Canvas);
+--line:color-mix(in srgb,CanvasText 14%,Canvas);
+--soft:color-mix(in srgb,CanvasText 5%,Canvas);
 }
 *{box-sizing:border-box;min-width:0}
-[hidden],body:not(.in) :is(#tools,#board),.in #gate{display:none!important}
+body:not(.in) :is(#tools,#board),.in #gate{display:none}
 :is(ul,#pairing,p:not([role])):empty{display:none}
-body{margin:0;background:var(--soft);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
+body{margin:0;background:var(--soft);color:CanvasText;font:14px/1.45 system-ui,sans-serif}
 h1,h2,h3,p,ol,ul,dl,dd,figure{margin:0;padding:0;list-style:none;font-size:15px;outline:0}
 p,dd{font-size:14px;overflow-wrap:anywhere}
 code{font:12px ui-monospace,monospace;color:var(--dim);overflow-wrap:anywhere}
-button,input,select{font:inherit;color:inherit;background:var(--card);padding:7px 11px}
+button,input,select{font:inherit;color:inherit;background:Canvas;padding:7px 11px}
 button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
 button,input,select,summary,label.row{min-height:40px}
 input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
@@ -8650,10 +8645,10 @@ button,summary{cursor:pointer;font-weight:550;flex:none}
 summary{padding:9px 0}
 :is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
-.go{background:var(--go);border-color:var(--go);color:var(--card)}
+.go{background:var(--go);border-color:var(--go);color:Canvas}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}
-header,.card,dialog{background:var(--card);color:var(--ink)}
+header,.card,dialog{background:Canvas;color:CanvasText}
 .row{display:flex;flex-wrap:wrap;gap:8px 10px;align-items:center}
 .grow{flex:1}
 .stack{display:grid;gap:14px}
@@ -8689,7 +8684,7 @@ svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-wid
 :is(#thread,#texts):empty::before{content:"No texts yet.";color:var(--dim)}
 #thread div{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
 #thread div{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
-#thread .in{background:var(--go);color:var(--card);align-self:flex-end}
+#thread .in{background:var(--go);color:Canvas;align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
 #thread :is(img,time){display:block;max-width:100%;font-size:11px}
 #phone>:is(p,small){padding:0 16px}
@@ -8704,8 +8699,9 @@ label:not(.row){display:grid;gap:4px;font-weight:550}
 #texts :is(small,code){display:block}
 details p{margin-bottom:10px}
 #changes :last-child>.go{background:var(--bad);border-color:var(--bad)}
-@media(min-width:1241px){#to-phone{display:none}}
+#to-phone{display:none}
 @media(max-width:1240px){
+#to-phone{display:block}
 #tiles{grid-template-columns:repeat(3,1fr)}
 #hour{grid-column:1/-1}
 #work{flex-direction:column;align-items:stretch}
@@ -8869,13 +8865,11 @@ const REMEDIES = [  // by code or state, and words
 ];
 let key = sessionStorage.getItem('cockpit-key') || '';
 let told = {};  // the last of each event
-let cut = null;  // of the feed that is followed
-let failures = 0;
+let feed = new AbortController();  // of the feed that is followed
+let watch = 0;
 
 const $ = id => document.getElementById(id);
 const sleep = ms => new Promise(done => setTimeout(done, ms));
-const silence = {detail: 'nothing arrives; a proxy may hold it back'};
-const soon = work => Promise.race([work, sleep(15000).then(() => Promise.reject(silence))]);
 // Words from outside only ever become text: this page has no way to make markup of them.
 function make(tag, given, ...kids) {
   const made = Object.assign(document.createElement(tag), given);
@@ -8897,28 +8891,26 @@ function withRemedy(kind, words) {
   return `${sentence(words)} ${remedy}`;
 }
 
-async function api(path, options) {
-  const headers = {Authorization: `Bearer ${key}`, ...options?.headers};
-  const answer = await fetch(path, {...options, headers});
+async function api(path, {headers: more, ...asked} = {}) {
+  const type = {'Content-Type': 'application/json'};
+  const headers = {Authorization: `Bearer ${key}`, ...type, ...more};
+  const answer = await fetch(path, {...asked, headers});
   if (answer.ok) return answer;
   const problem = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
   throw {detail: `the gateway answered ${answer.status}`, ...problem};
 }
-const read = async path => (await api(path)).json();
-function send(path, body, method = 'POST', more = {}) {
-  const headers = {'Content-Type': 'application/json', ...more};
-  return api(path, {method, headers, body: JSON.stringify(body)});
-}
+const read = async (...asked) => (await api(...asked)).json();
+const post = body => ({method: 'POST', body: JSON.stringify(body)});
 function explain({code, detail}) {
   if (!detail) return 'The gateway did not answer. Check that it is running, then try again.';
   return withRemedy(code, code === 'unauthorized' ? 'that key is not accepted' : detail);
 }
 
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
-  const names = [...form.querySelectorAll('[name=variable]')];
   for (const {field, message} of error.errors || []) {
-    const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
-    const input = form.elements[field] || named || names[0];
+    const fits = ({id, name, value}) =>
+      [id, name, `api_keys.${value.trim()}`].includes(field);
+    const input = [...form.elements].find(fits) || form.querySelector('[name=variable]');
     const id = `${form.id}-${field}`;
     input.ariaInvalid = 'true';
     input.setAttribute('aria-describedby', id);
@@ -8944,12 +8936,17 @@ function status(kind, words) {
   $('status').className = `dim grow ${kind}`;
   say('status', words);
 }
-async function stream(signal) {
-  const headers = {Accept: 'text/event-stream'};
-  const {body} = await soon(api('events', {headers, signal}));
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+function hear() {  // the feed ends when nothing arrives for 15 s
+  const silence = {detail: 'nothing arrives; a proxy may hold it back'};
+  clearTimeout(watch);
+  watch = setTimeout(feed => feed.abort(silence), 15000, feed);
+}
+async function stream({signal}) {
+  hear();
+  const answer = await api('events', {headers: {Accept: 'text/event-stream'}, signal});
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ''; ;) {
-    const {value, done} = await soon(reader.read());
+    const {value, done} = await reader.read();
     if (done) throw new Error('the stream ended');
     const blocks = (text + value).split('\n\n');
     text = blocks.pop();
@@ -8957,34 +8954,32 @@ async function stream(signal) {
       const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(block);
       told[name] = JSON.parse(data);
     }
-    failures = 0;
-    status('live', 'Live');
+    hear();
     if (!document.body.className) enter();
+    status('live', 'Live');
     if (told.table) show();
   }
 }
-async function follow() {  // until somebody signs in or out
-  cut?.abort();
+async function follow() {
   let mine;
   do {
-    mine = cut = new AbortController();
-    const error = await stream(mine.signal).catch(error => error);
-    mine.abort();
-    if (mine !== cut) return;
-    if (error.code === 'unauthorized' || !document.body.className) return leave(explain(error));
-    const pause = Math.min(30, 2 ** ++failures) * (0.25 + Math.random() / 4);
-    status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
-    await sleep(pause * 1000);
-  } while (mine === cut);
+    feed.abort();
+    mine = feed = new AbortController();
+    const error = await stream(mine).catch(error => error);
+    if (mine !== feed) return;  // somebody signed in or out
+    const isOut = !document.body.className || error.code === 'unauthorized';
+    if (isOut) return leave(explain(error));
+    status('lost', 'No connection, trying again');
+    await sleep(2000);
+  } while (mine === feed);
 }
-
 function enter() {
   document.body.className = 'in';
   $('new').focus();
 }
 function leave(why) {
-  cut?.abort();
-  cut = null;
+  feed.abort();
+  feed = new AbortController();
   key = '';
   told = {};
   sessionStorage.removeItem('cockpit-key');
@@ -9053,10 +9048,9 @@ function drawFleet({fleet}) {
   draw('region', [make('option', {value: ''}, 'As configured'), ...regions]);
 }
 
-function isFound(row, needle) {
-  const words = Object.values(row).join(' ').toLowerCase();
-  const end = /^\+?[\d .()-]{7,}$/.test(needle) && needle.replace(/\D/g, '').slice(-4);
-  return words.includes(end ? `***${end}` : needle);  // the feed masks numbers
+const masked = number => `***${number.replace(/\D/g, '').slice(-4)}`;
+function sought() {  // numbers as the feed shows them
+  return $('filter').value.trim().toLowerCase().replace(/^\+?[\d .()-]{7,}$/, masked);
 }
 const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
@@ -9078,9 +9072,9 @@ function lineOf(row) {
   return line;
 }
 function drawTable({table: {rows, is_whole}}) {
-  const needle = $('filter').value.trim().toLowerCase();
-  const found = rows.filter(row => isFound(row, needle)).sort((a, b) => rank(a) - rank(b));
-  const lines = found.map(lineOf);
+  const needle = sought();
+  const isFound = row => Object.values(row).join(' ').toLowerCase().includes(needle);
+  const lines = rows.filter(isFound).sort((a, b) => rank(a) - rank(b)).map(lineOf);
   const old = $('rows').children;
   if (lines.length !== old.length || lines.some((line, at) => line !== old[at])) {
     const focused = document.activeElement;  // moving a line takes the focus from it
@@ -9137,12 +9131,14 @@ function newText({message_sid, outcome, steps, errors}) {
     make('code', {}, message_sid));
 }
 function drawDetails(title, trouble, vm) {
-  const {paired, pairing_code: code, texts = []} = vm;
-  const facts = {...vm};
-  if (vm.state) facts.steps = stepsOf(vm);
-  if (vm.created_at) facts.created_at = when(vm.created_at);
-  if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
-  const known = Object.entries(RECORD).filter(([name]) => facts[name]);
+  const {vm_id, paired, pairing_code: code, texts = []} = vm;
+  const facts = {
+    ...vm,
+    created_at: when(vm.created_at),
+    steps: stepsOf(vm),
+    awake_s: vm.awake_s >= 0 && `${(vm.awake_s / 3600).toFixed(1)} h in all`,
+  };
+  const known = Object.entries(RECORD).filter(([name]) => vm_id && facts[name]);
   const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
   const remedy = 'Text this code from that phone to connect it. Until then nothing of it is run.';
   const pairing = [make('b', {className: 'code'}, code), make('p', {}, remedy)];
@@ -9193,7 +9189,7 @@ async function change(title, call, form) {
 for (const [title, words] of Object.entries(CHANGES)) {
   const call = path => title === 'Tear down'
     ? api(path, {method: 'DELETE'})
-    : send(`${path}/${title.toLowerCase()}`, {});
+    : api(`${path}/${title.toLowerCase()}`, post({}));
   const onclick = () => change(title, call);
   $('changes').append(make('details', {name: 'change'},
     make('summary', {}, title),
@@ -9226,10 +9222,10 @@ for (const more of document.getElementsByName('more')) {
   };
 }
 onSubmit('renew', 'news', form =>
-  change('Change of credentials', path => send(path, readForm(form), 'PATCH'), form));
+  change('Change of credentials', path => api(path, {...post(readForm(form)), method: 'PATCH'}), form));
 onSubmit('order', 'order-words', async form => {
-  const answer = await send('provision', readForm(form), 'POST', {Prefer: 'respond-async'});
-  const vm = await answer.json();
+  const headers = {Prefer: 'respond-async'};
+  const vm = await read('provision', {...post(readForm(form)), headers});
   form.reset();
   if ($('from')) $('from').value = vm.phone_number;
   $('make').close();
@@ -9246,7 +9242,7 @@ const NOTICE = /^(Your (VM|queue) |Not run|No answer after|Still working)/;
 let vms = [];
 let threadOf = '';
 const number = () => $('from').value.replace(/[ .()-]/g, '');
-function bubble({at, body, direction, media}) {
+function bubble({date_created: at, body, direction, media}) {
   const pictures = media.map(url => {
     const {pathname, search} = new URL(url, location);
     return make('img', {src: pathname + search, alt: 'Picture'});
@@ -9270,26 +9266,25 @@ async function readThread() {
 }
 async function followThread() {
   for (;;) {
-    $('kill').hidden = !told.fleet?.can_kill;
     if (key) await readThread().catch(() => {});  // the feed says what is wrong
-    await sleep(document.hidden ? 5000 : 800);
+    await sleep(800);
   }
 }
 onSubmit('send', 'phone-words', async () => {
   const body = $('words').value;
   $('words').value = '';
-  const answer = await send('_local/texts', {from: number(), body}).catch(error => {
+  const sent = read('_local/texts', post({from: number(), body}));
+  const {webhook_status: code} = await sent.catch(error => {
     $('words').value = body;
     throw error;
   });
-  const {webhook_status: code} = await answer.json();
   if (code !== 200) throw {detail: `the gateway answered this text with ${code}; its log says why`};
 });
 $('kill').onclick = async () => {
   const vm = vms.find(known => known.phone_number === number());
   if (!vm) return say('phone-words', 'This number has no VM. New VM sets one up.');
   const words = 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.';
-  const end = send(`_local/vms/${vm.vm_id}/kill`, {}).then(() => words, explain);
+  const end = api(`_local/vms/${vm.vm_id}/kill`, post({})).then(() => words, explain);
   say('phone-words', await end);
 };
 const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
@@ -9547,15 +9542,12 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
     is_at_home = is_loopback(urlsplit(gateway.public_url).hostname or "")
     # A page elsewhere may point its own name at this machine (DNS rebinding).
     if (is_local_path or is_at_home) and not is_loopback(host):
-        url = f"http://127.0.0.1:{gateway.port}"
-        raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
+        raise Refusal("forbidden", f"in local mode use http://127.0.0.1:{gateway.port}")
     if is_local_path:
-        is_forwarded = any(
-            name.lower().startswith(("forwarded", "x-forwarded")) for name in request.headers
-        )
+        names = [name.lower() for name in request.headers]
+        is_forwarded = any(name.startswith(("forwarded", "x-forwarded")) for name in names)
         if is_forwarded or not is_loopback(request.remote or ""):
-            reason = "/_local answers this machine only, without a proxy or tunnel"
-            raise Refusal("forbidden", reason)
+            raise Refusal("forbidden", "/_local answers this machine only, without a proxy")
         # A page elsewhere may post a form without being asked, but not JSON.
         is_form = request.method == "POST" and request.content_type != JSON_TYPE
         if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
@@ -9685,33 +9677,32 @@ class LocalVm:
 
     # What Fly is asked of it
 
-    async def start(self, _: Json | None = None) -> Json:
+    async def start(self) -> None:
         if self.keeper is None:
             self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.app}")
         elif self.process is not None and self.machine["state"] == "suspended":
             self.become("started")
             await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
-        return {"ok": True}
 
-    async def restart(self, _: Json) -> Json:
+    async def restart(self) -> None:
         await self.stop()
-        return await self.start()
+        await self.start()
 
-    async def suspend(self, _: Json) -> Any:
+    async def suspend(self) -> Any:
         """Its processes stop where they are: memory survives."""
         if self.process is None or self.machine["state"] != "started":
             return 412, {"error": f"failed_precondition: it is {self.machine['state']}"}
         self.become("suspended")
         leader = self.process.pid
         self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
-        return {"ok": True}
+        return {}
 
     async def wait(self, asked: Json) -> Any:
         machine, until = self.machine, time.monotonic() + float(asked["timeout"])
         while time.monotonic() < until:
             is_new = machine["events"][0]["id"] != asked.get("from_event_id")
             if is_new and machine["state"] == asked["state"]:
-                return {"ok": True}
+                return {}
             await asyncio.sleep(0.05)
         return 408, {"error": f"deadline_exceeded: the machine is {machine['state']}"}
 
@@ -9735,9 +9726,8 @@ class LocalVm:
         self.secrets |= asked["values"]
         return {"version": 1}
 
-    def set_metadata(self, asked: Json) -> Json:
+    def set_metadata(self, asked: Json) -> None:
         self.machine["config"].setdefault("metadata", {})[asked["name"]] = asked["value"]
-        return {}
 
 
 class LocalFly:
@@ -9757,21 +9747,23 @@ class LocalFly:
         app, machine = "/apps/{app}", "/apps/{app}/machines/{machine}"
         # Of an app and what is asked: body, query and path in one.
         table: dict[str, Callable[[LocalVm, Json], Any]] = {
-            "POST /apps": lambda _, asked: self.create_app(asked["name"]),
+            "POST /apps": self.create_app,
             "GET /apps": lambda *_: {"apps": [{"name": name} for name in self.vms]},
-            "GET /orgs/{org}/machines": lambda *_: {"machines": self.machines()},
+            "GET /orgs/{org}/machines": lambda *_: {
+                "machines": [vm.machine for vm in self.vms.values() if vm.machine]
+            },
             f"GET {app}": lambda vm, _: {"name": vm.app},
             f"DELETE {app}": self.delete_app,
             f"POST {app}/secrets": LocalVm.set_secrets,
-            f"POST {app}/ip_assignments": lambda *_: {},
+            f"POST {app}/ip_assignments": lambda *_: None,
             f"POST {app}/volumes": lambda *_: {"id": "vol_local"},
             f"POST {app}/machines": LocalVm.create,
             f"GET {machine}": lambda vm, _: vm.machine,
             f"POST {machine}": LocalVm.update,
             f"GET {machine}/wait": LocalVm.wait,
-            f"POST {machine}/start": LocalVm.start,
-            f"POST {machine}/suspend": LocalVm.suspend,
-            f"POST {machine}/restart": LocalVm.restart,
+            f"POST {machine}/start": lambda vm, _: vm.start(),
+            f"POST {machine}/suspend": lambda vm, _: vm.suspend(),
+            f"POST {machine}/restart": lambda vm, _: vm.restart(),
             f"POST {machine}/metadata/{{name}}": LocalVm.set_metadata,
         }
         proxy = web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy)
@@ -9797,21 +9789,16 @@ class LocalFly:
             answer = await answer
         if request.method != "GET":
             await self.save()
-        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        status, value = answer if isinstance(answer, tuple) else (200, answer or {})
         return web.json_response(value, status=status)
 
-    def machines(self) -> list[Json]:
-        return [vm.machine for vm in self.vms.values() if vm.machine]
+    def create_app(self, _: LocalVm, asked: Json) -> None:
+        self.vms.setdefault(asked["name"], LocalVm(app=asked["name"], agent=self.agent))
 
-    def create_app(self, name: str) -> Json:
-        self.vms.setdefault(name, LocalVm(app=name, agent=self.agent))
-        return {}
-
-    async def delete_app(self, vm: LocalVm, _: Json) -> Json:
+    async def delete_app(self, vm: LocalVm, _: Json) -> None:
         self.vms.pop(vm.app, None)
         await vm.stop()
         await asyncio.to_thread(shutil.rmtree, vm.folder, ignore_errors=True)
-        return {}
 
     # Lasting
 
@@ -9846,7 +9833,7 @@ class LocalFly:
         if vm and vm.machine.get("state") == "suspended":
             await vm.start()  # as `autostart` does
         if vm is None or vm.process is None:
-            return web.Response(status=503, text="no machine is running")
+            return web.Response(status=503)
         url = f"http://127.0.0.1:{vm.port}{request.match_info['path']}"
         passed = ("Authorization", "Content-Type", "Idempotency-Key")
         headers = {name: request.headers[name] for name in passed if name in request.headers}
@@ -9854,11 +9841,10 @@ class LocalFly:
         try:
             async with aiohttp.request(request.method, url, headers=headers, **more) as answer:
                 content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
-                kind = answer.headers.get("Content-Type", "application/octet-stream")
-                headers = {"Content-Type": kind}
-                return web.Response(status=answer.status, body=content, headers=headers)
+                kind = answer.content_type
+                return web.Response(status=answer.status, body=content, content_type=kind)
         except aiohttp.ClientConnectorError:
-            return web.Response(status=503, text="the machine does not listen yet")
+            return web.Response(status=503)
         except aiohttp.ClientError:
             if request.transport is not None:
                 request.transport.abort()
@@ -9874,6 +9860,9 @@ class LocalFly:
         return web.Response(status=204)
 
 
+SILENCE = (
+    "No answer: this number has no VM (it is told ONBOARDING_URL once an hour, if that is set)."
+)
 A_PHONE = "must be a phone number such as +15551234567"
 LOCAL_TEXT = {
     "from": Field({**TEXT, "pattern": PHONE.pattern}, A_PHONE, is_required=True),
@@ -9955,7 +9944,10 @@ class LocalTwilio:
         for reply in replies:
             await self.record("outbound-reply", number, phone, html.unescape(reply))
         is_known = replies or phone in request.app[GATEWAY].routes.routes
-        if note := self.note(words, is_known=bool(is_known)):
+        said, note = words.strip().upper(), "" if is_known else SILENCE
+        if said in KEYWORDS and said != "YES":
+            note = f"Twilio itself answers {KEYWORDS[said]}."
+        if note:
             await self.record("note", number, phone, note)
         return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
 
@@ -9978,23 +9970,13 @@ class LocalTwilio:
         async with aiohttp.request("POST", own_url, data=form, **more) as answer:
             return answer.status, await answer.text()
 
-    def note(self, words: str, *, is_known: bool) -> str:
-        """What a phone would read of Twilio itself, or why it reads nothing."""
-        said = words.strip().upper()
-        if said != "YES" and said in KEYWORDS:
-            return f"Twilio itself answers {KEYWORDS[said]}."
-        if is_known or self.settings.gateway.onboarding_url:
-            return ""
-        return "Nothing is said: this number has no VM, and ONBOARDING_URL is not set."
-
     async def show_thread(self, request: web.Request) -> web.Response:
         """One phone's thread, both directions, oldest first."""
         require_key(request)
         phone = request.query.get("phone", "").replace(" ", "+")
         ways = {"inbound": "in", "note": "note"}
         texts = [
-            {**message, "direction": ways.get(message["direction"], "out")}
-            | {"at": utc_seconds(listed_at(message) or 0)}
+            message | {"direction": ways.get(message["direction"], "out")}
             for message in self.messages
             if phone in (message["from"], message["to"])
         ]
@@ -10003,14 +9985,13 @@ class LocalTwilio:
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
-    stand_ins: list[LocalFly | LocalTwilio] = []
+    fly, twilio = LocalFly(settings), LocalTwilio(settings)
     if settings.fly.is_local:
-        stand_ins.append(LocalFly(settings))
+        app.add_routes(fly.routes())
+        app.cleanup_ctx.append(fly.hold)
     if settings.twilio.is_local:
-        stand_ins.append(LocalTwilio(settings))
-    for stand_in in stand_ins:
-        app.add_routes(stand_in.routes())
-        app.cleanup_ctx.append(stand_in.hold)
+        app.add_routes(twilio.routes())
+        app.cleanup_ctx.append(twilio.hold)
 
 
 # --- Assembly ---
