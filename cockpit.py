@@ -8865,7 +8865,7 @@ const REMEDIES = [  // by code or state, and words
 ];
 let key = sessionStorage.getItem('cockpit-key') || '';
 let told = {};  // the last of each event
-let feed = new AbortController();  // of the feed that is followed
+let feed = new AbortController();  // ends the one that is followed
 let watch = 0;
 
 const $ = id => document.getElementById(id);
@@ -8908,9 +8908,9 @@ function explain({code, detail}) {
 
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
   for (const {field, message} of error.errors || []) {
-    const fits = ({id, name, value}) =>
-      [id, name, `api_keys.${value.trim()}`].includes(field);
-    const input = [...form.elements].find(fits) || form.querySelector('[name=variable]');
+    const names = [...form.querySelectorAll('[name=variable]')];
+    const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
+    const input = form.elements[field] || named || names[0];
     const id = `${form.id}-${field}`;
     input.ariaInvalid = 'true';
     input.setAttribute('aria-describedby', id);
@@ -9048,10 +9048,7 @@ function drawFleet({fleet}) {
   draw('region', [make('option', {value: ''}, 'As configured'), ...regions]);
 }
 
-const masked = number => `***${number.replace(/\D/g, '').slice(-4)}`;
-function sought() {  // numbers as the feed shows them
-  return $('filter').value.trim().toLowerCase().replace(/^\+?[\d .()-]{7,}$/, masked);
-}
+const masked = number => `***${number.replace(/\D/g, '').slice(-4)}`;  // as the feed does
 const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
   const onclick = () => showDetails(row);
@@ -9072,7 +9069,8 @@ function lineOf(row) {
   return line;
 }
 function drawTable({table: {rows, is_whole}}) {
-  const needle = sought();
+  const given = $('filter').value.trim().toLowerCase();
+  const needle = given.replace(/^\+?[\d .()-]{7,}$/, masked);
   const isFound = row => Object.values(row).join(' ').toLowerCase().includes(needle);
   const lines = rows.filter(isFound).sort((a, b) => rank(a) - rank(b)).map(lineOf);
   const old = $('rows').children;
@@ -9179,8 +9177,8 @@ async function change(title, call, form) {
   try {
     const {status} = await call(`provision/${shown.vm_id}`);
     form?.reset();
-    const end = status === 202 ? 'Fly has not confirmed yet; it is asked until it has.' : 'done.';
-    say('news', `${what}: ${end}`);
+    const unsure = 'Fly has not confirmed yet; it is asked until it has.';
+    say('news', `${what}: ${status === 202 ? unsure : 'done.'}`);
   } catch (error) {
     say('news', `${what}: ${form ? showFaults(form, error) : explain(error)}`);
   }
@@ -9221,8 +9219,10 @@ for (const more of document.getElementsByName('more')) {
     more.previousElementSibling.firstElementChild.focus();
   };
 }
-onSubmit('renew', 'news', form =>
-  change('Change of credentials', path => api(path, {...post(readForm(form)), method: 'PATCH'}), form));
+onSubmit('renew', 'news', form => {
+  const call = path => api(path, {...post(readForm(form)), method: 'PATCH'});
+  return change('Change of credentials', call, form);
+});
 onSubmit('order', 'order-words', async form => {
   const headers = {Prefer: 'respond-async'};
   const vm = await read('provision', {...post(readForm(form)), headers});
@@ -9691,7 +9691,7 @@ class LocalVm:
     async def suspend(self) -> Any:
         """Its processes stop where they are: memory survives."""
         if self.process is None or self.machine["state"] != "started":
-            return 412, {"error": f"failed_precondition: it is {self.machine['state']}"}
+            return 412, {"error": f"failed_precondition: {self.machine['state']}"}
         self.become("suspended")
         leader = self.process.pid
         self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
@@ -9704,7 +9704,7 @@ class LocalVm:
             if is_new and machine["state"] == asked["state"]:
                 return {}
             await asyncio.sleep(0.05)
-        return 408, {"error": f"deadline_exceeded: the machine is {machine['state']}"}
+        return 408, {"error": f"deadline_exceeded: {machine['state']}"}
 
     async def create(self, asked: Json) -> Json:
         self.machine |= {
