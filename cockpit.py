@@ -8632,8 +8632,19 @@ scroll-padding-top:72px;
 *{box-sizing:border-box;min-width:0}
 body:not(.in) :is(#tools,#board),.in #gate{display:none}
 :is(ul,#pairing,p:not([role])):empty{display:none}
-body{margin:0;background:var(--soft);color:CanvasText;font:14px/1.45 system-ui,sans-serif}
-h1,h2,h3,p,ol,ul,dl,dd,figure{margin:0;padding:0;list-style:none;font-size:15px;outline:0}
+body{
+margin:0;
+background:var(--soft);
+color:CanvasText;
+font:14px/1.45 system-ui,sans-serif;
+}
+h1,h2,h3,p,ol,ul,dl,dd,figure{
+margin:0;
+padding:0;
+list-style:none;
+font-size:15px;
+outline:0;
+}
 p,dd{font-size:14px;overflow-wrap:anywhere}
 code{font:12px ui-monospace,monospace;color:var(--dim);overflow-wrap:anywhere}
 button,input,select{font:inherit;color:inherit;background:Canvas;padding:7px 11px}
@@ -8653,7 +8664,13 @@ header,.card,dialog{background:Canvas;color:CanvasText}
 .grow{flex:1}
 .stack{display:grid;gap:14px}
 .bar,#tiles .card{padding:12px 16px}
-header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+header{
+padding:8px 24px;
+border-bottom:1px solid var(--line);
+position:sticky;
+top:0;
+z-index:2;
+}
 #gate{max-width:380px;margin:14vh auto;padding:28px}
 #board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
@@ -8661,29 +8678,69 @@ header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:
 #tiles b{display:block;font-size:25px;line-height:1.3}
 #hour{display:grid;grid-template:auto 1fr auto auto/auto 1fr;gap:1px 8px}
 figcaption{grid-column:1/-1}
-svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-width:1px 0;stroke-width:4.8}
+svg{
+grid-area:2/2/4/3;
+width:100%;
+height:56px;
+border:solid var(--line);
+border-width:1px 0;
+stroke-width:4.8;
+}
 #hour .axis{grid-column:2;display:flex;justify-content:space-between}
 #all-sum::before,#failed-sum::before{content:"■ ";color:var(--go)}
 #failed-sum::before{color:var(--bad)}
 #work{display:flex;gap:14px;align-items:start}
 #filter{flex:0 1 300px}
-#rows li{position:relative;display:grid;gap:2px 12px;padding:9px 16px;border-top:1px solid var(--line)}
-#rows li{grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;align-items:center}
-#rows .who{grid-area:who;padding:0;min-height:24px;border:0;background:none;text-align:left}
+#rows li{
+position:relative;
+display:grid;
+gap:2px 12px;
+padding:9px 16px;
+border-top:1px solid var(--line);
+grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;
+align-items:center;
+}
+#rows .who{
+grid-area:who;
+padding:0;
+min-height:24px;
+border:0;
+background:none;
+text-align:left;
+}
 .who::after{content:"";position:absolute;inset:0}
 #rows .spoke{grid-area:spoke;text-align:right;font-variant-numeric:tabular-nums}
 #rows p{grid-area:bad}
 #status::before,.state::before{content:"● ";color:var(--dim)}
 #status.live::before,.ready .state::before{color:var(--ok)}
-#status.poll::before,:is(.away,.deleting) .state::before{color:var(--warn)}
+.away .state::before,.deleting .state::before{color:var(--warn)}
 #status.lost::before,.failed .state::before{color:var(--bad)}
 .asleep .state::before{content:"○ "}
 #none{padding:40px 16px;text-align:center}
-#phone{flex:0 0 310px;display:flex;flex-direction:column;height:min(640px,100dvh - 90px)}
-#thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:4px}
+#phone{
+flex:0 0 310px;
+display:flex;
+flex-direction:column;
+height:min(640px,100dvh - 90px);
+}
+#thread{
+flex:1;
+overflow-y:auto;
+padding:14px;
+display:flex;
+flex-direction:column;
+gap:4px;
+}
 :is(#thread,#texts):empty::before{content:"No texts yet.";color:var(--dim)}
-#thread div{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
-#thread div{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
+#thread div{
+max-width:84%;
+padding:7px 12px;
+border-radius:15px;
+background:var(--soft);
+white-space:pre-wrap;
+overflow-wrap:anywhere;
+align-self:flex-start;
+}
 #thread .in{background:var(--go);color:Canvas;align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
 #thread :is(img,time){display:block;max-width:100%;font-size:11px}
