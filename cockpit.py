@@ -9643,13 +9643,11 @@ def signal_session(leader: int, number: int) -> list[tuple[int, str]]:
     Returns the id and the start time of each; nothing elsewhere than on Linux.
     """
     signal_group(leader, number)
-    members = []
-    for process in processes():
+    members = [process for process in processes() if process.session == leader]
+    for process in members:
         with suppress(OSError):
-            if process.session == leader:
-                os.kill(process.id, number)
-                members.append((process.id, process.started))
-    return members
+            os.kill(process.id, number)
+    return [(process.id, process.started) for process in members]
 
 
 def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
@@ -9909,11 +9907,11 @@ class LocalFly:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        app = request.match_info["app"]
-        if app not in self.vms:
-            raise Refusal("unknown_vm", f"there is no VM {app}")
-        if process := self.vms[app].process:
-            signal_group(process.pid, signal.SIGKILL)
+        vm = self.vms.get(request.match_info["app"])
+        if vm is None:
+            raise Refusal("unknown_vm", "there is no such VM here")
+        if vm.process is not None:
+            signal_group(vm.process.pid, signal.SIGKILL)
         return web.Response(status=204)
 
 
@@ -10011,20 +10009,13 @@ class LocalTwilio:
     async def deliver(self, message: Json) -> tuple[int, str]:
         """Call the gateway's own webhook, signed; its status and answer."""
         twilio, gateway = self.settings.twilio, self.settings.gateway
-        form = {
-            "MessageSid": message["sid"],
-            "AccountSid": twilio.account_sid,
-            "From": message["from"],
-            "To": message["to"],
-            "Body": message["body"],
-            "NumMedia": "0",
-        }
-        url = gateway.public_url + "/sms"
-        signature = twilio_signature(twilio.auth_tokens[0], url, form.items())
-        headers = {"X-Twilio-Signature": signature}
-        own_url = f"http://127.0.0.1:{gateway.port}/sms"
-        more: Any = {"headers": headers, "timeout": aiohttp.ClientTimeout(total=15)}
-        async with aiohttp.request("POST", own_url, data=form, **more) as answer:
+        form = {name.capitalize(): message[name] for name in ("from", "to", "body")}
+        form |= {"MessageSid": message["sid"], "AccountSid": twilio.account_sid}
+        signed = twilio.auth_tokens[0], gateway.public_url + "/sms", form.items()
+        more: Any = {"headers": {"X-Twilio-Signature": twilio_signature(*signed)}}
+        more["timeout"] = aiohttp.ClientTimeout(total=15)
+        url = f"http://127.0.0.1:{gateway.port}/sms"
+        async with aiohttp.request("POST", url, data=form, **more) as answer:
             return answer.status, await answer.text()
 
     async def show_thread(self, request: web.Request) -> web.Response:
