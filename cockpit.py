@@ -8565,23 +8565,9 @@ async def get_events(request: web.Request) -> web.StreamResponse:
     return response
 
 
-WHERE_TO_GO = """\
-cockpit {version}; its manual is README.md.
-
-The operator's page: {url}/ in a browser; it asks for the API key
-The VMs:             curl {url}/provision -H 'Authorization: Bearer KEY'
-All calls:           {url}/openapi.json
-What is wrong:       {url}/health, and python cockpit.py doctor
-"""
-
-
 async def get_page(request: web.Request) -> web.Response:
-    """The page for a browser; for who asks by hand, where to go on."""
     html, headers = request.app[PAGE]
-    if accepts(request, "text/html"):
-        return web.Response(text=html, content_type="text/html", headers=headers)
-    url = request.app[SETTINGS].gateway.public_url
-    return web.Response(text=WHERE_TO_GO.format(version=VERSION, url=url))
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
 def csp_hash(inline: str) -> str:
@@ -8949,8 +8935,7 @@ function withRemedy(kind, words) {
 }
 
 async function api(path, {headers: more, ...asked} = {}) {
-  const type = {'Content-Type': 'application/json'};
-  const headers = {Authorization: `Bearer ${key}`, ...type, ...more};
+  const headers = {Authorization: `Bearer ${key}`, 'Content-Type': 'application/json', ...more};
   const answer = await fetch(path, {...asked, headers});
   if (answer.ok) return answer;
   const problem = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
@@ -8994,9 +8979,8 @@ function status(kind, words) {
   say('status', words);
 }
 function hear() {  // the feed ends when nothing arrives for 15 s
-  const silence = {detail: 'nothing arrives; a proxy may hold it back'};
   clearTimeout(watch);
-  watch = setTimeout(feed => feed.abort(silence), 15000, feed);
+  watch = setTimeout(feed => feed.abort(), 15000, feed);
 }
 async function stream({signal}) {
   hear();
@@ -9185,8 +9169,8 @@ function newText({message_sid, outcome, steps, errors}) {
     ...errors.map(({error}) => make('small', {className: 'error'}, error)),
     make('code', {}, message_sid));
 }
-function drawDetails(title, trouble, vm) {
-  const {vm_id, paired, pairing_code: code, texts = []} = vm;
+function drawDetails(vm) {
+  const {error, vm_id, paired, pairing_code: code, texts = []} = vm;
   const facts = {
     ...vm,
     created_at: when(vm.created_at),
@@ -9197,8 +9181,8 @@ function drawDetails(title, trouble, vm) {
   const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
   const remedy = 'Text this code from that phone to connect it. Until then nothing of it is run.';
   const pairing = [make('b', {className: 'code'}, code), make('p', {}, remedy)];
-  say('who', title);
-  say('trouble', trouble);
+  say('who', error ? shown.phone : `${vm.phone}: ${stateOf(vm)}`);
+  say('trouble', error ? explain(error) : troubleOf(vm));
   draw('pairing', code && !paired ? pairing : []);
   draw('record', known.flatMap(line));
   draw('texts', texts.map(newText));
@@ -9206,14 +9190,8 @@ function drawDetails(title, trouble, vm) {
 async function readVm() {
   const {vm_id} = shown;
   shown = told.table?.rows.find(row => row.vm_id === vm_id) || shown;
-  let details;
-  try {
-    const vm = {...shown, ...await read(`provision/${vm_id}`)};
-    details = [`${vm.phone}: ${stateOf(vm)}`, troubleOf(vm), vm];
-  } catch (error) {
-    details = [shown.phone, explain(error), {}];
-  }
-  if (vm_id === shown.vm_id) drawDetails(...details);
+  const vm = await read(`provision/${vm_id}`).catch(error => ({error}));
+  if (vm_id === shown.vm_id) drawDetails(vm.error ? vm : {...shown, ...vm});
 }
 async function showDetails(row) {
   shown = row;
@@ -9576,7 +9554,7 @@ CALLS = (
         keys=("", "metrics_token"),
     ),
     Call("GET /events", get_events, "The page's feed", {200: f"{JSON_TYPE} {SSE_TYPE}"}),
-    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}, keys=()),
+    Call("GET /", get_page, "The operator's page", {200: "text/html"}, keys=()),
     Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}, keys=()),
 )
 
@@ -10527,7 +10505,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
         description="Without a command it serves: with no settings a whole local world, no account needed.",
-        epilog="""While it serves, its first page says where to go on: http://127.0.0.1:8080/ (PORT). Settings
+        epilog="""While it serves, the operator's page is http://127.0.0.1:8080/ (PORT). Settings
         are environment variables; README.md lists them, and has a walk to try everything.""",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
