@@ -9085,7 +9085,7 @@ function drawFleet({fleet}) {
     $(id).setAttribute('d', bars.join(''));
   }
   draw('troubles', fleet.troubles.map(words => make('li', {}, words)));
-  const regions = fleet.regions.map(code => make('option', {value: code}, code));
+  const regions = fleet.regions.map(code => make('option', {}, code));
   draw('region', [make('option', {value: ''}, 'As configured'), ...regions]);
 }
 
@@ -9300,9 +9300,8 @@ async function readThread() {
   if (news.length) list.scrollTop = list.scrollHeight;
 }
 async function followThread() {
-  for (;;) {
+  for (;; await sleep(800)) {
     if (key) await readThread().catch(() => {});  // the feed says what is wrong
-    await sleep(800);
   }
 }
 onSubmit('send', 'phone-words', async () => {
@@ -9776,8 +9775,8 @@ class LocalFly:
         self.vms: dict[str, LocalVm] = {}
         self.saving = asyncio.Lock()
 
-    def routes(self) -> list[web.RouteDef]:
-        app, machine = "/apps/{app}", "/apps/{app}/machines/{machine}"
+    def add_to(self, app: web.Application) -> None:
+        root, machine = "/apps/{app}", "/apps/{app}/machines/{machine}"
         # Of an app and what is asked: body, query and path in one.
         table: dict[str, Callable[[LocalVm, Json], Any]] = {
             "POST /apps": self.create_app,
@@ -9785,12 +9784,12 @@ class LocalFly:
             "GET /orgs/{org}/machines": lambda *_: {
                 "machines": [vm.machine for vm in self.vms.values() if vm.machine]
             },
-            f"GET {app}": lambda vm, _: {"name": vm.app},
-            f"DELETE {app}": self.delete_app,
-            f"POST {app}/secrets": LocalVm.set_secrets,
-            f"POST {app}/ip_assignments": lambda *_: None,
-            f"POST {app}/volumes": lambda *_: {"id": "vol_local"},
-            f"POST {app}/machines": LocalVm.create,
+            f"GET {root}": lambda vm, _: {"name": vm.app},
+            f"DELETE {root}": self.delete_app,
+            f"POST {root}/secrets": LocalVm.set_secrets,
+            f"POST {root}/ip_assignments": lambda *_: None,
+            f"POST {root}/volumes": lambda *_: {"id": "vol_local"},
+            f"POST {root}/machines": LocalVm.create,
             f"GET {machine}": lambda vm, _: vm.machine,
             f"POST {machine}": LocalVm.update,
             f"GET {machine}/wait": LocalVm.wait,
@@ -9799,13 +9798,13 @@ class LocalFly:
             f"POST {machine}/restart": lambda vm, _: vm.restart(),
             f"POST {machine}/metadata/{{name}}": LocalVm.set_metadata,
         }
-        proxy = web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy)
-        routes = [proxy, web.post("/_local/vms/{app}/kill", self.kill)]
         for call, act in table.items():
             method, path = call.split(" ")
             handler = functools.partial(self.answer, act)
-            routes.append(web.route(method, FLY_ROOT + path, handler))
-        return routes
+            app.router.add_route(method, FLY_ROOT + path, handler)
+        app.router.add_route("*", "/_local/vm/{app}{path:/.*}", self.proxy)
+        app.router.add_post("/_local/vms/{app}/kill", self.kill)
+        app.cleanup_ctx.append(self.hold)
 
     async def answer(
         self, call: Callable[[LocalVm, Json], Any], request: web.Request
@@ -9913,14 +9912,13 @@ class LocalTwilio:
         self.file = LOCAL_FOLDER / "twilio.jsonl"
         self.messages: deque[Json] = deque(maxlen=10_000)
 
-    def routes(self) -> list[web.RouteDef]:
+    def add_to(self, app: web.Application) -> None:
         messages = TWILIO_ROOT + "/2010-04-01/Accounts/{account}/Messages.json"
-        return [
-            web.post(messages, self.create),
-            web.get(messages, self.list),
-            web.post("/_local/texts", self.send_text),
-            web.get("/_local/texts", self.show_thread),
-        ]
+        app.router.add_post(messages, self.create)
+        app.router.add_get(messages, self.list)
+        app.router.add_post("/_local/texts", self.send_text)
+        app.router.add_get("/_local/texts", self.show_thread)
+        app.cleanup_ctx.append(self.hold)
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """The threads of the last time are there again."""
@@ -10011,13 +10009,10 @@ class LocalTwilio:
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
-    fly, twilio = LocalFly(settings), LocalTwilio(settings)
     if settings.fly.is_local:
-        app.add_routes(fly.routes())
-        app.cleanup_ctx.append(fly.hold)
+        LocalFly(settings).add_to(app)
     if settings.twilio.is_local:
-        app.add_routes(twilio.routes())
-        app.cleanup_ctx.append(twilio.hold)
+        LocalTwilio(settings).add_to(app)
 
 
 # --- Assembly ---
