@@ -97,7 +97,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 from xml.sax.saxutils import escape
 
@@ -7680,7 +7680,6 @@ def fleet_summary(gateway: Gateway) -> Json:
         "at": gateway.clock.now(),
         "mode": "production" if settings.gateway.is_production else "local",
         "number": mask_phone(settings.twilio.phone_number),
-        "can_kill": settings.fly.is_local,
         "regions": settings.vm.regions,
         "vms": vms_by_state(gateway),
         "texts_a_minute": round(metrics.texts_a_minute(), 1),
@@ -7697,19 +7696,17 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     """One VM as the table shows it, its number masked; raises Refusal when it is gone."""
     record = vm_record(gateway, vm_id)
     vm = gateway.relay.vms.get(vm_id)
-    names = ("vm_id", "state", "step", "region", "image", "last_error")
-    row: Json = {name: record[name] or "" for name in names}
-    return row | {
+    names = ("vm_id", "state", "step", "region", "image", "last_error", "paired")
+    return {name: record[name] for name in names} | {
         "phone": mask_phone(record["phone_number"]),
-        "paired": record["paired"],
         "waiting": len(vm.waiting) if vm else 0,
         "last_text": vm.last_text if vm else None,
         "away_since": vm.away_since if vm else None,
     }
 
 
-async def fleet_table(gateway: Gateway) -> Json:
-    """The first 1,000 VMs in order of vm_id, and how many there are in all."""
+async def fleet_news(gateway: Gateway) -> dict[str, Json]:
+    """The feed's events: `fleet`, and `table`: the first 1,000 VMs in order of vm_id."""
     rows: list[Json] = []
     vm_ids = vm_ids_after(gateway.routes, "", ROWS_MAX)
     for at, vm_id in enumerate(vm_ids):
@@ -7717,52 +7714,33 @@ async def fleet_table(gateway: Gateway) -> Json:
             await gateway.clock.sleep(0)
         with suppress(Refusal):  # torn down since the ids were read
             rows.append(row_of(gateway, vm_id))
-    # The states count failed ones too, which are not listed.
-    are_all_here = len(vm_ids) < ROWS_MAX
-    total = len(rows) if are_all_here else sum(vms_by_state(gateway).values())
-    return {"rows": rows, "total": total}
+    table = {"rows": rows, "is_whole": len(vm_ids) < ROWS_MAX}
+    return {"fleet": fleet_summary(gateway), "table": table}
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
-    """The page's live feed: `fleet` every 2 s, `table` when it changed; for who polls, both once, as JSON."""
+    """The page's live feed: every 2 s what changed; all of it once, as JSON, for who asks so."""
     require_key(request)
     gateway = request.app[GATEWAY]
     if not accepts(request, SSE_TYPE):
-        table = await fleet_table(gateway)
-        return json_response({"fleet": fleet_summary(gateway), "table": table})
+        return json_response(await fleet_news(gateway))
     response = event_stream()
-    sent = b""
+    sent: dict[str, bytes] = {}
     with suppress(ConnectionError):
         await response.prepare(request)
         while not gateway.relay.is_draining:
-            await response.write(server_sent("fleet", fleet_summary(gateway)))
-            event = server_sent("table", await fleet_table(gateway))
-            if event != sent:
-                await response.write(event)
-                sent = event
+            for name, news in (await fleet_news(gateway)).items():
+                event = server_sent(name, news)
+                if event != sent.get(name):
+                    await response.write(event)
+                sent[name] = event
             await gateway.clock.sleep(FEED_EVERY_S)
     return response
 
 
-WHERE_TO_GO = """\
-cockpit {version}: an engineer texts one phone number and drives the coding agent on a cloud VM of their own.
-
-The operator's page: {url}/ in a browser; it asks for the API key
-The VMs:             curl {url}/provision -H 'Authorization: Bearer {key}'
-All calls:           {url}/openapi.json
-What is wrong:       {url}/health, and python cockpit.py doctor
-The manual:          README.md
-"""
-
-
 async def get_page(request: web.Request) -> web.Response:
-    """The page for a browser; for who asks by hand, where to go on."""
     html, headers = request.app[PAGE]
-    if accepts(request, "text/html"):
-        return web.Response(text=html, content_type="text/html", headers=headers)
-    gateway = request.app[SETTINGS].gateway
-    key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "KEY"
-    return web.Response(text=WHERE_TO_GO.format(version=VERSION, url=gateway.public_url, key=key))
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
 def csp_hash(inline: str) -> str:
@@ -7802,24 +7780,33 @@ PAGE_STYLE = """
 :root{
 color-scheme:light dark;
 scroll-padding-top:72px;
---card:Canvas;
---ink:CanvasText;
 --go:light-dark(#2b5fd0,#8db2ff);
 --ok:light-dark(#17743f,#56c78c);
 --warn:light-dark(#8a5800,#e5ab45);
 --bad:light-dark(#b92534,#ff9096);
---dim:color-mix(in srgb,var(--ink) 66%,var(--card));
---line:color-mix(in srgb,var(--ink) 14%,var(--card));
---soft:color-mix(in srgb,var(--ink) 5%,var(--card));
+--dim:color-mix(in srgb,CanvasText 66%,Canvas);
+--line:color-mix(in srgb,CanvasText 14%,Canvas);
+--soft:color-mix(in srgb,CanvasText 5%,Canvas);
 }
 *{box-sizing:border-box;min-width:0}
-[hidden],body:not(.in) :is(#tools,#board),.in #gate{display:none!important}
+body:not(.in) :is(#tools,#board),.in #gate{display:none}
 :is(ul,#pairing,p:not([role])):empty{display:none}
-body{margin:0;background:var(--soft);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
-h1,h2,h3,p,ol,ul,dl,dd,figure{margin:0;padding:0;list-style:none;font-size:15px;outline:0}
+body{
+margin:0;
+background:var(--soft);
+color:CanvasText;
+font:14px/1.45 system-ui,sans-serif;
+}
+h1,h2,h3,p,ol,ul,dl,dd,figure{
+margin:0;
+padding:0;
+list-style:none;
+font-size:15px;
+outline:0;
+}
 p,dd{font-size:14px;overflow-wrap:anywhere}
 code{font:12px ui-monospace,monospace;color:var(--dim);overflow-wrap:anywhere}
-button,input,select{font:inherit;color:inherit;background:var(--card);padding:7px 11px}
+button,input,select{font:inherit;color:inherit;background:Canvas;padding:7px 11px}
 button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
 button,input,select,summary,label.row{min-height:40px}
 input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
@@ -7828,15 +7815,21 @@ button,summary{cursor:pointer;font-weight:550;flex:none}
 summary{padding:9px 0}
 :is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
-.go{background:var(--go);border-color:var(--go);color:var(--card)}
+.go{background:var(--go);border-color:var(--go);color:Canvas}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}
-header,.card,dialog{background:var(--card);color:var(--ink)}
+header,.card,dialog{background:Canvas;color:CanvasText}
 .row{display:flex;flex-wrap:wrap;gap:8px 10px;align-items:center}
 .grow{flex:1}
 .stack{display:grid;gap:14px}
 .bar,#tiles .card{padding:12px 16px}
-header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+header{
+padding:8px 24px;
+border-bottom:1px solid var(--line);
+position:sticky;
+top:0;
+z-index:2;
+}
 #gate{max-width:380px;margin:14vh auto;padding:28px}
 #board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
@@ -7844,30 +7837,70 @@ header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:
 #tiles b{display:block;font-size:25px;line-height:1.3}
 #hour{display:grid;grid-template:auto 1fr auto auto/auto 1fr;gap:1px 8px}
 figcaption{grid-column:1/-1}
-svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-width:1px 0;stroke-width:4.8}
+svg{
+grid-area:2/2/4/3;
+width:100%;
+height:56px;
+border:solid var(--line);
+border-width:1px 0;
+stroke-width:4.8;
+}
 #hour .axis{grid-column:2;display:flex;justify-content:space-between}
 #all-sum::before,#failed-sum::before{content:"■ ";color:var(--go)}
 #failed-sum::before{color:var(--bad)}
 #work{display:flex;gap:14px;align-items:start}
 #filter{flex:0 1 300px}
-#rows li{position:relative;display:grid;gap:2px 12px;padding:9px 16px;border-top:1px solid var(--line)}
-#rows li{grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;align-items:center}
-#rows .who{grid-area:who;padding:0;min-height:24px;border:0;background:none;text-align:left}
+#rows li{
+position:relative;
+display:grid;
+gap:2px 12px;
+padding:9px 16px;
+border-top:1px solid var(--line);
+grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;
+align-items:center;
+}
+#rows .who{
+grid-area:who;
+padding:0;
+min-height:24px;
+border:0;
+background:none;
+text-align:left;
+}
 .who::after{content:"";position:absolute;inset:0}
 #rows .spoke{grid-area:spoke;text-align:right;font-variant-numeric:tabular-nums}
 #rows p{grid-area:bad}
 #status::before,.state::before{content:"● ";color:var(--dim)}
 #status.live::before,.ready .state::before{color:var(--ok)}
-#status.poll::before,:is(.away,.deleting) .state::before{color:var(--warn)}
+.away .state::before,.deleting .state::before{color:var(--warn)}
 #status.lost::before,.failed .state::before{color:var(--bad)}
 .asleep .state::before{content:"○ "}
 #none{padding:40px 16px;text-align:center}
-#phone{flex:0 0 310px;display:flex;flex-direction:column;height:min(640px,100dvh - 90px)}
-#thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:4px}
+#phone{
+flex:0 0 310px;
+display:flex;
+flex-direction:column;
+height:min(640px,100dvh - 90px);
+}
+#thread{
+flex:1;
+overflow-y:auto;
+padding:14px;
+display:flex;
+flex-direction:column;
+gap:4px;
+}
 :is(#thread,#texts):empty::before{content:"No texts yet.";color:var(--dim)}
-#thread div{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
-#thread div{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
-#thread .in{background:var(--go);color:var(--card);align-self:flex-end}
+#thread div{
+max-width:84%;
+padding:7px 12px;
+border-radius:15px;
+background:var(--soft);
+white-space:pre-wrap;
+overflow-wrap:anywhere;
+align-self:flex-start;
+}
+#thread .in{background:var(--go);color:Canvas;align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
 #thread :is(img,time){display:block;max-width:100%;font-size:11px}
 #phone>:is(p,small){padding:0 16px}
@@ -7882,8 +7915,9 @@ label:not(.row){display:grid;gap:4px;font-weight:550}
 #texts :is(small,code){display:block}
 details p{margin-bottom:10px}
 #changes :last-child>.go{background:var(--bad);border-color:var(--bad)}
-@media(min-width:1241px){#to-phone{display:none}}
+#to-phone{display:none}
 @media(max-width:1240px){
+#to-phone{display:block}
 #tiles{grid-template-columns:repeat(3,1fr)}
 #hour{grid-column:1/-1}
 #work{flex-direction:column;align-items:stretch}
@@ -7904,7 +7938,7 @@ PAGE_BODY = """
 <h1>cockpit</h1>
 <div id="tools" class="row grow">
 <span id="mode" class="dim"></span>
-<span id="status" class="dim grow" role="status"></span>
+<span id="status" class="dim grow" role="status">Connecting</span>
 <button id="new" class="go">New VM</button>
 <button id="out" class="flat">Sign out</button>
 </div>
@@ -8036,7 +8070,6 @@ PAGE_FEED = r"""
 'use strict';
 const REMEDIES = [  // by code or state, and words
   [/^unauthorized/, 'Sign in with the key that COCKPIT_API_KEY holds now.'],
-  [/^not_found/, 'This gateway cannot do that.'],
   [/^away/, 'Its texts are kept and run when it is back; if this lasts, restart it.'],
   [/^failed .*gone/, 'Tear it down, then set it up anew.'],
   [/ not paired/, 'Text the code in its details from that phone.'],
@@ -8047,10 +8080,9 @@ const REMEDIES = [  // by code or state, and words
   [/^ready/, 'Try it again.'],
 ];
 let key = sessionStorage.getItem('cockpit-key') || '';
-let feed = 0;  // raised to end the one before
-let failures = 0;
-let cut = new AbortController();
-let heardAt = 0;
+let told = {};  // the last of each event
+let feed = new AbortController();  // ends the one that is followed
+let watch = 0;
 
 const $ = id => document.getElementById(id);
 const sleep = ms => new Promise(done => setTimeout(done, ms));
@@ -8064,6 +8096,10 @@ function put(node, words) {
   if (node.textContent !== words) node.textContent = words;
 }
 const say = (id, words) => put($(id), words.toLocaleString('en'));
+function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
+  const words = kids.map(kid => kid.textContent).join('');
+  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
+}
 const sentence = words => `${words[0].toUpperCase()}${words.slice(1)}.`.replace(/\.\.$/, '.');
 function withRemedy(kind, words) {
   const fits = ([pattern]) => pattern.test(`${kind} ${words}`);
@@ -8071,107 +8107,95 @@ function withRemedy(kind, words) {
   return `${sentence(words)} ${remedy}`;
 }
 
-async function api(path, options) {
-  const headers = {Authorization: `Bearer ${key}`, ...options?.headers};
-  const answer = await fetch(path, {cache: 'no-store', ...options, headers});
+async function api(path, {headers: more, ...asked} = {}) {
+  const headers = {Authorization: `Bearer ${key}`, 'Content-Type': 'application/json', ...more};
+  const answer = await fetch(path, {...asked, headers});
   if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
-  throw {problem: {detail: `the gateway answered ${answer.status}`, ...told}};
+  const problem = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
+  throw {detail: `the gateway answered ${answer.status}`, ...problem};
 }
-function post(path, body, more, method = 'POST') {
-  const headers = {'Content-Type': 'application/json', ...more};
-  return api(path, {method, body: JSON.stringify(body), headers});
-}
-function explain({problem}) {
-  if (!problem) return 'The gateway did not answer. Check that it is running, then try again.';
-  const {code, detail} = problem;
-  const words = code === 'unauthorized' ? 'that key is not accepted' : detail;
-  return withRemedy(code, words);
+const read = async (...asked) => (await api(...asked)).json();
+const post = body => ({method: 'POST', body: JSON.stringify(body)});
+function explain({code, detail}) {
+  if (!detail) return 'The gateway did not answer. Check that it is running, then try again.';
+  return withRemedy(code, code === 'unauthorized' ? 'that key is not accepted' : detail);
 }
 
-function clearFaults(form) {
-  for (const words of document.querySelectorAll('.fault')) words.remove();
-  for (const field of form.elements) {
-    field.removeAttribute('aria-invalid');
-    field.removeAttribute('aria-describedby');
-  }
-}
-function fieldOf(form, field) {
-  const names = [...form.querySelectorAll('[name=variable]')];
-  const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
-  return form.elements[field] || named || names[0];
-}
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
-  for (const fault of error.problem?.errors || []) {
-    const field = fieldOf(form, fault.field);
-    const id = `${form.id}-${fault.field}`;
-    field.setAttribute('aria-invalid', 'true');
-    field.setAttribute('aria-describedby', id);
-    const words = make('small', {id, className: 'fault'}, sentence(fault.message));
-    field.closest('label,.row').after(words);
+  for (const {field, message} of error.errors || []) {
+    const names = [...form.querySelectorAll('[name=variable]')];
+    const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
+    const input = form.elements[field] || named || names[0];
+    const id = `${form.id}-${field}`;
+    input.ariaInvalid = 'true';
+    input.setAttribute('aria-describedby', id);
+    const words = make('small', {id, className: 'fault'}, sentence(message));
+    input.closest('label,.row').after(words);
   }
   const first = [...form.elements].find(({ariaInvalid}) => ariaInvalid);
   first?.focus();
   return first ? 'Correct what is marked.' : explain(error);
+}
+function onSubmit(id, wordsId, act) {
+  const form = $(id);
+  form.onsubmit = async event => {
+    event.preventDefault();
+    for (const fault of document.querySelectorAll('.fault')) fault.remove();
+    for (const field of form.elements) field.ariaInvalid = null;
+    say(wordsId, '');
+    await act(form).catch(error => say(wordsId, showFaults(form, error)));
+  };
 }
 
 function status(kind, words) {
   $('status').className = `dim grow ${kind}`;
   say('status', words);
 }
-function readFeed(accept) {
-  cut = new AbortController();
-  heardAt = performance.now();
-  return api('events', {headers: {Accept: accept}, signal: cut.signal});
+function hear() {  // the feed ends when nothing arrives for 15 s
+  clearTimeout(watch);
+  watch = setTimeout(feed => feed.abort(), 15000, feed);
 }
-async function stream() {
-  const {body} = await readFeed('text/event-stream');
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+async function stream({signal}) {
+  hear();
+  const answer = await api('events', {headers: {Accept: 'text/event-stream'}, signal});
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ''; ;) {
     const {value, done} = await reader.read();
     if (done) throw new Error('the stream ended');
     const blocks = (text + value).split('\n\n');
     text = blocks.pop();
     for (const block of blocks) {
-      const [, name, told] = /^event: (.*)\ndata: (.*)$/.exec(block);
-      TAKE[name](JSON.parse(told));
+      const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(block);
+      told[name] = JSON.parse(data);
     }
-    heardAt = performance.now();
-    failures = 0;
+    hear();
+    if (!document.body.className) enter();
     status('live', 'Live');
+    if (told.table) show();
   }
-}
-async function poll() {
-  const told = await (await readFeed('application/json')).json();
-  for (const name in told) TAKE[name](told[name]);
-  status('poll', 'Live, every 5 s');
-  await sleep(5000);
 }
 async function follow() {
-  const mine = ++feed;
-  failures = 0;
-  document.body.className = 'in';
-  status('', 'Connecting');
-  while (mine === feed) {
-    // Where a stream does not get through, poll, and try a stream now and then.
-    const polls = failures > 2 && failures % 6;
-    failures++;
-    try {
-      await (polls ? poll() : stream());
-    } catch (error) {
-      if (mine !== feed) return;
-      if (error.problem?.code === 'unauthorized') return leave(explain(error));
-      const pause = Math.min(30, 2 ** failures) * (0.25 + Math.random() / 4);
-      status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
-      await sleep(pause * 1000);
-    }
-  }
+  let mine;
+  do {
+    feed.abort();
+    mine = feed = new AbortController();
+    const error = await stream(mine).catch(error => error);
+    if (mine !== feed) return;  // somebody signed in or out
+    const isOut = !document.body.className || error.code === 'unauthorized';
+    if (isOut) return leave(explain(error));
+    status('lost', 'No connection, trying again');
+    await sleep(2000);
+  } while (mine === feed);
 }
-
+function enter() {
+  document.body.className = 'in';
+  $('new').focus();
+}
 function leave(why) {
-  feed++;
-  cut.abort();
+  feed.abort();
+  feed = new AbortController();
   key = '';
+  told = {};
   sessionStorage.removeItem('cockpit-key');
   for (const dialog of document.querySelectorAll('dialog')) dialog.close();
   document.body.className = '';
@@ -8180,31 +8204,22 @@ function leave(why) {
   $('key').value = '';
   $('key').focus();
 }
-$('enter').onsubmit = async event => {
+$('enter').onsubmit = event => {
   event.preventDefault();
   key = $('key').value.trim().replace(/[^!-~]/g, '?');  // a header holds ASCII only
-  try {
-    await api('provision?limit=1');
-    sessionStorage.setItem('cockpit-key', key);
-    follow();
-    $('new').focus();
-  } catch (error) {
-    leave(explain(error));
-  }
+  sessionStorage.setItem('cockpit-key', key);
+  follow();
 };
 $('out').onclick = () => leave('');
 """
 
 PAGE_BOARD = r"""
 const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [0, 's']];
-let fleet = null;
-let table = null;
-let skew = 0;  // of the gateway's clock against the browser's
 
 const took = seconds => `${Number(seconds.toFixed(seconds < 10 ? 2 : 0))} s`;
 const when = at => new Date(at).toLocaleString();
 function since(at) {
-  const seconds = Math.max(0, Date.now() / 1000 + skew - at);
+  const seconds = Math.max(0, told.fleet.at - at);
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
   return `${Math.floor(seconds / (size || 1))} ${unit}`;
 }
@@ -8217,51 +8232,42 @@ function stateOf({state, step, waiting, paired}) {
   const how = paired || state !== 'ready' ? state : 'not paired';
   return (step ? `${how}: ${step}` : how) + (waiting ? `, ${waiting} waiting` : '');
 }
-function takeFleet(told) {
-  fleet = told;
-  skew = fleet.at - Date.now() / 1000;
-  const codes = ['', ...fleet.regions];
-  const regions = codes.map(code => make('option', {value: code}, code || 'As configured'));
-  if (!$('region').length) $('region').append(...regions);
-  const states = Object.entries(fleet.vms)
-    .filter(([, count]) => count)
-    .map(([state, count]) => `${count} ${state}`);
+function drawFleet({fleet}) {
+  const {vms, hour, waiting, median_s: median, p99_s: p99} = fleet;
   const sum = counts => counts.reduce((total, count) => total + count, 0);
-  const failed = fleet.hour.map(([, count]) => count);
-  const all = fleet.hour.map(sum);
+  const states = Object.entries(vms).filter(([, count]) => count);
+  const all = hour.map(sum);
+  const failed = hour.map(([, count]) => count);
   const most = Math.max(4, ...all);
-  say('mode', `${fleet.mode} ${fleet.number}`);
-  say('waiting', fleet.waiting);
-  say('vms', sum(Object.values(fleet.vms)));
-  say('states', states.join(' · ') || 'none yet');
-  say('rate', `${fleet.texts_a_minute} texts a minute`);
-  say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
-  const p99 = () => `half of them; 99 % in ${took(fleet.p99_s)}`;
-  say('p99', fleet.median_s === null ? 'no answers yet' : p99());
-  say('oldest', fleet.waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits');
-  say('all-sum', `${sum(all)} in the last hour`);
-  say('failed-sum', `${sum(failed)} failed`);
-  say('most', most);
-  drawBars('all', all, most);
-  drawBars('failed', failed, most);
-  $('troubles').replaceChildren(...fleet.troubles.map(words => make('li', {}, words)));
-  if ($('details').open) readVm();
-}
-function drawBars(id, counts, most) {
-  const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
-  $(id).setAttribute('d', bars.join(''));
+  const words = {
+    mode: `${fleet.mode} ${fleet.number}`,
+    vms: sum(Object.values(vms)),
+    states: states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet',
+    median: median === null ? '–' : took(median),
+    p99: median === null ? 'no answers yet' : `half of them; 99 % in ${took(p99)}`,
+    waiting,
+    oldest: waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits',
+    rate: `${fleet.texts_a_minute} texts a minute`,
+    'all-sum': `${sum(all)} in the last hour`,
+    'failed-sum': `${sum(failed)} failed`,
+    most,
+  };
+  for (const id in words) say(id, words[id]);
+  for (const [id, counts] of Object.entries({all, failed})) {
+    const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
+    $(id).setAttribute('d', bars.join(''));
+  }
+  draw('troubles', fleet.troubles.map(words => make('li', {}, words)));
+  const regions = fleet.regions.map(code => make('option', {}, code));
+  draw('region', [make('option', {value: ''}, 'As configured'), ...regions]);
 }
 
-function isFound(row, needle) {
-  const words = Object.values(row).join(' ').toLowerCase();
-  const end = /^\+?[\d .()-]{7,}$/.test(needle) && needle.replace(/\D/g, '').slice(-4);
-  return words.includes(end ? `***${end}` : needle);  // the feed masks numbers
-}
+const masked = number => `***${number.replace(/\D/g, '').slice(-4)}`;  // as the feed does
 const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
-  const open = () => showDetails(row);
+  const onclick = () => showDetails(row);
   return make('li', {id: `row-${row.vm_id}`},
-    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick: open}, row.phone),
+    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick}, row.phone),
     make('code', {}, row.vm_id),
     make('span', {className: 'state'}),
     make('span', {className: 'spoke dim'}),
@@ -8276,33 +8282,28 @@ function lineOf(row) {
   put(trouble, troubleOf(row));
   return line;
 }
-function drawTable() {
-  const {rows, total} = table;
-  const needle = $('filter').value.trim().toLowerCase();
-  const some = rows.filter(row => isFound(row, needle));
-  const found = some.sort((one, other) => rank(one) - rank(other)).map(lineOf);
-  const shown = $('rows').children;
-  if (found.length !== shown.length || found.some((line, at) => line !== shown[at])) {
+function drawTable({table: {rows, is_whole}}) {
+  const given = $('filter').value.trim().toLowerCase();
+  const needle = given.replace(/^\+?[\d .()-]{7,}$/, masked);
+  const isFound = row => Object.values(row).join(' ').toLowerCase().includes(needle);
+  const lines = rows.filter(isFound).sort((a, b) => rank(a) - rank(b)).map(lineOf);
+  const old = $('rows').children;
+  if (lines.length !== old.length || lines.some((line, at) => line !== old[at])) {
     const focused = document.activeElement;  // moving a line takes the focus from it
-    $('rows').replaceChildren(...found);
+    $('rows').replaceChildren(...lines);
     (focused.isConnected ? focused : $('filter')).focus();
   }
-  const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
-  say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
+  const part = is_whole ? '' : `the first ${rows.length}`;
+  say('count', [needle && `${lines.length} found`, part].filter(Boolean).join(' in '));
   const none = needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.';
-  say('none', found.length ? '' : none);
+  say('none', lines.length ? '' : none);
 }
-function takeTable(told) {
-  table = told;
-  drawTable();
-  shown = told.rows.find(({vm_id}) => vm_id === shown.vm_id) || shown;
+function show() {
+  drawFleet(told);
+  drawTable(told);
+  if ($('details').open) readVm();
 }
-const TAKE = {fleet: takeFleet, table: takeTable};
-$('filter').oninput = () => table && drawTable();
-setInterval(() => {
-  if (performance.now() - heardAt > 15000) cut.abort();
-  if (key && table) drawTable();  // times go by
-}, 1000);
+$('filter').oninput = () => told.table && drawTable(told);
 """
 
 PAGE_ACTIONS = r"""
@@ -8333,51 +8334,41 @@ function stepsOf({state, step, steps = {}}) {
     return `${mark}\u00a0${name}${time}`;
   }).join(', ');
 }
-function pairingOf({paired, pairing_code: code}) {
-  const words = 'Text this code from that phone to connect it. Until then nothing of it is run.';
-  if (paired || !code) return [];
-  return [make('b', {className: 'code'}, code), make('p', {}, words)];
-}
-function newText({message_sid: sid, outcome, steps, errors}) {
-  const wayOf = ({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`;
-  const way = make('small', {}, steps.slice(1).map(wayOf).join(', '));
-  const faults = errors.map(({error}) => make('small', {className: 'error'}, error));
-  const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
-  return make('li', {}, words, way, ...faults, make('code', {}, sid));
-}
-function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
-  const words = kids.map(kid => kid.textContent).join('');
-  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
+function newText({message_sid, outcome, steps, errors}) {
+  const ways = steps.slice(1).map(({step, ms}) => `${step} after ${took(ms / 1000)}`);
+  const words = `${when(steps[0].at)}: ${outcome}`;
+  return make('li', {}, words.replace('_', ' '),
+    make('small', {}, ways.join(', ').replaceAll('_', ' ')),
+    ...errors.map(({error}) => make('small', {className: 'error'}, error)),
+    make('code', {}, message_sid));
 }
 function drawDetails(vm) {
-  const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
-  if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
-  const known = Object.entries(RECORD).filter(([name]) => facts[name]);
+  const {error, vm_id, paired, pairing_code: code, texts = []} = vm;
+  const facts = {
+    ...vm,
+    created_at: when(vm.created_at),
+    steps: stepsOf(vm),
+    awake_s: vm.awake_s >= 0 && `${(vm.awake_s / 3600).toFixed(1)} h in all`,
+  };
+  const known = Object.entries(RECORD).filter(([name]) => vm_id && facts[name]);
   const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
-  draw('pairing', pairingOf(vm));
+  const remedy = 'Text this code from that phone to connect it. Until then nothing of it is run.';
+  const pairing = [make('b', {className: 'code'}, code), make('p', {}, remedy)];
+  say('who', error ? shown.phone : `${vm.phone}: ${stateOf(vm)}`);
+  say('trouble', error ? explain(error) : troubleOf(vm));
+  draw('pairing', code && !paired ? pairing : []);
   draw('record', known.flatMap(line));
-  draw('texts', vm.texts.map(newText));
+  draw('texts', texts.map(newText));
 }
 async function readVm() {
   const {vm_id} = shown;
-  try {
-    const told = await (await api(`provision/${vm_id}`)).json();
-    if (vm_id !== shown.vm_id) return;
-    const vm = {...shown, ...told};
-    say('who', `${vm.phone}: ${stateOf(vm)}`);
-    say('trouble', troubleOf(vm));
-    drawDetails(vm);
-  } catch (error) {
-    if (vm_id !== shown.vm_id) return;
-    say('who', shown.phone);
-    say('trouble', explain(error));
-    draw('pairing', []);
-  }
+  shown = told.table?.rows.find(row => row.vm_id === vm_id) || shown;
+  const vm = await read(`provision/${vm_id}`).catch(error => ({error}));
+  if (vm_id === shown.vm_id) drawDetails(vm.error ? vm : {...shown, ...vm});
 }
 async function showDetails(row) {
   shown = row;
   say('news', '');
-  for (const id of ['pairing', 'record', 'texts']) draw(id, []);
   $('renew').reset();
   for (const more of $('changes').children) more.open = false;
   await readVm();
@@ -8394,8 +8385,8 @@ async function change(title, call, form) {
   try {
     const {status} = await call(`provision/${shown.vm_id}`);
     form?.reset();
-    const end = status === 202 ? 'Fly has not confirmed yet; it is asked until it has.' : 'done.';
-    say('news', `${what}: ${end}`);
+    const unsure = 'Fly has not confirmed yet; it is asked until it has.';
+    say('news', `${what}: ${status === 202 ? unsure : 'done.'}`);
   } catch (error) {
     say('news', `${what}: ${form ? showFaults(form, error) : explain(error)}`);
   }
@@ -8404,36 +8395,30 @@ async function change(title, call, form) {
 for (const [title, words] of Object.entries(CHANGES)) {
   const call = path => title === 'Tear down'
     ? api(path, {method: 'DELETE'})
-    : post(`${path}/${title.toLowerCase()}`, {});
+    : api(`${path}/${title.toLowerCase()}`, post({}));
   const onclick = () => change(title, call);
-  const more = make('details', {},
+  $('changes').append(make('details', {name: 'change'},
     make('summary', {}, title),
     make('p', {}, words),
-    make('button', {className: 'go', onclick}, title));
-  more.name = 'change';
-  $('changes').append(more);
+    make('button', {className: 'go', onclick}, title)));
 }
 
 function readForm(form) {
   const given = new FormData(form);
   const values = given.getAll('value');
   const pairs = given.getAll('variable').map((name, at) => [name.trim(), values[at]]);
-  const named = pairs.filter(([name, value]) => name || value);
-  return {
-    phone_number: given.get('phone_number')?.trim(),
-    github_token: given.get('github_token') || undefined,
-    api_keys: named.length ? Object.fromEntries(named) : undefined,
-    region: given.get('region') || undefined,
-    welcome: given.has('welcome') || undefined,
-    verify: given.has('verify') || undefined,
-  };
+  const api_keys = Object.fromEntries(pairs.filter(([name, value]) => name || value));
+  const filled = [...given].filter(([, value]) => value);
+  const {variable, value, ...order} = Object.fromEntries(filled);
+  order.welcome &&= true;
+  order.verify &&= true;
+  return Object.keys(api_keys).length ? {...order, api_keys} : order;
 }
-function addPair(more, name) {
-  const variable = {name: 'variable', defaultValue: name, ariaLabel: 'Name of the variable'};
-  const secret = {type: 'password', autocomplete: 'off'};
-  const value = {name: 'value', ...secret, ariaLabel: 'Value of the variable'};
-  const kids = [variable, value].map(given => make('input', given));
-  more.before(make('div', {className: 'pair row'}, ...kids));
+function addPair(more, defaultValue) {
+  const secret = {type: 'password', autocomplete: 'off', ariaLabel: 'Value of the variable'};
+  more.before(make('div', {className: 'pair row'},
+    make('input', {name: 'variable', defaultValue, ariaLabel: 'Name of the variable'}),
+    make('input', {name: 'value', ...secret})));
 }
 for (const more of document.getElementsByName('more')) {
   addPair(more, more.value);
@@ -8442,31 +8427,21 @@ for (const more of document.getElementsByName('more')) {
     more.previousElementSibling.firstElementChild.focus();
   };
 }
-$('renew').onsubmit = event => {
-  event.preventDefault();
-  const form = $('renew');
-  clearFaults(form);
-  change('Change of credentials', path => post(path, readForm(form), {}, 'PATCH'), form);
-};
-
-$('order').onsubmit = async event => {
-  event.preventDefault();
-  const form = $('order');
-  clearFaults(form);
-  say('order-words', '');
-  try {
-    const order = readForm(form);
-    const vm = await (await post('provision', order, {Prefer: 'respond-async'})).json();
-    form.reset();
-    if ($('from')) $('from').value = vm.phone_number;
-    $('make').close();
-    showDetails({...vm, phone: 'New VM'});
-  } catch (error) {
-    say('order-words', showFaults(form, error));
-  }
-};
+onSubmit('renew', 'news', form => {
+  const call = path => api(path, {...post(readForm(form)), method: 'PATCH'});
+  return change('Change of credentials', call, form);
+});
+onSubmit('order', 'order-words', async form => {
+  const headers = {Prefer: 'respond-async'};
+  const vm = await read('provision', {...post(readForm(form)), headers});
+  form.reset();
+  if ($('from')) $('from').value = vm.phone_number;
+  $('make').close();
+  showDetails({...vm, phone: 'New VM'});
+});
 $('new').onclick = () => $('make').showModal();
 $('close').onclick = () => $('make').close();
+document.body.className = key && 'in';
 if (key) follow();
 """
 
@@ -8475,13 +8450,7 @@ const NOTICE = /^(Your (VM|queue) |Not run|No answer after|Still working)/;
 let vms = [];
 let threadOf = '';
 const number = () => $('from').value.replace(/[ .()-]/g, '');
-async function readNumbers() {  // the feed masks them
-  vms = (await (await api('provision?limit=200')).json()).vms;
-  const options = vms.map(vm => make('option', {value: vm.phone_number}));
-  if (options.length !== $('known').children.length) $('known').replaceChildren(...options);
-  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
-}
-function bubble({at, body, direction, media}) {
+function bubble({date_created: at, body, direction, media}) {
   const pictures = media.map(url => {
     const {pathname, search} = new URL(url, location);
     return make('img', {src: pathname + search, alt: 'Picture'});
@@ -8492,48 +8461,38 @@ function bubble({at, body, direction, media}) {
 }
 async function readThread() {
   const list = $('thread');
-  await readNumbers();
+  ({vms} = await read('provision?limit=200'));  // the feed masks numbers
+  draw('known', vms.map(vm => make('option', {}, vm.phone_number)));
+  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
   const phone = number();
   if (phone !== threadOf) list.replaceChildren();
   threadOf = phone;
-  if (!phone) return;
-  const answer = await api(`_local/texts?phone=${encodeURIComponent(phone)}`);
-  const {texts} = await answer.json();
+  const {texts} = await read(`_local/texts?phone=${encodeURIComponent(phone)}`);
   const news = texts.slice(list.children.length);
   list.append(...news.map(bubble));
   if (news.length) list.scrollTop = list.scrollHeight;
 }
 async function followThread() {
-  for (;;) {
-    $('kill').hidden = !fleet?.can_kill;
+  for (;; await sleep(800)) {
     if (key) await readThread().catch(() => {});  // the feed says what is wrong
-    await sleep(document.hidden ? 5000 : 800);
   }
 }
-$('send').onsubmit = async event => {
-  event.preventDefault();
+onSubmit('send', 'phone-words', async () => {
   const body = $('words').value;
   $('words').value = '';
-  clearFaults($('send'));
-  try {
-    const answer = await post('_local/texts', {from: number(), body});
-    const {webhook_status: code} = await answer.json();
-    const words = `The gateway answered this text with ${code}. Its log says why.`;
-    say('phone-words', code === 200 ? '' : words);
-  } catch (error) {
+  const sent = read('_local/texts', post({from: number(), body}));
+  const {webhook_status: code} = await sent.catch(error => {
     $('words').value = body;
-    say('phone-words', showFaults($('send'), error));
-  }
-};
+    throw error;
+  });
+  if (code !== 200) throw {detail: `the gateway answered this text with ${code}; its log says why`};
+});
 $('kill').onclick = async () => {
   const vm = vms.find(known => known.phone_number === number());
   if (!vm) return say('phone-words', 'This number has no VM. New VM sets one up.');
-  try {
-    await post(`_local/vms/${vm.vm_id}/kill`, {});
-    say('phone-words', 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.');
-  } catch (error) {
-    say('phone-words', explain(error));
-  }
+  const words = 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.';
+  const end = api(`_local/vms/${vm.vm_id}/kill`, post({})).then(() => words, explain);
+  say('phone-words', await end);
 };
 const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
 $('out').before(make('button', toPhone, 'Phone'));
@@ -8659,7 +8618,6 @@ CHANGED, ONE, SOME = {200: RECORD, 202: RECORD}, {200: RECORD}, {200: ANY_JSON}
 IMAGES: Json = {f"image/{kind}": {} for kind in ("png", "jpeg", "gif")}
 IMAGES["application/octet-stream"] = {}
 MADE = {200: {SSE_TYPE: {}}, 201: RECORD, 202: RECORD}
-PAGES: Json = {"text/html": {}, "text/plain": {}}
 # The HTTP interface; /openapi.json is made of this.
 CALLS = (
     Call("POST /provision", post_provision, "Make a VM for a phone", MADE, ORDER_FIELDS, NO_WAIT),
@@ -8723,7 +8681,7 @@ CALLS = (
         "The live feed of the page",
         {200: {JSON_TYPE: {}, SSE_TYPE: {}}},
     ),
-    Call("GET /", get_page, "The operator's page", {200: PAGES}, keys=()),
+    Call("GET /", get_page, "The operator's page", {200: {"text/html": {}}}, keys=()),
     Call("GET /openapi.json", get_openapi, "This document", SOME, keys=()),
 )
 
@@ -8734,9 +8692,7 @@ THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
 FORGET_IT = f"put back a good copy, or forget the local world: rm -r {LOCAL_FOLDER}"
-DIRECTIONS = {"inbound": "in", "note": "note"}
 FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
-ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
 
 
 @web.middleware
@@ -8748,19 +8704,22 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
     is_at_home = is_loopback(urlsplit(gateway.public_url).hostname or "")
     # A page elsewhere may point its own name at this machine (DNS rebinding).
     if (is_local_path or is_at_home) and not is_loopback(host):
-        url = f"http://127.0.0.1:{gateway.port}"
-        raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
+        raise Refusal("forbidden", f"in local mode use http://127.0.0.1:{gateway.port}")
     if is_local_path:
         names = [name.lower() for name in request.headers]
         is_forwarded = any(name.startswith(("forwarded", "x-forwarded")) for name in names)
         if is_forwarded or not is_loopback(request.remote or ""):
-            reason = "/_local answers this machine only, without a proxy or tunnel"
-            raise Refusal("forbidden", reason)
+            raise Refusal("forbidden", "/_local answers this machine only, without a proxy")
         # A page elsewhere may post a form without being asked, but not JSON.
         is_form = request.method == "POST" and request.content_type != JSON_TYPE
         if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
             raise Refusal("unsupported_media_type", f"send Content-Type: {JSON_TYPE}")
     return await handler(request)
+
+
+def require_authorization(request: web.Request, wanted: str) -> None:
+    if request.headers.get("Authorization") != wanted:
+        raise unauthorized("the stand-ins answer this gateway only")
 
 
 def make_private_folder(folder: Path) -> None:
@@ -8772,13 +8731,14 @@ def make_private_folder(folder: Path) -> None:
         raise StoreError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
-def choose_port(wanted: int = 0) -> int:
-    """The wanted port if it is free, else another (blocking)."""
+def open_to_append(file: Path) -> int:
+    """Open a file for this user alone, made if need be (blocking)."""
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return choose_port()
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -8788,13 +8748,11 @@ def signal_session(leader: int, number: int) -> list[tuple[int, str]]:
     Returns the id and the start time of each; nothing elsewhere than on Linux.
     """
     signal_group(leader, number)
-    members = []
-    for process in processes():
+    members = [process for process in processes() if process.session == leader]
+    for process in members:
         with suppress(OSError):
-            if process.session == leader:
-                os.kill(process.id, number)
-                members.append((process.id, process.started))
-    return members
+            os.kill(process.id, number)
+    return [(process.id, process.started) for process in members]
 
 
 def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
@@ -8807,72 +8765,53 @@ def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class LocalMachine:
-    """A machine of the stand-in: a child process with its own environment, folder and port."""
+class LocalVm:
+    """An app of the stand-in for Fly, and its machine: a child process in a folder of its own."""
 
     app: str
-    id: str
-    region: str
-    config: Json
-    secrets: dict[str, str]
-    folder: Path
     agent: str
-    state: str = "created"
-    instance_id: str = ""
-    created_at: str = ""
-    port: int = 0
-    events: list[Json] = field(default_factory=list)  # newest first
+    secrets: dict[str, str] = field(default_factory=dict)
+    machine: Json = field(default_factory=dict)  # as Fly shows it; empty until it is made
     stopped: list[tuple[int, str]] = field(default_factory=list)  # processes, while suspended
+    port: int = 0
     process: asyncio.subprocess.Process | None = None
     keeper: asyncio.Task[None] | None = None
 
-    SHOWN = ("id", "region", "config", "state", "instance_id", "created_at", "port")
-    KEPT = (*SHOWN, "app", "secrets", "stopped")
+    KEPT = ("app", "secrets", "machine", "stopped")
 
-    def shown(self) -> Json:
-        record = {name: getattr(self, name) for name in self.SHOWN}
-        return record | {"name": self.id, "events": self.events, "app_name": self.app}
+    @property
+    def folder(self) -> Path:
+        return LOCAL_FOLDER / "vms" / self.app
 
     def become(self, state: str) -> None:
-        self.state = state
-        event = {"id": secrets.token_hex(13), "type": state, "timestamp": int(time.time() * 1000)}
-        self.events = [event, *self.events[:19]]
+        self.machine |= {"state": state, "events": [{"id": secrets.token_hex(13)}]}
 
-    async def start(self) -> None:
-        if self.keeper is None:
-            await self.spawn()
-            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.id}")
-        elif self.state == "suspended" and self.process is not None:
-            self.become("started")
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
+    # Its process
 
-    async def suspend(self) -> None:
-        """Its processes stop where they are: memory survives."""
-        assert self.process is not None
-        self.become("suspended")
-        leader = self.process.pid
-        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
+    async def keep(self) -> None:
+        """The restart policy `always`."""
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
+        while True:
+            try:
+                ended: Json = {"exit_code": await self.live()}
+            except (OSError, StoreError) as error:
+                ended = {"error": str(error)}
+            log_event("local_vm_exited", vm_id=self.app, **ended, restarts_in_s=RESTART_PAUSE_S)
+            await asyncio.sleep(RESTART_PAUSE_S)
 
-    async def spawn(self) -> None:
-        self.port = await asyncio.to_thread(choose_port, self.port)
-        arguments = [
-            "vm",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--until-stdin-closes",
-        ]
+    async def live(self) -> int:
+        """One life of the process; returns its exit code."""
+        self.port = await asyncio.to_thread(free_port)
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--until-stdin-closes"]
         if self.agent:
             arguments += ["--agent", self.agent]
-        output = await asyncio.to_thread(self.open_log)
         environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        await asyncio.to_thread(make_private_folder, self.folder)
+        output = await asyncio.to_thread(open_to_append, self.folder / "vm.log")
         try:
             # Its standard input closes with this process, however that ends: then it ends too.
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                THIS_FILE,
-                *arguments,
+            self.process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, THIS_FILE, "vm", *arguments),
                 cwd=self.folder,
                 env=environ | self.secrets,
                 stdin=asyncio.subprocess.PIPE,
@@ -8883,43 +8822,72 @@ class LocalMachine:
         finally:
             os.close(output)
         self.become("started")
+        try:
+            return await process.wait()
+        finally:
+            self.process, self.machine["state"] = None, "starting"
+            await asyncio.to_thread(signal_session, process.pid, signal.SIGKILL)
+            await process.wait()
 
-    def open_log(self) -> int:
-        make_private_folder(self.folder)
-        return os.open(self.folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    async def keep(self) -> None:
-        """The restart policy `always`."""
-        REQUEST_ID.set("")  # it outlives the request that happened to start it
-        while self.process is not None:
-            code = await self.process.wait()
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-            self.process, self.state = None, "starting"
-            pause_s = RESTART_PAUSE_S
-            log_event("local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=pause_s)
-            await asyncio.sleep(pause_s)
-            await self.spawn()
-
-    async def stop(self, state: str) -> None:
+    async def stop(self) -> None:
         if self.keeper is not None:
             self.keeper.cancel()
             await asyncio.wait({self.keeper})
             self.keeper = None
-        if self.process is not None:
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-            await self.process.wait()
-            self.process = None
-        self.become(state)
 
+    # What Fly is asked of it
 
-class Asked(NamedTuple):
-    """One call of the stand-in for the Machines API."""
+    async def start(self) -> None:
+        if self.keeper is None:
+            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.app}")
+        elif self.process is not None and self.machine["state"] == "suspended":
+            self.become("started")
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
 
-    app: Json
-    machine: LocalMachine
-    body: Json
-    query: Mapping[str, str]
-    verb: str
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def suspend(self) -> Any:
+        """Its processes stop where they are: memory survives."""
+        if self.process is None or self.machine["state"] != "started":
+            return 412, {"error": f"failed_precondition: {self.machine['state']}"}
+        self.become("suspended")
+        leader = self.process.pid
+        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
+        return {}
+
+    async def wait(self, asked: Json) -> Any:
+        machine, until = self.machine, time.monotonic() + float(asked["timeout"])
+        while time.monotonic() < until:
+            is_new = machine["events"][0]["id"] != asked.get("from_event_id")
+            if is_new and machine["state"] == asked["state"]:
+                return {}
+            await asyncio.sleep(0.05)
+        return 408, {"error": f"deadline_exceeded: {machine['state']}"}
+
+    async def create(self, asked: Json) -> Json:
+        self.machine |= {
+            "id": secrets.token_hex(7),
+            "app_name": self.app,
+            "region": asked["region"].split(",")[0],
+            "created_at": utc_seconds(time.time()),
+        }
+        return await self.update(asked)
+
+    async def update(self, asked: Json) -> Json:
+        await self.stop()
+        self.machine |= {"config": asked["config"], "instance_id": secrets.token_hex(13)}
+        self.become("starting")
+        await self.start()
+        return self.machine
+
+    def set_secrets(self, asked: Json) -> Json:
+        self.secrets |= asked["values"]
+        return {"version": 1}
+
+    def set_metadata(self, asked: Json) -> None:
+        self.machine["config"].setdefault("metadata", {})[asked["name"]] = asked["value"]
 
 
 class LocalFly:
@@ -8929,229 +8897,114 @@ class LocalFly:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self.authorization = fly_authorization(settings.fly.token)
+        self.agent = settings.gateway.local_agent
         self.file = LOCAL_FOLDER / "fly.json"
-        self.apps: dict[str, Json] = {}
-        self.machines: dict[str, LocalMachine] = {}
+        self.vms: dict[str, LocalVm] = {}
         self.saving = asyncio.Lock()
 
-    def routes(self) -> list[web.RouteDef]:
-        app = "/apps/{app}"
-        machine = app + "/machines/{machine}"
-        table: list[tuple[str, str, Callable[[Asked], Any]]] = [
-            ("POST", "/apps", self.create_app),
-            ("GET", "/apps", self.list_apps),
-            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.shown_of()}),
-            ("GET", app, lambda asked: self.shown(asked.app)),
-            ("DELETE", app, self.delete_app),
-            ("POST", app + "/secrets", self.set_secrets),
-            ("GET", app + "/ip_assignments", lambda asked: {"ips": asked.app["ips"]}),
-            ("POST", app + "/ip_assignments", self.allocate_address),
-            ("GET", app + "/volumes", lambda asked: asked.app["volumes"]),
-            ("POST", app + "/volumes", self.create_volume),
-            ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
-            ("GET", app + "/machines", lambda asked: self.shown_of(asked.app["name"])),
-            ("POST", app + "/machines", self.create_machine),
-            ("GET", machine, lambda asked: asked.machine.shown()),
-            ("POST", machine, self.update_machine),
-            ("GET", machine + "/wait", self.wait),
-            ("POST", machine + "/suspend", self.suspend),
-            ("POST", machine + "/{verb:start|stop|restart}", self.command),
-            ("POST", machine + "/metadata/{verb}", self.set_metadata),
-        ]
-        return [
-            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
-            web.post("/_local/vms/{app}/kill", self.kill),
-            *(
-                web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
-                for method, path, call in table
-            ),
-        ]
+    def add_to(self, app: web.Application) -> None:
+        root, machine = "/apps/{app}", "/apps/{app}/machines/{machine}"
+        # Of an app and what is asked: body, query and path in one.
+        table: dict[str, Callable[[LocalVm, Json], Any]] = {
+            "POST /apps": self.create_app,
+            "GET /apps": lambda *_: {"apps": [{"name": name} for name in self.vms]},
+            "GET /orgs/{org}/machines": lambda *_: {
+                "machines": [vm.machine for vm in self.vms.values() if vm.machine]
+            },
+            f"GET {root}": lambda vm, _: {"name": vm.app},
+            f"DELETE {root}": self.delete_app,
+            f"POST {root}/secrets": LocalVm.set_secrets,
+            f"POST {root}/ip_assignments": lambda *_: None,
+            f"POST {root}/volumes": lambda *_: {"id": "vol_local"},
+            f"POST {root}/machines": LocalVm.create,
+            f"GET {machine}": lambda vm, _: vm.machine,
+            f"POST {machine}": LocalVm.update,
+            f"GET {machine}/wait": LocalVm.wait,
+            f"POST {machine}/start": lambda vm, _: vm.start(),
+            f"POST {machine}/suspend": lambda vm, _: vm.suspend(),
+            f"POST {machine}/restart": lambda vm, _: vm.restart(),
+            f"POST {machine}/metadata/{{name}}": LocalVm.set_metadata,
+        }
+        for call, act in table.items():
+            method, path = call.split(" ")
+            handler = functools.partial(self.answer, act)
+            app.router.add_route(method, FLY_ROOT + path, handler)
+        app.router.add_route("*", "/_local/vm/{app}{path:/.*}", self.proxy)
+        app.router.add_post("/_local/vms/{app}/kill", self.kill)
+        app.cleanup_ctx.append(self.hold)
 
-    async def answer(self, call: Callable[[Asked], Any], request: web.Request) -> web.Response:
+    async def answer(
+        self, call: Callable[[LocalVm, Json], Any], request: web.Request
+    ) -> web.Response:
         """Each call: authorized, about what exists, kept on disk before it is answered."""
-        if request.headers.get("Authorization") != self.authorization:
-            return web.json_response({"error": "unauthorized"}, status=401)
+        require_authorization(request, self.authorization)
         names = request.match_info
-        app = self.apps.get(names.get("app", ""))
-        machine = self.machines.get(names.get("machine", ""))
-        if ("app" in names and app is None) or ("machine" in names and machine is None):
+        vm = self.vms.get(names["app"]) if "app" in names else LocalVm(app="", agent="")
+        if vm is None or names.get("machine") not in (None, vm.machine.get("id")):
             return web.json_response({"error": "not found"}, status=404)
         body = await read_json(request, PROVISION_BODY_BYTES) if request.can_read_body else {}
-        verb = names.get("verb", "")
-        asked = Asked(app or {}, cast(LocalMachine, machine), body, request.query, verb)
-        answer = call(asked)
+        answer = call(vm, {**body, **request.query, **names})
         if asyncio.iscoroutine(answer):
             answer = await answer
         if request.method != "GET":
             await self.save()
-        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        status, value = answer if isinstance(answer, tuple) else (200, answer or {})
         return web.json_response(value, status=status)
 
-    def create_app(self, asked: Asked) -> Any:
-        name = asked.body["name"]
-        if name in self.apps:
-            return 422, {"error": "Name has already been taken", "status": "name_taken"}
-        empty: Json = {"secrets": {}, "version": 0, "ips": [], "volumes": []}
-        self.apps[name] = {"name": name, "network": asked.body.get("network", "")} | empty
-        return 201, {"id": name, "created_at": int(time.time() * 1000)}
+    def create_app(self, _: LocalVm, asked: Json) -> None:
+        self.vms.setdefault(asked["name"], LocalVm(app=asked["name"], agent=self.agent))
 
-    def shown(self, app: Json) -> Json:
-        name, organization = app["name"], {"slug": self.settings.fly.org}
-        known = {"id": name, "name": name, "network": app["network"]}
-        return known | {"organization": organization}
-
-    def list_apps(self, asked: Asked) -> Any:
-        apps = [self.shown(app) for app in self.apps.values()]
-        return {"total_apps": len(apps), "apps": apps}
-
-    async def delete_app(self, asked: Asked) -> Any:
-        name = asked.app["name"]
-        for machine in self.of(name):
-            await machine.stop("destroyed")
-            del self.machines[machine.id]
-        self.apps.pop(name, None)
-        await asyncio.to_thread(shutil.rmtree, LOCAL_FOLDER / "vms" / name, ignore_errors=True)
-        return 202, {}
-
-    def of(self, app: str = "") -> list[LocalMachine]:
-        """The machines of an app, of all apps when none is named."""
-        return [machine for machine in self.machines.values() if app in ("", machine.app)]
-
-    def shown_of(self, app: str = "") -> list[Json]:
-        return [machine.shown() for machine in self.of(app)]
-
-    def set_secrets(self, asked: Asked) -> Any:
-        app = asked.app
-        app["secrets"] |= asked.body["values"]
-        app["version"] += 1
-        return {"secrets": [{"name": name} for name in app["secrets"]], "version": app["version"]}
-
-    def allocate_address(self, asked: Asked) -> Any:
-        kind, ips = asked.body["type"], asked.app["ips"]
-        ips.append({"ip": f"{ADDRESSES[kind]}{len(ips) + 1}", "shared": kind == "shared_v4"})
-        return ips[-1]
-
-    def create_volume(self, asked: Asked) -> Any:
-        volume = {"id": f"vol_{secrets.token_hex(8)}", "state": "created"} | asked.body
-        asked.app["volumes"].append(volume)
-        return volume
-
-    def delete_volumes(self, asked: Asked) -> Any:
-        asked.app["volumes"].clear()
-        return {}
-
-    async def create_machine(self, asked: Asked) -> Any:
-        machine = self.made(
-            asked.app["name"],
-            id=secrets.token_hex(7),
-            region=str(asked.body.get("region") or "iad").split(",")[0],
-            config=asked.body["config"],
-            secrets=dict(asked.app["secrets"]),
-            instance_id=secrets.token_hex(13),
-            created_at=utc_seconds(time.time()),
-        )
-        await machine.start()
-        return machine.shown()
-
-    def made(self, app: str, **record: Any) -> LocalMachine:
-        folder, agent = LOCAL_FOLDER / "vms" / app, self.settings.gateway.local_agent
-        machine = LocalMachine(app=app, folder=folder, agent=agent, **record)
-        self.machines[machine.id] = machine
-        return machine
-
-    async def update_machine(self, asked: Asked) -> Any:
-        machine = asked.machine
-        if asked.body.get("current_version", machine.instance_id) != machine.instance_id:
-            return 409, {"error": "aborted: the machine has another version"}
-        await machine.stop("replacing")
-        machine.config, machine.secrets = asked.body["config"], dict(asked.app["secrets"])
-        machine.instance_id = secrets.token_hex(13)
-        await machine.start()
-        return machine.shown()
-
-    async def wait(self, asked: Asked) -> Any:
-        machine, query = asked.machine, asked.query
-        wanted, after = query["state"], query.get("from_event_id", "")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(float(query["timeout"])):
-                while machine.state != wanted or machine.events[0]["id"] == after:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-                return {"ok": True}
-        return 408, {"error": f"deadline_exceeded: the machine is {machine.state}"}
-
-    async def suspend(self, asked: Asked) -> Any:
-        if asked.machine.state != "started":
-            return 412, {"error": f"failed_precondition: it is {asked.machine.state}"}
-        await asked.machine.suspend()
-        return {"ok": True}
-
-    async def command(self, asked: Asked) -> Any:
-        previous = asked.machine.state
-        if asked.verb in ("stop", "restart"):
-            await asked.machine.stop("stopped")
-        if asked.verb in ("start", "restart"):
-            await asked.machine.start()
-        return {"ok": True, "previous_state": previous}
-
-    def set_metadata(self, asked: Asked) -> Any:
-        asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
-        return {}
+    async def delete_app(self, vm: LocalVm, _: Json) -> None:
+        self.vms.pop(vm.app, None)
+        await vm.stop()
+        await asyncio.to_thread(shutil.rmtree, vm.folder, ignore_errors=True)
 
     # Lasting
 
     async def save(self) -> None:
         async with self.saving:
-            machines = [{name: getattr(m, name) for name in m.KEPT} for m in self.of()]
-            content = to_json({"apps": self.apps, "machines": machines}).encode()
+            kept = [{name: getattr(vm, name) for name in vm.KEPT} for vm in self.vms.values()]
+            content = to_json({"vms": kept}).encode()
             await asyncio.to_thread(write_atomically, self.file, [content])
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
         with suppress(FileNotFoundError):
             stored = object_in(parse_json(await asyncio.to_thread(read_nofollow, self.file)))
-            if not stored:
+            if "vms" not in stored:
                 raise StoreError(f"{self.file} cannot be read; {FORGET_IT}")
-            self.apps = stored["apps"]
-            for record in stored["machines"]:
-                machine = self.made(**record)
-                await asyncio.to_thread(end_stopped, machine.stopped)
-                if machine.state not in RESTING:
-                    await machine.start()
+            for record in stored["vms"]:
+                vm = self.vms[record["app"]] = LocalVm(agent=self.agent, **record)
+                await asyncio.to_thread(end_stopped, vm.stopped)
+                if vm.machine and vm.machine["state"] not in RESTING:
+                    await vm.start()
         try:
             yield
         finally:
-            for machine in self.of():
-                await machine.stop(machine.state)
+            for vm in self.vms.values():
+                await vm.stop()
 
     # A VM's own address
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """As Fly's: 503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(iter(self.of(request.match_info["app"])), None)
-        if machine is not None and machine.state == "suspended":
-            await machine.start()  # as `autostart` does
-        if machine is None or machine.process is None:
-            return web.Response(status=503, text="no machine is running")
-        url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
-        wanted = ("authorization", "content-type", "idempotency-key")
-        headers = {
-            name: value for name, value in request.headers.items() if name.lower() in wanted
-        }
-        body = await request.read()
-        no_limit = aiohttp.ClientTimeout(total=None)
+        vm = self.vms.get(request.match_info["app"])
+        if vm and vm.machine.get("state") == "suspended":
+            await vm.start()  # as `autostart` does
+        if vm is None or vm.process is None:
+            return web.Response(status=503)
+        url = f"http://127.0.0.1:{vm.port}{request.match_info['path']}"
+        passed = ("Authorization", "Content-Type", "Idempotency-Key")
+        headers = {name: request.headers[name] for name in passed if name in request.headers}
+        more: Any = {"data": await request.read(), "timeout": aiohttp.ClientTimeout(total=None)}
         try:
-            async with (
-                aiohttp.ClientSession(timeout=no_limit) as session,
-                session.request(request.method, url, data=body, headers=headers) as answer,
-            ):
+            async with aiohttp.request(request.method, url, headers=headers, **more) as answer:
                 content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
-                kind = answer.headers.get("Content-Type", "application/octet-stream")
-                headers = {"Content-Type": kind}
-                return web.Response(status=answer.status, body=content, headers=headers)
+                kind = answer.content_type
+                return web.Response(status=answer.status, body=content, content_type=kind)
         except aiohttp.ClientConnectorError:
-            return web.Response(status=503, text="the machine does not listen yet")
+            return web.Response(status=503)
         except aiohttp.ClientError:
             if request.transport is not None:
                 request.transport.abort()
@@ -9159,13 +9012,21 @@ class LocalFly:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        app = request.match_info["app"]
-        if app not in self.apps:
-            raise Refusal("unknown_vm", f"there is no VM {app}")
-        for machine in self.of(app):
-            if machine.process is not None:
-                signal_group(machine.process.pid, signal.SIGKILL)
+        vm = self.vms.get(request.match_info["app"])
+        if vm is None:
+            raise Refusal("unknown_vm", "there is no such VM here")
+        if vm.process is not None:
+            signal_group(vm.process.pid, signal.SIGKILL)
         return web.Response(status=204)
+
+
+SILENCE = (
+    "No answer: this number has no VM (it is told ONBOARDING_URL once an hour, if that is set)."
+)
+LOCAL_TEXT: Fields = {
+    "from": text_like(PHONE.pattern, "a phone number such as +15551234567"),
+    "body": TEXT,
+}
 
 
 class LocalTwilio:
@@ -9178,14 +9039,13 @@ class LocalTwilio:
         self.file = LOCAL_FOLDER / "twilio.jsonl"
         self.messages: deque[Json] = deque(maxlen=10_000)
 
-    def routes(self) -> list[web.RouteDef]:
+    def add_to(self, app: web.Application) -> None:
         messages = TWILIO_ROOT + "/2010-04-01/Accounts/{account}/Messages.json"
-        return [
-            web.post(messages, self.create),
-            web.get(messages, self.list),
-            web.post("/_local/texts", self.send_text),
-            web.get("/_local/texts", self.show_thread),
-        ]
+        app.router.add_post(messages, self.create)
+        app.router.add_get(messages, self.list)
+        app.router.add_post("/_local/texts", self.send_text)
+        app.router.add_get("/_local/texts", self.show_thread)
+        app.cleanup_ctx.append(self.hold)
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """The threads of the last time are there again."""
@@ -9197,125 +9057,77 @@ class LocalTwilio:
     async def record(
         self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = ()
     ) -> Json:
-        now = format_datetime(datetime.now(UTC))
         message = {
             "sid": f"SM{secrets.token_hex(16)}",
-            "account_sid": self.settings.twilio.account_sid,
             "direction": direction,
             "from": sender,
             "to": recipient,
             "body": body,
-            "media": list(media),
-            "date_created": now,
-            "date_sent": now,
+            "media": media,
+            "date_created": format_datetime(datetime.now(UTC)),
         }
         self.messages.append(message)
         await asyncio.to_thread(self.append, to_json(message).encode() + b"\n")
         return message
 
     def append(self, line: bytes) -> None:
-        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(file, "ab") as log:
+        with os.fdopen(open_to_append(self.file), "ab") as log:
             log.write(line)
 
-    def refusal(self, request: web.Request) -> web.Response | None:
-        is_known = request.headers.get("Authorization") == self.authorization
-        return None if is_known else self.refused(20003, "Authenticate", status=401)
-
-    @staticmethod
-    def refused(code: int, words: str, status: int = 400) -> web.Response:
-        return web.json_response({"code": code, "message": words}, status=status)
-
     async def create(self, request: web.Request) -> web.Response:
-        if refusal := self.refusal(request):
-            return refusal
+        require_authorization(request, self.authorization)
         form = await request.post()
-        recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
-        if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
-            return self.refused(21211, "To is no phone number")
-        if utf16_units(body) > PART_UNITS:
-            return self.refused(21617, "Body is over 1600 units")
-        media = [str(value) for value in form.getall("MediaUrl", [])]
-        sender = str(form.get("From", ""))
+        sender, recipient, body = (str(form.get(name, "")) for name in ("From", "To", "Body"))
+        media = [str(url) for url in form.getall("MediaUrl", [])]
         message = await self.record("outbound-api", sender, recipient, body, media)
         return web.json_response(message, status=201)
 
     async def list(self, request: web.Request) -> web.Response:
-        if refusal := self.refusal(request):
-            return refusal
-        wanted = [(name.lower(), request.query.get(name)) for name in ("To", "From")]
-        found = [
-            message
-            for message in reversed(self.messages)
-            if all(value in (None, message[name]) for name, value in wanted)
-        ]
-        return web.json_response({"messages": found[:1000], "next_page_uri": None})
+        require_authorization(request, self.authorization)
+        wanted = {
+            name.lower(): request.query[name] for name in ("To", "From") if name in request.query
+        }
+        found = [m for m in reversed(self.messages) if wanted.items() <= m.items()]
+        return web.json_response({"messages": found[:1000]})
 
     async def send_text(self, request: web.Request) -> web.Response:
         """Send a text as a phone would."""
         require_key(request)
-        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors({}, {})
-        sender, words = body.get("from"), body.get("body")
-        if not isinstance(sender, str) or not PHONE.fullmatch(sender):
-            errors.add("from", "must be a phone number such as +15551234567")
-        if not isinstance(words, str) or len(words) > PART_UNITS:
-            errors.add("body", "must be a text of at most 1600 characters")
-        errors.check()
-        sender, words, number = str(sender), str(words), self.settings.twilio.phone_number
-        message = await self.record("inbound", sender, number, words)
+        body = await read_json(request, SMS_BODY_BYTES)
+        FieldErrors(body, LOCAL_TEXT).check()
+        phone, words, number = body["from"], body["body"], self.settings.twilio.phone_number
+        message = await self.record("inbound", phone, number, words)
         status, document = await self.deliver(message)
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
-        for reply in replies if status == 200 else ():
-            await self.record("outbound-reply", number, sender, html.unescape(reply))
-        is_known = sender in request.app[GATEWAY].routes.routes
-        if note := self.note(words, is_known=is_known or bool(replies)):
-            await self.record("note", number, sender, note)
+        for reply in replies:
+            await self.record("outbound-reply", number, phone, html.unescape(reply))
+        is_known = replies or phone in request.app[GATEWAY].routes.routes
+        said, note = words.strip().upper(), "" if is_known else SILENCE
+        if said in KEYWORDS and said != "YES":
+            note = f"Twilio itself answers {KEYWORDS[said]}."
+        if note:
+            await self.record("note", number, phone, note)
         return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
 
     async def deliver(self, message: Json) -> tuple[int, str]:
         """Call the gateway's own webhook, signed; its status and answer."""
         twilio, gateway = self.settings.twilio, self.settings.gateway
-        form = {
-            "MessageSid": message["sid"],
-            "AccountSid": twilio.account_sid,
-            "From": message["from"],
-            "To": message["to"],
-            "Body": message["body"],
-            "NumMedia": "0",
-        }
-        url = gateway.public_url + "/sms"
-        signature = twilio_signature(twilio.auth_tokens[0], url, form.items())
-        headers = {"X-Twilio-Signature": signature}
-        own_url = f"http://127.0.0.1:{gateway.port}/sms"
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
-            session.post(own_url, data=form, headers=headers) as answer,
-        ):
+        form = {name.capitalize(): message[name] for name in ("from", "to", "body")}
+        form |= {"MessageSid": message["sid"], "AccountSid": twilio.account_sid}
+        signed = twilio.auth_tokens[0], gateway.public_url + "/sms", form.items()
+        more: Any = {"headers": {"X-Twilio-Signature": twilio_signature(*signed)}}
+        more["timeout"] = aiohttp.ClientTimeout(total=15)
+        url = f"http://127.0.0.1:{gateway.port}/sms"
+        async with aiohttp.request("POST", url, data=form, **more) as answer:
             return answer.status, await answer.text()
-
-    def note(self, words: str, *, is_known: bool) -> str:
-        """What a phone would read of Twilio itself, or why it reads nothing."""
-        said = words.strip().upper()
-        if said != "YES" and (word := KEYWORDS.get(said)):
-            answers = {
-                "STOP": "You have successfully been unsubscribed. Reply START to resubscribe.",
-                "START": "You have successfully been re-subscribed.",
-                "HELP": "Reply STOP to unsubscribe.",
-            }
-            return f"Twilio itself answers {word}, such as: {answers[word]}"
-        if is_known or self.settings.gateway.onboarding_url:
-            return ""
-        return "Nothing is said: this number has no VM, and ONBOARDING_URL is not set."
 
     async def show_thread(self, request: web.Request) -> web.Response:
         """One phone's thread, both directions, oldest first."""
         require_key(request)
         phone = request.query.get("phone", "").replace(" ", "+")
-        names = ("sid", "from", "to", "body", "media")
+        ways = {"inbound": "in", "note": "note"}
         texts = [
-            {name: message[name] for name in names}
-            | {"direction": DIRECTIONS.get(message["direction"], "out")}
-            | {"at": utc_seconds(listed_at(message) or 0)}
+            message | {"direction": ways.get(message["direction"], "out")}
             for message in self.messages
             if phone in (message["from"], message["to"])
         ]
@@ -9324,14 +9136,10 @@ class LocalTwilio:
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
-    stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
-        stand_ins.append(LocalFly(settings))
+        LocalFly(settings).add_to(app)
     if settings.twilio.is_local:
-        stand_ins.append(LocalTwilio(settings))
-    for stand_in in stand_ins:
-        app.add_routes(stand_in.routes())
-        app.cleanup_ctx.append(stand_in.hold)
+        LocalTwilio(settings).add_to(app)
 
 
 # --- Assembly ---
@@ -9753,7 +9561,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
         description="Without a command it serves; without settings a whole local world.",
-        epilog="Its first page says where to go on: http://127.0.0.1:8080/ (PORT). README.md lists "
+        epilog="The operator's page is http://127.0.0.1:8080/ (PORT). README.md lists "
         "the settings, which are environment variables.",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")

@@ -6501,13 +6501,6 @@ async def test_a_page_of_the_list_is_as_long_as_the_description_allows(world):
     assert (await world.call("GET", f"/provision?{after['name']}=x")).status == 200 and (await world.call("GET", "/provision?more=x")).status == 422
 
 
-async def test_who_asks_by_hand_is_told_where_to_go_on(world):
-    await world.start()
-    answer = await world.call("GET", "/", key=None, headers={"Accept": "*/*"})
-    assert answer.status == 200 and answer.headers["Content-Type"].startswith("text/plain")
-    assert all(word in answer.text for word in (f"{PUBLIC}/ in a browser", f"{PUBLIC}/provision", f"{PUBLIC}/openapi.json", "doctor", "README.md")) and KEY not in answer.text
-
-
 # --- Doors ---
 
 def rss(child: Child, which: str = "VmRSS") -> float:
