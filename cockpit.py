@@ -4616,10 +4616,10 @@ class KeptOfVm:
     answered_at: float = 0.0  # the end of the last text it finished
     owes_restart: bool = False  # asked for by text, not yet begun
     owes_stop: bool = False  # the same
+    owes_cancel: bool = False  # the same
     stopped_sid: str = ""  # the text that was to be stopped: its exit code tells nothing
     # Texts that begin a conversation; "": the next one does.
     new_sids: list[str] = field(default_factory=list)
-    owed_lock: int = 0  # asked for by text: the number its pairing has to reach
     asked_for_code_at: float = 0.0
 
 
@@ -5563,35 +5563,52 @@ class Runner:
 
 
 # --- Taking in ---
+#
+# A text is judged, its verdict stored with its SID, then done.
 
 COMMAND = re.compile(r"\s*cockpit(?: (\S+))?\s*", re.IGNORECASE)
 VERBS = ("status", "stop", "new", "restart", "queue", "cancel", "lock")
-# Twilio answers these by itself when they are the whole of a text; YES is an answer to an agent unless its
-# sender is opted out.
-STOP_WORDS = ("STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT")
+# Twilio answers these itself, when nothing else is said; YES only to who opted out.
 KEYWORDS = {
-    **dict.fromkeys(STOP_WORDS, "STOP"),
-    **dict.fromkeys(("START", "UNSTOP", "YES"), "START"),
-    **dict.fromkeys(("HELP", "INFO"), "HELP"),
+    word: kind
+    for kind, *words in (
+        ("STOP", "STOP", "STOPALL", "UNSUBSCRIBE", "CANCEL", "END", "QUIT", "REVOKE", "OPTOUT"),
+        ("START", "START", "UNSTOP", "YES"),
+        ("HELP", "HELP", "INFO"),
+    )
+    for word in words
 }
 PAIRING_CODE = re.compile(r"(?:[\s\u2010-\u2015-]*[0-9]){6}[\s\u2010-\u2015-]*")
 ASK_FOR_CODE_EVERY_S = 3600.0
 CODES_AT_ONCE = 10
-# After so many wrong ones none is accepted for an hour, doubled each time up to a day.
+# After so many wrong ones none counts for an hour, doubled up to a day.
 CLOSED = Backoff(base_s=3600, cap_s=86_400)
 NOTE_S = 1.0
 
 
+@dataclass(slots=True, eq=False)
+class Verdict:
+    """What becomes of a text."""
+
+    outcome: str
+    vm: VmState
+    text: Text | None = None  # for the VM
+    reply: str = ""  # with the webhook's answer
+    words: Sequence[str] = ()  # by the send lane, each a message of its own
+    values: Json = field(default_factory=dict)  # of the VM
+    then: Callable[[VmState], Coroutine[Any, Any, None]] | None = None  # once it is stored
+
+
 def pairing_code_in(body: str) -> str:
-    """The six digits that a text is once spaces and dashes are removed, or nothing."""
+    """The six digits that a text is, but for spaces and dashes, or nothing."""
     return re.sub("[^0-9]", "", body) if PAIRING_CODE.fullmatch(body) else ""
 
 
 @dataclass(kw_only=True, eq=False)
 class PhoneDoor:
-    """Whose phone it is: the code that only the sign-up page shows pairs it, a lock undoes that.
+    """Whose phone it is: the sign-up page's code pairs it, a lock undoes that.
 
-    A code is neither kept nor passed on.
+    Both hold at once, and are on disk before a SID is. A code is neither kept nor passed on.
     """
 
     clock: Clock
@@ -5602,82 +5619,51 @@ class PhoneDoor:
     sender: Sender
     tasks: Tasks
     stamp: Callable[[str], Awaitable[None]]  # (vm_id): tells Fly
-    # By phone: pairings on their way to disk.
-    pairing: dict[str, asyncio.Event] = field(default_factory=dict)
-    closed: set[str] = field(default_factory=set)  # VMs that may be accepting no code
+    closed: set[str] = field(init=False)  # VMs that may be accepting no code
 
     def __post_init__(self) -> None:
         routes = self.routes.routes.values()
-        self.closed.update(route.vm_id for route in routes if route.closed_until)
+        self.closed = {route.vm_id for route in routes if route.closed_until}
 
-    async def settled(self, phone: str) -> None:
-        """Returns when no pairing of this phone is still to be written."""
-        while written := self.pairing.get(phone):
-            await written.wait()
-
-    def stops(self, message: InboundMessage, route: Route, command: str) -> bool:
-        """Whether a text goes no further than here: it is neither kept nor run."""
-        if not route.is_paired:
-            return not (route.was_paired and command in ("status", "help"))
-        # One that Twilio dates before the pairing may have come during a lock.
-        is_early = 0 < message.dated < (parse_utc(route.paired_at) or 0.0)
-        return is_early or self._fits(message, route)
-
-    def _fits(self, message: InboundMessage, route: Route) -> bool:
+    async def judge(
+        self, message: InboundMessage, vm: VmState, route: Route, command: str
+    ) -> Verdict | None:
+        """Of a text that goes no further than here; raises StoreError."""
         code = pairing_code_in(message.body)
-        return bool(code) and self.keyring.fits(code, route)
-
-    async def judge(self, message: InboundMessage, vm: VmState, route: Route) -> tuple[str, str]:
-        """What becomes of a text that is stopped, and what its sender reads; raises StoreError."""
-        outcome = await self._outcome(message, vm, route)
+        if route.is_paired and not (code and self.keyring.fits(code, route)):
+            # Dated before the pairing, it may have come during a lock.
+            is_early = 0 < message.dated < (parse_utc(route.paired_at) or 0.0)
+            return Verdict("before_pairing", vm) if is_early else None
+        if route.was_paired and command in ("status", "help"):
+            return None
+        outcome = await self._try(message, code, vm) if code else "unpaired"
         if outcome == "paired":
-            return outcome, CONNECTED
+            return Verdict(outcome, vm, words=[CONNECTED])
         now = self.clock.now()
         was_asked = now - vm.asked_for_code_at < ASK_FOR_CODE_EVERY_S
-        hears_nothing = vm.opted_out.get(message.channel)
-        if was_asked or hears_nothing or outcome == "before_pairing":
-            return outcome, ""
-        vm.asked_for_code_at = now
-        return outcome, TEXT_THE_CODE
+        if was_asked or vm.opted_out.get(message.channel):
+            return Verdict(outcome, vm)
+        return Verdict(outcome, vm, words=[TEXT_THE_CODE], values={"asked_for_code_at": now})
 
-    async def _outcome(self, message: InboundMessage, vm: VmState, route: Route) -> str:
-        """What a code changes is on disk before its SID is."""
-        if route.is_paired:
-            return "paired" if self._fits(message, route) else "before_pairing"
-        if not pairing_code_in(message.body):
-            return "unpaired"
-        if await self.state.store.known([message.sid]):  # counted already
-            return "unpaired"
-        await self.settled(message.phone)
+    async def _try(self, message: InboundMessage, code: str, vm: VmState) -> str:
+        is_counted = await self.state.store.known([message.sid])
         found = self.routes.find(vm.vm_id)
-        if found is None or self._is_closed(found[1]):
+        if is_counted or found is None or self._is_closed(found[1]):
             return "unpaired"
-        if not self._fits(message, found[1]):
-            await self._count(*found)
+        phone, route = found
+        if not self.keyring.fits(code, route):
+            await self._count(phone, route)
             return "wrong_code"
-        if not found[1].is_paired:
-            await self._pair(message, *found)
+        if route.is_paired:  # on disk too?
+            await self.routes.commit()
+            return "paired"
+        # Our time by Twilio's clock is up to a second behind it.
+        at = utc_millis(message.dated or self.twilio.now() + 1)
+        await self._put("phone_paired", phone, route, f"{route.pairing_number}:paired", at)
         return "paired"
 
-    async def _pair(self, message: InboundMessage, phone: str, route: Route) -> None:
-        # Our time by Twilio's clock is up to a second behind it.
-        at = message.dated or self.twilio.now() + 1
-        paired = self._put(phone, route, f"{route.pairing_number}:paired", utc_millis(at))
-        written = self.pairing[phone] = asyncio.Event()
-        try:
-            await self.routes.commit()
-        except StoreError:
-            if self.routes.routes.get(phone) is paired:
-                self.routes.put(phone, route)
-            raise
-        finally:
-            del self.pairing[phone]
-            written.set()
-        log_event("phone_paired", vm_id=route.vm_id, phone=mask_phone(phone))
-        self._stamp_soon(route.vm_id)
-
     async def _count(self, phone: str, route: Route) -> None:
-        """A wrong code more: each ten of them close the VM, twice as long as the last."""
+        """Each ten wrong ones close the VM, twice as long as the last."""
         count, until = route.wrong_codes + 1, ""
         if count % CODES_AT_ONCE == 0:
             until = utc_millis(self.clock.now() + CLOSED.ceiling(count // CODES_AT_ONCE))
@@ -5686,17 +5672,25 @@ class PhoneDoor:
         self.routes.put(phone, replace(route, wrong_codes=count, closed_until=until))
         await self.routes.commit()
 
-    def _put(self, phone: str, route: Route, pairing: str, paired_at: str) -> Route:
-        changed = replace(
-            route, pairing=pairing, paired_at=paired_at, wrong_codes=0, closed_until=""
-        )
+    async def _put(self, event: str, phone: str, route: Route, pairing: str, at: str) -> None:
+        """Raises StoreError; the write is tried on."""
+        changed = replace(route, pairing=pairing, paired_at=at, wrong_codes=0, closed_until="")
         self.routes.put(phone, changed)
-        return changed
+        log_event(event, vm_id=route.vm_id, phone=mask_phone(phone))
+        await self.routes.commit()
+        self.tasks.start(self._tell_fly(route.vm_id))
+
+    async def _tell_fly(self, vm_id: str) -> None:
+        try:
+            await self.stamp(vm_id)
+        except UpstreamError as error:  # the next sweep does
+            log_warning("stamp_failed", vm_id=vm_id, error=str(error))
 
     async def date_adopted(self, message: InboundMessage) -> None:
-        """A lost disk took the time of a pairing along: Twilio's list may still tell it."""
-        route = self.routes.routes.get(message.phone)
-        if route and route.is_paired and not route.paired_at and self._fits(message, route):
+        """A lost disk took the time of a pairing along: the list may tell it."""
+        route, code = self.routes.routes.get(message.phone), pairing_code_in(message.body)
+        is_undated = route and route.is_paired and not route.paired_at
+        if route and code and is_undated and self.keyring.fits(code, route):
             await self.routes.update(route.vm_id, paired_at=utc_millis(message.dated))
 
     def _is_closed(self, route: Route) -> bool:
@@ -5704,55 +5698,28 @@ class PhoneDoor:
 
     def closed_vms(self) -> list[str]:
         """Which VMs accept no code for now."""
-        found = filter(None, map(self.routes.find, self.closed))
-        self.closed = {route.vm_id for _, route in found if self._is_closed(route)}
+        routes = filter(None, map(self.routes.of, self.closed))
+        self.closed = {route.vm_id for route in routes if self._is_closed(route)}
         return sorted(self.closed)
 
-    # Locking
-
     async def lock(self, vm: VmState) -> None:
-        """Run nothing more until the new code is texted; raises StoreError, and is locked then too."""
-        if await self._close(vm):
-            await self.sender.notify(vm, LOCKED)
+        """Until the new code comes; raises StoreError, and is locked then too."""
+        if found := self.routes.find(vm.vm_id):
+            phone, route = found
+            now = utc_millis(self.twilio.now()) if route.is_paired else ""
+            pairing, at = f"{route.pairing_number + 1}:unpaired", route.paired_at or now
+            await self._put("phone_locked", phone, route, pairing, at)
+            if route.is_paired:
+                await self.sender.notify(vm, LOCKED)
         await self.sender.drop(vm)
-
-    async def _close(self, vm: VmState) -> bool:
-        """Hand over nothing more: in memory at once, then on disk, then at Fly. Whether it was paired.
-
-        Raises StoreError; the write is tried on.
-        """
-        found = self.routes.find(vm.vm_id)
-        if found is None:
-            return False
-        phone, route = found
-        number = max(route.pairing_number + 1, vm.owed_lock)
-        now = utc_millis(self.twilio.now()) if route.is_paired else ""
-        self._put(phone, route, f"{number}:unpaired", route.paired_at or now)
-        log_event("phone_locked", vm_id=vm.vm_id, phone=mask_phone(phone))
-        await self.routes.commit()
-        self._stamp_soon(vm.vm_id)
-        return route.is_paired
-
-    async def do_owed(self, vm: VmState) -> None:
-        """A lock that was asked for by text and is not in routes.json."""
-        route = self.routes.of(vm.vm_id)
-        if route and route.pairing_number < vm.owed_lock:
-            with suppress(StoreError):  # it is locked, and owed
-                await self._close(vm)
-
-    def _stamp_soon(self, vm_id: str) -> None:
-        async def stamp() -> None:
-            try:
-                await self.stamp(vm_id)
-            except UpstreamError as error:  # left to the next sweep
-                log_warning("stamp_failed", vm_id=vm_id, error=str(error))
-
-        self.tasks.start(stamp())
 
 
 @dataclass(kw_only=True, eq=False)
 class OwnerCommands:
-    """What an owner asks the gateway itself, by text: answered at once, with the VM dead too."""
+    """What an owner asks the gateway by text: it works with the VM dead too.
+
+    What is to be done is owed from its SID on, until it is done and told.
+    """
 
     clock: Clock
     routes: RouteStore
@@ -5760,10 +5727,8 @@ class OwnerCommands:
     sender: Sender
     watch: Watch
     vms: VmClient
-    tasks: Tasks
     door: PhoneDoor
     runner: Runner
-    check_restart: Callable[[str], object]  # raises Refusal
     restart: Callable[[str], Awaitable[None]]  # returns once it is on disk; raises Refusal
 
     @staticmethod
@@ -5773,197 +5738,122 @@ class OwnerCommands:
         verb = (found[1] or "").lower() if found else ""
         return verb if not found or verb in VERBS else "help"
 
-    async def run(self, vm: VmState, message: InboundMessage, command: str) -> str | None:
-        """Do it once: its effect and its answer share a transaction with its SID.
-
-        None when it is new, else the reply of that time; raises StoreError.
-        """
+    async def judge(self, message: InboundMessage, vm: VmState, command: str) -> Verdict:
         log_event("owner_command", vm_id=vm.vm_id, message_sid=message.sid, command=command)
         note = await self.watch.note(vm, NOTE_S) if command == "status" else ""
-        waiting = vm.queued()
-        now = about("Running: {texts}", vm.running) if vm.running else NOTHING_RUNS
-        if waiting and waiting[0].busy_since is not None:
-            now = "Waiting for the command before it."
-        match command:
+        says, waiting = functools.partial(Verdict, "command", vm), vm.queued()
+        # By Twilio's list, of whole seconds, it may come late.
+        is_late = any(text.arrived > message.arrived + 1 for text in vm.waiting)
+        match "queue" if is_late and command in ("stop", "cancel") else command:
+            case "status":
+                now = f"{self._condition(vm)} {self._now(vm, note)}"
+                return says(words=[f"{now} {len(waiting)} waiting."])
+            case "queue":
+                lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
+                return says(words=["\n".join([self._now(vm), *lines])])
             case "cancel":
-                # By Twilio's list it may come late, and means nothing behind it.
-                until = message.arrived + 1
-                waiting = [text for text in waiting if text.arrived <= until]
-                replies = [] if waiting else [f"Nothing is waiting. {now}"]
-                return await self._drop(vm, message, waiting, *replies)
-            case "lock":
-                return await self._lock(vm, message)
+                cancel = functools.partial(self.do_cancel, texts=waiting)
+                return says(values={"owes_cancel": True}, then=cancel)
             case "restart":
-                return await self._begin_restart(vm, message)
+                return says(values={"owes_restart": True}, then=self.do_restart)
             case "stop":
-                return await self._begin_stop(vm, message, now)
+                sid, first = vm.stopped_sid, next(iter(vm.waiting), None)
+                if not vm.owes_stop:  # else it is under way
+                    sid = first.sid if first and (vm.running or first.may_have_reached) else ""
+                return says(values={"owes_stop": True, "stopped_sid": sid}, then=self.do_stop)
+            case "lock":
+                if not await self.state.store.known([message.sid]):
+                    await self.door.lock(vm)
+                return says(values={"reply_to": vm.reply_to})
             case "new":
                 sids = [text.sid for text in vm.waiting]
                 anew = [*(sid for sid in vm.new_sids if sid in sids), ""]
-                return await self._reply(vm, message, NEXT_IS_NEW, new_sids=anew)
-            case "queue":
-                lines = [f"{place}. {quoted(text)}" for place, text in enumerate(waiting, 1)]
-                reply = "\n".join([now, *lines])
-            case "status":
-                now = self._in_detail(vm, now, note)
-                reply = f"{self._condition(vm)} {now} {len(waiting)} waiting."
-            case _:
-                reply = COMMANDS_HELP
-        return await self._reply(vm, message, reply)
+                return says(words=[NEXT_IS_NEW], values={"new_sids": anew})
+        return says(words=[COMMANDS_HELP])
 
-    async def _reply(
-        self,
-        vm: VmState,
-        message: InboundMessage,
-        *replies: str,
-        ends: Sequence[Text] = (),
-        **values: Any,
-    ) -> str | None:
-        outs = [self.sender.outbound(vm, split_text(reply)) for reply in replies]
-        if ends:
-            outs[-1].traces = [text.trace for text in ends]
-        changes = [out.added() for out in outs] + [text.ended() for text in ends]
-        known = await self.state.once(vm, message, *changes, **values)
-        for out in outs if known is None else ():
-            self.sender.queue(vm, out)
-        return known
+    def _now(self, vm: VmState, note: str | None = None) -> str:
+        """What runs; with a `note` for how long too, and what it is doing."""
+        now = NOTHING_RUNS
+        if text := vm.running:
+            now = about("Running: {texts}", text)
+            if note is not None:
+                handed_over = text.trace.began + (text.trace.handed_over or 0)
+                now += f", for {self.clock.monotonic() - handed_over:.0f} s."
+        elif vm.waiting and vm.waiting[0].busy_since is not None:
+            now = "Waiting for the command before it."
+        return f"{now[:-1]} ({note})." if note else now
 
     def _condition(self, vm: VmState) -> str:
-        """How a VM is, in words for its owner."""
         route = self.routes.routes.get(vm.phone)
         if route is None or route.state == "failed":
             return VM_GONE
         if not route.is_paired:
             return "Your VM is locked."
-        if route.state == "provisioning":
-            return f"Your VM is being set up ({route.step or 'begun'})."
         if vm.is_paused:
             return "Your VM is being restarted."
         if vm.away_since is not None:
             return f"Your VM has been away for {max(0, int(self.clock.now() - vm.away_since))} s."
         return f"Your VM is {route.state}."
 
-    def _in_detail(self, vm: VmState, now: str, note: str) -> str:
-        """What runs, for how long, and a line of what it is doing."""
-        if vm.running:
-            trace = vm.running.trace
-            age_s = self.clock.monotonic() - trace.began - (trace.handed_over or 0)
-            now = f"{now}, for {max(0, int(age_s))} s."
-        return f"{now[:-1]} ({note})." if note else now
-
-    async def _drop(
-        self,
-        vm: VmState,
-        message: InboundMessage,
-        waiting: list[Text],
-        *replies: str,
-        **values: Any,
-    ) -> str | None:
-        # At once, so that none of them is handed over while the store writes.
-        before, vm.waiting = vm.waiting, deque(text for text in vm.waiting if text not in waiting)
-        if waiting:
-            replies = (*replies, dropped(waiting))
-            values["new_sids"] = vm.new_without(waiting)
-        known: str | None = ""
-        try:
-            known = await self._reply(vm, message, *replies, ends=waiting, **values)
-        finally:
-            if known is None:
-                self.sender.note_ended(waiting, "cancelled", 1)
-            else:  # not stored, or a repetition
-                later = [text for text in vm.waiting if text not in before]
-                kept = [text for text in before if text in waiting or text in vm.waiting]
-                vm.waiting = deque(kept + later)
-        return known
-
-    async def _lock(self, vm: VmState, message: InboundMessage) -> str | None:
-        """Owed once its SID is stored, and not before: a repetition does not lock again."""
-        owed = self.routes.routes[message.phone].pairing_number + 1
-        known = await self._drop(vm, message, vm.unreached(), LOCKED, owed_lock=owed)
-        if known is None:
-            await self.door.do_owed(vm)
-        return known
-
-    async def _begin_restart(self, vm: VmState, message: InboundMessage) -> str | None:
-        try:
-            self.check_restart(vm.vm_id)
-        except Refusal as refusal:
-            return await self._reply(vm, message, f"Not restarted: {refusal.detail}")
-        known = await self._reply(vm, message, RESTART_BEGUN, owes_restart=True)
-        if known is None:
-            await self.do_owed(vm)
-        return known
-
-    async def _begin_stop(self, vm: VmState, message: InboundMessage, now: str) -> str | None:
-        # By Twilio's list, whose dates are whole seconds: what runs came behind it.
-        if vm.running and message.arrived < vm.running.arrived - 1:
-            return await self._reply(vm, message, now)
-        stopped_sid = ""
-        if vm.owes_stop:  # one is being carried out
-            stopped_sid = vm.stopped_sid
-        elif vm.waiting and (vm.running or vm.waiting[0].may_have_reached):
-            stopped_sid = vm.waiting[0].sid
-        known = await self.state.once(vm, message, owes_stop=True, stopped_sid=stopped_sid)
-        if known is None:
-            self.tasks.start(self.do_stop(vm))
-        return known
+    async def do_cancel(self, vm: VmState, texts: Sequence[Text]) -> None:
+        """Drop those of these that still wait."""
+        vm.owes_cancel = False
+        texts = [text for text in vm.queued() if text in texts]
+        for text in texts:
+            vm.waiting.remove(text)
+        if texts:
+            await self.sender.finish(vm, texts, [dropped(texts)], "cancelled")
+        else:
+            await self.sender.notify(vm, f"Nothing is waiting. {self._now(vm)}", vm.put())
 
     async def do_stop(self, vm: VmState) -> None:
-        """End what the VM runs, as was asked for, and say so; what waits is kept."""
+        """End what the VM runs, and say so; what waits is kept."""
         reply = await self._stop(vm)
         if reply != STOPPED:
             vm.stopped_sid = ""
         vm.owes_stop = False
-        await self.sender.notify(vm, reply, vm.put())
-        self.runner.start(vm)
+        await self._tell(vm, reply)
 
     async def _stop(self, vm: VmState) -> str:
         route = self.routes.of(vm.vm_id)
         if route is None or route.state != "ready":
             return NOTHING_RUNS
-        may_run = bool(vm.running) or any(
-            text.may_have_reached or text.busy_since is not None for text in vm.waiting
-        )
         try:
             # Named, so that no later text is ended in its place.
             stopped = await self.vms.cancel(route, vm.stopped_sid)
         except VmAway:
             return NOT_STOPPED
         except VmFailed as error:
-            if error.status not in (404, 405, 501):
-                return NOT_STOPPED
-            return CANNOT_STOP if may_run else NOTHING_RUNS
-        is_ended = may_run if stopped is None else stopped
-        return STOPPED if is_ended else NOTHING_RUNS
+            return CANNOT_STOP if error.status in (404, 405, 501) else NOT_STOPPED
+        return NOTHING_RUNS if stopped is False else STOPPED
 
-    async def do_owed(self, vm: VmState) -> None:
-        """Begin the restart that was asked for; its own record on disk takes over from ours."""
+    async def do_restart(self, vm: VmState) -> None:
+        """Begin one, whose own record takes over from ours, and say so."""
+        route, reply = self.routes.of(vm.vm_id), RESTART_BEGUN
         try:
-            if not vm.is_paused:  # else it is under way: the start found its record
+            if route is None or route.change != "restart":  # else a start found its record
                 await self.restart(vm.vm_id)
         except (Refusal, StoreError) as error:
-            await self.sender.notify(vm, f"Not restarted: {error}")
+            reply = f"Not restarted: {error}"
         vm.owes_restart = False
-        self.state.store.note(vm.put())
+        await self._tell(vm, reply)
+
+    async def _tell(self, vm: VmState, reply: str) -> None:
+        await self.sender.notify(vm, reply, vm.put())
+        self.runner.start(vm)
 
 
-def address_of(message: InboundMessage, usual: str) -> Address:
-    """Where its sender is answered from; `usual`: TWILIO_PHONE_NUMBER."""
-    is_usual = message.recipient in ("", message.channel + usual)
-    return Address(message.channel, "" if is_usual else message.recipient)
-
-
-def keyword_of(message: InboundMessage, vm: VmState | None) -> str:
-    """STOP, START or HELP when Twilio answers this text itself, else nothing."""
-    word = message.body.strip().upper() if len(message.body) < 40 else ""
-    if word == "YES" and not (vm and vm.opted_out.get(message.channel)):
+def keyword_of(message: InboundMessage, vm: VmState) -> str:
+    """STOP, START, HELP: Twilio answers this text itself; or nothing."""
+    word = message.body.strip().upper()
+    if word == "YES" and not vm.opted_out.get(message.channel):
         return ""
     return KEYWORDS.get(message.opt_out.upper()) or KEYWORDS.get(word, "")
 
 
 @dataclass(kw_only=True, eq=False)
 class Inbox:
-    """Takes texts in: once, if they are allowed, and stored before they are acknowledged."""
+    """Takes texts in: once, if allowed, stored before the answer."""
 
     settings: Settings
     clock: Clock
@@ -5975,254 +5865,200 @@ class Inbox:
     door: PhoneDoor
     tasks: Tasks
     metrics: Metrics
-    invited: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
-    # By phone, monotonic.
-    recent_texts: Recent[deque[float]] = field(default_factory=lambda: Recent(10_000))
-    told_too_fast: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=60))
+    # When what of which phone came or was told (monotonic).
+    times: Recent[deque[float]] = field(default_factory=lambda: Recent(20_000))
 
     async def accept(self, message: InboundMessage) -> str:
-        """Take a text in, once; returns the webhook's reply. Raises StoreError when it cannot be stored."""
-        if self.state.is_draining:
-            reason = "this gateway is shutting down; the text will be fetched from Twilio's list"
-            raise Refusal("draining", reason)
-        await self.door.settled(message.phone)
-        route = self.routes.routes.get(message.phone)
-        vm = self.state.vm(route.vm_id, message.phone) if route else None
-        if word := keyword_of(message, vm):
-            return await self._accept_keyword(message, vm, word)
-        if route is None or vm is None:
-            return await self._accept_unrouted(message)
-        command = self.commands.match(message.body)
-        if self.door.stops(message, route, command):
-            outcome, words = await self.door.judge(message, vm, route)
-            return await self._refuse(message, vm, outcome, words=words)
-        if refused := self._judge(message, route, vm, is_command=bool(command)):
-            return await self._refuse(message, vm, *refused)
-        if command:
-            vm.reply_to = address_of(message, self.settings.twilio.phone_number)
-            try:
-                known = await self.commands.run(vm, message, command)
-            finally:
-                self.runner.start(vm)  # a verb that is not stored holds up no text
-        else:
-            known = await self._accept_text(message, route, vm)
-        if known is not None and (times := self.recent_texts.get(message.phone)):
-            times.pop()  # a repetition does not count
-        return self._acknowledge("command" if command else "accepted", known)
+        """Returns the webhook's reply; raises Refusal and StoreError."""
+        return await self._conclude(message, await self._judge(message))
 
-    async def accept_fetched(self, messages: Sequence[InboundMessage]) -> None:
-        """The same for texts of Twilio's list, oldest first; those beyond QUEUE_LIMIT are told together."""
-        beyond: dict[tuple[VmState, str], list[InboundMessage]] = defaultdict(list)
+    async def accept_fetched(self, messages: Sequence[InboundMessage]) -> bool:
+        """The same of Twilio's list, oldest first; False: some have no room yet."""
         for message in messages:
             await self.door.date_adopted(message)
+        full: set[str] = set()  # phones: behind, only STOP and START count
         for message in messages:
-            if vm := self._full_for(message):
-                beyond[vm, message.channel].append(message)
+            if message.phone in full and message.body.strip().upper() not in KEYWORDS:
+                continue
+            verdict = await self._judge(message)
+            if verdict.outcome == "queue_full":
+                full.add(message.phone)
             else:
-                await self.accept(message)
-        for (vm, _), refused in beyond.items():
-            vm.reply_to = address_of(refused[-1], self.settings.twilio.phone_number)
-            notice = about(QUEUE_FULL, *refused, n=len(vm.queued()))
-            out = self.sender.outbound(vm, split_text(notice))
-            seen = [(SEE, (message.sid, message.arrived, "")) for message in refused]
-            await self.state.store.commit(*seen, out.added(), vm.put())
-            self.sender.queue(vm, out)
-            self.metrics.texts.add("queue_full", by=len(refused))
+                await self._conclude(message, verdict)
+        return not full
 
-    def _full_for(self, message: InboundMessage) -> VmState | None:
-        """The VM whose queue is too full for a fetched text."""
-        route = self.routes.routes.get(message.phone)
-        vm = self.state.vms.get(route.vm_id) if route else None
-        if vm is None or route is None or not self._is_full(vm):
-            return None
-        hears_nothing = vm.opted_out.get(message.channel)
-        is_other = keyword_of(message, vm) or self.door.stops(message, route, "")
-        return None if hears_nothing or is_other else vm
+    async def _conclude(self, message: InboundMessage, verdict: Verdict) -> str:
+        """Store a SID with what becomes of its text, then see to that.
 
-    def _is_full(self, vm: VmState) -> bool:
-        queued = len(vm.waiting) + vm.accepting - (vm.runner is not None)
-        return queued >= self.settings.limits.queue_limit
-
-    def _acknowledge(self, outcome: str, known: str | None) -> str:
-        """The reply: of the first time, if this SID was known."""
-        self.metrics.texts.add(outcome if known is None else "repeated")
-        return known or ""
-
-    # STOP, START, HELP
-
-    async def _accept_keyword(
-        self, message: InboundMessage, vm: VmState | None, word: str
-    ) -> str:
-        """Record an opt-out or opt-in; nothing is replied, Twilio does that."""
-        changes: list[Change] = []
-        # What the list tells late does not undo what was said since.
-        channel, at = message.channel, message.arrived
-        is_late = vm and message.is_fetched and at < vm.opted_at.get(channel, 0.0)
-        is_new = message.sid not in await self.state.store.known([message.sid])
-        if vm and word != "HELP" and is_new and not is_late:
-            vm.opted_out[channel], vm.opted_at[channel] = word == "STOP", at
-            if word == "START":
-                vm.error = ""
-            changes.append(vm.put())
-            event = "opted_out" if word == "STOP" else "opted_in"
-            log_event(event, vm_id=vm.vm_id, message_sid=message.sid)
-        known = await self.state.store.commit_once(message.sid, at, "", *changes)
-        return self._acknowledge("keyword", known)
-
-    # Texts that are not taken
-
-    async def _accept_unrouted(self, message: InboundMessage) -> str:
-        """One whose sender has no VM."""
-        phone = message.phone
-        if self.routes.closed_because:
-            # Not taken, so that it is fetched from Twilio's list later.
-            raise Refusal("fly_unavailable", self.routes.closed_because)
-        if not PHONE.fullmatch(phone) or phone == self.settings.twilio.phone_number:
-            return await self._refuse(message, None, "ignored")
-        url = self.settings.gateway.onboarding_url
-        is_told = url and self._is_told_now(phone, self.invited)
-        reply = NO_VM_YET.format(url=url) if is_told else ""
-        return await self._refuse(message, None, "unknown", reply)
-
-    def _judge(
-        self, message: InboundMessage, route: Route, vm: VmState, *, is_command: bool
-    ) -> tuple[str, ...] | None:
-        """Why a text is not taken, what its sender reads; None when it is."""
-        limits, phone = self.settings.limits, message.phone
-        if not is_command:
-            if route.state == "failed":
-                return "gone", "", self.sender.closing_words(VM_GONE, [message])
-            elsewhere = self.sender.pictures_elsewhere(message)
-            if elsewhere and elsewhere == len(message.media) and not message.body.strip():
-                return "picture_elsewhere", PICTURE_ELSEWHERE
-            if self._is_full(vm):
-                return "queue_full", about(QUEUE_FULL, message, n=limits.queue_limit)
-        if message.is_fetched or self._is_within_rate(phone):
-            return None
-        is_told = self._is_told_now(phone, self.told_too_fast)
-        return "too_fast", TOO_FAST.format(n=limits.text_limit) if is_told else ""
-
-    def _is_told_now(self, phone: str, told: Recent[None]) -> bool:
-        """Whether a phone is to be told what it was not lately; it counts as told then."""
-        now = self.clock.monotonic()
-        if told.is_fresh(phone, now):
-            return False
-        told.put(phone, None, now)
-        return True
-
-    def _is_within_rate(self, phone: str) -> bool:
-        """TEXT_LIMIT within any minute."""
-        limit, now = self.settings.limits.text_limit, self.clock.monotonic()
-        if not limit:
-            return True
-        times = self.recent_texts.get(phone) or deque(maxlen=limit)
-        if len(times) == limit and times[0] > now - 60:
-            return False
-        times.append(now)
-        self.recent_texts.put(phone, times, now)
-        return True
-
-    async def _refuse(
-        self,
-        message: InboundMessage,
-        vm: VmState | None,
-        outcome: str,
-        reply: str = "",
-        words: str = "",
-    ) -> str:
-        """Remembered like any other, so that it does not come back by Twilio's list.
-
-        `reply` goes with the webhook's answer, `words` by the send lane.
+        Returns the webhook's reply, that of the first time; raises StoreError.
         """
-        if vm and vm.opted_out.get(message.channel):
-            reply = words = ""
-        changes: list[Change] = []
-        if vm and words:
-            vm.reply_to = address_of(message, self.settings.twilio.phone_number)
-            out = self.sender.outbound(vm, [words])
-            changes = [out.added(), vm.put()]
-        known = await self.state.store.commit_once(message.sid, message.arrived, reply, *changes)
-        self._acknowledge(outcome, known)
+        vm, text, outcome = verdict.vm, verdict.text, verdict.outcome
+        if vm.opted_out.get(message.channel):
+            verdict.reply, verdict.words = "", ()
+        outs = [self.sender.outbound(vm, split_text(words)) for words in verdict.words]
+        known: str | None = ""
+        try:
+            known = await self._store(message, verdict, outs)
+        finally:
+            if text:
+                vm.accepting -= 1
+            if known is not None:
+                self.runner.start(vm)  # a verb that is not stored holds up no text
+        self.metrics.texts.add(outcome if known is None else "repeated")
         if known is not None:
             return known
-        if vm and words:
+        for out in outs:
             self.sender.queue(vm, out)
+        if text:
+            await self._enqueue(vm, text)
+        elif outcome not in ("command", "keyword"):
+            self._note_refused(message, outcome)
+        if verdict.then:
+            self.tasks.start(verdict.then(vm))
+        return verdict.reply
+
+    async def _store(
+        self, message: InboundMessage, verdict: Verdict, outs: Sequence[Outbound]
+    ) -> str | None:
+        """None when the SID is new, else the reply of that time."""
+        changes = [new.added() for new in (*outs, verdict.text) if new]
+        try:
+            if outs or verdict.values:
+                return await self.state.once(verdict.vm, message, *changes, **verdict.values)
+            seen = message.sid, message.arrived, verdict.reply
+            return await self.state.store.commit_once(*seen, *changes)
+        except StoreError:
+            self.metrics.texts.add("not_stored")
+            raise
+
+    def _note_refused(self, message: InboundMessage, outcome: str) -> None:
         trace = self.state.trace(message.sid, "", self.clock.now())
         trace.outcome = outcome
         self.state.remember(trace)
         phone = mask_phone(message.sender)
         log_event("text_refused", message_sid=message.sid, phone=phone, outcome=outcome)
-        return reply
 
-    # Texts that are taken
-
-    async def _accept_text(
-        self, message: InboundMessage, route: Route, vm: VmState
-    ) -> str | None:
-        """None when its SID is new, else the reply of that time; raises StoreError."""
-        reply_to = address_of(message, self.settings.twilio.phone_number)
-        text = Text(
-            sid=message.sid,
-            vm_id=vm.vm_id,
-            body=message.body,
-            arrived=message.arrived,
-            reply_to=reply_to,
-            media=message.media,
-            # When nothing is before it the hand-over follows at once, so one transaction tells both.
-            handed_over=self.runner.is_free(vm, route),
-            trace=self.state.trace(message.sid, vm.vm_id, message.arrived),
-        )
-        changes = [text.added()]
-        new_sids = vm.new_sids
-        if "" in new_sids or vm.reply_to != reply_to:
-            vm.new_sids = [sid or text.sid for sid in new_sids]
-            vm.reply_to = reply_to
-            changes.append(vm.put())
-        if route.state == "asleep" and not self.runner.is_late(vm, text):
-            self.runner.waker.begin(vm)  # beside the fsync
-        vm.accepting += 1
-        known: str | None = ""
-        try:
-            known = await self.state.store.commit_once(text.sid, text.arrived, "", *changes)
-        except StoreError:
-            self.metrics.texts.add("not_stored")
-            raise
-        finally:
-            vm.accepting -= 1
-            if known is not None and "" in new_sids:  # it was not the next text
-                vm.new_sids = new_sids
-        if known is None:
-            await self._enqueue(text, route, vm)
-        return known
-
-    async def _enqueue(self, text: Text, route: Route, vm: VmState) -> None:
+    async def _enqueue(self, vm: VmState, text: Text) -> None:
         self.state.remember(text.trace)
         text.trace.stored = self.clock.monotonic() - text.trace.began
         self.metrics.note_text()
         vm.last_text = text.arrived
         vm.waiting.append(text)
+        self.runner.start(vm)
         if vm.closing_notice:  # torn down while it was stored
             parts = split_text(self.sender.closing_words(vm.closing_notice, [text]))
-            return await self.sender.finish(vm, [text], parts, "gone")
-        self.runner.start(vm)
-        if self.sender.pictures_elsewhere(text):
-            self.tasks.start(self.sender.notify(vm, PICTURE_ELSEWHERE, text=text))
+            await self.sender.finish(vm, [text], parts, "gone")
+
+    # Judging
+
+    async def _judge(self, message: InboundMessage) -> Verdict:
+        """Raises StoreError, and Refusal of what is to be fetched later."""
+        phone, limits = message.phone, self.settings.limits
+        if self.state.is_draining:
+            reason = "this gateway is shutting down; the text will be fetched later"
+            raise Refusal("draining", reason)
+        route = self.routes.routes.get(phone)
+        vm = self.state.vm(route.vm_id, phone) if route else VmState(vm_id="", phone=phone)
+        if word := keyword_of(message, vm):
+            return await self._judge_keyword(message, vm, word)
+        if route is None:
+            return self._judge_stranger(vm)
+        usual = message.recipient in ("", message.channel + self.settings.twilio.phone_number)
+        address = Address(message.channel, "" if usual else message.recipient)
+        command = self.commands.match(message.body)
+        if stopped := await self.door.judge(message, vm, route, command):
+            if stopped.words:
+                vm.reply_to = address
+            return stopped
+        limit = 0 if message.is_fetched else limits.text_limit
+        if limit and not self._is_within(limit, 60, phone):
+            is_told = self._is_within(1, 60, f"told {phone}")
+            return Verdict("too_fast", vm, reply=TOO_FAST.format(n=limit) if is_told else "")
+        if command:
+            vm.reply_to = address
+            return await self.commands.judge(message, vm, command)
+        if route.state == "failed":
+            vm.reply_to = address
+            return Verdict("gone", vm, words=[self.sender.closing_words(VM_GONE, [message])])
+        if len(vm.waiting) + vm.accepting - (vm.runner is not None) >= limits.queue_limit:
+            reply = about(QUEUE_FULL, message, n=limits.queue_limit)
+            return Verdict("queue_full", vm, reply=reply)
+        return self._take(message, route, vm, address)
+
+    async def _judge_keyword(self, message: InboundMessage, vm: VmState, word: str) -> Verdict:
+        """Record an opt-out or opt-in; Twilio replies."""
+        verdict, channel, at = Verdict("keyword", vm), message.channel, message.arrived
+        # What the list tells late does not undo what was said since.
+        is_late = message.is_fetched and at < vm.opted_at.get(channel, 0.0)
+        is_known = await self.state.store.known([message.sid])
+        if vm.vm_id and word != "HELP" and not (is_late or is_known):
+            is_out = word == "STOP"
+            verdict.values = {
+                "opted_out": {**vm.opted_out, channel: is_out},
+                "opted_at": {**vm.opted_at, channel: at},
+                "error": vm.error if is_out else "",
+            }
+            event = "opted_out" if is_out else "opted_in"
+            log_event(event, vm_id=vm.vm_id, message_sid=message.sid)
+        return verdict
+
+    def _judge_stranger(self, vm: VmState) -> Verdict:
+        if self.routes.closed_because:
+            raise Refusal("fly_unavailable", self.routes.closed_because)
+        url = self.settings.gateway.onboarding_url
+        if not PHONE.fullmatch(vm.phone) or vm.phone == self.settings.twilio.phone_number:
+            return Verdict("ignored", vm)
+        is_told = url and self._is_within(1, 3600, f"invited {vm.phone}")
+        return Verdict("unknown", vm, reply=NO_VM_YET.format(url=url) if is_told else "")
+
+    def _is_within(self, most: int, every_s: float, what: str) -> bool:
+        """Whether there was less of this in so many seconds; then it counts."""
+        now = self.clock.monotonic()
+        times = self.times.get(what) or deque(maxlen=most)
+        if len(times) == most and times[0] > now - every_s:
+            return False
+        times.append(now)
+        self.times.put(what, times, now)
+        return True
+
+    def _take(
+        self, message: InboundMessage, route: Route, vm: VmState, address: Address
+    ) -> Verdict:
+        values: Json = {} if vm.reply_to == address else {"reply_to": address}
+        vm.reply_to = address
+        text = Text(
+            sid=message.sid,
+            vm_id=vm.vm_id,
+            body=message.body,
+            arrived=message.arrived,
+            reply_to=address,
+            media=message.media,
+            # The hand-over follows at once: one transaction tells both.
+            handed_over=self.runner.is_free(vm, route),
+            trace=self.state.trace(message.sid, vm.vm_id, message.arrived),
+        )
+        words = [PICTURE_ELSEWHERE] if self.sender.pictures_elsewhere(text) else []
+        if "" in vm.new_sids:
+            values["new_sids"] = [sid or text.sid for sid in vm.new_sids]
         if route.state == "provisioning" and not vm.was_told_of_setup:
-            vm.was_told_of_setup = True
-            self.tasks.start(self.sender.notify(vm, SETTING_UP, text=text))
-        return None
+            words.append(SETTING_UP)
+            values["was_told_of_setup"] = True
+        if route.state == "asleep" and not self.runner.is_late(vm, text):
+            self.runner.waker.begin(vm)  # beside the fsync
+        vm.accepting += 1
+        return Verdict("accepted", vm, text, words=words, values=values)
 
 
 # --- Relay ---
 
-# How long texts of a VM without a route are kept: Fly may yet tell whose it is.
+# Texts of a VM without a route are kept: Fly may tell whose it is.
 UNROUTED_S = 3600.0
 VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio's messages
 
 
 @dataclass(kw_only=True, eq=False)
 class Relay:
-    """The parts of the relay as one: what happens to VMs, and its start and end."""
+    """The relay as one: what happens to VMs, its start and its end."""
 
     clock: Clock
     routes: RouteStore
@@ -6231,7 +6067,6 @@ class Relay:
     runner: Runner
     sender: Sender
     commands: OwnerCommands
-    door: PhoneDoor
     tasks: Tasks
     metrics: Metrics
     is_started: bool = False
@@ -6250,66 +6085,62 @@ class Relay:
         """Read what was in flight; `start` sets it going. Raises StoreError."""
         for sid in await self.state.load():
             self.twilio.note_sent(sid)
-        if waiting := self.waiting():
-            self.metrics.texts.add("resumed", by=waiting)
         for vm in list(self.vms.values()):
-            await self.door.do_owed(vm)
-            route, undone = self.routes.of(vm.vm_id), self.routes.undo.get(vm.vm_id)
+            if vm.owes_cancel and vm.phone:
+                await self.commands.do_cancel(vm, vm.unreached())
+            route, undone = self.routes.of(vm.vm_id), self.routes.undo.get(vm.vm_id, {})
             if undone or (route and route.state == "failed" and vm.waiting):
-                await self.vm_gone(vm.vm_id, vm.phone, str((undone or {}).get("reason")))
+                await self.vm_gone(vm.vm_id, vm.phone, str(undone.get("reason")))
             if any(text.may_have_reached for text in vm.waiting):
                 vm.handed_over_at = self.clock.monotonic()
-        if unrouted := [vm for vm in self.vms.values() if not vm.phone and vm.waiting]:
-            log_warning("texts_of_unknown_vms", texts=sum(len(vm.waiting) for vm in unrouted))
-            self.tasks.start(self._forget_unrouted(unrouted))
+            if vm.waiting and not vm.phone:
+                self.tasks.start(self._forget_unrouted(vm))
 
     def start(self) -> None:
-        """Set going what was in flight."""
         self.is_started = True
-        for vm in list(self.vms.values()):
+        for vm in self.vms.values():
             self.tasks.start(self._start_vm(vm))
 
     async def _start_vm(self, vm: VmState) -> None:
-        if vm.owes_stop and vm.phone:  # else its route may yet be found
+        """What is owed comes before its texts; a route may yet be found."""
+        if vm.owes_stop and vm.phone:
             await self.commands.do_stop(vm)
         if vm.owes_restart and vm.phone:
-            await self.commands.do_owed(vm)
+            await self.commands.do_restart(vm)
         self.runner.start(vm)
         self.sender.start(vm)
         self.state.retire(vm)
 
     async def vm_adopted(self, vm_id: str, phone: str) -> None:
-        """Its route was found: what is owed to it is done, its texts go on."""
         if vm := self.vms.get(vm_id):
             vm.phone = phone
-            await self.door.do_owed(vm)
+            if vm.owes_cancel:
+                await self.commands.do_cancel(vm, vm.unreached())
             if self.is_started:  # else `start` does it
                 self.tasks.start(self._start_vm(vm))
 
-    async def _forget_unrouted(self, vms: Sequence[VmState]) -> None:
+    async def _forget_unrouted(self, vm: VmState) -> None:
         await self.clock.sleep(UNROUTED_S)
-        for vm in vms:
-            if not self.routes.find(vm.vm_id):
-                log_warning("texts_of_gone_vm", vm_id=vm.vm_id, texts=len(vm.waiting))
-                self.state.store.note(*(text.ended() for text in vm.waiting))
-                vm.waiting.clear()
-                vm.closing_notice = VM_GONE
-                self.state.retire(vm)
+        if not self.routes.find(vm.vm_id):
+            log_warning("texts_of_gone_vm", vm_id=vm.vm_id, texts=len(vm.waiting))
+            self.state.store.note(*(text.ended() for text in vm.waiting))
+            vm.waiting.clear()
+            vm.closing_notice = VM_GONE
+            self.state.retire(vm)
 
     async def drain(self) -> None:
         """Hand over nothing more; wait for what is out (bounded by the caller)."""
-        for vm in self.vms.values():
-            if vm.runner is not None and not vm.is_handing_over:
+        vms = self.vms.values()
+        for vm in vms:
+            if vm.runner and not vm.is_handing_over:
                 vm.runner.cancel()
-        while lanes := [
-            lane for vm in self.vms.values() for lane in (vm.runner, vm.sender) if lane
-        ]:
+        while lanes := [lane for vm in vms for lane in (vm.runner, vm.sender) if lane]:
             await asyncio.wait(lanes)
 
     # What happens to VMs
 
     async def vm_ready(self, vm_id: str, welcome: bool = False) -> None:
-        """What waited for a VM to be set up runs now."""
+        """What waited for it runs now."""
         if found := self.routes.find(vm_id):
             vm = self.state.vm(vm_id, found[0])
             vm.closing_notice = ""  # it was gone, and came back
@@ -6319,24 +6150,23 @@ class Relay:
             self.runner.start(vm)
 
     async def vm_gone(self, vm_id: str, phone: str, reason: str) -> None:
-        """Nothing that belongs to a VM outlives it: its owner reads what was not run.
+        """Nothing of a VM outlives it: its owner reads what was not run.
 
         `reason`: `failed` to be set up, `torn_down`, or `vanished`.
         """
-        if vm_id not in self.vms and reason != "vanished":
-            return
         vm = self.state.vm(vm_id, phone)
         vm.closing_notice = SET_UP_FAILED if reason == "failed" else VM_GONE
         await self.runner.stop(vm)
         vm.away_since = None
-        texts = list(vm.waiting)
+        texts, route = list(vm.waiting), self.routes.routes.get(phone)
         words = self.sender.closing_words(vm.closing_notice, texts)
-        route = self.routes.routes.get(phone)
         if texts:
             await self.sender.finish(vm, texts, split_text(words), "gone")
         elif reason == "vanished" and route and route.was_paired:
             await self.sender.notify(vm, words)
         self.state.retire(vm)
+
+    # What VMs say
 
     async def accept_vm_message(
         self, vm_id: str, phone: str, words: str, images: Sequence[str], key: str = ""
@@ -6345,26 +6175,22 @@ class Relay:
 
         Raises Refusal and StoreError.
         """
-        vm, parts = self.state.vm(vm_id, phone), split_text(words) if words else []
+        vm, route = self.state.vm(vm_id, phone), self.routes.routes.get(phone)
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
-        route = self.routes.routes.get(phone)
+        wanted = "START" if vm.opted_out.get(vm.reply_to.channel) else ""
         if route and not route.was_paired:
-            reason = "its phone has not texted the pairing code yet; nothing is sent to it"
-            raise Refusal("wrong_state", reason)
-        if vm.opted_out.get(vm.reply_to.channel):
-            reason = "the owner of this VM opted out of texts (STOP); nothing is sent until they text START"
-            raise Refusal("wrong_state", reason)
+            wanted = "the pairing code"
+        if wanted:
+            raise Refusal("wrong_state", f"nothing is sent until this VM's phone texts {wanted}")
+        parts = split_text(words) if words else []
         counted = self._count_vm_message(vm, len(parts) + len(images))
         out = self.sender.outbound(vm, parts, images=images, id=f"v-{self.clock.random_id()}")
-        if key:
-            seen = f"{vm_id} {key}", self.clock.now(), out.id
-            known = await self.state.store.commit_once(*seen, out.added(), vm.put())
-            if known is not None:
-                vm.vm_messages.remove(counted)
-                return known
-        else:
-            await self.state.store.commit(out.added(), vm.put())
+        seen = f"{vm_id} {key or out.id}", self.clock.now(), out.id
+        known = await self.state.store.commit_once(*seen, out.added(), vm.put())
+        if known is not None:
+            vm.vm_messages.remove(counted)
+            return known
         if route and route.state == "asleep":
             self.tasks.start(self._look(vm_id))
         vm.still_at = max(vm.still_at, self.clock.monotonic() + STILL_EVERY_S)
@@ -6373,53 +6199,45 @@ class Relay:
         return out.id
 
     async def _look(self, vm_id: str) -> None:
-        """One that is said to sleep was woken by somebody else, or sent this as it froze."""
+        """A sleeper that speaks was woken, or sent this as it froze."""
         with suppress(UpstreamError):  # a sweep sees it too
             await self.runner.waker.look(vm_id)
 
     def _count_vm_message(self, vm: VmState, cost: int) -> tuple[float, int]:
-        """Raises Refusal when that would be more of Twilio's messages than a VM may cause."""
+        """Raises Refusal when it would cause too many of Twilio's messages."""
         now = self.clock.now()
         for seconds, most in VM_MESSAGE_LIMITS:
             recent = [(at, count) for at, count in vm.vm_messages if now - seconds < at <= now]
             if sum(count for _, count in recent) + cost > most:
-                wait_s = int(recent[0][0] + seconds - now) + 1 if recent else int(seconds)
-                limit = f"a VM may text {most} messages in {seconds:g} s"
-                reason = f"{limit}, parts and pictures counted"
-                raise Refusal("too_many", reason, retry_after_s=wait_s)
+                limit = f"at most {most} messages in {seconds:g} s, parts and pictures counted"
+                wait_s = int(recent[0][0] + seconds - now) + 1
+                raise Refusal("too_many", limit, retry_after_s=wait_s)
         vm.vm_messages = [*recent, (now, cost)]
         return now, cost
 
     # Questions
 
     def waiting(self) -> int:
-        """Texts not yet finished."""
         return sum(len(vm.waiting) for vm in self.vms.values())
 
     def oldest_waiting_s(self) -> float:
-        """Age of the text that waits longest, 0 when none does."""
-        now = self.clock.now()
-        return max(
-            [0.0, *(now - vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting)]
-        )
+        arrived = [vm.waiting[0].arrived for vm in self.vms.values() if vm.waiting]
+        return max(0.0, self.clock.now() - min(arrived, default=float("inf")))
 
     def sending(self) -> int:
-        """Messages to be sent that Twilio has not taken yet."""
         return sum(len(vm.outbox) for vm in self.vms.values())
 
     def oldest_sending_s(self) -> float:
-        now = self.twilio.now()
-        return max(
-            [0.0, *(now - vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox)]
-        )
+        created = [vm.outbox[0].created_at for vm in self.vms.values() if vm.outbox]
+        return max(0.0, self.twilio.now() - min(created, default=float("inf")))
 
     def away_states(self) -> Counter[str]:
-        """How many VMs are away, by their routes' states."""
+        """VMs that are away, by their routes' states."""
         away = (vm.vm_id for vm in self.vms.values() if vm.away_since is not None)
         return Counter(route.state for route in map(self.routes.of, away) if route)
 
     def may_be_running(self, vm_id: str) -> bool:
-        """Whether a command that was handed over may still run there, so that a restart would cut it."""
+        """Whether a restart might cut a command that was handed over."""
         vm, now = self.vms.get(vm_id), self.clock.monotonic()
         timeout_s = self.runner.vms.command_timeout_s
         return vm is not None and (vm.is_handing_over or now < vm.handed_over_at + timeout_s)
@@ -6427,7 +6245,7 @@ class Relay:
 
 @dataclass(kw_only=True, eq=False)
 class Backfill:
-    """Fetches texts that arrived while nobody listened, and hands them in at the same door."""
+    """Fetches texts that came while nobody listened, to the same door."""
 
     settings: Settings
     clock: Clock
@@ -6436,10 +6254,8 @@ class Backfill:
     state: RelayState
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
-    changes_at_mark: int = -1
-    unread: dict[str, URL | None] = field(default_factory=dict)  # where a long list goes on
 
-    PAGES = 20
+    PAGES = 500
     OVERLAP_S = 900.0
     LONG_S = 86_400.0  # lists have been seen hours late
     LONG_EVERY_S = 3600.0
@@ -6458,91 +6274,75 @@ class Backfill:
 
     async def once(self) -> None:
         """One look at the lists of our number and of its WhatsApp sender."""
-        began, until = self.clock.monotonic(), self.twilio.now()
+        began, now, marks = self.clock.monotonic(), self.twilio.now(), self.state.marks
         is_long = began - self.long_at >= self.LONG_EVERY_S
-        since = self._since(until, is_long=is_long)
+        since = min(marks.get("listed", now), now) - self.OVERLAP_S
+        # Never from before this database was begun less VM_AWAY_LIMIT_S.
+        first = min(marks["begun"], now) - self.settings.limits.vm_away_limit_s
+        since = max(first, min(since, now - self.LONG_S) if is_long else since)
         number = self.settings.twilio.phone_number
         try:
             found = await self._list(number, since) + await self._list(WHATSAPP + number, since)
-            await self.inbox.accept_fetched(sorted(found, key=lambda message: message.arrived))
+            found.sort(key=lambda message: message.arrived)
+            is_whole = await self.inbox.accept_fetched(found)
         except UpstreamRejected as error:
             self.twilio.give_up_listing(error)
-        except (UpstreamError, Refusal, StoreError) as error:
-            log_warning("backfill_failed", error=str(error))
         except Exception as error:  # one that nobody foresaw does not end all looking
-            log_error("backfill_failed", exc_info=error)
+            trace = None if isinstance(error, CockpitError) else error
+            log_warning("backfill_failed", error=str(error), exc_info=trace)
         else:
             # Where routes are missing, texts are not known by them.
-            if not (any(self.unread.values()) or self.routes.closed_because):
-                self.long_at = began if is_long else self.long_at
-                self._set_mark(until)
-
-    def _since(self, now: float, *, is_long: bool) -> float:
-        """From when on to list; never from before this database was begun less VM_AWAY_LIMIT_S."""
-        marks = self.state.marks
-        first = min(marks["begun"], now) - self.settings.limits.vm_away_limit_s
-        since = min(marks["listed"], now) - self.OVERLAP_S if "listed" in marks else first
-        return max(first, min(since, now - self.LONG_S) if is_long else since)
-
-    def _set_mark(self, until: float) -> None:
-        """An idle gateway writes nothing: after a kill it reads a longer, empty stretch of the list."""
-        change, store = self.state.set_mark("listed", until), self.state.store
-        if store.changes != self.changes_at_mark:
-            store.note(change)
-            self.changes_at_mark = store.changes
+            if is_whole and not self.routes.closed_because:
+                change = self.state.set_mark("listed", now)
+                if is_long:  # as a start's first look is: it needs to know it no better
+                    self.long_at = began
+                    self.state.store.note(change)
 
     async def _list(self, recipient: str, since: float) -> list[InboundMessage]:
-        """Unknown texts to this address since then, oldest first; Twilio's filter is on its own date."""
-        listed = await self._pages(recipient, {"To": recipient, "DateSent>": utc_seconds(since)})
-        inbound = [entry for entry in listed if entry.get("direction") == "inbound"]
-        known = await self.state.store.known([str(entry.get("sid")) for entry in inbound])
-        return [
-            await self._message(entry, recipient)
-            for entry in reversed(inbound)
-            if str(entry.get("sid")) not in known and self._is_ours(entry, since)
-        ]
+        """Unknown texts to this address since then; Twilio's filter is on its own date.
 
-    async def _pages(self, recipient: str, query: Mapping[str, str]) -> list[Json]:
-        """The list's beginning; a long one is read on the next time, a bounded piece at a time."""
-        first = self.twilio.first_page(query)
-        unread = self.unread.get(recipient)
-        listed: list[Json] = []
-        if unread is not None:
-            listed, _ = await self.twilio.list_page(first)  # what came meanwhile
-        url: URL | None = unread or first
+        Raises UpstreamError and StoreError.
+        """
+        query = {"To": recipient, "DateSent>": utc_seconds(since)}
+        url: URL | None = self.twilio.first_page(query)
+        ours: dict[str, Json] = {}
         for _ in range(self.PAGES):
-            if url is not None:
-                messages, url = await self.twilio.list_page(url)
-                listed += messages
-        self.unread[recipient] = url
-        return listed
+            if url is None:
+                break
+            listed, url = await self.twilio.list_page(url)
+            ours |= {
+                str(entry.get("sid")): entry for entry in listed if self._is_ours(entry, since)
+            }
+        else:
+            raise UpstreamUnreadable("twilio", "list messages", "a list without an end")
+        known = await self.state.store.known(list(ours))
+        new = [entry for sid, entry in reversed(ours.items()) if sid not in known]
+        return [await self._message(entry, recipient) for entry in new]
 
     def _is_ours(self, entry: Json, since: float) -> bool:
-        """Whether it is young enough, and not older than its sender's route."""
-        at = listed_at(entry)
+        """Whether it is to us, young, and not older than its sender's route."""
+        at, is_inbound = listed_at(entry), entry.get("direction") == "inbound"
         route = self.routes.routes.get(str(entry.get("from")).removeprefix(WHATSAPP))
-        if at is None or route is None or not entry.get("sid"):
+        if at is None or route is None or not (is_inbound and entry.get("sid")):
             return False
         route_made = parse_utc(route.created_at) or 0.0
         return at >= since - 1 and int(at + self.twilio.api.ahead_s) >= route_made
 
     async def _message(self, entry: Json, recipient: str) -> InboundMessage:
-        """One that cannot be read whole holds up no other: it is taken without its pictures."""
-        sid = str(entry["sid"])
+        """One without its pictures, rather than one that holds up others."""
+        sid, dated = str(entry["sid"]), listed_at(entry) or 0.0
         media: Sequence[Sequence[str]] = ()
         if str(entry.get("num_media") or "0") != "0":
             try:
                 media = await self.twilio.media_of(sid)
             except UpstreamRejected as error:
                 log_warning("media_not_listed", message_sid=sid, error=str(error))
-        dated = listed_at(entry) or 0.0
-        arrived = dated + self.twilio.api.ahead_s
         return InboundMessage(
             sid=sid,
             sender=str(entry.get("from")),
             recipient=recipient,
             body=str(entry.get("body") or ""),
-            arrived=min(arrived, self.clock.now()),
+            arrived=min(dated + self.twilio.api.ahead_s, self.clock.now()),
             media=media,
             is_fetched=True,
             dated=dated,
@@ -7143,9 +6943,7 @@ class Gateway:
         self.waker = make(Waker)
         self.runner = make(Runner)
         self.door = make(PhoneDoor, stamp=self._stamp)
-        self.commands = make(
-            OwnerCommands, check_restart=self._check_restart, restart=self._restart
-        )
+        self.commands = make(OwnerCommands, restart=self._restart)
         self.inbox = make(Inbox)
         self.reports = make(DeliveryReports)
         self.relay = make(Relay)
@@ -7161,9 +6959,6 @@ class Gateway:
         self.sleeper = make(Sleeper)
 
     # For the relay, which is made before those it asks.
-
-    def _check_restart(self, vm_id: str) -> None:
-        self.changes.check(vm_id)
 
     async def _stamp(self, vm_id: str) -> None:
         await self.reconciler.stamp(vm_id)
