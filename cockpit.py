@@ -1831,7 +1831,6 @@ class MessageStore:
     writer: asyncio.Task[None] | None = None
     wanted: asyncio.Event = field(default_factory=asyncio.Event)  # somebody waits for an entry
     pruned_at: float = NEVER
-    changes: int = 0  # asked for so far
     trouble: str = ""
 
     async def open(self) -> None:
@@ -1930,7 +1929,6 @@ class MessageStore:
 
     def _enqueue(self, entry: Entry) -> None:
         self.queue.append(entry)
-        self.changes += 1
         if self.writer is None:
             self.writer = self.tasks.start(self._write_while_needed(), "write messages")
 
@@ -6305,19 +6303,18 @@ class Backfill:
         """
         query = {"To": recipient, "DateSent>": utc_seconds(since)}
         url: URL | None = self.twilio.first_page(query)
-        ours: dict[str, Json] = {}
+        new: dict[str, Json] = {}
         for _ in range(self.PAGES):
             if url is None:
                 break
             listed, url = await self.twilio.list_page(url)
-            ours |= {
-                str(entry.get("sid")): entry for entry in listed if self._is_ours(entry, since)
-            }
+            ours = {str(one.get("sid")): one for one in listed if self._is_ours(one, since)}
+            known = await self.state.store.known(list(ours))
+            new |= {sid: entry for sid, entry in ours.items() if sid not in known}
         else:
             raise UpstreamUnreadable("twilio", "list messages", "a list without an end")
-        known = await self.state.store.known(list(ours))
-        new = [entry for sid, entry in reversed(ours.items()) if sid not in known]
-        return [await self._message(entry, recipient) for entry in new]
+        oldest_first = reversed(new.values())
+        return [await self._message(entry, recipient) for entry in oldest_first]
 
     def _is_ours(self, entry: Json, since: float) -> bool:
         """Whether it is to us, young, and not older than its sender's route."""
