@@ -27,8 +27,10 @@ import io
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import py_compile
+import queue
 import random
 import re
 import resource
@@ -239,7 +241,7 @@ class FakeClock:
             task.cancel()
 
 
-PORTS = itertools.count(random.SystemRandom().randrange(15_000))
+PORTS = itertools.count(random.SystemRandom().randrange(15_000), 2)  # those between are for the other process of a `Pair`
 
 
 def free_port() -> int:
@@ -1487,6 +1489,96 @@ async def live():
         yield world
 
 
+# This file is a plugin of pytest's, too.
+pytest_plugins = [__name__]
+
+
+def pytest_runtestloop(session: pytest.Session) -> None:
+    """Many tests are run by two processes, where there are two cores; a few, or with a terminal to look into one, by pytest as ever."""
+    option, is_worker = session.config.option, hasattr(session.config, "workerinput")
+    has_cores = sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1
+    if has_cores and len(session.items) > 60 and option.capture == "sys" and not (option.collectonly or option.usepdb or session.testsfailed or is_worker):
+        session.config.pluginmanager.register(Pair(session))
+
+
+class Pair:
+    """A fork of this process runs tests, too: those in the browser, and then the others from the end, until it meets the first, which reports all in their order."""
+
+    def __init__(self, session: pytest.Session):
+        self.config, self.items = session.config, {item: number for number, item in enumerate(session.items)}
+        fork = multiprocessing.get_context("fork")
+        self.taken, self.told, self.heard = fork.Array("b", len(self.items)), fork.Queue(), {}
+        self.second = fork.Process(target=self.run_second)
+        self.pages = [item for item in self.items if "tab" in item.fixturenames and self.takes(item)]
+        self.second.start()
+
+    def takes(self, item: pytest.Item) -> bool:
+        with self.taken.get_lock():
+            was_taken, self.taken[self.items[item]] = self.taken[self.items[item]], True
+        return not was_taken
+
+    # In the first
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if self.takes(item):
+            return None
+        while item.nodeid not in self.heard and self.hears(1):
+            pass
+        hook, of_item = self.config.hook, {"nodeid": item.nodeid, "location": item.location}
+        hook.pytest_runtest_logstart(**of_item)
+        for report in self.heard.get(item.nodeid) or [pytest.TestReport(item.nodeid, item.location, {}, "failed", "The second process ended before this test did.", "call")]:
+            hook.pytest_runtest_logreport(report=report)
+        hook.pytest_runtest_logfinish(**of_item)
+        return True
+
+    def hears(self, within: float) -> bool:
+        """Waits for the reports of a test; whether there may be more."""
+        is_alive = self.second.is_alive()
+        try:
+            nodeid, reports = self.told.get(timeout=within)
+        except queue.Empty:
+            return is_alive
+        self.heard[nodeid] = [self.config.hook.pytest_report_from_serializable(config=self.config, data=report) for report in reports]
+        return True
+
+    def pytest_sessionfinish(self) -> None:
+        """However the session ends, the second ends what it has begun and closes what it has opened."""
+        for item in self.items:
+            self.takes(item)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and self.hears(0.02):
+            pass
+        self.second.kill()
+        self.second.join()
+
+    # In the second
+
+    def run_second(self) -> None:
+        global PORTS
+        PORTS = itertools.count(next(PORTS) + 1, 2)
+        os.setsid()  # Ctrl-C is for the first
+        self.config.pluginmanager.unregister(name="terminalreporter")
+        self.config.pluginmanager.register(Teller(self.config, self.told))
+        others = (item for item in reversed(self.items) if not hasattr(item.obj, "beside") and self.takes(item))
+        for item, following in itertools.pairwise(itertools.chain(self.pages, others, [None])):
+            self.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+
+
+class Teller:
+    """Tells the first process of a pair what happens in the second."""
+
+    def __init__(self, config: pytest.Config, told: multiprocessing.Queue):
+        self.config, self.told, self.reports = config, told, []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.reports.append(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.told.put((nodeid, self.reports))
+        self.reports = []
+
+
 class Beside:
     """Tests with real processes mostly wait: they run beside the others, three at a time, in a thread and an event loop of their own."""
 
@@ -1532,7 +1624,7 @@ def side(request):
         gc.freeze()  # as cockpit does once it serves
         gc.set_threshold(50_000, 20, 50)
         patch.setattr(Child, "zygote", Zygote(), raising=False)
-        side = Beside(request.session.items)
+        side = Beside([] if multiprocessing.parent_process() else request.session.items)
         yield side
         side.close()
         Child.zygote.close()
