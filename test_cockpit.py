@@ -6,7 +6,8 @@
 
 Nothing of cockpit is replaced: `FakeFly`, `FakeTwilio` and `FakeVMs` are small servers on loopback, strict like the originals, which
 remember what they were asked and fail on command; `FakeClock` is the time cockpit is given, so that hours pass in milliseconds.
-`World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills.
+`World` puts them around one gateway; `Child` is the same gateway as a real process, for promises about exits, signals and kills. To be quick, a `Zygote` forks
+these processes, they run `Beside` the other tests, and those are run by a `Pair` of processes where there are two cores.
 
 Sections: the fakes (clock and wires, Fly, VMs, Twilio, world), then the file's own: settings, records and keys, time, routes on disk,
 messages on disk, Fly, Twilio, provisioning, relay (running, sending, conversations), answers (what a VM says, what Twilio does with it), whose phone
@@ -1502,7 +1503,7 @@ def pytest_runtestloop(session: pytest.Session) -> None:
 
 
 class Pair:
-    """A fork of this process runs tests, too: those in the browser, and then the others from the end, until it meets the first, which reports all in their order."""
+    """A fork of this process runs tests, too: those in the browser, then others from the end until it meets the first, which reports all in the file's order."""
 
     def __init__(self, session: pytest.Session):
         self.config, self.items = session.config, {item: number for number, item in enumerate(session.items)}
@@ -1560,7 +1561,8 @@ class Pair:
         os.setsid()  # Ctrl-C is for the first
         self.config.pluginmanager.unregister(name="terminalreporter")
         self.config.pluginmanager.register(Teller(self.config, self.told))
-        others = (item for item in reversed(self.items) if not hasattr(item.obj, "beside") and self.takes(item))
+        firsts = {"tmp_path"}  # pytest removes its folder in the first alone
+        others = (item for item in reversed(self.items) if not hasattr(item.obj, "beside") and firsts.isdisjoint(item.fixturenames) and self.takes(item))
         for item, following in itertools.pairwise(itertools.chain(self.pages, others, [None])):
             self.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
@@ -1580,9 +1582,9 @@ class Teller:
 
 
 class Beside:
-    """Tests with real processes mostly wait: they run beside the others, three at a time, in a thread and an event loop of their own."""
+    """Tests with real processes mostly wait: they run beside the others, a few at a time, in a thread and an event loop of their own."""
 
-    AT_ONCE = 3
+    AT_ONCE = 5
 
     def __init__(self, items: list[pytest.Item]):
         self.loop, self.slots = asyncio.new_event_loop(), asyncio.Semaphore(self.AT_ONCE)
