@@ -1395,8 +1395,9 @@ class Zygote:
         return Forked(int(await told.readline()), output, told, control)
 
     def close(self) -> None:
+        """Ends also what nobody waited for, because the session was interrupted."""
         self._orders.close()
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
