@@ -256,8 +256,8 @@ def free_port() -> int:
 class Server:
     """An app on loopback, served as in production: a handler goes on when its caller hangs up (aiohttp's TestServer would cancel it)."""
 
-    def __init__(self, app: web.Application, port: int = 0, runner: web.AppRunner | None = None):
-        self.port, self.url, self.listening = port or free_port(), "", False
+    def __init__(self, app: web.Application, runner: web.AppRunner | None = None):
+        self.port, self.url, self.listening = free_port(), "", False
         self.runner = runner or web.AppRunner(app, access_log=None, shutdown_timeout=0.02)
 
     async def start(self) -> "Server":
@@ -265,7 +265,13 @@ class Server:
             await asyncio.sleep(0.001)
         if self.runner.server is None:
             await self.runner.setup()
-        await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        try:
+            await web.TCPSite(self.runner, "127.0.0.1", self.port).start()
+        except OSError:
+            if self.url:
+                raise
+            self.port = free_port()  # somebody was quicker, and nobody knows this one yet
+            return await self.start()
         self.url, self.listening = f"http://127.0.0.1:{self.port}", True
         return self
 
