@@ -97,8 +97,8 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
-from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
+from typing import IO, Any, NamedTuple, TypeVar, cast
+from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 from xml.sax.saxutils import escape
 
 try:
@@ -111,7 +111,6 @@ from yarl import URL
 
 VERSION = "2.0"
 T = TypeVar("T")
-P = ParamSpec("P")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
 
@@ -947,6 +946,7 @@ class Keyring:
         self._roots = {self.fingerprint(root): root for root in roots}
         self.ids = tuple(self._roots)
         self.current_id = self.ids[0]
+        self.vm_token = functools.lru_cache(4000)(self._vm_token)
 
     @staticmethod
     def fingerprint(root: str) -> str:
@@ -968,7 +968,7 @@ class Keyring:
                 found = key_id
         return found
 
-    def vm_token(self, vm_id: str, key_id: str = "") -> str:
+    def _vm_token(self, vm_id: str, key_id: str = "") -> str:
         """The bearer token a VM and the gateway share: derived, stored nowhere."""
         return f"{vm_id}.{self.sign('vm:' + vm_id, key_id)}"
 
@@ -1791,17 +1791,12 @@ class Entry:
     refusal: StoreError | None = None  # SQLite took the rest, not this
 
     def write(self, database: sqlite3.Connection) -> None:
-        if (
-            self.see
-            and not database.execute(
-                SEE, (self.see[0], self.see[1], storable(self.see[2]))
-            ).rowcount
-        ):
+        if self.see and not database.execute(SEE, self.see).rowcount:
             query = "SELECT reply FROM seen WHERE sid = ?"
             (self.result,) = database.execute(query, self.see[:1]).fetchone()
             return
         for statement, values in self.changes:
-            database.execute(statement, tuple(map(storable, values)))
+            database.execute(statement, values)
 
     def settle(self, error: StoreError | None) -> None:
         """Tell who waits, once; what is tried again then has nobody who waits."""
@@ -1996,6 +1991,7 @@ class MessageStore:
 
     def _write_apart(self, entry: Entry, database: sqlite3.Connection) -> None:
         """What SQLite refuses is put aside alone, and never tried again."""
+        entry.changes = [(sql, tuple(map(storable, values))) for sql, values in entry.changes]
         database.execute("SAVEPOINT entry")
         try:
             entry.write(database)
@@ -2086,7 +2082,7 @@ CONNECT_TIMEOUT = aiohttp.ClientTimeout(sock_connect=10)
 async def read_at_most(response: aiohttp.ClientResponse, limit: int) -> bytes | None:
     """The body, or None when it is longer than `limit` bytes."""
     body = bytearray()
-    async for chunk in response.content.iter_any():
+    while chunk := await response.content.readany():
         body += chunk
         if len(body) > limit:
             response.close()
@@ -2687,6 +2683,7 @@ def twilio_signature(
     return base64.b64encode(digest).decode()
 
 
+@functools.lru_cache(100)
 def signed_urls(url: str) -> tuple[str, ...]:
     """The forms of a webhook's URL that Twilio may have signed: without its port, and with it."""
     parts = urlsplit(url)
@@ -2715,7 +2712,7 @@ def is_signed(
         if not hmac.compare_digest(digest.encode(), query.get("bodySHA256", "").encode()):
             return False
     given = header.encode("utf-8", "surrogateescape")
-    signatures = [twilio_signature(token, form, pairs, algorithm) for form in signed_urls(url)]
+    signatures = (twilio_signature(token, form, pairs, algorithm) for form in signed_urls(url))
     return any(hmac.compare_digest(one.encode(), given) for one in signatures)
 
 
@@ -2748,7 +2745,6 @@ def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMe
 
 
 MESSAGE_SID = re.compile("(SM|MM)[0-9a-f]{32}")
-FIELD_NAME = re.compile("[A-Za-z0-9]+")
 
 
 def twiml(message: str = "") -> str:
@@ -2768,7 +2764,7 @@ def clean_text(text: str) -> str:
 
 
 def utf16_units(text: str) -> int:
-    return len(text) + sum(character > "\uffff" for character in text)
+    return len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 def cut_within(text: str, start: int, units: int) -> int:
@@ -2906,9 +2902,10 @@ class Sms(NamedTuple):
     callback: str = ""  # where Twilio reports what became of it
 
     def form(self) -> bytes:
-        form = {"SmartEncoded": "true", "From": self.sender, "To": self.recipient}
-        more = {"Body": self.body, "MediaUrl": self.media, "StatusCallback": self.callback}
-        return urlencode(form | {name: value for name, value in more.items() if value}).encode()
+        form = {"From": self.sender, "To": self.recipient, "Body": self.body}
+        form |= {"MediaUrl": self.media, "StatusCallback": self.callback}
+        fields = [f"&{name}={quote_plus(value)}" for name, value in form.items() if value]
+        return ("SmartEncoded=true" + "".join(fields)).encode()
 
 
 def comparable(body: str) -> str:
@@ -3153,6 +3150,8 @@ PICTURES = {  # by their first bytes
     b"GIF89a": "image/gif",
 }
 NOTE_CHARACTERS = 100
+# ValueError: a URL that is none; routes.json can be written by hand.
+UNREACHED = (aiohttp.ClientError, OSError, ValueError)
 
 
 class MeteredSocket(socket.socket):
@@ -3192,20 +3191,15 @@ class Answer(NamedTuple):
 def parse_answer(raw: bytes) -> Answer:
     """What a VM's answer says, whatever its shape."""
     body = parse_json(raw)
-    text = body.get("text") or "" if isinstance(body, dict) else None
-    if not isinstance(body, dict) or not isinstance(text, str):
+    if not isinstance(body, dict) or not isinstance(text := body.get("text") or "", str):
         return Answer(is_unreadable=True)
+    text, code = clean_text(text).rstrip("\n"), body.get("exitCode")
     listed = body.get("images")
-    urls = [image.get("url") for image in objects_in(listed)]
-    images = [url for url in urls if isinstance(url, str) and IMAGE_PATH.fullmatch(url)]
-    code = body.get("exitCode")
-    text = clean_text(text).rstrip("\n")
-    return Answer(
-        text=text,
-        exit_code=code if type(code) is int and abs(code) < 2**32 else 0,
-        images=tuple(images[:MAX_IMAGES]),
-        is_unreadable=bool(listed) and not images and not text.strip(),
-    )
+    urls = [str(image.get("url")) for image in objects_in(listed)]
+    images = tuple(filter(IMAGE_PATH.fullmatch, urls))[:MAX_IMAGES]
+    is_unreadable = bool(listed) and not images and not text.strip()
+    code = code if type(code) is int and abs(code) < 2**32 else 0
+    return Answer(text, code, images, is_unreadable)
 
 
 def kind_of_picture(start: bytes) -> str:
@@ -3222,6 +3216,13 @@ class Health(NamedTuple):
     is_well: bool = False
     is_busy: bool = False
     note: str = ""
+
+
+# To take an address apart costs as much as to sign a text.
+@functools.lru_cache(4000)
+def vm_address(vm_url: str, path: str) -> URL:
+    """Raises ValueError."""
+    return URL(vm_url + path)
 
 
 @dataclass(eq=False)
@@ -3253,13 +3254,11 @@ class VmClient:
         sid: str | None = None,
         body: Json | None = None,
     ) -> tuple[int, bytes]:
-        """Status and body (empty when it is too long), one attempt; raises as aiohttp does.
-
-        ValueError: the URL is none; routes.json can be written by hand.
-        """
+        """Status and body (empty when it is too long), one attempt; raises UNREACHED."""
         headers = self._headers(route) | ({} if sid is None else {"Idempotency-Key": sid})
         sent: Json = {"json": body, "headers": headers, "timeout": CONNECT_TIMEOUT}
-        request = self.session.request(method, route.vm_url + path, allow_redirects=False, **sent)
+        url = vm_address(route.vm_url, path)
+        request = self.session.request(method, url, allow_redirects=False, **sent)
         async with self.clock.time_limit(timeout_s), request as response:
             return response.status, await read_at_most(response, MAX_ANSWER_BYTES) or b""
 
@@ -3271,7 +3270,7 @@ class VmClient:
         """What `/health` says, one attempt."""
         try:
             status, raw = await self._ask(route, "GET", "/health", timeout_s)
-        except (aiohttp.ClientError, OSError, ValueError):
+        except UNREACHED:
             return Health()
         body = object_in(parse_json(raw))
         note = redact(clean_text(str(body.get("note") or "")))[:NOTE_CHARACTERS]
@@ -3284,7 +3283,7 @@ class VmClient:
         """
         try:
             status, raw = await self._ask(route, "POST", "/cancel", self.CANCEL_S, sid)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except UNREACHED as error:
             raise VmAway(f"not cancelled ({type(error).__name__})") from error
         if status >= 300:
             raise VmFailed(status)
@@ -3295,11 +3294,8 @@ class VmClient:
         self, route: Route, path: str
     ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """One of a VM's images, not yet read."""
-        url = URL(route.vm_url + path)
-        headers = self._headers(route)
-        return self.session.get(
-            url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT
-        )
+        sent: Json = {"headers": self._headers(route), "timeout": MEDIA_TIMEOUT}
+        return self.session.get(route.vm_url + path, allow_redirects=False, **sent)
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID.
@@ -3329,21 +3325,31 @@ class VmClient:
 
 # --- Agents ---
 #
-# What runs on a VM: the server's half of the contract, the agent it calls, and `say`.
+# What runs on a VM: the server of the contract, its agent, and `say`.
 
-COMMAND_BODY_BYTES = 256 * 1024
 OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
 ERRORS_CHARACTERS = 2000
 CANCELLED = 130
-CANCEL_GRACE_S = 5.0
-INBOX_S = 20.0
+INBOX_TIMEOUT = aiohttp.ClientTimeout(total=20)
 CLONE_S = 240.0
-NAP_S = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
-PICTURE = base64.b64decode(  # 32 x 20 pixels: a hill, the sky and the sun
-    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4"
-    "2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW"
-    "yUOQrvOoPAAAAABJRU5ErkJggg=="
-)
+SAID = "said-"  # so begin the names of pictures that `say` sent
+BUILT_IN = r"""
+said=$(cat)
+set -f
+set -- $(printf %s "$said" | tr A-Z a-z)
+case "$# $*" in
+"1 crash") kill -9 $PPID ;;
+"1 image") mkdir -p images; base64 -d > images/$$.png <<'END' && echo "Here is an image." ;;
+iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAA
+DFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR42mNgIAC0
+FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////
+D2YA6f9XYQygqngw4//X8P8QBhDAGQDWyUOQrvOoPAAAAABJ
+RU5ErkJggg==
+END
+"2 sleep "[0-9]*) sleep "$2" && echo "Slept $2 s." ;;
+*) printf %s "$said" ;;
+esac
+"""
 PRESETS = {  # what is in brackets resumes the last conversation
     "claude": "claude -p [--continue] --dangerously-skip-permissions",
     "codex": "codex exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox "
@@ -3351,7 +3357,7 @@ PRESETS = {  # what is in brackets resumes the last conversation
     "gemini": "gemini [--resume latest] --approval-mode yolo --skip-trust",
     "opencode": "opencode run [--continue] --auto",
 }
-FOR_A_SHELL = re.compile(r"\w+=|.*[|&;<>()$`*?\[\]{}~#!\n]", re.DOTALL)
+PLAIN = re.compile(r"[\w\s./:@%,+-]+")  # what a shell takes as it stands
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # It answers GitHub alone; the token itself is in no argument, URL or file.
 ASKPASS = """#!/bin/sh
@@ -3366,7 +3372,7 @@ Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 @contextlib.contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
-    """A handle of a folder, made if need be; never of what a link leads to (blocking)."""
+    """A handle of a folder, made if need be, never of a link's (blocking)."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -3376,282 +3382,154 @@ def opened_folder(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def open_within(folder: int, name: str, mode: str) -> IO[bytes]:
-    """A file of a folder's handle, no link followed (blocking)."""
-
-    def opener(name: str, flags: int) -> int:
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
-        return os.open(name, flags, 0o600, dir_fd=folder)
-
-    return cast("IO[bytes]", open(name, mode, opener=opener))
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture of at most 5 MB, else none (blocking). Raises OSError."""
+    with path.open("rb") as file:
+        content = file.read(MAX_IMAGE_BYTES + 1)
+    return content if kind_of_picture(content) and len(content) <= MAX_IMAGE_BYTES else b""
 
 
-class Pictures:
-    """A VM's folders `inbox` and `images`; no link leads into or out of them.
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
-    All but `fetch` blocks.
+
+def keep(folder: Path, start: str, content: bytes, kind: str = "") -> Path:
+    """Write a new file, not into a folder that is a link (blocking).
+
+    Raises OSError and StoreError.
     """
+    suffix = mimetypes.guess_extension(kind_of_picture(content) or kind) or ".bin"
+    file = folder / (start + secrets.token_hex(8) + suffix)
+    with opened_folder(folder):
+        write_atomically(file, [content])
+    return file
 
-    SAID = ".said"  # what `say` sent during a command, a line each
 
-    def __init__(self, folder: Path) -> None:
-        self.images = folder / "images"
-        self.inbox = folder / "inbox"
-
-    def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
-        """Write a file under a new name; returns the name. Raises OSError."""
-        kind = kind_of_picture(content) or kind
-        suffix = mimetypes.guess_extension(kind) or ".bin"
-        name = secrets.token_hex(8) + suffix
-        with opened_folder(folder) as handle, open_within(handle, name, "xb") as file:
-            file.write(content)
-        return name
-
-    def shown(self) -> set[Shown]:
-        """The files that may be pictures to be sent."""
-        found = set()
-        with suppress(OSError), opened_folder(self.images) as folder:
-            for entry in os.scandir(folder):
+def shown_in(images: Path) -> set[Shown]:
+    """The files that may be pictures to be sent, no links (blocking)."""
+    found = set()
+    with suppress(OSError), opened_folder(images) as folder:
+        for entry in os.scandir(folder):
+            is_ours = entry.is_file(follow_symlinks=False)
+            if is_ours and IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
                 status = entry.stat(follow_symlinks=False)
-                if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
-                    continue
-                if entry.is_file(follow_symlinks=False):
-                    found.add((status.st_mtime_ns, status.st_size, entry.name))
-        return found
+                found.add((status.st_mtime_ns, status.st_size, entry.name))
+    return found
 
-    def shown_since(self, before: set[Shown]) -> list[Json]:
-        """What pictures appeared, oldest first, without those that `say` sent."""
-        found = []
-        with suppress(OSError), opened_folder(self.images) as folder:
-            said = b""
-            with suppress(OSError), open_within(folder, self.SAID, "rb") as file:
-                said = file.read()
-            for one in sorted(self.shown() - before):
-                if to_json(one).encode() in said.splitlines():
-                    continue
-                _, size, name = one
-                with suppress(OSError), open_within(folder, name, "rb") as file:
-                    kind = kind_of_picture(file.read(8))
-                    if kind and size <= MAX_IMAGE_BYTES:
-                        found.append({"type": kind, "url": f"/images/{name}"})
-        return found[:MAX_IMAGES]
 
-    def begin(self) -> set[Shown]:
-        """What there is when a command begins."""
+def shown_since(images: Path, before: set[Shown]) -> list[Json]:
+    """Ten pictures that appeared, oldest first, but none that `say` sent (blocking)."""
+    appeared, found = shown_in(images) - before, []
+    said = {name.removeprefix(SAID)[:16] for _, _, name in appeared if name.startswith(SAID)}
+    for _, _, name in sorted(appeared):
         with suppress(OSError):
-            (self.images / self.SAID).unlink()
-        return self.shown()
+            content = read_picture(images / name)
+            if content and digest_of(content) not in said:
+                found.append({"type": kind_of_picture(content), "url": f"/images/{name}"})
+        if len(found) == MAX_IMAGES:
+            break
+    return found
 
-    def note_said(self, names: Sequence[str]) -> None:
-        """`say` sent these: they are not sent again at the end of the command."""
-        said = [to_json(one).encode() + b"\n" for one in self.shown() if one[2] in names]
-        with (
-            suppress(OSError),
-            opened_folder(self.images) as folder,
-            open_within(folder, self.SAID, "ab") as file,
-        ):
-            file.writelines(said)
 
-    def put(self, path: Path) -> str:
-        """The name of a picture in `images`, copied there if need be.
-
-        Raises CockpitError.
-        """
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_IMAGE_BYTES + 1)
-            if not kind_of_picture(content) or len(content) > MAX_IMAGE_BYTES:
-                reason = "is not a PNG, JPEG or GIF picture of at most 5 MB"
-                raise CockpitError(f"{path} {reason}")
-            is_there = path.resolve().parent == self.images.resolve()
-            is_there = is_there and not path.is_symlink()
-            if is_there and IMAGE_PATH.fullmatch(f"/images/{path.name}"):
-                return path.name
-            return self.keep(self.images, content)
-        except OSError as error:
-            raise CockpitError(f"{path}: {error.strerror}") from error
-
-    async def fetch(self, media: object) -> list[str]:
-        """The phone's pictures as files in `inbox`, ten at most."""
-        wanted = objects_in(media)[:MAX_IMAGES]
-        if not wanted:
-            return []
-        async with aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(), timeout=MEDIA_TIMEOUT
-        ) as session:
-
-            async def fetch(one: Json) -> str:
-                url, kind = str(one.get("url")), str(one.get("content_type"))
-                with suppress(aiohttp.ClientError, OSError, ValueError):
-                    async with (
-                        asyncio.timeout(INBOX_S),
-                        session.get(url, allow_redirects=False) as response,
-                    ):
-                        content = await read_at_most(response, MAX_IMAGE_BYTES)
-                    if response.status == 200 and content is not None:
-                        name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
-                        return f"{self.inbox.name}/{name}"
-                return "(a picture that could not be fetched)"
-
-            return await asyncio.gather(*map(fetch, wanted))
+async def fetch_picture(session: aiohttp.ClientSession, inbox: Path, media: Json) -> str:
+    """The name of the file that a phone's picture becomes, for the agent."""
+    with suppress(aiohttp.ClientError, OSError, ValueError, StoreError):
+        async with session.get(str(media.get("url")), allow_redirects=False) as response:
+            content = await read_at_most(response, MAX_IMAGE_BYTES)
+        if response.status == 200 and content is not None:
+            kind = str(media.get("content_type"))
+            file = await asyncio.to_thread(keep, inbox, "", content, kind)
+            return f"{inbox.name}/{file.name}"
+    return "(a picture that could not be fetched)"
 
 
 class Agent:
-    """What makes an answer of a text.
+    """A preset or any command, run for each text in a process group of its own.
 
-    Unless it says so it lacks nothing and leaves nothing running.
-    """
-
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        """What it said and its exit code; cancelled it ends what it started."""
-        raise NotImplementedError
-
-    def trouble(self) -> str:
-        """Why it cannot work, or nothing (blocking)."""
-        return ""
-
-    def last_line(self) -> str:
-        """The newest line of the running command (blocking)."""
-        return ""
-
-    def left_running(self) -> set[int]:
-        """The groups of processes that its commands left."""
-        return set()
-
-    def close(self) -> None:
-        """End whatever runs, at once."""
-
-
-class BuiltInAgent(Agent):
-    """Echoes; draws an image, sleeps and crashes on request."""
-
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
-
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        match text.strip().lower().split():
-            case ["crash"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            case ["sleep", seconds] if NAP_S.fullmatch(seconds):
-                await asyncio.sleep(min(3600.0, float(seconds)))
-                return f"Slept {seconds} s.", 0
-            case ["image"]:
-                pictures = self._pictures
-                await asyncio.to_thread(pictures.keep, pictures.images, PICTURE)
-                return "Here is an image.", 0
-        return text, 0
-
-
-class CommandAgent(Agent):
-    """Runs a preset or any command for each text, in a process group of its own.
-
-    The text is on its standard input, the answer is its standard output; its standard error is
-    shown when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
+    The text is its standard input, the answer its standard output; standard error is shown
+    when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
     """
 
     def __init__(self, command: str, folder: Path) -> None:
-        self._command = command
+        self._command = command.strip() or BUILT_IN
         self._folder = folder
         self._groups: set[int] = set()  # of its commands, also of those that ended
-        # Of the running one: what it is given, what it says, what it complains of.
-        self._streams: Sequence[IO[bytes]] = ()
-
-    def arguments(self, *, is_new: bool) -> list[str]:
-        """The command's words; raises ValueError."""
-        if preset := PRESETS.get(self._command):
-            return re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
-        if FOR_A_SHELL.match(self._command):
-            return ["sh", "-c", self._command]
-        return shlex.split(self._command)
+        self._said: Sequence[IO[bytes]] = ()  # output and errors of the running one
 
     def trouble(self) -> str:
-        try:
-            program = self.arguments(is_new=False)[0]
-        except ValueError as error:
-            return f"the agent's command cannot be read: {error}"
-        if shutil.which(program):
+        """Why it cannot work, or nothing."""
+        program = self._command.split()[0]
+        if shutil.which(program) or not PLAIN.fullmatch(self._command):
             return ""
-        remedy = "install it or choose another --agent"
-        return f"there is no {program} on this VM's PATH; {remedy}"
+        return f"there is no {program} on this VM's PATH; install it or choose another --agent"
 
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        # Files, not pipes: what it leaves running may hold them open as long as it likes.
-        streams = await asyncio.to_thread(open_streams, text)
+    async def run(self, text: str, *, is_new: bool = False) -> tuple[str, int]:
+        """What it said and its exit code; cancelled it ends what it started."""
+        arguments = ["sh", "-c", self._command]
+        if preset := PRESETS.get(self._command):
+            arguments = re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
+        # Files, not pipes: what it leaves running may hold them open.
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self.arguments(is_new=is_new),
-                cwd=self._folder,
-                env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
-                stdin=streams[0],
-                stdout=streams[1],
-                stderr=streams[2],
-                process_group=0,
-            )
-            self._streams = streams
-            self._groups = self.left_running() | {process.pid}
-            try:
-                code = await process.wait()
-            except asyncio.CancelledError:
-                await end_group(process.pid)
-                code = CANCELLED
-            # Not in a thread: a stop that comes now would lose it.
-            return self._said(code), code if code >= 0 else 128 - code
+            with (
+                tempfile.TemporaryFile() as given,
+                tempfile.TemporaryFile("a+b") as output,
+                tempfile.TemporaryFile("a+b") as errors,
+            ):
+                given.write(text.encode("utf-8", "replace"))
+                given.seek(0)
+                process = await asyncio.create_subprocess_exec(
+                    *arguments,
+                    cwd=self._folder,
+                    env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
+                    stdin=given,
+                    stdout=output,
+                    stderr=errors,
+                    process_group=0,
+                )
+                self._groups = self.left_running() | {process.pid}
+                self._said = output, errors
+                try:
+                    code = await process.wait()
+                except asyncio.CancelledError:
+                    await end_group(process.pid)
+                    code = CANCELLED
+                said = os.pread(output.fileno(), OUTPUT_BYTES, 0).decode("utf-8", "replace")
+                if code or not said.strip():
+                    said = f"{said.rstrip()}\n{read_tail(errors)}".strip("\n")
+                return said, code if code >= 0 else 128 - code
         except (OSError, ValueError) as error:
             return f"The agent could not be started: {error}", 127
         finally:
-            self._streams = ()
-            for stream in streams:
-                stream.close()
-
-    def _said(self, code: int) -> str:
-        output, errors = (stream.fileno() for stream in self._streams[1:])
-        said = os.pread(output, OUTPUT_BYTES, 0).decode("utf-8", "replace")
-        if code or not said.strip():
-            complaint = read_tail(errors)[-ERRORS_CHARACTERS:]
-            said = f"{said.rstrip()}\n{complaint}".strip("\n")
-        return said
+            self._said = ()
 
     def last_line(self) -> str:
-        with suppress(OSError, ValueError):  # it ends just now
-            files = [stream.fileno() for stream in self._streams[1:]]
-            newest = max(files, key=lambda file: os.fstat(file).st_mtime_ns)
-            lines = read_tail(newest).splitlines()
-            return next((line for line in reversed(lines) if line.strip()), "")
-        return ""
+        """The newest line of the running command."""
+        if not self._said:
+            return ""
+        newest = max(self._said, key=lambda file: os.fstat(file.fileno()).st_mtime_ns)
+        lines = [line for line in read_tail(newest).splitlines() if line.strip()]
+        return lines[-1] if lines else ""
 
     def left_running(self) -> set[int]:
+        """The groups of processes that its commands left."""
         self._groups = {group for group in self._groups if signal_group(group, 0)}
         return self._groups
 
     def close(self) -> None:
+        """End whatever runs, at once."""
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
 
 
-def open_streams(text: str) -> list[IO[bytes]]:
-    """Nameless files: the text, and what is to be filled with output and errors (blocking)."""
-    streams: list[IO[bytes]] = []
-    for _ in range(3):
-        streams.append(tempfile.TemporaryFile("a+b"))  # noqa: SIM115
-    streams[0].write(text.encode("utf-8", "replace"))
-    streams[0].seek(0)
-    return streams
-
-
-def read_tail(file: int) -> str:
-    """The end of an open file (blocking)."""
-    size = 4 * ERRORS_CHARACTERS
-    start = max(0, os.fstat(file).st_size - size)
-    return os.pread(file, size, start).decode("utf-8", "replace")
-
-
-def choose_agent(command: str, folder: Path, pictures: Pictures) -> Agent:
-    command = command.strip()
-    return CommandAgent(command, folder) if command else BuiltInAgent(pictures)
+def read_tail(file: IO[bytes]) -> str:
+    """The last characters of an open file."""
+    size, handle = 4 * ERRORS_CHARACTERS, file.fileno()
+    tail = os.pread(handle, size, max(0, os.fstat(handle).st_size - size))
+    return tail.decode("utf-8", "replace")[-ERRORS_CHARACTERS:]
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Signal a group of processes (0 only asks); whether there is any left to take it."""
+    """Signal a group of processes (0 only asks); whether any of it is left."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS refuses to signal what has ended
@@ -3661,13 +3539,11 @@ def signal_group(group: int, number: int) -> bool:
 
 async def end_group(group: int) -> None:
     """End a group of processes: SIGINT, after 5 s SIGKILL."""
-    for number, patience_s in ((signal.SIGINT, CANCEL_GRACE_S), (signal.SIGKILL, 0.5)):
+    for number, patience_s in ((signal.SIGINT, 5.0), (signal.SIGKILL, 0.5)):
         is_left, until = signal_group(group, number), time.monotonic() + patience_s
         while is_left and time.monotonic() < until:
             await asyncio.sleep(0.05)
             is_left = signal_group(group, 0)
-        if not is_left:
-            return
 
 
 class Process(NamedTuple):
@@ -3690,202 +3566,172 @@ def processes() -> Iterator[Process]:
             yield Process(int(stat.parent.name), head.partition("(")[2], *ids, fields[19])
 
 
-def names_of(groups: Collection[int]) -> list[str]:
-    """The names of the processes of these groups (blocking)."""
-    names = [process.name for process in processes() if process.group in groups]
-    return names or [f"process {group}" for group in groups]
+def names_of(groups: Collection[int]) -> str:
+    """The names of their processes, on Linux (blocking)."""
+    return ", ".join(process.name for process in processes() if process.group in groups)
 
 
 class VmServer:
-    """The VM's half of the contract: one command at a time, and none is run twice."""
+    """The VM's half of the contract: one command at a time, none twice."""
 
-    ANSWERS_KEPT = 100
-
-    def __init__(self, token: str, agent: Agent, folder: Path, pictures: Pictures) -> None:
+    def __init__(self, token: str, agent: str, folder: Path) -> None:
         """Reads the answers of earlier runs (blocking)."""
-        self.trouble = ""  # why it is of no use yet
-        self._token = token
-        self._agent = agent
+        self._trouble = ""  # why it is of no use yet
+        self._token = f"Bearer {token}".encode() if token else b""
+        self._agent = Agent(agent, folder)
         self._folder = folder
-        self._pictures = pictures
+        self._images = folder / "images"
         self._tasks = Tasks()
-        self._running: asyncio.Task[Json] | None = None  # the command
+        self._work: asyncio.Task[Any] | None = None  # until its answer is stored
         self._key = ""  # of it
-        self._is_cancelled = self._has_ended = False
-        self._is_closing = False
         self._answers_file = folder / ".cockpit-vm-answers.json"
-        self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
-        self._load_answers()
-
-    def _load_answers(self) -> None:
+        self._answers: Recent[Json] = Recent(most=100)
         with suppress(OSError):
             stored = object_in(parse_json(self._answers_file.read_bytes()))
             for key, answer in stored.items():
-                if isinstance(answer, dict):
-                    self._answers.put(key, answer, time.monotonic())
+                self._answers.put(key, answer, 0)
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=COMMAND_BODY_BYTES)
+        app = web.Application(middlewares=[self._check_token])
         app.router.add_get("/health", self._health)
         app.router.add_post("/command", self._command)
         app.router.add_post("/cancel", self._cancel)
         app.router.add_get("/images/{name}", self._image)
+        app.cleanup_ctx.append(self._prepare)
         return app
 
-    async def clone(self, repository: str) -> None:
-        """Clone a repository of GitHub at the first start; the VM is not well before."""
-        name = repository.rpartition("/")[2]
-        part, whole = self._folder / f".{name}.part", self._folder / name
-        if not REPOSITORY.fullmatch(repository):
-            self.trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
-        elif not await asyncio.to_thread(whole.exists):
-            self.trouble = f"{repository} is being cloned"
-            await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
-            url = f"https://github.com/{repository}.git"
-            command = f"git clone --quiet -- {url} {part.name}"
-            git = CommandAgent(command, self._folder)
-            async with asyncio.timeout(CLONE_S):
-                said, code = await git.run("", is_new=False)
-            if code:
-                self.trouble = f"{repository} could not be cloned: {said}"
-            else:  # whole, or another start begins it anew
-                await asyncio.to_thread(part.rename, whole)
-                self.trouble = ""
-        self.tell_trouble()
-
-    def tell_trouble(self) -> None:
-        if trouble := self.trouble or self._agent.trouble():
-            print(f"cockpit vm: {trouble}", file=sys.stderr, flush=True)
-
-    async def start(self) -> None:
-        """Prepare what the agent works with."""
-        await asyncio.to_thread(self.tell_trouble)
+    async def _prepare(self, app: web.Application) -> AsyncIterator[None]:
+        self._tell_trouble()
         if repository := os.environ.get("GITHUB_REPOSITORY"):
-            self._tasks.start(self.clone(repository), "clone")
-
-    async def close(self) -> None:
-        """End the running command, and what earlier ones left."""
-        self._is_closing = True
+            self._tasks.start(self._clone(repository))
+        yield
         self._agent.close()
         await self._tasks.close()
 
-    def end_with_gateway(self) -> None:
-        """Read standard input, of which the gateway holds the other end: when it closes, end everything."""
-        if not os.read(0, 1024):
-            self._agent.close()
-            os.killpg(0, signal.SIGKILL)
+    async def end_with_gateway(self, app: web.Application) -> None:
+        """End everything once standard input closes: the gateway is gone."""
+
+        def look() -> None:
+            if not os.read(0, 1024):
+                self._agent.close()
+                os.killpg(0, signal.SIGKILL)
+
+        asyncio.get_running_loop().add_reader(0, look)
+        # A stopped process sees no input; Linux kills it when its parent dies.
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+    async def _clone(self, repository: str) -> None:
+        """Clone it at the first start; the VM is not well before."""
+        name = repository.rpartition("/")[2]
+        if not REPOSITORY.fullmatch(repository):
+            self._trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
+        elif not await asyncio.to_thread((self._folder / name).exists):
+            self._trouble = f"{repository} is being cloned"
+            part = f".{name}.part"  # it becomes whole, or another start begins it anew
+            clone = f"git clone --quiet -- https://github.com/{repository}.git {part}"
+            script = f"rm -rf {part} && {clone} && mv {part} ./{name}"
+            async with asyncio.timeout(CLONE_S):
+                said, code = await Agent(script, self._folder).run("")
+            self._trouble = f"{repository} could not be cloned: {said}" if code else ""
+        self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        if trouble := self._trouble or self._agent.trouble():
+            print(f"cockpit vm: {trouble}", file=sys.stderr, flush=True)
 
     def _has_token(self, request: web.Request) -> bool:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        wanted = f"Bearer {self._token}".encode()
-        return not self._token or hmac.compare_digest(given, wanted)
+        return not self._token or hmac.compare_digest(given, self._token)
 
-    def _check_token(self, request: web.Request) -> None:
-        if not self._has_token(request):
+    @web.middleware
+    async def _check_token(self, request: web.Request, handler: Any) -> Any:
+        if request.path != "/health" and not self._has_token(request):
             raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
+        return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
-        if trouble := self.trouble or await asyncio.to_thread(self._agent.trouble):
+        if trouble := self._trouble or self._agent.trouble():
             return web.json_response({"status": "failed", "note": trouble}, status=503)
         answer: Json = {"status": "ok"}
         if self._has_token(request):  # what it works on is nobody else's business
-            if self._running is not None:
-                note = await asyncio.to_thread(self._agent.last_line)
-                answer |= {"busy": True, "note": note}
+            if self._work:
+                answer |= {"busy": True, "note": self._agent.last_line()}
             elif groups := self._agent.left_running():
-                names = ", ".join(await asyncio.to_thread(names_of, groups))
+                names = await asyncio.to_thread(names_of, groups)
                 answer |= {"busy": True, "note": f"left running: {names}"}
         return web.json_response(answer)
 
     async def _command(self, request: web.Request) -> web.Response:
-        self._check_token(request)
-        body = parse_json(await request.read())
-        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
+        body = object_in(parse_json(await request.read()))
+        before = await asyncio.to_thread(shown_in, self._images)
+        if not isinstance(body.get("text"), str):
             return web.json_response({"error": 'send {"text": "..."}'}, status=400)
         key = request.headers.get("Idempotency-Key", "")
         if key in self._answers:
             return web.json_response(self._answers[key])
-        if self._running is not None:
+        if self._work:
             return web.json_response({"error": "busy"}, status=409)
-        # A caller who hangs up does not stop it: the answer is stored for the next time.
-        self._key, self._is_cancelled, self._has_ended = key, False, False
-        self._running = self._tasks.start(self._run(key, body), "command")
-        return web.json_response(await asyncio.shield(self._running))
+        self._key, self._work = key, self._tasks.start(self._run(body))
+        # A caller who hangs up does not stop it: its answer is kept.
+        answer = self._tasks.start(self._answer(key, self._work, before))
+        return web.json_response(await asyncio.shield(answer))
 
     async def _cancel(self, request: web.Request) -> web.Response:
         """End the command, if it is meant; when none runs, what earlier ones left."""
-        self._check_token(request)
-        key, command = request.headers.get("Idempotency-Key", ""), self._running
-        if command is None:
+        key, work = request.headers.get("Idempotency-Key", ""), self._work
+        if work is None:
             groups = set() if key else self._agent.left_running()
             await asyncio.gather(*map(end_group, groups))
             stopped = bool(groups)
-        elif stopped := key in ("", self._key) and not self._has_ended:
-            if not self._is_cancelled:
-                self._is_cancelled = True
-                await asyncio.sleep(0)  # it has begun then, and takes note of its end
-                command.cancel()
-            await asyncio.wait({command})
+        # Once the agent has ended a stop would only lose the answer.
+        elif stopped := key in ("", self._key) and not work.done():
+            if not work.cancelling():
+                work.cancel()
+            await asyncio.wait({work})
         return web.json_response({"stopped": stopped})
 
-    async def _run(self, key: str, body: Json) -> Json:
+    async def _run(self, body: Json) -> tuple[str, int]:
+        """What the agent said, and its exit code."""
+        async with aiohttp.ClientSession(timeout=INBOX_TIMEOUT) as session:
+            fetch = functools.partial(fetch_picture, session, self._folder / "inbox")
+            media = objects_in(body.get("media"))[:MAX_IMAGES]
+            inbox = await asyncio.gather(*map(fetch, media))
+        text = "\n".join([body["text"], *(["", "Pictures:", *inbox] if inbox else [])])
+        return await self._agent.run(text, is_new=body.get("new") is True)
+
+    async def _answer(self, key: str, work: asyncio.Task[Any], before: set[Shown]) -> Json:
         began = time.monotonic()
         try:
-            said, code, images = await self._work(body)
+            await asyncio.wait({work})
+            said, code = ("", CANCELLED) if work.cancelled() else work.result()
             answer = {
                 "text": said,
-                "images": images,
+                "images": await asyncio.to_thread(shown_since, self._images, before),
                 "exitCode": code,
                 "durationMs": int((time.monotonic() - began) * 1000),
             }
-            if key and not self._is_closing:
-                await self._store(key, answer)
-            return answer
-        finally:
-            self._running = None
-
-    async def _work(self, body: Json) -> tuple[str, int, list[Json]]:
-        """What the agent said, its exit code and the pictures it made."""
-        try:
-            before = await asyncio.to_thread(self._pictures.begin)
-            inbox = await self._pictures.fetch(body.get("media"))
-            text = body["text"]
-            if inbox:
-                text = "\n".join([text, "", "Pictures:", *inbox])
-            said, code = await self._agent.run(text, is_new=body.get("new") is True)
-            self._has_ended = True  # from here on a stop would only lose the answer
-            return said, code, await asyncio.to_thread(self._pictures.shown_since, before)
-        except asyncio.CancelledError:
-            if not self._is_cancelled:
-                raise
-            return "", CANCELLED, []
-
-    async def _store(self, key: str, answer: Json) -> None:
-        self._answers.put(key, answer, time.monotonic())
-        content = to_json(self._answers).encode()
-        try:
-            await asyncio.to_thread(write_atomically, self._answers_file, [content])
+            if key:
+                self._answers.put(key, answer, 0)
+                content = to_json(self._answers).encode()
+                await asyncio.to_thread(write_atomically, self._answers_file, [content])
         except StoreError as error:
-            log_event("answer_not_stored", level=logging.WARNING, error=str(error))
+            log_warning("answer_not_stored", error=str(error))
+        finally:
+            self._work = None
+        return answer
 
     async def _image(self, request: web.Request) -> web.StreamResponse:
-        self._check_token(request)
-        file = await asyncio.to_thread(self._find_image, request.match_info["name"])
-        if file is None:
+        wanted = request.match_info["name"]
+        shown = await asyncio.to_thread(shown_in, self._images)
+        if not any(name == wanted for _, _, name in shown):
             raise web.HTTPNotFound
-        return web.FileResponse(file)
-
-    def _find_image(self, name: str) -> Path | None:
-        """The picture's own path; none that a link leads to outside of the folder (blocking)."""
-        if not IMAGE_PATH.fullmatch(f"/images/{name}"):
-            return None
-        folder = self._folder.resolve() / "images"
-        file = (folder / name).resolve()
-        return file if file.is_relative_to(folder) and file.is_file() else None
+        return web.FileResponse(self._images / wanted)
 
 
 def prepare_environment(agent: str, folder: Path) -> None:
-    """What an agent finds in its environment beside the VM's own variables (blocking)."""
+    """What an agent finds in it beside the VM's own variables (blocking)."""
     os.environ["WORKSPACE"] = str(folder)  # for `say`
     if agent.strip() == "claude" and os.geteuid() == 0:
         os.environ["IS_SANDBOX"] = "1"  # else it refuses to act without asking as root
@@ -3896,41 +3742,18 @@ def prepare_environment(agent: str, folder: Path) -> None:
         os.environ |= {"GIT_ASKPASS": str(helper), "GIT_TERMINAL_PROMPT": "0"}
 
 
-def end_with_parent() -> None:
-    """Where there is a parent-death signal: a process that is stopped does not see its input close."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
-    """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
-    token = os.environ.get("COCKPIT_TOKEN", "")
-    host, port, pictures = given.host, given.port, Pictures(folder)
-    await asyncio.to_thread(prepare_environment, given.agent, folder)
-    agent = choose_agent(given.agent, folder, pictures)
-    server = await asyncio.to_thread(VmServer, token, agent, folder, pictures)
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+def serve_vm(given: argparse.Namespace, folder: Path) -> int:
+    """Serve until a signal, or until the gateway that started it is gone."""
+    prepare_environment(given.agent, folder)
+    server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), given.agent, folder)
+    app, host, port = server.app(), given.host, given.port
     if given.until_stdin_closes:
-        loop.add_reader(0, server.end_with_gateway)
-        end_with_parent()
+        app.on_startup.append(server.end_with_gateway)
     try:
-        await server.start()
-        await runner.setup()
-        await web.TCPSite(runner, host, port).start()
-        print(f"a cockpit VM listens on {host}:{port}", flush=True)
-        await stop.wait()
+        web.run_app(app, host=host, port=port, access_log=None, shutdown_timeout=0.1)
     except (OSError, OverflowError) as error:
         reason = f"cannot listen on {host}:{port}: {error}; set PORT or --port"
-        print(f"cockpit vm: {reason}", file=sys.stderr)
-        return 1
-    finally:
-        await runner.cleanup()
-        await server.close()
+        raise CockpitError(reason) from error
     return 0
 
 
@@ -3941,7 +3764,7 @@ def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
 
 
 def reap_until_end_of(child: int) -> int:
-    """Pass signals on and reap orphans, as process 1 must; returns the child's exit code."""
+    """Pass signals on and reap orphans, as process 1 must; the child's exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
     while True:
@@ -3952,7 +3775,7 @@ def reap_until_end_of(child: int) -> int:
 
 
 def run_vm(given: argparse.Namespace) -> int:
-    """The command `vm`; root leaves it to a process of `--user`, whose folders it makes."""
+    """The command `vm`; root makes the folders of `--user` and leaves it to that."""
     folder = Path(os.path.abspath(given.folder))
     if given.user and os.geteuid() == 0:
         try:
@@ -3969,13 +3792,12 @@ def run_vm(given: argparse.Namespace) -> int:
         os.setuid(user.pw_uid)
         os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     os.chdir(folder)
-    return asyncio.run(serve_vm(given, folder))
+    return serve_vm(given, folder)
 
 
 # Of an agent or a script on the VM
 
 SAY_AGAIN = Backoff(base_s=0.5, cap_s=10, attempts=1000, budget_s=60)
-REFUSED, WRONG_USE, NOT_REACHED, LIMIT_REACHED = 1, 2, 3, 4  # exit codes of `say`
 
 
 def explain_problem(raw: bytes) -> tuple[str, str]:
@@ -3984,37 +3806,56 @@ def explain_problem(raw: bytes) -> tuple[str, str]:
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
 
 
-async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
-    """Text the VM's owner; tried for a minute. Raises CockpitError."""
-    url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
-    if not url or not token:
-        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
-    if not is_url(url):
-        raise CockpitError("COCKPIT_URL is no URL; set the gateway's")
+GATEWAY_API = Dialect(
+    service="the gateway",
+    request_id_header="X-Request-Id",
+    explain=explain_problem,
+    is_unprocessed=lambda status: False,
+)
+
+
+@contextlib.contextmanager
+def copied(paths: Sequence[Path]) -> Iterator[list[str]]:
+    """Copies of pictures, in `images` for good if the block succeeds (blocking).
+
+    Raises CockpitError.
+    """
     if len(paths) > MAX_IMAGES:
         raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
-    pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
-    names = [await asyncio.to_thread(pictures.put, path) for path in paths]
-    dialect = Dialect(
-        service="the gateway",
-        request_id_header="X-Request-Id",
-        explain=explain_problem,
-        is_unprocessed=lambda status: False,
-    )
+    images, copies = Path(os.environ.get("WORKSPACE") or ".", "images"), []
+    try:
+        for path in paths:
+            if not (content := read_picture(path)):
+                raise CockpitError(f"{path} is not a PNG, JPEG or GIF picture of at most 5 MB")
+            copies.append(keep(images, f"{SAID}{digest_of(content)}-", content))
+        yield [f"/images/{copy.name}" for copy in copies]
+    except BaseException as error:
+        for copy in copies:  # else they were left out at the end of the command
+            copy.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CockpitError(f"{error.filename}: {error.strerror}") from error
+        raise
+
+
+async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
+    """Text the VM's owner; tried for a minute. Raises CockpitError."""
+    url = os.environ.get("COCKPIT_URL", "")
+    token = os.environ.get("COCKPIT_TOKEN", "")
+    if not is_url(url) or not token:
+        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set as on a VM")
     # The key: an attempt whose answer was lost is not texted twice.
-    key = secrets.token_hex(16)
-    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": key}
-    body = {"text": words, "images": [f"/images/{name}" for name in names]}
+    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)}
     async with aiohttp.ClientSession() as session:
-        gateway = Upstream(session, session, dialect, clock, Metrics(clock))
+        gateway = Upstream(session, session, GATEWAY_API, clock, Metrics(clock))
         call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
-        post = functools.partial(call, timeout_s=20, json=body, headers=headers)
-
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.status != 429
-
-        await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
-    await asyncio.to_thread(pictures.note_said, names)
+        with copied(paths) as images:
+            body = {"text": words, "images": images}
+            await retry(
+                functools.partial(call, timeout_s=20, json=body, headers=headers),
+                SAY_AGAIN,
+                clock,
+                when=lambda error: is_unavailable(error) and error.status != 429,
+            )
 
 
 def run_say(given: argparse.Namespace) -> int:
@@ -4023,35 +3864,43 @@ def run_say(given: argparse.Namespace) -> int:
         asyncio.run(say(given.text, given.images, Clock()))
     except CockpitError as error:
         print(f"cockpit say: {error}", file=sys.stderr)
-        if not isinstance(error, UpstreamError):
-            return WRONG_USE
-        if error.status == 429:
-            return LIMIT_REACHED
-        return NOT_REACHED if is_unavailable(error) else REFUSED
+        match error:
+            case UpstreamError(status=429):
+                return 4
+            case UpstreamError():
+                return 3 if is_unavailable(error) else 1
+        return 2
     return 0
 
 
 # --- Provisioning ---
 
 STATES_THAT_FAILED = ("failed", "launch_failed", "destroying", "destroyed")
-HEALTH_POLL = Backoff(base_s=0.05, cap_s=0.5)
-CONFIRM_DELETE = Backoff(base_s=1, cap_s=1, attempts=30)
+ASK_HEALTH_EVERY_S = 0.25
+CONFIRM_TIMES = 30  # once a second
 UNDO = Backoff(base_s=0.5, cap_s=60)
-UNDO_REFUSED = Backoff(base_s=0.5, cap_s=300)
-LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
+UNDO_REFUSED = replace(UNDO, cap_s=300)
+LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # for a fresh app that Fly does not know (yet)
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
-RESTARTED = "the gateway was restarted while it was being set up, so it is undone; ask again"
+RESTARTED = "the gateway restarted during its set-up, so it is undone; ask again"
+RECORD_TEXTS = (
+    "vm_id machine_id vm_url phone_number region image state step created_at last_error"
+)
 
 
-class Ownership(NamedTuple):
-    """What a machine's stamp says of whose it is; `key_id` is empty unless a secret of ours signed it."""
+def log_failure(event: str, fly: FlyClient, error: CockpitError, **about: Any) -> None:
+    """A token that Fly refuses has a log line of its own."""
+    level = logging.DEBUG if fly.trouble else logging.WARNING
+    log_event(event, level=level, error=str(error), **about)
 
-    machine: Machine
-    gateway_id: str
+
+class Proof(NamedTuple):
+    """Whose a machine is, and of which gateway; its route."""
+
     phone: str
-    pairing: str
-    key_id: str
+    gateway_id: str
+    route: Route
 
 
 @dataclass(eq=False)
@@ -4062,51 +3911,37 @@ class Blueprint:
     keyring: Keyring
     routes: RouteStore
 
-    def __post_init__(self) -> None:
-        self.host = urlsplit(self.settings.gateway.public_url).netloc
+    @property
+    def host(self) -> str:
+        return urlsplit(self.settings.gateway.public_url).netloc + "/"
 
-    def config(self, metadata: Mapping[str, str], volume_id: str) -> Json:
-        """A machine's config: restarted always, one service, kept open through a long command."""
-        vm, limits = self.settings.vm, self.settings.limits
+    def config(self, phone: str, route: Route) -> Json:
+        """A machine's config; its service stays open through a long command."""
+        vm = self.settings.vm
         # Fly's proxy may cut a connection that is silent for 60 s.
-        options = {"idle_timeout": int(limits.vm_command_timeout_s) + 60}
+        options = {"idle_timeout": int(self.settings.limits.vm_command_timeout_s) + 60}
         port: Json = {"port": 3000, "handlers": ["http"], "http_options": options}
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
-        service = {
-            "protocol": "tcp",
-            "internal_port": 3000,
-            "autostart": True,
-            "autostop": "off",
-            "ports": [port],
-        }
-        # It only informs: a check that gates would hide a busy VM from the proxy. Durations are strings,
-        # a bare number would be nanoseconds.
-        check = {
-            "type": "http",
-            "kind": "informational",
-            "port": 3000,
-            "method": "GET",
-            "path": "/health",
-            "interval": "15s",
-            "timeout": "5s",
-            "grace_period": "30s",
-        }
-        config: Json = {
+        service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
+        # A gating check would hide a busy VM; bare numbers would be nanoseconds.
+        check: Json = {"type": "http", "kind": "informational", "port": 3000}
+        check |= {"interval": "15s", "timeout": "5s", "grace_period": "30s"}
+        mounts = [{"volume": route.volume_id, "path": "/data"}]
+        return {
             "image": vm.image,
             "env": {"PORT": "3000", "HOST": "0.0.0.0"},
             "guest": vm.guest,
             "restart": {"policy": "always"},
-            "services": [service],
-            "checks": {"health": check},
-            "metadata": dict(metadata),
+            "services": [service | {"autostart": True, "autostop": "off"}],
+            "checks": {"health": check | {"method": "GET", "path": "/health"}},
+            # By `cockpit_launch` a create of unknown outcome is found.
+            "metadata": self.stamp(phone, route) | {"cockpit_launch": route.vm_id},
+            **({"mounts": mounts} if route.volume_id else self.rootfs()),
         }
-        if volume_id:
-            return config | {"mounts": [{"volume": volume_id, "path": "/data"}]}
-        return config | self.rootfs()
 
     def rootfs(self) -> Json:
-        """What keeps the root disk of a machine without a volume: waking may end in a cold boot."""
+        """What keeps the root disk: waking may end in a cold boot."""
         persist = "always" if self.settings.limits.vm_idle_s else "restart"
         return {"rootfs": {"persist": persist}}
 
@@ -4119,33 +3954,34 @@ class Blueprint:
         public_url = self.settings.gateway.public_url
         return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self.keyring.vm_token(vm_id)}
 
-    def metadata(self, vm_id: str, phone: str, pairing: str) -> dict[str, str]:
-        """The stamp that says whose a machine is."""
+    def stamp(self, phone: str, route: Route) -> dict[str, str]:
+        """The metadata that says whose a machine is."""
         gateway_id = self.routes.gateway_id
-        text = Keyring.owner_text(vm_id, phone, gateway_id, pairing)
+        text = Keyring.owner_text(route.vm_id, phone, gateway_id, route.pairing)
         return {
-            "cockpit_gateway": f"{self.host}/{gateway_id}",
+            "cockpit_gateway": self.host + gateway_id,
             "cockpit_phone": phone,
-            "cockpit_pairing": pairing,
+            "cockpit_pairing": route.pairing,
             "cockpit_owner": self.keyring.sign(text),
         }
 
-    def ownership(self, machine: Machine) -> Ownership | None:
-        """What the stamp of a machine says, if it names our host; a VM can write its own metadata."""
+    def is_stamped(self, machine: Machine) -> bool:
+        """Whether it names our host, truly or not."""
+        return machine.metadata.get("cockpit_gateway", "").startswith(self.host)
+
+    def proof(self, machine: Machine) -> Proof | None:
+        """A living machine's: a VM can write its metadata, not sign it."""
         stamp = machine.metadata
-        host, _, gateway_id = stamp.get("cockpit_gateway", "").rpartition("/")
-        if host != self.host or not gateway_id:
-            return None
+        gateway_id = stamp.get("cockpit_gateway", "").removeprefix(self.host)
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
         key_id = self.keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
-        key_id = key_id if PHONE.fullmatch(phone) else ""
-        return Ownership(machine, gateway_id, phone, pairing, key_id)
-
-    def adopted_route(self, owned: Ownership) -> Route:
-        """The route of a machine that proved whose it is."""
-        machine = owned.machine
-        return Route(
+        # What is signed tells no borders between its parts; their forms do.
+        is_formed = PHONE.fullmatch(phone) and PAIRING.fullmatch(pairing)
+        is_alive = machine.host_ok and machine.state not in STATES_THAT_FAILED
+        if not (key_id and is_formed and is_alive and self.is_stamped(machine)):
+            return None
+        route = Route(
             vm_id=machine.app,
             machine_id=machine.id,
             vm_url=self.url(machine.app, machine.id, machine.region),
@@ -4153,534 +3989,449 @@ class Blueprint:
             image=machine.image,
             state="asleep" if machine.state in ("suspending", "suspended") else "ready",
             created_at=utc_seconds(machine.created_at or 0),
-            key_id=owned.key_id,
-            pairing=owned.pairing,
+            key_id=key_id,
+            pairing=pairing,
         )
+        return Proof(phone, gateway_id, route)
+
+    def own_proof(self, machine: Machine) -> Proof | None:
+        """The same, of this gateway alone."""
+        proof = self.proof(machine)
+        return proof if proof and proof.gateway_id == self.routes.gateway_id else None
 
 
 @dataclass(kw_only=True, eq=False)
-class Readiness:
-    """Waiting for what Fly and a VM take their time with; the caller bounds the wait."""
+class Work:
+    """A set-up, restart, rotation or upgrade of one VM on its way."""
 
+    vm_id: str
+    phone: str
+    what: str
+    credentials: Mapping[str, str] = field(repr=False)
+    is_torn_down: bool = False
+    task: asyncio.Task[None] = field(init=False)
+
+    async def outcome(self) -> None:
+        """Wait for its end; raises Refusal."""
+        await asyncio.wait({self.task})
+        if not self.task.cancelled():
+            return self.task.result()
+        code, reason = "draining", f"a shutdown cut off the {self.what} of {self.vm_id}"
+        if self.is_torn_down:
+            code, reason = "torn_down", f"{self.vm_id} was deleted during its {self.what}"
+        raise Refusal(code, reason)
+
+
+@dataclass(kw_only=True, eq=False)
+class Provisioning(Work):
+    """A set-up, and how far it is."""
+
+    what: str = "set-up"
+    is_welcome: bool  # its owner is told that it is ready
+    regions: list[str]  # not yet found full
+    step: str = ""
+    secrets_version: int = 0
+    # Of the steps that ended; at each end `moved` is set.
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(kw_only=True, eq=False)
+class Builder:
+    """Sets VMs up, and waits for what Fly and they take their time with."""
+
+    settings: Settings
     clock: Clock
+    routes: RouteStore
     fly: FlyClient
     vms: VmClient
+    blueprint: Blueprint
+    metrics: Metrics
 
-    async def when_visible(
-        self, call: Callable[P, Awaitable[T]], *args: P.args, **named: P.kwargs
-    ) -> T:
+    def route(self, work: Work) -> Route:
+        return self.routes.routes[work.phone]
+
+    def in_time(self) -> TimeLimit:
+        return self.clock.time_limit(self.settings.limits.provision_timeout_s)
+
+    @property
+    def limit(self) -> str:
+        return f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
+
+    # Waiting
+
+    async def when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
         """Fly may answer 404 or 401 for an app it has just made."""
 
         def is_hidden(error: UpstreamError) -> bool:
             return error.status in (401, 404) or "failed to get app" in error.detail
 
-        return await retry(lambda: call(*args, **named), FRESH_APP, self.clock, when=is_hidden)
+        return await retry(call, FRESH_APP, self.clock, when=is_hidden)
 
-    async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        """Wait until Fly calls the machine started.
-
-        Raises Refusal when that will not be.
-        """
-        since = (
-            {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
-        )
-        while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
+    async def wait_started(self, vm_id: str, machine: Machine, event: str = "") -> None:
+        """Wait until Fly calls it started (after an event); raises Refusal."""
+        since = {"from_event_id": event} if event else {"version": machine.instance_id}
+        wait = functools.partial(self.fly.is_started, vm_id, machine.id, **since)
+        while not await self.when_visible(wait):
             present = await self.fly.get_machine(vm_id, machine.id)
             if present.state in STATES_THAT_FAILED:
                 reason = f"the machine did not start: Fly says {present.state}"
                 raise Refusal("vm_unhealthy", reason, vm_id=vm_id)
             if present.state == "stopped":
-                # Seen after updates; while Fly is still replacing it, it refuses to start it.
+                # Seen after updates; Fly refuses while it is still replacing it.
                 with suppress(UpstreamRejected):
                     await self.fly.start_machine(vm_id, machine.id)
 
-    async def wait_healthy(self, route: Route) -> None:
+    async def wait_healthy(self, work: Work) -> None:
         """Poll until the VM answers /health."""
-        failures = 0
-        while not await self.vms.is_healthy(route):
-            failures += 1
-            await HEALTH_POLL.pause(self.clock, failures)
+        while not await self.vms.is_healthy(self.route(work)):
+            await self.clock.sleep(ASK_HEALTH_EVERY_S)
 
-
-@dataclass(kw_only=True, eq=False)
-class Provisioning:
-    """One VM on its way: what was asked, how far it is, and the steps in order.
-
-    Each id is on disk as soon as it exists.
-    """
-
-    order: Order
-    vm_id: str
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    readiness: Readiness
-    metrics: Metrics
-    step: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
-    machine: Machine | None = None
-    secrets_version: int = 0
-    is_torn_down: bool = False
-    task: asyncio.Task[None] | None = None
-    moved: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end of each step
-
-    STEPS = ("app", "secrets", "address", "volume", "machine", "start", "health")
-
-    def __post_init__(self) -> None:
-        self.began = self.clock.monotonic()
-        # By it a create of unknown outcome is found.
-        self.launch_id = self.clock.random_id() + self.clock.random_id()
-        self.asked_regions = self.settings.vm.regions
-        if self.order.region:
-            self.asked_regions = (self.order.region,)
-        self.regions = list(self.asked_regions)  # not yet found full
-
-    async def outcome(self) -> None:
-        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
-        assert self.task is not None
-        await asyncio.wait({self.task})
-        if self.task.cancelled():
-            raise self.interruption()
-        self.task.result()
-
-    def interruption(self) -> Refusal:
-        """What a caller is told when it was cancelled."""
-        if not self.is_torn_down:  # shutting down: the next start undoes it
-            reason = (
-                f"the gateway shut down while {self.vm_id} was being set up; it will be undone"
-            )
-            return Refusal("draining", reason)
-        when = "while it was being set up" if self.step else "before it was set up"
-        return Refusal("torn_down", f"{self.vm_id} was deleted {when}", vm_id=self.vm_id)
-
-    @property
-    def route(self) -> Route:
-        return self.routes.routes[self.order.phone]
-
-    def update(self, **changes: Any) -> None:
-        """Change the route in memory; a commit follows where the change must be on disk."""
-        self.routes.put(self.order.phone, replace(self.route, **changes))
-
-    async def run(self) -> None:
-        """Take all steps, each noted and timed.
-
-        Raises what a step raises, or TimeoutError.
-        """
-        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
-            await self.routes.commit()
-            for name in self.STEPS:
-                self.step = name
-                self.update(step=name)
-                began = self.clock.monotonic()
-                await getattr(self, f"take_{name}")()
-                passed_s = self.clock.monotonic() - began
-                self.seconds[name] = round(passed_s, 3)
-                self.metrics.provision_step.observe(passed_s, name)
-                self.moved.set()
-            self.update(state="ready", step="", extra={"steps": self.seconds})
-            await self.routes.commit()
-
-    async def take_app(self) -> None:
-        await self.fly.create_app(self.vm_id)
-
-    async def take_secrets(self) -> None:
-        values = {**self.order.credentials, **self.blueprint.own_secrets(self.vm_id)}
-        self.secrets_version = await self.readiness.when_visible(
-            self.fly.set_secrets, self.vm_id, values
-        )
-
-    async def take_address(self) -> None:
-        kinds = ("shared_v4", "v6") if self.settings.vm.is_public else ("private_v6",)
-        # A private address lives on the network its callers are on: the gateway's, not the app's own.
-        network = "" if self.settings.vm.is_public else self.settings.fly.network
-        for kind in kinds:
-            await self.readiness.when_visible(self.fly.ensure_address, self.vm_id, kind, network)
-
-    async def take_volume(self) -> None:
-        """In the first region that has room; a machine that finds none beside it comes back for the next."""
-        vm = self.settings.vm
-        while vm.volume_gb:
-            size = vm.volume_gb, vm.guest
-            try:
-                volume_id, region = await self.readiness.when_visible(
-                    self.fly.ensure_volume, self.vm_id, self.regions[0], *size
-                )
-            except UpstreamError as error:
-                self.give_up_region(error)
-                continue
-            self.update(volume_id=volume_id, region=region)
-            await self.routes.commit()
-            return
-
-    def give_up_region(self, error: UpstreamError) -> None:
-        """Pass over a region that is full.
-
-        Raises the error when it is another or this was the last.
-        """
-        if error.code != NO_CAPACITY or len(self.regions) < 2:
-            raise error
-        log_warning("region_full", vm_id=self.vm_id, region=self.regions.pop(0), error=str(error))
-
-    async def take_machine(self) -> None:
-        while self.machine is None:
-            volume_id = self.route.volume_id
-            request = self.machine_request()
-            try:
-                self.machine = await self.readiness.when_visible(
-                    self.fly.create_machine, self.vm_id, request, self.launch_id
-                )
-            except UpstreamError as error:
-                self.give_up_region(error)
-                if volume_id:
-                    await self.fly.delete_volume(self.vm_id, volume_id)
-                    await self.take_volume()
-        self.update(
-            machine_id=self.machine.id,
-            region=self.machine.region or self.regions[0],
-            vm_url=self.blueprint.url(self.vm_id, self.machine.id, self.machine.region),
-        )
-        await self.routes.commit()
-
-    def machine_request(self) -> Json:
-        route = self.route
-        stamp = self.blueprint.metadata(self.vm_id, self.order.phone, route.pairing)
-        stamp["cockpit_launch"] = self.launch_id
-        return {
-            "name": self.vm_id,
-            # Fly reads a list of regions itself; a volume pins the machine to its own.
-            "region": route.region if route.volume_id else ",".join(self.regions),
-            "config": self.blueprint.config(stamp, route.volume_id),
-            "min_secrets_version": self.secrets_version,
-        }
-
-    async def take_start(self) -> None:
-        assert self.machine is not None
-        await self.readiness.wait_started(self.vm_id, self.machine)
-
-    async def take_health(self) -> None:
-        await self.readiness.wait_healthy(self.route)
-
-    async def refusal(self, error: Exception) -> Refusal:
-        """What the caller is told of a step that failed."""
-        about: Json = {"vm_id": self.vm_id, "step": self.step}
-        if isinstance(error, TimeoutError):
-            return await self.refusal_for_timeout(about)
+    async def wait_ready(self, work: Work, machine: Machine, event: str = "") -> None:
+        """Wait until a VM that was changed is well again; raises Refusal."""
         try:
-            return refusal_for(error, **about, regions=self.asked_regions)
-        except Exception as unforeseen:
-            log_error("provision_broken", exc_info=unforeseen, **about)
-            return Refusal("internal", "something went wrong here; the log says what", **about)
+            async with self.in_time():
+                await self.wait_started(work.vm_id, machine, event)
+                await self.wait_healthy(work)
+        except TimeoutError as error:
+            reason = f"no answer of its /health {self.limit} of the {work.what}"
+            raise Refusal("vm_unhealthy", reason) from error
 
-    async def refusal_for_timeout(self, about: Json) -> Refusal:
-        limit = f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
-        if self.step not in ("start", "health"):
-            reason = f"Fly did not finish the step {self.step} {limit}"
-            return Refusal("fly_unavailable", reason, retry_after_s=10, **about)
-        health = await self.readiness.vms.health(self.route)
-        hide = self.order.credentials.values()
-        note = "" if health.is_well else redact(health.note, hide)
-        if self.step == "health" and not note and await self.passes_flys_check():
-            reason = f"Fly's own check of the VM passes, but {self.route.vm_url} does not answer from here"
-            remedy = "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on"
-            return Refusal("vm_unreachable", f"{reason} {limit}; {remedy}", **about)
-        reason = f"the VM did not answer /health {limit}"
-        return Refusal("vm_unhealthy", f"{reason}: {note}" if note else reason, **about)
+    # Steps
 
-    async def passes_flys_check(self) -> bool:
-        assert self.machine is not None
+    async def set_up(self, job: Provisioning) -> None:
+        """Take all steps; each id is on disk as soon as it exists.
+
+        Raises what they raise, or TimeoutError.
+        """
+        vm_id, fly, when_visible = job.vm_id, self.fly, self.when_visible
+        async with self.in_time():
+            await self.routes.commit()
+            with self._step(job, "app"):
+                await fly.create_app(vm_id)
+            with self._step(job, "secrets"):
+                values = {**job.credentials, **self.blueprint.own_secrets(vm_id)}
+                version = await when_visible(lambda: fly.set_secrets(vm_id, values))
+                job.secrets_version = version
+            with self._step(job, "address"):
+                await when_visible(lambda: self._allocate(vm_id))
+            with self._step(job, "volume"):
+                await self._in_a_region(job, self._make_volume)
+            with self._step(job, "machine"):
+                machine = await self._in_a_region(job, self._make_machine)
+            with self._step(job, "start"):
+                await self.wait_started(vm_id, machine)
+            with self._step(job, "health"):
+                await self.wait_healthy(job)
+            made: Json = {"state": "ready", "step": "", "extra": {"steps": job.seconds}}
+            self.routes.put(job.phone, replace(self.route(job), **made))
+            await self.routes.commit()
+
+    @contextlib.contextmanager
+    def _step(self, job: Provisioning, name: str) -> Iterator[None]:
+        job.step, began = name, self.clock.monotonic()
+        self.routes.put(job.phone, replace(self.route(job), step=name))
+        yield
+        passed_s = self.clock.monotonic() - began
+        job.seconds[name] = round(passed_s, 3)
+        self.metrics.provision_step.observe(passed_s, name)
+        job.moved.set()
+
+    async def _allocate(self, vm_id: str) -> None:
+        if self.settings.vm.is_public:
+            await self.fly.ensure_address(vm_id, "shared_v4")
+            await self.fly.ensure_address(vm_id, "v6")
+        else:  # on the network its callers are on: the gateway's, not the app's own
+            network = self.settings.fly.network
+            await self.fly.ensure_address(vm_id, "private_v6", network)
+
+    async def _in_a_region(
+        self, job: Provisioning, make: Callable[[Provisioning], Awaitable[T]]
+    ) -> T:
+        """In the first that has room; raises UpstreamError."""
+        while True:
+            try:
+                return await self.when_visible(lambda: make(job))
+            except UpstreamError as error:
+                if error.code != NO_CAPACITY or len(job.regions) < 2:
+                    raise
+                region = job.regions.pop(0)
+                log_warning("region_full", vm_id=job.vm_id, region=region, error=str(error))
+
+    async def _make_volume(self, job: Provisioning) -> None:
+        """One beside which no machine fitted goes."""
+        route, vm, region = self.route(job), self.settings.vm, job.regions[0]
+        if not vm.volume_gb or (route.volume_id and route.region == region):
+            return
+        if route.volume_id:
+            await self.fly.delete_volume(job.vm_id, route.volume_id)
+        made = await self.fly.ensure_volume(job.vm_id, region, vm.volume_gb, vm.guest)
+        await self.routes.update(job.vm_id, volume_id=made[0], region=region)
+
+    async def _make_machine(self, job: Provisioning) -> Machine:
+        await self._make_volume(job)
+        vm_id, route = job.vm_id, self.route(job)
+        request = {
+            "name": vm_id,
+            # Fly reads a list itself; a volume pins the machine to its own.
+            "region": route.region if route.volume_id else ",".join(job.regions),
+            "config": self.blueprint.config(job.phone, route),
+            "min_secrets_version": job.secrets_version,
+        }
+        machine = await self.fly.create_machine(vm_id, request, vm_id)
+        url = self.blueprint.url(vm_id, machine.id, machine.region)
+        region = machine.region or job.regions[0]
+        await self.routes.update(vm_id, machine_id=machine.id, region=region, vm_url=url)
+        return machine
+
+    # Failures
+
+    async def refusal(self, job: Provisioning, error: Exception) -> Refusal:
+        """What the caller is told of a step that failed."""
+        about: Json = {"vm_id": job.vm_id, "step": job.step}
+        code, reason = "internal", "something went wrong here; the log says what"
+        match error:
+            case TimeoutError() if job.step in ("start", "health"):
+                code, reason = await self._silence(job)
+            case TimeoutError():
+                code, reason = "fly_unavailable", f"Fly did not finish this step {self.limit}"
+            case CockpitError():
+                return refusal_for(error, **about)
+            case _:
+                log_error("provision_broken", exc_info=error, **about)
+        return Refusal(code, reason, **about)
+
+    async def _silence(self, job: Provisioning) -> tuple[str, str]:
+        """Why a VM did not get well in time: a code, and words."""
+        route = self.route(job)
+        note = redact((await self.vms.health(route)).note, job.credentials.values())
+        reason = f"the VM did not answer /health {self.limit}"
+        if note:
+            return "vm_unhealthy", f"{reason}: {note}"
         with suppress(UpstreamError, TimeoutError):
             async with self.clock.time_limit(10):
-                return (await self.fly.get_machine(self.vm_id, self.machine.id)).checks_pass
-        return False
+                machine = await self.fly.get_machine(job.vm_id, route.machine_id)
+            if machine.checks_pass:
+                reason = f"its check at Fly passes, but {route.vm_url} is not reached from here"
+                remedy = "check VM_NETWORK and FLY_NETWORK (the gateway's own)"
+                return "vm_unreachable", f"{reason} {self.limit}; {remedy}"
+        return "vm_unhealthy", reason
 
 
 @dataclass(kw_only=True, eq=False)
 class Undo:
-    """Deletes apps until Fly confirms that they are gone, however long that takes.
-
-    What is being undone stands in the `undo` section of routes.json.
-    """
+    """Deletes what is in `undo` of routes.json until Fly confirms it."""
 
     clock: Clock
     routes: RouteStore
     fly: FlyClient
     tasks: Tasks
-    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    deleting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     confirmed: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
 
-    def start(self, vm_id: str) -> asyncio.Task[None]:
-        if vm_id not in self.running:
-            self.running[vm_id] = self.tasks.start(self._run(vm_id), f"undo {vm_id}")
-        return self.running[vm_id]
+    def start(self, vm_id: str) -> None:
+        if vm_id in self.routes.undo and vm_id not in self.deleting:
+            task = self.deleting[vm_id] = self.tasks.start(self._run(vm_id))
+            task.add_done_callback(lambda _: self.deleting.pop(vm_id))
 
     async def _run(self, vm_id: str) -> None:
         failures = 0
-        try:
-            while True:
-                try:
-                    await self._delete_and_confirm(vm_id)
-                    break
-                except UpstreamError as error:
-                    failures += 1
-                    await self._note_failure(vm_id, error, failures)
-            del self.routes.undo[vm_id]
-            self.confirmed.put(vm_id, None, self.clock.monotonic())
-            log_event("undo_confirmed", vm_id=vm_id)
-            with suppress(StoreError):
-                await self.routes.commit()
-        finally:
-            del self.running[vm_id]
+        while vm_id in self.routes.undo:
+            try:
+                await self._delete(vm_id)
+                del self.routes.undo[vm_id]
+            except UpstreamError as error:
+                self.routes.undo[vm_id]["last_error"] = str(error)
+                log_failure("undo_retry", self.fly, error, vm_id=vm_id)
+                failures += 1
+                backoff = UNDO_REFUSED if self.fly.trouble else UNDO
+                await backoff.pause(self.clock, failures)
+        self.confirmed.put(vm_id, None, self.clock.monotonic())
+        log_event("undo_confirmed", vm_id=vm_id)
+        with suppress(StoreError):
+            await self.routes.commit()
 
-    async def _note_failure(self, vm_id: str, error: UpstreamError, failures: int) -> None:
-        self.routes.undo[vm_id]["last_error"] = str(error)
-        is_refused = bool(self.fly.trouble)  # which has a log line of its own
-        level = logging.DEBUG if is_refused else logging.WARNING
-        attempt = failures + 1
-        log_event("undo_retry", level=level, vm_id=vm_id, error=str(error), attempt=attempt)
-        await (UNDO_REFUSED if is_refused else UNDO).pause(self.clock, failures)
-
-    async def _delete_and_confirm(self, vm_id: str) -> None:
-        """Returns when the app is gone."""
-        for pause_s in (*LOOK_AGAIN_S, 0.0) if self._is_fresh(vm_id) else (0.0,):
+    async def _delete(self, vm_id: str) -> None:
+        """Returns when the app is gone; raises UpstreamError."""
+        created = str(self.routes.undo[vm_id].get("created_at") or "")
+        # A create that was cut off may yet take effect: 404 is `not yet`.
+        is_fresh = created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
+        for pause_s in (*LOOK_AGAIN_S * is_fresh, 0.0):
             if await self.fly.delete_app(vm_id):
-                await self._confirm(vm_id)
-                return
-            if pause_s:
-                await self.clock.sleep(pause_s)
+                return await self._confirm(vm_id)
+            await self.clock.sleep(pause_s)
+        return None
 
     async def _confirm(self, vm_id: str) -> None:
-        for failures in range(1, CONFIRM_DELETE.attempts + 1):
-            try:
+        with suppress(UpstreamNotFound):
+            for _ in range(CONFIRM_TIMES):
                 await self.fly.get_app(vm_id)
-            except UpstreamNotFound:
-                return
-            await CONFIRM_DELETE.pause(self.clock, failures)
-        raise UpstreamUnavailable("fly", "delete app", "the app is still there")
-
-    def _is_fresh(self, vm_id: str) -> bool:
-        """Whether a 404 may mean `not yet`: a create that was cut off may still take effect."""
-        created = str(self.routes.undo[vm_id].get("created_at") or "")
-        return created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
+                await self.clock.sleep(1)
+            raise UpstreamUnavailable("fly", "delete app", "the app is still there")
 
 
-def describe(phone: str, route: Route) -> Json:
-    """The VM record, as far as the route knows it."""
-    record: Json = {
-        "vm_id": route.vm_id,
-        "machine_id": route.machine_id or None,
-        "vm_url": route.vm_url or None,
-        "phone_number": phone,
-        "region": route.region or None,
-        "image": route.image or None,
-        "state": route.state,
-        "paired": route.is_paired,
-        "step": route.step or None,
-        "created_at": route.created_at or None,
-        "last_error": route.last_error or None,
-    }
-    if "steps" in route.extra:  # known once it is ready
-        record["steps"] = route.extra["steps"]
+def describe(stored: Json) -> Json:
+    """The VM record, as far as a route or an entry of `undo` knows it."""
+    record = {name: stored.get(name) or None for name in RECORD_TEXTS.split()}
+    record["paired"] = not str(stored.get("pairing")).endswith(":unpaired")
+    if "steps" in stored:  # known once it is ready
+        record["steps"] = stored["steps"]
     return record
 
 
 @dataclass(kw_only=True, eq=False)
 class Provisioner:
-    """Admits sign-ups, tears VMs down, and undoes at a start what an earlier process left half-made."""
+    """Admits sign-ups; tears VMs down, also those left half-made by a kill."""
 
     settings: Settings
     clock: Clock
     routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    readiness: Readiness
+    builder: Builder
     undo: Undo
     keyring: Keyring
     tasks: Tasks
     metrics: Metrics
     on_ready: Callable[[str, bool], Awaitable[None]]  # (vm_id, welcome)
-    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, `failed` or `torn_down`)
-    running: dict[str, Provisioning] = field(default_factory=dict)
+    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, reason)
+    running: dict[str, Work]  # by vm_id: set-ups and changes
     failed: Recent[Json] = field(default_factory=lambda: Recent(1000, for_s=FAILED_KEPT_S))
     is_draining: bool = False
 
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on; raises Refusal.
-
-        No await before the record, so one of many wins.
-        """
-        failed = self._check_number_free(order.phone)
-        self._check_limits(replaced=1 if failed else 0)
+        """Take an order on (no await: one of many wins); raises Refusal."""
+        settings, clock, phone = self.settings, self.clock, order.phone
+        failed = self._admit(phone)
         if failed:  # only now: who is refused loses nothing
-            self.routes.begin_undo(order.phone, "replaced")
+            self.routes.begin_undo(phone, "replaced")
             self.undo.start(failed.vm_id)
-        vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
-        job = Provisioning(
-            order=order,
-            vm_id=vm_id,
-            settings=self.settings,
-            clock=self.clock,
-            routes=self.routes,
-            fly=self.fly,
-            blueprint=self.blueprint,
-            readiness=self.readiness,
-            metrics=self.metrics,
-        )
+        vm_id = f"{settings.vm.app_prefix}-{clock.random_id()}"
         route = Route(
             vm_id=vm_id,
             state="provisioning",
-            image=self.settings.vm.image,
+            image=settings.vm.image,
             region=order.region,
-            created_at=utc_seconds(self.clock.now()),
+            created_at=utc_seconds(clock.now()),
             key_id=self.keyring.current_id,
             pairing="0:unpaired" if order.verify else "0:paired",
         )
-        self.routes.put(order.phone, route)
+        self.routes.put(phone, route)
+        job = Provisioning(
+            vm_id=vm_id,
+            phone=phone,
+            credentials=order.credentials,
+            is_welcome=order.welcome,
+            regions=[order.region] if order.region else list(settings.vm.regions),
+        )
         self.running[vm_id] = job
-        job.task = self.tasks.start(self._run(job), f"provision {vm_id}")
+        job.task = self.tasks.start(self._run(job))
         job.task.add_done_callback(lambda _: job.moved.set())
-        log_event("provision_begun", vm_id=vm_id, phone=mask_phone(order.phone))
+        log_event("provision_begun", vm_id=vm_id, phone=mask_phone(phone))
         return job
 
-    def _check_number_free(self, phone: str) -> Route | None:
-        """The number's VM that is gone, if one is: a new one may replace it."""
-        route = self.routes.routes.get(phone)
-        if route is None or route.state == "failed":
-            return route
-        reason = f"this number has the VM {route.vm_id} ({route.state}); delete it first"
-        raise Refusal("phone_taken", reason, vm_id=route.vm_id)
-
-    def _check_limits(self, replaced: int) -> None:
-        limits, count = self.settings.limits, len(self.routes.routes) - replaced
+    def _admit(self, phone: str) -> Route | None:
+        """The number's VM that a new one replaces, if any; raises Refusal."""
+        limits, known = self.settings.limits, self.routes.routes.get(phone)
+        if known and known.state != "failed":
+            reason = f"this number has {known.vm_id} ({known.state}); delete it first"
+            raise Refusal("phone_taken", reason, vm_id=known.vm_id)
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         if why := self.routes.closed_because:
-            raise Refusal("fly_unavailable", why, retry_after_s=10)
-        if len(self.running) >= limits.provision_limit:
-            reason = f"{len(self.running)} VMs are being set up already (PROVISION_LIMIT)"
-            raise Refusal("too_many", reason, retry_after_s=10)
+            raise Refusal("fly_unavailable", why)
+        if (begun := self.routes.states["provisioning"]) >= limits.provision_limit:
+            raise Refusal("too_many", f"{begun} VMs are being set up (PROVISION_LIMIT)")
+        count = len(self.routes.routes) - bool(known)
         if limits.vm_limit and count >= limits.vm_limit:
-            raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
+            raise Refusal("vm_limit", f"there are {count} VMs (VM_LIMIT)")
+        return known
 
     async def _run(self, job: Provisioning) -> None:
-        """Cancelled it leaves things as they are: to who tears it down, or to the next start."""
-        vm_id = job.vm_id
+        """Cancelled it leaves all to who tears it down, or to the next start."""
+        vm_id, began, outcome = job.vm_id, self.clock.monotonic(), "torn_down"
         try:
-            await job.run()
-        except Exception as error:  # also one that nobody foresaw must not keep the number
-            refusal = await job.refusal(error)
-            made_nothing = isinstance(error, NameTaken) or not job.step
-            await self._abandon(job, refusal, made_nothing=made_nothing)
+            await self.builder.set_up(job)
+            outcome = "ready"
+        except Exception as error:  # nor does an unforeseen one keep the number
+            refusal = await self.builder.refusal(job, error)
+            outcome, words = refusal.code, refusal.detail
+            del self.running[vm_id]  # from here on a teardown has nothing to cancel
+            log_warning("provision_failed", vm_id=vm_id, step=job.step, code=outcome, error=words)
+            is_made = job.step != "" and not isinstance(error, NameTaken)
+            await self._let_go(job.phone, "failed", words, is_made=is_made)
             raise refusal from error
         finally:
             self.running.pop(vm_id, None)
-        self.metrics.provision.observe(self.clock.monotonic() - job.began, "ready")
-        phone = mask_phone(job.order.phone)
+            self.metrics.provision.observe(self.clock.monotonic() - began, outcome)
+        phone = mask_phone(job.phone)
         log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=job.seconds)
-        await self.on_ready(vm_id, job.order.welcome)
-
-    async def _abandon(
-        self, job: Provisioning, refusal: Refusal, *, made_nothing: bool = False
-    ) -> None:
-        """Free the number, tell whoever waits, start the undo; the caller's error does not wait for it."""
-        vm_id, phone = job.vm_id, job.order.phone
-        code, error = refusal.code, refusal.detail
-        self.running.pop(vm_id, None)  # from here on a teardown has nothing to cancel
-        self.metrics.provision.observe(self.clock.monotonic() - job.began, code)
-        log_warning("provision_failed", vm_id=vm_id, step=job.step, code=code, error=error)
-        reason, state = "failed", "failed"
-        if job.is_torn_down:
-            reason, state = "torn_down", "deleting"
-        self._remember_failed(phone, self.routes.routes[phone], error, state)
-        if made_nothing:
-            self.routes.drop(phone)
-        else:
-            self.routes.begin_undo(phone, reason, error)
-        await self.on_gone(vm_id, phone, "failed")
-        with suppress(StoreError):
-            await self.routes.commit()
-        if vm_id in self.routes.undo:
-            self.undo.start(vm_id)
-
-    def _remember_failed(
-        self, phone: str, route: Route, error: str, state: str = "failed"
-    ) -> None:
-        record = describe(phone, route) | {"state": state, "last_error": error}
-        self.failed.put(route.vm_id, record, self.clock.monotonic())
+        await self.on_ready(vm_id, job.is_welcome)
 
     # Tearing one down
 
-    async def tear_down(self, vm_id: str) -> bool:
-        """Destroy a VM in whatever state and forget its route; False when Fly has not confirmed in 25 s.
+    async def _let_go(
+        self, phone: str, reason: str, error: str = "", *, is_made: bool = True
+    ) -> None:
+        """Free the number, tell whoever waits, undo what is made."""
+        vm_id = self.routes.routes[phone].vm_id
+        if reason == "failed":
+            record = self.record(vm_id) | {"state": "failed", "last_error": error}
+            self.failed.put(vm_id, record, self.clock.monotonic())
+        self.routes.begin_undo(phone, reason, error)
+        if not is_made:
+            del self.routes.undo[vm_id]
+        with suppress(StoreError):  # a full disk must not keep a VM alive
+            await self.routes.commit()
+        # Not before: killed here, the VM would live on with its texts dropped.
+        await self.on_gone(vm_id, phone, reason)
+        self.undo.start(vm_id)
 
-        Raises Refusal when it is unknown.
-        """
+    async def tear_down(self, vm_id: str) -> bool:
+        """Destroy a VM in any state; whether Fly confirmed it in 25 s."""
         log_event("teardown", vm_id=vm_id)
-        found = self.routes.find(vm_id)
-        if job := self.running.get(vm_id):
-            await self._cancel(job)
-        elif found:
-            self.routes.begin_undo(found[0], "torn_down")
-            with suppress(StoreError):  # a full disk must not keep a VM alive
-                await self.routes.commit()
-            # Not before it is on disk: after a kill the VM would live on, its texts dropped.
-            await self.on_gone(vm_id, found[0], "torn_down")
-        elif vm_id not in self.routes.undo and vm_id not in self.failed:
-            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        if vm_id in self.routes.undo:
+        if work := self.running.pop(vm_id, None):
+            work.is_torn_down = True
+            work.task.cancel()
+            await asyncio.wait({work.task})
+        if found := self.routes.find(vm_id):
+            await self._let_go(found[0], "torn_down")
+        self.undo.start(vm_id)  # unless the first of two callers did
+        if undo := self.undo.deleting.get(vm_id):
             with suppress(TimeoutError):
                 async with self.clock.time_limit(TEARDOWN_WAIT_S):
-                    await asyncio.wait({self.undo.start(vm_id)})
+                    await asyncio.wait({undo})
         is_gone = vm_id not in self.routes.undo
         if is_gone:
             self.failed.forget(vm_id)
         return is_gone
 
-    async def _cancel(self, job: Provisioning) -> None:
-        assert job.task is not None
-        job.is_torn_down = True
-        job.task.cancel()
-        with suppress(Refusal):
-            await job.outcome()
-        if self.routes.find(job.vm_id):  # else it had failed by itself
-            await self._abandon(job, job.interruption())
-
     # Start and stop
 
     async def recover(self) -> None:
-        """At start: undo what an earlier process left unfinished."""
+        """At start: undo what is unfinished."""
         for phone, route in list(self.routes.routes.items()):
-            if route.state not in ("provisioning", "deleting"):
-                continue
-            reason, error = "torn_down", ""
+            if route.state in ("provisioning", "deleting"):
+                log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
             if route.state == "provisioning":
-                reason, error = "failed", RESTARTED
-                self._remember_failed(phone, route, error)
-            self.routes.begin_undo(phone, reason, error)
-            await self.on_gone(route.vm_id, phone, reason)
-            log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
-        if self.routes.undo or self.routes.is_new:
+                await self._let_go(phone, "failed", RESTARTED)
+            elif route.state == "deleting":  # by the first version
+                await self._let_go(phone, "torn_down")
+        if self.routes.is_new:
             with suppress(StoreError):
                 await self.routes.commit()
         for vm_id in list(self.routes.undo):
             self.undo.start(vm_id)
 
     async def drain(self) -> None:
-        """Take no more orders; wait for those under way (the caller bounds the wait)."""
-        self.is_draining = True
-        if tasks := [entry.task for entry in self.running.values() if entry.task]:
-            await asyncio.wait(tasks)
+        """Wait for what is under way (the caller bounds the wait)."""
+        ends = [work.outcome() for work in self.running.values()]
+        await asyncio.gather(*ends, return_exceptions=True)
 
     def record(self, vm_id: str) -> Json:
-        """The record of a VM that is routed, being deleted, or failed within the hour.
-
-        Raises Refusal.
-        """
+        """Of a VM that is there, goes, or failed lately; raises Refusal."""
         if found := self.routes.find(vm_id):
-            return describe(*found)
+            return describe(found[1].to_json() | {"phone_number": found[0]})
         for known, entry in self.routes.undo.items():
             if entry.get("machine_id") == vm_id:
                 vm_id = known
@@ -4689,11 +4440,8 @@ class Provisioner:
         undone = self.routes.undo.get(vm_id)
         if undone is None:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        texts = {name: value for name, value in undone.items() if isinstance(value, str)}
-        record = describe(
-            texts.get("phone_number", ""), Route.from_json(texts | {"vm_id": vm_id})
-        )
-        return record | {"state": "failed" if undone.get("reason") == "failed" else "deleting"}
+        state = "failed" if undone.get("reason") == "failed" else "deleting"
+        return describe(undone | {"vm_id": vm_id, "state": state})
 
 
 # --- In flight ---
@@ -4905,7 +4653,8 @@ class VmState(KeptOfVm):
     KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
     def put(self) -> Change:
-        return PUT_VM, (self.vm_id, to_json({name: getattr(self, name) for name in self.KEPT}))
+        kept = {name: value for name in self.KEPT if (value := getattr(self, name))}
+        return PUT_VM, (self.vm_id, to_json(kept))
 
     def restore(self, record: Json, now: float) -> None:
         """Nothing lies in the future, whoever set the clock."""
@@ -5133,11 +4882,12 @@ class Sender:
         parts: Sequence[str],
         text: Text | None = None,
         images: Sequence[str] = (),
+        id: str = "",
         **more: Any,
     ) -> Outbound:
         """Something to tell: about a text where that came from, else where the owner last texted."""
-        more.setdefault("id", f"n-{self.clock.random_id()}")
         return Outbound(
+            id=id or f"n-{self.clock.random_id()}",
             vm_id=vm.vm_id,
             phone=vm.phone,
             reply_to=text.reply_to if text else vm.reply_to,
@@ -6801,276 +6551,255 @@ class Backfill:
 
 # --- Fleet ---
 
-# How long a text that is being run has to end before its VM is changed; an upgrade waits for all of it.
+# How long a running text has to end before a change.
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
 AT_ONCE = 20
 SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
 ADOPT_AT_START_S = 3.0
 ADOPT_LATER = Backoff(base_s=2, cap_s=300)
+NOT_ADOPTED = "routes.json is empty, and what Fly holds is not adopted yet"
 LOOK_FOR_IDLE_S = 5.0
 ASK_IDLE_AGAIN_S = 30.0
 SUSPEND_AGAIN_S = 3600.0
 ROUTES_A_TURN = 1000
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class VmChange:
-    """A restart, rotation or upgrade of one VM on its way."""
-
-    vm_id: str
-    phone: str
-    what: str
-    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
-    is_resumed: bool = False  # begun by an earlier process
-    is_torn_down: bool = False
-    task: asyncio.Task[None] | None = None
-
-    async def outcome(self) -> None:
-        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
-        assert self.task is not None
-        await asyncio.wait({self.task})
-        if not self.task.cancelled():
-            return self.task.result()
-        if self.is_torn_down:
-            reason = f"{self.vm_id} was deleted during the {self.what}"
-            raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        reason = f"this gateway is shutting down: the next start ends the {self.what}"
-        raise Refusal("draining", reason, vm_id=self.vm_id)
+# What a machine that takes the place of ours changes of a route.
+AT_FLY = ("machine_id", "vm_url", "region", "image", "state", "key_id")
 
 
 @dataclass(kw_only=True, eq=False)
 class VmChanges:
-    """Changes a VM while its texts wait: one change at a time, on disk before Fly is asked."""
+    """Changes VMs while their texts wait; each is on disk before Fly is asked."""
 
     settings: Settings
     clock: Clock
     routes: RouteStore
     fly: FlyClient
     blueprint: Blueprint
-    readiness: Readiness
-    keyring: Keyring
+    builder: Builder
+    provisioner: Provisioner
     relay: Relay
     waker: Waker
     tasks: Tasks
-    running: dict[str, VmChange] = field(default_factory=dict)
+    running: dict[str, Work]
 
-    def begin(self, vm_id: str, what: str, **credentials: str) -> VmChange:
-        """Take on a `restart`, `rotate` or `upgrade`; raises Refusal when the VM is not ready for it."""
+    def begin(self, vm_id: str, what: str, **credentials: str) -> Work:
+        """Take a change on; raises Refusal when the VM is not ready for it."""
         phone, route = self.check(vm_id)
-        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials)
-        self.routes.put(phone, replace(route, change=what))
-        log_event(f"{what}_begun", vm_id=route.vm_id)
-        return self._start(change)
+        route = replace(route, change=what)
+        self.routes.put(phone, route)
+        return self._start(phone, route, credentials)
 
     def check(self, vm_id: str) -> tuple[str, Route]:
-        """The phone and route of a VM that can be changed now; raises Refusal."""
-        found, state = self.routes.find(vm_id), "deleting"
-        if found:
-            vm_id, state = found[1].vm_id, found[1].state
-        elif vm_id not in self.routes.undo:
-            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        if other := self.running.get(vm_id):
-            state = f"in the middle of a {other.what}"
+        """Of a VM that can be changed now; raises Refusal."""
+        record, found = self.provisioner.record(vm_id), self.routes.find(vm_id)
+        vm_id, state = record["vm_id"], record["state"]
+        if work := self.running.get(vm_id):
+            state = f"in the middle of its {work.what}"
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
-            raise Refusal("wrong_state", reason, vm_id=vm_id)
-        if self.relay.is_draining:
-            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+            raise Refusal("wrong_state", reason)
         return found
-
-    def _start(self, change: VmChange) -> VmChange:
-        self.relay.state.vm(change.vm_id, change.phone).is_paused = True
-        self.running[change.vm_id] = change
-        change.task = self.tasks.start(self._run(change), f"{change.what} {change.vm_id}")
-        return change
 
     def resume_all(self) -> None:
         """At start: end what an earlier process began."""
         for phone, route in self.routes.routes.items():
-            vm_id, what = route.vm_id, route.change
-            if what in PATIENCE_S and route.state in ("ready", "asleep"):
-                log_event("change_resumed", vm_id=vm_id, what=what)
-                self._start(VmChange(vm_id=vm_id, phone=phone, what=what, is_resumed=True))
+            if route.change in PATIENCE_S:
+                self._start(phone, route, {})
 
-    async def _run(self, change: VmChange) -> None:
+    def _start(self, phone: str, route: Route, credentials: Mapping[str, str]) -> Work:
+        vm_id, what = route.vm_id, route.change
+        log_event(f"{what}_begun", vm_id=vm_id)
+        self.relay.state.vm(vm_id, phone).is_paused = True
+        change = Work(vm_id=vm_id, phone=phone, what=what, credentials=credentials)
+        self.running[vm_id] = change
+        change.task = self.tasks.start(self._run(change))
+        return change
+
+    async def _run(self, change: Work) -> None:
         """Cancelled by a shutdown it stays on disk: the next start ends it."""
-        vm_id, answered_at = change.vm_id, 0.0
-        vm = self.relay.state.vm(vm_id, change.phone)
+        vm_id, what, answered_at = change.vm_id, change.what, 0.0
+        vm, runner = self.relay.state.vm(vm_id, change.phone), self.relay.runner
         try:
             await self.routes.commit()
-            patience_s = min(PATIENCE_S[change.what], self.settings.limits.vm_command_timeout_s)
-            await self.relay.runner.pause(vm, 0.0 if change.is_resumed else patience_s)
-            if self._route(vm_id).state == "asleep":
-                await self._wake_first(vm)
+            limits = self.settings.limits
+            await runner.pause(vm, min(PATIENCE_S[what], limits.vm_command_timeout_s))
+            # A restart would only resume it.
+            if self.builder.route(change).state == "asleep":
+                await self.waker.rouse(vm, limits.provision_timeout_s)
+                await self.waker.note_awake(vm_id)
             await self._do(change)
             answered_at = self.clock.now()
             await self._end(change, "")
-        except (CockpitError, TimeoutError) as error:
-            refusal = self._refusal(change, error)
-            await self._end(change, f"{change.what}: {refusal.detail}")
+        except CockpitError as error:
+            refusal = refusal_for(error)
+            await self._end(change, f"{what}: {refusal.detail}")
             raise refusal from error
         finally:
             self.running.pop(vm_id, None)
-            await self.relay.runner.resume(vm, answered_at=answered_at)
+            if not change.is_torn_down:
+                await runner.resume(vm, answered_at=answered_at)
 
-    async def _end(self, change: VmChange, trouble: str) -> None:
+    async def _end(self, change: Work, trouble: str) -> None:
         event = f"{change.what}_{'failed' if trouble else 'done'}"
         log_event(event, vm_id=change.vm_id, error=trouble)
         with suppress(StoreError):
             await self.routes.update(change.vm_id, change="", old_image="", last_error=trouble)
 
-    def _refusal(self, change: VmChange, error: Exception) -> Refusal:
-        if not isinstance(error, TimeoutError):
-            return refusal_for(error, vm_id=change.vm_id)
-        limit = f"{self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
-        reason = f"{change.vm_id} did not answer /health within {limit} of the {change.what}"
-        return Refusal("vm_unhealthy", reason, vm_id=change.vm_id)
-
-    async def _do(self, change: VmChange) -> None:
+    async def _do(self, change: Work) -> None:
         match change.what:
             case "restart":
-                await self._restart(change.vm_id)
+                machine = await self._machine(change)
+                await self.fly.restart_machine(change.vm_id, machine)
+                # Fly may still show the old `started`: only a later event counts.
+                await self.builder.wait_ready(change, machine, machine.last_event)
             case "rotate":
-                await self._wait_until_ready(change.vm_id, await self._replace_config(change))
+                await self.builder.wait_ready(change, await self._replace_config(change))
             case "upgrade":
                 await self._upgrade(change)
 
-    def _route(self, vm_id: str) -> Route:
-        if found := self.routes.find(vm_id):
-            return found[1]
-        raise Refusal("torn_down", f"{vm_id} was deleted meanwhile", vm_id=vm_id)
-
-    async def _wake_first(self, vm: VmState) -> None:
-        """A restart of a machine that sleeps would only resume it."""
-        await self.waker.start_machine(vm)
-        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
-            await self.readiness.wait_started(vm.vm_id, await self._machine(vm.vm_id))
-        await self.waker.note_awake(vm.vm_id)
-
-    async def _machine(self, vm_id: str) -> Machine:
-        machine = await self.fly.get_machine(vm_id, self._route(vm_id).machine_id)
+    async def _machine(self, change: Work) -> Machine:
+        machine = await self.fly.get_machine(change.vm_id, self.builder.route(change).machine_id)
         if not machine.host_ok or not machine.config:
             reason = "Fly does not reach the host this VM is on; try again later"
-            raise Refusal("fly_unavailable", reason, retry_after_s=60, vm_id=vm_id)
+            raise Refusal("fly_unavailable", reason)
         return machine
 
-    async def _restart(self, vm_id: str) -> None:
-        machine = await self._machine(vm_id)
-        await self.fly.restart_machine(vm_id, machine)
-        # Right after the call Fly may still show the old `started`: only a later event counts.
-        await self._wait_until_ready(vm_id, machine, machine.last_event)
-
-    async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
-        """Set secrets, ours renewed, and send the whole config back: a VM reads them as it boots."""
-        vm_id = change.vm_id
-        machine = await self._machine(vm_id)
-        values = {**change.credentials, **self.blueprint.own_secrets(vm_id)}
+    async def _replace_config(self, change: Work, image: str = "") -> Machine:
+        """Set secrets, ours renewed, and send the config back: it boots anew."""
+        vm_id, blueprint = change.vm_id, self.blueprint
+        machine = await self._machine(change)
+        values = {**change.credentials, **blueprint.own_secrets(vm_id)}
         version = await self.fly.set_secrets(vm_id, values)
-        route = self._route(vm_id)
-        stamp = self.blueprint.metadata(vm_id, change.phone, route.pairing)
+        stamp = blueprint.stamp(change.phone, self.builder.route(change))
         config = {
             **machine.config,
-            **({} if machine.config.get("mounts") else self.blueprint.rootfs()),
+            **({} if machine.config.get("mounts") else blueprint.rootfs()),
             "image": image or machine.image,
             "metadata": {**machine.metadata, **stamp},
         }
         updated = await self.fly.update_machine(vm_id, machine, config, version)
-        key_id = self.keyring.current_id
-        await self.routes.update(vm_id, key_id=key_id, image=image or route.image)
+        image = image or self.builder.route(change).image
+        await self.routes.update(vm_id, key_id=blueprint.keyring.current_id, image=image)
         return updated
 
-    async def _wait_until_ready(
-        self, vm_id: str, machine: Machine, after_event: str = ""
-    ) -> None:
-        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
-            await self.readiness.wait_started(vm_id, machine, after_event)
-            await self.readiness.wait_healthy(self._route(vm_id))
-
-    async def _upgrade(self, change: VmChange) -> None:
+    async def _upgrade(self, change: Work) -> None:
         """Move to the present VM_IMAGE, and back when it is not healthy.
 
-        What to go back to, the very build if tags are equal, is on disk: of an upgrade that an earlier
-        process began, whichever image Fly runs by now is waited for, or taken back.
+        What to go back to (the very build, if tags are equal) is on disk, and all is begun
+        anew after a kill.
         """
         vm_id, image = change.vm_id, self.settings.vm.image
-        machine, old = await self._machine(vm_id), self._route(vm_id).old_image
-        if not change.is_resumed:
+        old = self.builder.route(change).old_image
+        if not old:
+            machine = await self._machine(change)
             old = machine.image if machine.image != image else machine.build or image
             await self.routes.update(vm_id, old_image=old)
-            machine = await self._replace_config(change, image)
-        elif old and machine.image != old:
-            key_id, image = self.keyring.current_id, machine.image
-            await self.routes.update(vm_id, image=image, key_id=key_id)
-        else:
-            reason = "the gateway was restarted before Fly took the new image; ask again"
-            raise Refusal("fly_unavailable", reason, vm_id=vm_id)
+        updated = await self._replace_config(change, image)
         try:
-            await self._wait_until_ready(vm_id, machine)
-        except (CockpitError, TimeoutError) as error:
-            log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
-            await self._wait_until_ready(vm_id, await self._replace_config(change, old))
+            await self.builder.wait_ready(change, updated)
+        except CockpitError as error:
+            about = {"image": image, "back_to": old, "error": str(error)}
+            log_warning("upgrade_undone", vm_id=vm_id, **about)
+            await self.builder.wait_ready(change, await self._replace_config(change, old))
             reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
-            raise Refusal("vm_unhealthy", reason, vm_id=vm_id) from error
-
-    async def vm_gone(self, vm_id: str, phone: str, reason: str) -> None:
-        """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
-        change = self.running.get(vm_id)
-        if change and change.task:
-            change.is_torn_down = True
-            change.task.cancel()
-        await self.relay.vm_gone(vm_id, phone, reason)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
-    """What Fly shows: the organisation's apps, their machines, and the regions it could not ask."""
-
-    apps: set[str]
-    machines: Mapping[str, Sequence[Machine]]  # by app
-    missing_regions: Sequence[str] = ()
-
-
-async def fetch_inventory(fly: FlyClient) -> Inventory:
-    """Raises UpstreamError."""
-    apps = await fly.list_apps()
-    listed, missing = await fly.list_org_machines()
-    machines: dict[str, list[Machine]] = defaultdict(list)
-    for machine in listed:
-        machines[machine.app].append(machine)
-    return Inventory(apps=apps, machines=machines, missing_regions=missing)
-
-
-def proof_of(phone: str, machine: Machine, blueprint: Blueprint) -> Ownership | None:
-    """What proves that a machine that lives is this phone's."""
-    owned = blueprint.ownership(machine)
-    is_proof = owned and owned.key_id and owned.phone == phone
-    return owned if is_proof and machine.state not in STATES_THAT_FAILED else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Here:
-    """What the gateway itself knows: the file, and what is under way."""
-
-    routes: Mapping[str, Route]
-    other_apps: set[str]  # being undone, set up, or gone within the hour
-    changing: set[str]  # falling asleep and waking, too
-    suspects: set[str]  # VMs whose last call failed
-    gateway_id: str
-    app_prefix: str
+            raise Refusal("vm_unhealthy", reason) from error
 
 
 class Action(NamedTuple):
-    """Something a sweep wants done; each is checked against Fly once more before it is."""
+    """What a sweep wants done; Fly is asked once more before it is."""
 
     kind: str
     vm_id: str
     phone: str = ""
-    machine: Machine | None = None
+    machine_id: str = ""
 
 
-# What a sweep does without having seen it twice: lists that lag do no harm there.
-AT_FIRST_SIGHT = ("note_awake", "start", "probe")
+def compare(
+    apps: set[str],
+    machines: Sequence[Machine],
+    routes: Mapping[str, Route],
+    blueprint: Blueprint,
+    *,
+    busy: Collection[str] = (),  # they change, wake, fall asleep, go, or just went
+    suspects: Collection[str] = (),  # their last call failed
+    is_whole: bool = True,  # else nothing follows from what is missing
+) -> Iterator[Action]:
+    """What is to be done when Fly shows these, without any I/O."""
+    of_app: dict[str, list[Machine]] = {app: [] for app in apps}
+    for machine in machines:
+        of_app.setdefault(machine.app, []).append(machine)
+    unknown = of_app.keys() - busy
+    for phone, route in routes.items():
+        vm_id, is_given_up = route.vm_id, route.state == "failed"
+        unknown.discard(vm_id)
+        if vm_id in busy or route.state == "provisioning":
+            continue
+        shown = of_app.get(vm_id, ())
+        own = [machine for machine in shown if machine.id == route.machine_id]
+        if own and not is_given_up:
+            kinds = mends(phone, route, own[0], blueprint, is_suspect=vm_id in suspects)
+            yield from (Action(kind, vm_id, phone) for kind in kinds)
+            continue
+        proofs = filter(None, map(blueprint.own_proof, shown))
+        proven = [proof.route.machine_id for proof in proofs if proof.phone == phone]
+        if len(proven) == 1:
+            yield Action("take_over", vm_id, phone, proven[0])
+        elif is_whole and not is_given_up:
+            yield Action("give_up", vm_id, phone)
+    yield from sort_unknown({app: of_app[app] for app in unknown}, routes, blueprint)
+
+
+def mends(
+    phone: str, route: Route, machine: Machine, blueprint: Blueprint, *, is_suspect: bool
+) -> Iterator[str]:
+    match route.state, machine.state:
+        case "asleep", "started":
+            yield "note_awake"
+        case "ready", "stopped" | "suspended":
+            yield "start"
+        case "ready", "started" if is_suspect:
+            yield "probe"
+    if machine.image not in ("", route.image):
+        yield "note_image"
+    stamp = blueprint.stamp(phone, route)
+    if machine.config and not stamp.items() <= machine.metadata.items():
+        yield "stamp"
+
+
+def sort_unknown(
+    apps: Mapping[str, list[Machine]], routes: Collection[str], blueprint: Blueprint
+) -> Iterator[Action]:
+    """Apps nobody here knows: adopted if they prove whose they are."""
+    machines = [machine for several in apps.values() for machine in several]
+    proofs = list(filter(None, map(blueprint.own_proof, machines)))
+    claimants = Counter(proof.phone for proof in proofs)
+    proven = {proof.route.vm_id: proof for proof in proofs}
+    prefix = blueprint.settings.vm.app_prefix + "-"
+    for app, several in apps.items():
+        proof = proven.get(app)
+        phone = proof.phone if proof else ""
+        if proof and claimants[phone] == 1 and phone not in routes:
+            yield Action("adopt", app, phone, proof.route.machine_id)
+        elif app.startswith(prefix) or any(map(blueprint.is_stamped, several)):
+            yield Action("report", app, phone)
+
+
+def what_is_due(found: Iterable[Action], found_before: Collection[Action]) -> list[Action]:
+    """Lists may lag: most is done only if the last sweep found it, too."""
+    at_first_sight = ("note_awake", "start", "probe")
+    return [action for action in found if action.kind in at_first_sight or action in found_before]
+
+
+def told_of(due: Iterable[Action]) -> str:
+    """What a sweep does nothing about, or nothing."""
+    apps = sorted((action.vm_id, action.phone) for action in due if action.kind == "report")
+    if not apps:
+        return ""
+    named = [f"{app} (of {mask_phone(phone)})" if phone else app for app, phone in apps[:5]]
+    more = ", ..." * (len(apps) > 5)
+    remedy = f"if nobody needs them: fly apps destroy {apps[0][0]}"
+    return f"{len(apps)} apps that no route leads to: {', '.join(named)}{more}; {remedy}"
 
 
 async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Action]) -> None:
@@ -7083,126 +6812,9 @@ async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Ac
     await asyncio.gather(*map(do, actions))
 
 
-class Findings(NamedTuple):
-    """What a sweep concludes: actions, what was seen (to be acted on if it stays), what to report."""
-
-    actions: list[Action]
-    seen: set[tuple[str, str]]
-    alerts: list[str]
-
-
-@dataclass(kw_only=True, eq=False)
-class Comparison:
-    """Compares what Fly shows with what the gateway knows, without any I/O.
-
-    What Fly shows once may be its lists lagging: nothing is given up or adopted that two sweeps did not see.
-    """
-
-    fly: Inventory
-    here: Here
-    seen_before: set[tuple[str, str]]
-    blueprint: Blueprint
-    result: Findings = field(default_factory=lambda: Findings([], set(), []))
-
-    def findings(self) -> Findings:
-        if self.fly.missing_regions:
-            regions = ", ".join(self.fly.missing_regions)
-            reason = "nothing is concluded from what is missing"
-            self.result.alerts.append(f"Fly could not ask its regions {regions}: {reason}")
-        known = set(self.here.other_apps)
-        for phone, route in self.here.routes.items():
-            known.add(route.vm_id)
-            if route.vm_id not in self.here.changing:
-                self._compare_route(phone, route)
-        self._sort_unknown(known)
-        return self.result
-
-    def _do(self, kind: str, vm_id: str, phone: str, machine: Machine | None = None) -> None:
-        self.result.seen.add((kind, vm_id))
-        if kind in AT_FIRST_SIGHT or (kind, vm_id) in self.seen_before:
-            self.result.actions.append(Action(kind, vm_id, phone, machine))
-
-    def _compare_route(self, phone: str, route: Route) -> None:
-        machines = self.fly.machines.get(route.vm_id, ())
-        own = next((m for m in machines if m.id == route.machine_id), None)
-        is_up = route.state in ("ready", "asleep")
-        if is_up and own is not None and route.vm_id in self.fly.apps:
-            self._compare_machine(phone, route, own)
-        elif is_up or route.state == "failed":
-            proven = [m for m in machines if self._proves(m, phone)]
-            if len(proven) == 1:
-                self._do("take_over", route.vm_id, phone, proven[0])
-            elif is_up and not self.fly.missing_regions:
-                self._do("give_up", route.vm_id, phone)
-
-    def _proves(self, machine: Machine, phone: str) -> bool:
-        is_there = machine.app in self.fly.apps
-        return is_there and proof_of(phone, machine, self.blueprint) is not None
-
-    def _compare_machine(self, phone: str, route: Route, machine: Machine) -> None:
-        if route.state == "asleep":
-            if machine.state == "started":
-                self._do("note_awake", route.vm_id, phone)
-        elif machine.state in RESTING:
-            self._do("start", route.vm_id, phone)
-        elif machine.state == "started" and route.vm_id in self.here.suspects:
-            self._do("probe", route.vm_id, phone)
-        if machine.image and machine.image != route.image:
-            self._do("note_image", route.vm_id, phone)
-        wanted = self.blueprint.metadata(route.vm_id, phone, route.pairing)
-        names = ("cockpit_gateway", "cockpit_phone", "cockpit_pairing")
-        is_stamped = all(machine.metadata.get(name) == wanted[name] for name in names)
-        if machine.config and not (is_stamped and self._proves(machine, phone)):
-            self._do("stamp", route.vm_id, phone)
-
-    def _sort_unknown(self, known: set[str]) -> None:
-        """Apps nobody here knows: adopted when they prove whose they are, else reported; none is deleted."""
-        owned: list[Ownership] = []
-        foreign: list[str] = []
-        for app, machines in self.fly.machines.items():
-            if app in known:
-                continue
-            stamps = [self.blueprint.ownership(machine) for machine in machines]
-            first = stamps[0]
-            is_ours = all(stamp and stamp.gateway_id == self.here.gateway_id for stamp in stamps)
-            if first and is_ours and first.key_id and first.phone not in self.here.routes:
-                owned.append(first)
-            elif self._has_prefix(app) or any(stamps):
-                foreign.append(app)
-        self._adopt_or_report(owned)
-        self._report(foreign, "that no route leads to")
-        bare = [app for app in self.fly.apps - set(self.fly.machines) if app not in known]
-        bare = [app for app in bare if self._has_prefix(app)]
-        self.result.seen.update(("bare", app) for app in bare)
-        lasting = [app for app in bare if ("bare", app) in self.seen_before]
-        self._report(lasting, "without a machine")
-
-    def _has_prefix(self, app: str) -> bool:
-        return app.startswith(self.here.app_prefix + "-")
-
-    def _adopt_or_report(self, owned: Sequence[Ownership]) -> None:
-        counts = Counter(one.phone for one in owned)
-        for one in owned:
-            if counts[one.phone] == 1:
-                self._do("adopt", one.machine.app, one.phone, one.machine)
-        for phone, count in counts.items():
-            if count > 1:
-                who = f"{count} VMs claim {mask_phone(phone)}, which has no route"
-                self.result.alerts.append(f"{who}: delete the wrong one at Fly")
-
-    def _report(self, apps: Sequence[str], which: str) -> None:
-        if not apps:
-            return
-        some = sorted(apps)[:5]
-        more = ", ..." if len(apps) > 5 else ""
-        remedy = f"if nobody needs them: fly apps destroy {some[0]}"
-        line = f"{len(apps)} apps {which} are not touched: {', '.join(some)}{more}; {remedy}"
-        self.result.alerts.append(line)
-
-
 @dataclass(kw_only=True, eq=False)
 class Reconciler:
-    """Holds the routes against Fly every RECONCILE_S, and carries out what the comparison finds."""
+    """Compares the routes with Fly every RECONCILE_S, and mends what differs."""
 
     settings: Settings
     clock: Clock
@@ -7210,96 +6822,87 @@ class Reconciler:
     fly: FlyClient
     vms: VmClient
     blueprint: Blueprint
-    provisioner: Provisioner
     undo: Undo
     changes: VmChanges
     relay: Relay
     waker: Waker
-    alerts: list[str] = field(default_factory=list)
-    seen: set[tuple[str, str]] = field(default_factory=set)
-    sick: dict[str, int] = field(default_factory=dict)  # sweeps in a row without /health
-    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=RESTART_AGAIN_S))
+    tasks: Tasks
+    running: dict[str, Work]
+    trouble: str = ""
+    found_before: set[Action] = field(default_factory=set)
+    sick: Counter[str] = field(default_factory=Counter)  # sweeps in a row without /health
+    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, RESTART_AGAIN_S))
 
     async def run(self) -> None:
         """While Fly refuses us, up to 5 minutes apart."""
-        refusals = 0
-        every_s = self.settings.limits.reconcile_s
+        every_s, refusals = self.settings.limits.reconcile_s, 0
+        pauses = Backoff(base_s=every_s, cap_s=max(300.0, every_s))
         while True:
-            backed_off_s = min(300.0, every_s * 2.0**refusals)
-            await self.clock.sleep(max(every_s, backed_off_s))
+            await self.clock.sleep(pauses.ceiling(refusals + 1))
             try:
                 await self.sweep()
-                refusals = 0
             except CockpitError as error:
-                # That has a log line and an alert of its own.
-                is_refused = bool(self.fly.trouble)
-                refusals = min(refusals + 1, 10) if is_refused else 0
-                words = f"Fly could not be compared with the routes: {error}"
-                self.alerts = [] if is_refused else [words]
-                level = logging.DEBUG if is_refused else logging.WARNING
-                log_event("sweep_failed", level=level, error=str(error))
+                self.trouble = f"Fly could not be compared with the routes: {error}"
+                log_failure("sweep_failed", self.fly, error)
             except Exception as error:
                 log_error("sweep_failed", exc_info=error)
+            refusals = refusals + 1 if self.fly.trouble else 0
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        inventory = await fetch_inventory(self.fly)
-        here = self._here()
-        findings = Comparison(
-            fly=inventory, here=here, seen_before=self.seen, blueprint=self.blueprint
-        ).findings()
-        self.seen = findings.seen
-        self.alerts = findings.alerts
-        probed = {action.vm_id for action in findings.actions if action.kind == "probe"}
-        self.sick = {vm_id: count for vm_id, count in self.sick.items() if vm_id in probed}
-        await do_all(self._carry_out, findings.actions)
+        apps = await self.fly.list_apps()
+        machines, missing = await self.fly.list_org_machines()
+        found = self._compare(apps, machines, missing)
+        due = what_is_due(found, self.found_before)
+        self.found_before = set(found)
+        self.trouble = told_of(due)
+        if missing:
+            self.trouble = f"Fly could not ask its regions {', '.join(missing)}; {self.trouble}"
+        probed = [action.vm_id for action in due if action.kind == "probe"]
+        self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
+        await do_all(self._carry_out, due)
 
-    def _here(self) -> Here:
-        vms = self.relay.vms.values()
-        others = {*self.routes.undo, *self.provisioner.running, *self.undo.confirmed}
-        return Here(
-            routes=dict(self.routes.routes),
-            other_apps=others,
-            changing={*self.changes.running, *(vm.vm_id for vm in vms if vm.is_turning())},
-            suspects={vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None},
-            gateway_id=self.routes.gateway_id,
-            app_prefix=self.settings.vm.app_prefix,
-        )
+    def _compare(
+        self, apps: set[str], machines: Sequence[Machine], missing: Sequence[str] = ()
+    ) -> list[Action]:
+        vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
+        turning = {vm.vm_id for vm in vms if vm.is_turning()}
+        suspects = {vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None}
+        busy = going | turning | self.running.keys()
+        more: Json = {"busy": busy, "suspects": suspects, "is_whole": not missing}
+        return list(compare(apps, machines, self.routes.routes, self.blueprint, **more))
 
     async def _carry_out(self, action: Action) -> None:
-        vm_id, kind = action.vm_id, action.kind
-        route = self.routes.routes.get(action.phone)
-        is_there = route and route.vm_id == vm_id and vm_id not in self.changes.running
+        vm_id, route = action.vm_id, self.routes.of(action.vm_id)
         try:
-            if kind == "adopt":
-                await self.adopt(action)
-            elif route and is_there:
+            if action.kind in ("adopt", "take_over"):
+                await self._claim(action)
+            elif route and vm_id not in self.running:
                 await self._mend(action, route)
         except CockpitError as error:  # left to the next sweep
-            log_warning("sweep_step_failed", vm_id=vm_id, action=kind, error=str(error))
+            log_warning("sweep_step_failed", vm_id=vm_id, action=action.kind, error=str(error))
 
     async def _mend(self, action: Action, route: Route) -> None:
-        match action.kind:
+        kind, vm_id, phone, _ = action
+        match kind:
             case "start" if route.state == "ready":
-                await self.waker.start_machine(self.relay.state.vm(route.vm_id, action.phone))
+                await self.waker.start_machine(self.relay.state.vm(vm_id, phone))
             case "note_awake":
-                await self.waker.look(route.vm_id)
+                await self.waker.look(vm_id)
             case "probe":
                 await self._restart_if_hung(route)
             case "note_image":
-                image = (await self.fly.get_machine(route.vm_id, route.machine_id)).image
-                await self.routes.update(route.vm_id, image=image or route.image)
+                image = (await self.fly.get_machine(vm_id, route.machine_id)).image
+                await self.routes.update(vm_id, image=image or route.image)
             case "stamp":
-                await self.stamp(action.vm_id)
-            case "take_over":
-                await self._take_over(action, route)
+                await self.stamp(vm_id)
             case "give_up":
-                await self._give_up(action.phone, route)
+                await self._give_up(phone, route)
 
     async def _restart_if_hung(self, route: Route) -> None:
-        """Three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
+        """After three sweeps without /health, once in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
-        self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick.get(vm_id, 0) + 1
+        self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick[vm_id] + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
         if self.sick[vm_id] < SICK_SWEEPS or is_fresh or self.relay.may_be_running(vm_id):
             return
@@ -7308,160 +6911,89 @@ class Reconciler:
         self.changes.begin(vm_id, "restart")
 
     async def stamp(self, vm_id: str) -> None:
-        """Write the stamp anew, again if the pairing changes meanwhile; raises UpstreamError.
-
-        It is of the first version, its secret is gone, the VM rewrote it, or it was locked.
-        """
+        """Write it, again if the pairing changes meanwhile; raises UpstreamError."""
         written = ""
-        while (found := self.routes.find(vm_id)) and found[1].pairing != written:
+        while (found := self.routes.find(vm_id)) and found[1].machine_id:
             phone, route = found
-            if not route.machine_id:
-                return
+            if route.pairing == written:
+                break
             written = route.pairing
-            for name, value in self.blueprint.metadata(vm_id, phone, written).items():
+            for name, value in self.blueprint.stamp(phone, route).items():
                 await self.fly.set_metadata(vm_id, route.machine_id, name, value)
             log_event("stamp_renewed", vm_id=vm_id)
 
-    async def _proven(self, action: Action) -> Ownership | None:
-        """Whose the machine is as Fly tells it now, asked for this very one."""
-        assert action.machine is not None
-        try:
-            await self.fly.get_app(action.vm_id)
-            machine = await self.fly.get_machine(action.vm_id, action.machine.id)
-        except UpstreamNotFound:
-            return None
-        return proof_of(action.phone, machine, self.blueprint) if machine.host_ok else None
-
-    async def adopt(self, action: Action) -> None:
-        owned = await self._proven(action)
-        if owned is None or owned.gateway_id != self.routes.gateway_id:
+    async def _claim(self, action: Action) -> None:
+        """Route a phone to what proves to be its machine, unknown, back, or new."""
+        _, vm_id, phone, machine_id = action
+        before, proof = self.routes.routes.get(phone), None
+        with suppress(UpstreamNotFound):
+            machine = await self.fly.get_machine(vm_id, machine_id)
+            proof = self.blueprint.own_proof(machine)
+        if proof is None or proof.phone != phone:
             return
-        if action.phone in self.routes.routes:
+        if self.routes.routes.get(phone) is not before or vm_id in self.running:
             return
-        self.routes.put(action.phone, self.blueprint.adopted_route(owned))
-        await self.relay.vm_adopted(action.vm_id, action.phone)
-        log_warning("vm_adopted", vm_id=action.vm_id, phone=mask_phone(action.phone))
+        if before is None:
+            self.routes.put(phone, proof.route)
+            await self.relay.vm_adopted(vm_id, phone)
+            log_warning("vm_adopted", vm_id=vm_id, phone=mask_phone(phone))
+        elif before.vm_id == vm_id:
+            at_fly = {name: getattr(proof.route, name) for name in AT_FLY}
+            self.routes.put(phone, replace(before, **at_fly, last_error=""))
+            await self.relay.vm_ready(vm_id)
+            log_warning("machine_taken_over", vm_id=vm_id, was=before.state)
         await self.routes.commit()
-
-    async def _take_over(self, action: Action, route: Route) -> None:
-        """A machine that replaced ours in our own app, or came back in it, is ours when it proves so."""
-        owned = await self._proven(action)
-        if owned is None or self.routes.routes.get(action.phone) is not route:
-            return
-        found = self.blueprint.adopted_route(owned)
-        at_fly = {
-            name: getattr(found, name) for name in ("machine_id", "vm_url", "region", "key_id")
-        }
-        at_fly["image"] = found.image or route.image
-        changed = replace(route, **at_fly, state="ready", last_error="")
-        self.routes.put(action.phone, changed)
-        log_warning("machine_taken_over", vm_id=route.vm_id, was=route.state)
-        await self.routes.commit()
-        await self.relay.vm_ready(route.vm_id)
 
     async def _give_up(self, phone: str, route: Route) -> None:
-        """A VM that Fly, asked for it, does not know is gone: its owner is told once."""
-        try:
+        """A VM that Fly, asked for it, does not know: its owner is told once."""
+        with suppress(UpstreamNotFound):
             machine = await self.fly.get_machine(route.vm_id, route.machine_id)
             if machine.state != "destroyed" or not machine.host_ok:
                 return
-        except UpstreamNotFound:
-            pass
         if self.routes.routes.get(phone) is not route:
             return
         log_error("vm_vanished", vm_id=route.vm_id, phone=mask_phone(phone))
-        gone = "its machine is gone from Fly"
-        await self.routes.update(route.vm_id, state="failed", last_error=gone)
-        await self.changes.vm_gone(route.vm_id, phone, "vanished")
+        gone: Json = {"state": "failed", "last_error": "its machine is gone from Fly"}
+        await self.routes.update(route.vm_id, **gone)
+        await self.relay.vm_gone(route.vm_id, phone, "vanished")
 
+    # A start without routes may be a lost disk
 
-@dataclass(kw_only=True, eq=False)
-class Adoption:
-    """A start without routes may be a lost disk: what proves at Fly that it is ours is adopted."""
-
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    reconciler: Reconciler
-    tasks: Tasks
-
-    async def at_start(self) -> None:
-        """While Fly is out of reach no VM is made, and it is tried on."""
-        try:
+    async def adopt_at_start(self) -> None:
+        """Adopt what proves to be ours; until then no VM is made."""
+        self.routes.closed_because = f"{NOT_ADOPTED}: no answer in time"
+        adopting = self.tasks.start(self._adopt())
+        with suppress(TimeoutError):
             async with self.clock.time_limit(ADOPT_AT_START_S):
-                await self._adopt_all()
-        except UpstreamRejected as error:
-            # It would refuse the next VM as well, and that answer says more than ours.
-            log_warning("adoption_refused", error=str(error))
-        except (CockpitError, TimeoutError) as error:
-            self._close(error)
-            self.tasks.start(self._retry_later(), "adopt VMs")
+                await asyncio.wait({adopting})
 
-    def _close(self, error: Exception) -> None:
-        empty = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
-        self.routes.closed_because = f"{empty}: {str(error) or 'no answer in time'}"
-
-    async def _retry_later(self) -> None:
+    async def _adopt(self) -> None:
         failures = 0
         while self.routes.closed_because:
-            failures += 1
-            await ADOPT_LATER.pause(self.clock, failures)
             try:
-                await self._adopt_all()
+                apps = await self.fly.list_apps()
+                machines, missing = await self.fly.list_org_machines()
+                if missing:
+                    words = f"the regions {', '.join(missing)} were not asked"
+                    raise UpstreamUnavailable("fly", "list org machines", words)
+                proofs = filter(None, map(self.blueprint.proof, machines))
+                self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs})
+                actions = self._compare(apps, machines)
+                await do_all(self._claim, [a for a in actions if a.kind == "adopt"])
                 self.routes.closed_because = ""
             except CockpitError as error:
-                self._close(error)
-
-    async def _adopt_all(self) -> None:
-        """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
-        inventory = await fetch_inventory(self.fly)
-        if inventory.missing_regions:
-            words = f"the regions {', '.join(inventory.missing_regions)} were not asked"
-            raise UpstreamUnavailable("fly", "list org machines", words)
-        proofs = self._proofs(inventory)
-        gateway_id = self._choose({owned.gateway_id for owned in proofs})
-        ours = [owned for owned in proofs if owned.gateway_id == gateway_id]
-        counts = Counter(owned.phone for owned in ours)
-        self.routes.gateway_id = gateway_id or self.routes.gateway_id
-        sole: list[Action] = []
-        for owned in ours:
-            vm_id, phone = owned.machine.app, owned.phone
-            if counts[phone] == 1:
-                sole.append(Action("adopt", vm_id, phone, owned.machine))
-            else:
-                reason = f"not the only VM that claims {mask_phone(phone)}"
-                log_warning("vm_not_adopted", vm_id=vm_id, reason=reason)
-        await do_all(self.reconciler.adopt, sole)
-
-    def _proofs(self, inventory: Inventory) -> list[Ownership]:
-        """A stamp without proof counts for nothing, but is told of."""
-        proofs = []
-        for app in inventory.apps & set(inventory.machines):
-            for machine in inventory.machines[app]:
-                owned = self.blueprint.ownership(machine)
-                if owned is None or machine.state in STATES_THAT_FAILED:
-                    continue
-                if owned.key_id:
-                    proofs.append(owned)
-                else:
-                    reason = "its owner mark does not verify with COCKPIT_SECRET"
-                    log_warning("vm_not_adopted", vm_id=app, reason=reason)
-        return proofs
+                failures += 1
+                self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
+                await ADOPT_LATER.pause(self.clock, failures)
 
     def _choose(self, found: set[str]) -> str:
-        """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
-        wanted, named = self.settings.gateway.gateway_id, ", ".join(sorted(found))
-        for known in (wanted, self.routes.gateway_id):
-            if known in found:
-                return known
-        if wanted and found:
-            raise StoreError(f"Fly holds no VM of GATEWAY_ID {wanted}; it holds those of {named}")
-        if len(found) > 1:
-            several = "Fly holds VMs of several gateways of this host"
-            raise StoreError(f"{several}: set GATEWAY_ID to one of {named}")
-        return named
+        """GATEWAY_ID, the file's own, or the only one; raises StoreError."""
+        wanted, own = self.settings.gateway.gateway_id, self.routes.gateway_id
+        chosen = found & {wanted} if wanted else found & {own} or found
+        if found and len(chosen) != 1:
+            named = ", ".join(sorted(found))
+            raise StoreError(f"Fly holds VMs of the gateways {named}: set GATEWAY_ID to one")
+        return chosen.pop() if found else own
 
 
 @dataclass(kw_only=True, eq=False)
@@ -7479,94 +7011,86 @@ class Sleeper:
     not_before: Recent[float] = field(default_factory=lambda: Recent(100_000))  # monotonic
 
     async def run(self) -> None:
-        """Look for VMs without work again and again; suspend at most one a second."""
+        """Look for VMs without work; suspend at most one a second."""
         while True:
-            await self.clock.sleep(min(LOOK_FOR_IDLE_S, self.settings.limits.vm_idle_s))
+            await self.clock.sleep(LOOK_FOR_IDLE_S)
             for count, phone in enumerate(list(self.routes.routes), 1):
-                if self._is_due(phone):
-                    self.tasks.start(self._put_to_sleep(phone), "put to sleep")
+                route = self.routes.routes.get(phone)
+                if route and self._is_due(route):
+                    self.tasks.start(self._put_to_sleep(phone, route))
                     await self.clock.sleep(1)
                 elif count % ROUTES_A_TURN == 0:
                     await self.clock.sleep(0)
 
-    def _is_due(self, phone: str) -> bool:
-        route = self.routes.routes.get(phone)
-        if route is None or route.state != "ready" or self.relay.is_draining:
-            return False
+    def _is_due(self, route: Route) -> bool:
         is_early = self.clock.monotonic() < self.not_before.get(route.vm_id, NEVER)
-        return not is_early and self._is_idle(route)
+        return route.state == "ready" and not is_early and self._is_idle(route)
 
     def _is_idle(self, route: Route) -> bool:
-        """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
+        """Whether nothing of it is or was in flight for VM_IDLE_S."""
         vm = self.relay.vms.get(route.vm_id)
         last_sign = vm.last_sign() if vm else 0.0
         since = max(self.relay.state.began, route.began_to_be_awake() or 0.0, last_sign)
         is_over = self.clock.now() - since >= self.settings.limits.vm_idle_s
         return is_over and (vm is None or vm.may_sleep())
 
-    async def _put_to_sleep(self, phone: str) -> None:
-        """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
-        route = self.routes.routes[phone]
+    async def _put_to_sleep(self, phone: str, route: Route) -> None:
+        """Asleep on disk, looked at again, then suspended."""
         vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
             if not await self._may_suspend(route):
                 return
             async with vm.machine:
-                if self.routes.routes.get(phone) is not route or not self._is_idle(route):
-                    return
-                if not await self._suspend(route, vm):
-                    await self.waker.note_awake(route.vm_id)
-                    return
-            if not await self.fly.is_started(route.vm_id, route.machine_id, state="suspended"):
-                await self.waker.look(route.vm_id)
+                if self.routes.routes.get(phone) is route and self._is_idle(route):
+                    await self._suspend(route, vm)
         except UpstreamError as error:
             log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
 
     async def _may_suspend(self, route: Route) -> bool:
-        """Whether Fly can wake it as it was, and it says that it has no work; raises UpstreamError."""
+        """Whether it can wake as it was, and idles; raises UpstreamError."""
         machine = await self.fly.get_machine(route.vm_id, route.machine_id)
         if machine.state != "started" or not machine.host_ok:
             return False
+        trouble = ""
         if machine.memory_mb > SLEEPER_MEMORY_MB:
-            return self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
-        if not machine.keeps_disk:  # made while VM_IDLE_S was 0
-            reason = "a cold boot would empty its root disk; PATCH or upgrade mends that"
-            return self._refuse(route, reason)
+            trouble = f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB"
+        elif not machine.keeps_disk:
+            trouble = "a cold boot would empty its root disk; upgrade it"
+        if trouble:
+            self._leave_alone(route, SUSPEND_AGAIN_S, trouble)
+            return False
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
-    async def _suspend(self, route: Route, vm: VmState) -> bool:
-        """False when it stays awake; an outcome that is not known counts as asleep."""
+    async def _suspend(self, route: Route, vm: VmState) -> None:
+        """An unknown outcome counts as asleep: a sweep finds out."""
+        vm_id = route.vm_id
         vm.is_falling_asleep = True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
             self.relay.state.store.note(vm.put())
         try:
-            await self.routes.update(route.vm_id, state="asleep")
-            if not self.routes.find(route.vm_id) or not self._is_idle(route):
-                return False
-            await self.fly.suspend_machine(route.vm_id, route.machine_id)
+            await self.routes.update(vm_id, state="asleep")
+            if self.routes.find(vm_id) and self._is_idle(route):
+                await self.fly.suspend_machine(vm_id, route.machine_id)
+                self.not_before.forget(vm_id)
+                return log_event("vm_asleep", vm_id=vm_id)
         except StoreError:
-            return False
+            pass
         except UpstreamError as error:
-            if isinstance(error, UpstreamRejected) or is_surely_undone(error):
-                return self._refuse(route, str(error))
-            log_warning("suspend_unknown", vm_id=route.vm_id, error=str(error))
+            if not (isinstance(error, UpstreamRejected) or is_surely_undone(error)):
+                return log_warning("suspend_unknown", vm_id=vm_id, error=str(error))
+            self._leave_alone(route, SUSPEND_AGAIN_S, str(error))
         finally:
             vm.is_falling_asleep = False
-        log_event("vm_asleep", vm_id=route.vm_id)
-        self.not_before.forget(route.vm_id)
-        return True
+        return await self.waker.note_awake(vm_id)
 
-    def _refuse(self, route: Route, reason: str) -> bool:
-        self._leave_alone(route, SUSPEND_AGAIN_S)
-        log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
-        return False
-
-    def _leave_alone(self, route: Route, for_s: float) -> None:
+    def _leave_alone(self, route: Route, for_s: float, reason: str = "") -> None:
         now = self.clock.monotonic()
         self.not_before.put(route.vm_id, now + for_s, now)
+        if reason:
+            log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
 
 
 # --- HTTP ---
@@ -7608,6 +7132,8 @@ class Gateway:
     twilio: TwilioClient
     vms: VmClient
     tasks: Tasks
+    # Set-ups and changes on their way, by vm_id.
+    running: dict[str, Work] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         make = self._make
@@ -7625,14 +7151,13 @@ class Gateway:
         self.relay = make(Relay)
         self.backfill = make(Backfill)
         self.blueprint = make(Blueprint)
-        self.readiness = make(Readiness)
+        self.builder = make(Builder)
         self.undo = make(Undo)
-        self.changes = make(VmChanges)
         self.provisioner = make(
-            Provisioner, on_ready=self.relay.vm_ready, on_gone=self.changes.vm_gone
+            Provisioner, on_ready=self.relay.vm_ready, on_gone=self.relay.vm_gone
         )
+        self.changes = make(VmChanges)
         self.reconciler = make(Reconciler)
-        self.adoption = make(Adoption)
         self.sleeper = make(Sleeper)
 
     # For the relay, which is made before those it asks.
@@ -8012,7 +7537,7 @@ def location_of(gateway: Gateway, vm_id: str) -> str:
     return f"{prefix}/provision/{vm_id}"
 
 
-async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
+async def outcome_of(request: web.Request, work: Work) -> web.Response:
     """The record once it is done, or 202 at once for who prefers that (RFC 7240)."""
     gateway = request.app[GATEWAY]
     status = 201 if isinstance(work, Provisioning) else 200
@@ -8139,7 +7664,7 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
     are_usual = all(map(MESSAGE_SID.fullmatch, sids))
-    are_usual = are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)
+    are_usual = are_usual and all(name.isascii() and name.isalnum() for name, _ in pairs)
     if not are_usual or ("AccountSid", twilio.account_sid) not in pairs:
         reason = "signed, but of another TWILIO_ACCOUNT_SID, or cut anew"
         raise Refusal("bad_signature", reason)
@@ -8288,7 +7813,7 @@ def alerts(gateway: Gateway) -> list[Alert]:
         ("twilio", twilio.trouble),
         ("fly", fly.trouble),
         ("routes", routes.closed_because),
-        *(("fly", words) for words in gateway.reconciler.alerts),
+        ("fly", gateway.reconciler.trouble),
     ]
     now = gateway.clock.monotonic()
     for kind, since in (("fly", fly.api.silent_since), ("twilio", twilio.api.silent_since)):
@@ -10016,36 +9541,28 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 
 # --- Assembly ---
 
-FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
-TWILIO_CONNECTIONS = 1000
 UNREAD_MS = 30_000
-
-
-async def open_session(
-    stack: contextlib.AsyncExitStack, limit: int, *, is_fresh: bool = False, **more: Any
-) -> aiohttp.ClientSession:
-    """A client session that ends with `stack`; a fresh one makes a connection for each request."""
-    connector = aiohttp.TCPConnector(
-        limit=limit, force_close=is_fresh, socket_factory=more.pop("socket_factory", None)
-    )
-    more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
-    session = aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
-    return await stack.enter_async_context(session)
+STAND_IN = "not checked: the stand-in is used"
 
 
 async def open_clouds(
     stack: contextlib.AsyncExitStack, settings: Settings, clock: Clock, metrics: Metrics
 ) -> tuple[FlyClient, TwilioClient]:
-    # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
-    # bare addresses.
-    cookies = aiohttp.CookieJar(unsafe=True)
-    session = await open_session(stack, 100, cookie_jar=cookies)
-    fresh = await open_session(stack, 100, is_fresh=True, cookie_jar=cookies)
-    api = Upstream(session, fresh, FLY, clock, metrics)
-    fly = FlyClient(api, settings.fly, budget_s=settings.limits.provision_timeout_s)
-    session = await open_session(stack, TWILIO_CONNECTIONS)
-    fresh = await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True)
-    return fly, TwilioClient(Upstream(session, fresh, TWILIO, clock, metrics), settings.twilio)
+    """Clients whose connections end with `stack`."""
+
+    async def upstream(dialect: Dialect, limit: int, jar: Any) -> Upstream:
+        sessions = {}
+        for is_fresh in (False, True):
+            connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh)
+            session = aiohttp.ClientSession(connector=connector, cookie_jar=jar)
+            sessions[is_fresh] = await stack.enter_async_context(session)
+        return Upstream(sessions[False], sessions[True], dialect, clock, metrics)
+
+    # A fresh app is visible to who sends Fly's cookies back; `unsafe`: to bare addresses, too.
+    fly = await upstream(FLY, 100, aiohttp.CookieJar(unsafe=True))
+    twilio = await upstream(TWILIO, 1000, aiohttp.DummyCookieJar())
+    budget_s = settings.limits.provision_timeout_s
+    return FlyClient(fly, settings.fly, budget_s=budget_s), TwilioClient(twilio, settings.twilio)
 
 
 def state_path(settings: Settings) -> Path:
@@ -10053,48 +9570,39 @@ def state_path(settings: Settings) -> Path:
 
 
 async def run_gateway(app: web.Application) -> AsyncIterator[None]:
-    """Bring the parts up in order, and down in the reverse; the state files are held meanwhile."""
-    settings = app[SETTINGS]
+    """Bring the parts up in order, and down in the reverse; holds the state files."""
+    settings, clock, metrics = app[SETTINGS], app[CLOCK], app[METRICS]
     if not settings.gateway.is_production:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-    path = await asyncio.to_thread(state_path, settings)
+    path, disk = state_path(settings), Tasks()
+    keyring = Keyring(settings.gateway.secrets)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, await asyncio.to_thread(lock_state, path))
-        gateway = app[GATEWAY] = await open_gateway(
-            settings, app[CLOCK], app[METRICS], path, stack
+        stack.push_async_callback(disk.close)
+        routes = await asyncio.to_thread(RouteStore, path, clock, disk)
+        stack.push_async_callback(routes.close)
+        if routes.recovery_note:
+            log_warning("routes_recovered", note=routes.recovery_note)
+        messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
+        await messages.open()
+        stack.push_async_callback(messages.close)
+        fly, twilio = await open_clouds(stack, settings, clock, metrics)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, force_close=True, socket_factory=metered_socket
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        await stack.enter_async_context(session)
+        vms = VmClient(session, keyring, clock, settings.limits.vm_command_timeout_s)
+        gateway = app[GATEWAY] = Gateway(
+            settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, Tasks()
         )
         stack.push_async_callback(gateway.tasks.close)
         await move_old_journal(path, gateway)
         await bring_up(gateway)
         yield
-
-
-async def open_gateway(
-    settings: Settings,
-    clock: Clock,
-    metrics: Metrics,
-    path: Path,
-    stack: contextlib.AsyncExitStack,
-) -> Gateway:
-    """The parts, with state files and client sessions that end with `stack`."""
-    disk, keyring = Tasks(), Keyring(settings.gateway.secrets)
-    stack.push_async_callback(disk.close)
-    routes = await asyncio.to_thread(RouteStore, path, clock, disk)
-    stack.push_async_callback(routes.close)
-    if routes.recovery_note:
-        log_warning("routes_recovered", note=routes.recovery_note)
-    messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
-    await messages.open()
-    stack.push_async_callback(messages.close)
-    fly, twilio = await open_clouds(stack, settings, clock, metrics)
-    vm_session = await open_session(
-        stack, 0, is_fresh=True, auto_decompress=False, socket_factory=metered_socket
-    )
-    timeout_s = settings.limits.vm_command_timeout_s
-    vms = VmClient(vm_session, keyring, clock, command_timeout_s=timeout_s)
-    return Gateway(
-        settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, tasks=Tasks()
-    )
 
 
 async def move_old_journal(path: Path, gateway: Gateway) -> None:
@@ -10113,7 +9621,7 @@ async def bring_up(gateway: Gateway) -> None:
     """Go on where the last process ended, before the door opens."""
     settings, limits, routes = gateway.settings, gateway.settings.limits, gateway.routes
     if settings.gateway.is_production and not (routes.routes or routes.undo):
-        await gateway.adoption.at_start()
+        await gateway.reconciler.adopt_at_start()
     if settings.fly.is_local:  # its VMs are reached at our own port, which may be a new one
         for phone, route in list(routes.routes.items()):
             url = gateway.blueprint.url(route.vm_id, route.machine_id, route.region)
@@ -10129,22 +9637,13 @@ async def bring_up(gateway: Gateway) -> None:
         if not settings.twilio.is_local:
             await gateway.backfill.at_start()
         gateway.tasks.start(gateway.backfill.run())
-    gateway.tasks.start(start_relay(gateway))
-
-
-async def start_relay(gateway: Gateway) -> None:
-    """Set going what was in flight; stand-ins are reached at our own port, which listens a moment later."""
-    while gateway.settings.has_stand_in:
-        with suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.gateway.port)
-            writer.close()
-            break
-        await gateway.clock.sleep(0.05)
-    gateway.relay.start()
+    # Stand-ins are reached at our own port, on which `serve` listens first.
+    if not settings.has_stand_in:
+        gateway.relay.start()
 
 
 async def drain(gateway: Gateway) -> None:
-    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the database and the next start."""
+    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the next start."""
     relay, provisioner = gateway.relay, gateway.provisioner
     relay.state.is_draining = provisioner.is_draining = True
     log_event("draining", waiting=relay.waiting(), provisioning=len(provisioner.running))
@@ -10156,20 +9655,18 @@ async def drain(gateway: Gateway) -> None:
 
 
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
-    """The whole gateway as an aiohttp application; nothing starts before the application does."""
+    """The whole gateway as an application; nothing starts before that does."""
     is_local = settings.has_stand_in
-    middlewares = [answer_errors, loopback_only] if is_local else [answer_errors]
-    app = web.Application(middlewares=middlewares)
+    fences = [loopback_only] if is_local else []
+    app = web.Application(middlewares=[answer_errors, *fences])
     app[SETTINGS] = settings
     app[CLOCK] = clock or Clock()
     app[METRICS] = Metrics(app[CLOCK])
     app[STRANGERS] = SparingLog(app[CLOCK])
-    app[PAGE] = render_page(
-        with_phone=settings.twilio.is_local,
-        hint="In local mode it is: local"
-        if LOCAL_KEY in settings.gateway.api_keys
-        else "It is what COCKPIT_API_KEY holds where this gateway runs.",
-    )
+    hint = "It is what COCKPIT_API_KEY holds where this gateway runs."
+    if LOCAL_KEY in settings.gateway.api_keys:
+        hint = "In local mode it is: local"
+    app[PAGE] = render_page(with_phone=settings.twilio.is_local, hint=hint)
     app.add_routes([call.route() for call in CALLS])
     app.cleanup_ctx.append(run_gateway)
     if is_local:
@@ -10177,18 +9674,21 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
-def malformed(reason: str) -> web.Response:
-    """The answer to what no handler has seen; it ends the connection."""
-    answer = problem_response(Refusal("malformed", reason))
-    answer.force_close()
-    return answer
-
-
 class Connection(web.RequestHandler):
-    """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
+    """aiohttp's, but a problem document that echoes nothing answers what it cannot parse."""
 
-    def __init__(self, *given: Any, strangers: SparingLog, **options: Any) -> None:
-        super().__init__(*given, **options)
+    def __init__(self, server: web.Server, strangers: SparingLog) -> None:
+        options: Json = {
+            "access_log": None,
+            "auto_decompress": False,
+            "keepalive_timeout": 15,
+            "lingering_time": 2,  # for the rest of a refused body
+            "max_line_size": 16 * 1024,
+            "max_field_size": 8 * 1024,
+            "max_headers": 64,
+            "read_bufsize": 4 * 1024,  # of a body that waits for its turn
+        }
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.strangers = strangers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -10199,52 +9699,26 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, *why: Any, **named: Any
     ) -> web.StreamResponse:
         if status != HTTPStatus.BAD_REQUEST:
-            return super().handle_error(request, status, exc, message)
+            return super().handle_error(request, status, *why, **named)
         # Its words may hold a key.
-        self.strangers.warning("request_unreadable", error=type(exc).__name__)
-        return malformed(
-            "this cannot be read as HTTP/1.1; check the request line and the headers"
-        )
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware; it echoes
-            resp = malformed("of Expect only 100-continue is understood")
-        return await super().finish_response(request, resp, start_time)
+        self.strangers.warning("request_unreadable")
+        reason = "this is not HTTP/1.1; check the request line and the headers"
+        answer = problem_response(Refusal("malformed", reason))
+        answer.force_close()
+        return answer
 
 
 class GatewayRunner(web.AppRunner):
-    """aiohttp's, but its connections are ours: bodies are never inflated, idle ones end after 15 s."""
-
-    OPTIONS: ClassVar[Json] = {
-        "access_log": None,
-        "auto_decompress": False,
-        "keepalive_timeout": 15,
-        "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
-        "max_line_size": 16 * 1024,
-        "max_field_size": 8 * 1024,
-        "max_headers": 64,
-        "read_bufsize": 4 * 1024,  # of a body that waits for its turn
-    }
+    """aiohttp's, but its connections are ours."""
 
     @property
     def server(self) -> Any:
-        """What a site calls to have a connection; None before `setup`."""
+        """What makes connections; None before `setup`."""
         server = super().server
-        more: Json = {"loop": asyncio.get_running_loop(), "strangers": self.app[STRANGERS]}
-        return server and functools.partial(Connection, server, **more, **self.OPTIONS)
-
-
-def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.AppRunner:
-    return GatewayRunner(app, shutdown_timeout=shutdown_timeout_s)
+        return server and functools.partial(Connection, server, self.app[STRANGERS])
 
 
 # Serving
@@ -10258,30 +9732,28 @@ def set_up_logging(log_format: str) -> None:
 
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
-    """aiohttp logs a body that it cannot read word for word, and a key may be among it: only that is told."""
+    """aiohttp logs an unreadable body word for word, and a key may be among it."""
     if record.exc_info and isinstance(record.exc_info[1], UNREADABLE_BODY):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
         record.levelname = "WARNING"
     return True
 
 
-def raise_file_limit() -> None:
-    """Every command in flight holds a connection: take all the descriptors that we may have."""
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    # Every command in flight holds a connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if 0 <= most < FILES_WANTED:
-        remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
-        log_warning("few_file_descriptors", limit=most, wanted=FILES_WANTED, remedy=remedy)
-
-
-async def listen(runner: web.AppRunner, host: str, port: int) -> None:
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, backlog=1024).start()
     except OSError as error:
         reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
         raise CockpitError(reason) from error
+    # What was loaded stays: looking for garbage in it only costs time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 async def serve(settings: Settings) -> int:
@@ -10289,41 +9761,37 @@ async def serve(settings: Settings) -> int:
 
     Returns the exit code.
     """
-    raise_file_limit()
-    app = make_app(settings)
-    runner = new_runner(app)
-    gateway = settings.gateway
-    starting = asyncio.ensure_future(listen(runner, gateway.host, gateway.port))
-    stop = asyncio.Event()
+    app, serving = make_app(settings), asyncio.current_task()
+    runner = GatewayRunner(app, shutdown_timeout=0.3)
+    assert serving
 
     def on_signal() -> None:
-        if stop.is_set():
+        if serving.cancelling():
             os._exit(1)  # the database holds whatever was not finished
-        stop.set()
-        starting.cancel()  # a start that waits for a cloud does not hold up the end
+        serving.cancel()  # a start that waits for a cloud does not hold up the end
 
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(LoopErrors())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        await starting
-        # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
+        await listen(runner, settings.gateway.host, settings.gateway.port)
+        if settings.has_stand_in:
+            app[GATEWAY].relay.start()
         print_banner(settings)
-        await stop.wait()
-        await drain(app[GATEWAY])
+        await asyncio.Event().wait()  # for a signal
     except asyncio.CancelledError:
-        log_event("stopped_while_starting")
+        if runner.sites:
+            await drain(app[GATEWAY])
+        else:
+            log_event("stopped_while_starting")
     finally:
         await clean_up(runner)
     return 0
 
 
 async def clean_up(runner: web.AppRunner) -> None:
-    """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
+    """A disk that hangs holds up no end: what is not on it was not acknowledged."""
     cleaning = asyncio.ensure_future(runner.cleanup())
     _, late = await asyncio.wait([cleaning], timeout=1)
     if late:  # what it would close next may hang as well
@@ -10334,19 +9802,18 @@ async def clean_up(runner: web.AppRunner) -> None:
 
 
 class LoopErrors:
-    """Logs what asyncio cannot tell anybody else; at the limit of file descriptors one line a minute."""
+    """Logs what asyncio can tell nobody else; a lack of file descriptors once a minute."""
 
-    def __init__(self) -> None:
-        self.told_at = NEVER
+    told_at = NEVER
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         error = context.get("exception")
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            if loop.time() - self.told_at >= 60:
-                self.told_at = loop.time()
-                log_error("no_file_descriptors", error=error.strerror, remedy="raise ulimit -n")
-            return
-        log_error("loop_error", exc_info=error, error=context.get("message"))
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            log_error("loop_error", exc_info=error, error=context.get("message"))
+        elif loop.time() - self.told_at >= 60:
+            self.told_at = loop.time()
+            remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
+            log_error("no_file_descriptors", error=error.strerror, remedy=remedy)
 
 
 def print_banner(settings: Settings) -> None:
@@ -10360,43 +9827,35 @@ def print_banner(settings: Settings) -> None:
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
     agent = gateway.local_agent if settings.fly.is_local else ""
-    if agent and (trouble := CommandAgent(agent, LOCAL_FOLDER).trouble()):
+    if trouble := Agent(agent, LOCAL_FOLDER).trouble():
         print(f"LOCAL_AGENT: {trouble}", flush=True)
     if agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
         where = Path(LOCAL_FOLDER, "vms").absolute()
-        print(
-            f"{agent} acts without asking, with all that {who} may do on this machine;",
-            f"each VM's agent begins in a folder of {where}",
-            flush=True,
-        )
+        rights = f"with all that {who} may do on this machine"
+        print(f"{agent} acts without asking, {rights}; it begins in {where}", flush=True)
 
 
-# Doctor
-
-Finding = tuple[str, str]  # `ok`, `note` or `wrong`, and why or what to do
-OK = ("ok", "")
-STAND_IN = ("note", "not checked: the stand-in is used")
+# Doctor: a look returns a note, if any, and raises what is to be mended
 
 
-async def look_at_folder(folder: Path) -> Finding:
+async def look_at_folder(folder: Path) -> str:
     if folder.name == LOCAL_FOLDER.name and not await asyncio.to_thread(folder.exists):
-        return "note", f"{folder} is made by the first start"
+        return f"{folder} is made by the first start"
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"cockpit")
     except OSError as error:
-        remedy = "mount a volume there, or set ROUTES_FILE"
-        return "wrong", f"{folder} is not writable ({error.strerror}); {remedy}"
-    return OK
+        reason = f"{folder} is not writable ({error.strerror})"
+        raise CockpitError(f"{reason}; mount a volume there, or set ROUTES_FILE") from error
+    return ""
 
 
-async def look_at_routes(path: Path) -> Finding:
-    stored, note = read_routes(path)
-    return ("note", note) if note else ("ok", f"{len(stored.routes)} in {path}")
+async def look_at_routes(path: Path) -> str:
+    return read_routes(path)[1]
 
 
-async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
+async def look_at_token(fly: FlyClient, settings: FlySettings) -> str:
     if settings.is_local:
         return STAND_IN
     org, remedy = settings.org, "make one with: fly tokens create org"
@@ -10404,17 +9863,16 @@ async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
         tokens = await fly.read_token()
         await fly.list_apps()
     except UpstreamRejected as error:
-        reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
-        return "wrong", f"{reason}; {remedy}"
+        reason = f"Fly refuses FLY_API_TOKEN for FLY_ORG {org} ({error.status})"
+        raise CockpitError(f"{reason}; {remedy}") from error
     orgs = {str(token.get("org_slug") or org) for token in tokens}
-    if any(token.get("apps") for token in tokens):
-        return "wrong", f"it is limited to single apps; {remedy}"
     if orgs and org not in orgs and org != "personal":
-        return "wrong", f"it is for {', '.join(sorted(orgs))}; set FLY_ORG to that, or {remedy}"
-    return OK
+        found = ", ".join(sorted(orgs))
+        raise CockpitError(f"it is for {found}; set FLY_ORG to that, or {remedy}")
+    return ""
 
 
-async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Finding:
+async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> str:
     if settings.is_local:
         return STAND_IN
     try:
@@ -10423,64 +9881,65 @@ async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Fin
         if not settings.api_key:
             raise
         # A standard API key may not read the account itself.
-        return "note", f"not checked: TWILIO_API_KEY may not read it ({error.status})"
-    return OK if state == "active" else ("wrong", f"it is {state}; see Twilio's console")
+        return f"not checked: TWILIO_API_KEY may not read it ({error.status})"
+    if state != "active":
+        raise CockpitError(f"it is {state}; see Twilio's console")
+    return ""
 
 
-async def look_at_number(twilio: TwilioClient, settings: Settings) -> Finding:
+async def look_at_number(twilio: TwilioClient, settings: Settings) -> str:
     if settings.twilio.is_local:
         return STAND_IN
     number = await twilio.find_number(settings.twilio.phone_number)
     if number is None:
-        return "wrong", "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one"
+        reason = "TWILIO_PHONE_NUMBER is not a number of this account"
+        raise CockpitError(f"{reason}; mend it, or buy one")
     wanted = f"{settings.gateway.public_url}/sms"
-    is_posted = number.get("sms_url") == wanted and number.get("sms_method", "POST") == "POST"
-    if is_posted and not number.get("sms_application_sid"):
-        return OK
-    remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
-    return "wrong", f"its texts go elsewhere; {remedy}"
+    is_posted = number.get("sms_method", "POST") == "POST"
+    has_application = number.get("sms_application_sid")
+    if number.get("sms_url") != wanted or not is_posted or has_application:
+        remedy = f"set its messaging webhook to {wanted} with POST, no TwiML application"
+        raise CockpitError(f"its texts go elsewhere; {remedy}")
+    return ""
 
 
-async def look_at_settings(settings: Settings) -> Finding:
-    return ("note", settings.sleep_obstacle) if settings.sleep_obstacle else OK
-
-
-async def report(subject: str, look: Awaitable[Finding]) -> bool:
-    """Print what a look found; whether all is well."""
-    try:
-        verdict, words = await look
-    except UpstreamUnavailable as error:
-        verdict, words = "wrong", f"{error}; check the network, then try again"
-    except CockpitError as error:
-        verdict, words = "wrong", str(error)
-    print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
-    return verdict != "wrong"
+async def note(words: str) -> str:
+    return words
 
 
 async def examine(settings: Settings) -> int:
-    """The command `doctor`: say `ok`, or what to mend, of whatever the gateway needs; returns the exit code.
+    """The command `doctor`: say `ok` or what to mend; returns the exit code.
 
     It takes no lock and changes nothing.
     """
-    path, clock = state_path(settings), Clock()
+    path, clock, code = state_path(settings), Clock(), 0
     async with contextlib.AsyncExitStack() as stack:
         fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
-        are_well = [
-            await report("settings", look_at_settings(settings)),
-            await report("state folder", look_at_folder(path.parent)),
-            await report("routes", look_at_routes(path)),
-            await report("Fly token", look_at_token(fly, settings.fly)),
-            await report("Twilio account", look_at_account(twilio, settings.twilio)),
-            await report("Twilio number", look_at_number(twilio, settings)),
-        ]
-    return 0 if all(are_well) else 1
+        looks = {
+            "settings": note(settings.sleep_obstacle),
+            "state folder": look_at_folder(path.parent),
+            "routes": look_at_routes(path),
+            "Fly token": look_at_token(fly, settings.fly),
+            "Twilio account": look_at_account(twilio, settings.twilio),
+            "Twilio number": look_at_number(twilio, settings),
+        }
+        for subject, look in looks.items():
+            try:
+                words = await look
+                verdict = "note" if words else "ok"
+            except CockpitError as error:
+                is_passing = isinstance(error, UpstreamUnavailable)
+                remedy = "; check the network, then try again" if is_passing else ""
+                verdict, words, code = "wrong", f"{error}{remedy}", 1
+            print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
+    return code
 
 
 # Command line
 
 
 def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """In local mode a COCKPIT_SECRET is made once and kept, so that local VMs know us again."""
+    """In local mode one is made once and kept, so that local VMs know us again."""
     if environ.get("COCKPIT_ENV") == "production" or environ.get("COCKPIT_SECRET"):
         return environ
     path = LOCAL_FOLDER / "secret"
@@ -10498,33 +9957,29 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
-        description="Without a command it serves: with no settings a whole local world, no account needed.",
-        epilog="""While it serves, its first page says where to go on: http://127.0.0.1:8080/ (PORT). Settings
-        are environment variables; README.md lists them, and has a walk to try everything.""",
+        description="Without a command it serves; without settings a whole local world.",
+        epilog="Its first page says where to go on: http://127.0.0.1:8080/ (PORT). README.md lists "
+        "the settings, which are environment variables.",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("doctor", help="say what is wrong with settings, state, Fly and Twilio")
     vm = commands.add_parser("vm", help="serve what a VM speaks")
-    host, port = os.environ.get("HOST") or "0.0.0.0", os.environ.get("PORT") or "3000"
-    vm.add_argument("--host", default=host, help="where to listen (HOST; default: %(default)s)")
-    vm.add_argument("--port", type=int, default=port, help="(PORT; default: %(default)s)")
-    vm.add_argument(
-        "--agent",
-        default=os.environ.get("LOCAL_AGENT", ""),
-        help=f"{', '.join(PRESETS)}, or a command: the text on its standard input, the answer on "
-        "its standard output (LOCAL_AGENT)",
-    )
-    folder = os.environ.get("WORKSPACE") or "."
-    vm.add_argument(
-        "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
-    )
+    words = "the text on its standard input, the answer on its standard output"
+    for option, name, default, more in (
+        ("--host", "HOST", "0.0.0.0", "where to listen"),
+        ("--port", "PORT", "3000", ""),
+        ("--agent", "LOCAL_AGENT", "", f"{', '.join(PRESETS)}, or a command: {words}"),
+        ("--folder", "WORKSPACE", ".", "where it works"),
+    ):
+        value, told = os.environ.get(name) or default, f"{more} ({name}; default: %(default)s)"
+        vm.add_argument(option, default=value, help=told, type=int if name == "PORT" else str)
     vm.add_argument("--user", default="", help="as root: work as this user")
-    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
+    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway; 4 limit reached."
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
-    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -10538,16 +9993,13 @@ def main(argv: Sequence[str]) -> int:
         if given.command == "say":
             set_up_logging("text")
             return run_say(given)
-        settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
+        environ = os.environ if is_doctor else with_local_secret(os.environ)
+        settings = Settings.from_env(environ)
         set_up_logging(settings.gateway.log_format)
         return asyncio.run(examine(settings) if is_doctor else serve(settings))
     except SettingsError as error:
-        if is_doctor:
-            print(*(f"wrong {problem}" for problem in error.problems), sep="\n")
-            return 1
-        problems = [f"  {problem}" for problem in error.problems]
-        print("cockpit cannot start; mend these settings:", *problems, sep="\n", file=sys.stderr)
-        return 2
+        print(*(f"wrong {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 1 if is_doctor else 2
     except (CockpitError, OSError) as error:
         print(f"cockpit: {error}", file=sys.stderr)
         return 1
