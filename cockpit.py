@@ -4802,36 +4802,27 @@ Anything else goes to your VM."""
 
 TRACES_KEPT = 10_000
 TEXTS_SHOWN = 20  # of one VM, in its record
-JSON_COLUMNS = {"media", "parts", "images", "in_words"}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trace:
-    """One text's way through the gateway, without its words; seconds since its receipt, None: not reached."""
+    """One text's way through the gateway, without its words; times are wall-clock seconds."""
 
     sid: str
     vm_id: str
     request_id: str
-    received: float  # wall clock
-    began: float  # monotonic, the same moment
+    received: float
     outcome: str = "waiting"
-    stored: float | None = None
-    handed_over: float | None = None
-    answered: float | None = None
-    sent: float | None = None
-    delivered: float | None = None
-    attempts: int = 0
+    attempts: int = 0  # by this process
     parts: int = 0
-    errors: list[tuple[float, str]] = field(default_factory=list)
+    reached: dict[str, float] = field(default_factory=dict)  # by step
+    errors: Sequence[tuple[float, str]] = ()
 
-    def to_json(self) -> Json:
-        names = ("stored", "handed_over", "answered", "sent", "delivered")
-        reached = [("received", 0.0), *((name, getattr(self, name)) for name in names)]
-        steps = [
-            {"step": name, "at": utc_millis(self.received + s), "ms": round(s * 1000, 1)}
-            for name, s in reached
-            if s is not None
-        ]
+    def ms_to(self, step: str) -> float | None:
+        at = self.reached.get(step)
+        return None if at is None else round((at - self.received) * 1000, 1)
+
+    def summary(self) -> Json:
         return {
             "message_sid": self.sid,
             "vm_id": self.vm_id or None,
@@ -4839,13 +4830,19 @@ class Trace:
             "outcome": self.outcome,
             "attempts": self.attempts,
             "parts": self.parts,
-            "steps": steps,
-            "errors": [{"at": utc_millis(self.received + s), "error": e} for s, e in self.errors],
         }
 
+    def to_json(self) -> Json:
+        steps = [
+            {"step": step, "at": utc_millis(at), "ms": self.ms_to(step) or 0.0}
+            for step, at in [("received", self.received), *self.reached.items()]
+        ]
+        errors = [{"at": utc_millis(at), "error": error} for at, error in self.errors]
+        return {**self.summary(), "steps": steps, "errors": errors}
+
     def note_error(self, now: float, error: str) -> None:
-        """`now`: monotonic. The last ten are kept."""
-        self.errors = [*self.errors[-9:], (now - self.began, error)]
+        """The last ten are kept."""
+        self.errors = *self.errors[-9:], (now, error)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -4862,8 +4859,7 @@ class Text:
     may_have_reached: bool = False
     drops: int = 0  # in a row
     dropped_at: float = 0.0
-    busy_since: float | None = None  # monotonic
-    attempts: int = 0
+    busy_since: float | None = None
     is_resumed: bool = False  # an earlier process had handed it over
     trace: Trace
 
@@ -4915,7 +4911,7 @@ class Outbound:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class KeptOfVm:
-    """What is known of one VM and outlives a restart."""
+    """What is known of one VM and outlives a restart; wall-clock seconds."""
 
     away_since: float | None = None
     error: str = ""  # why its owner did not hear something
@@ -4954,12 +4950,11 @@ class VmState(KeptOfVm):
     was_told_of_setup: bool = False
     last_text: float | None = None
     last_call_failed: bool = False
-    has_switched_key: bool = False
-    handed_over_at: float = NEVER  # monotonic: its last command, while its answer is missing
-    probes: int = 0
+    # Monotonic: its last command, while its answer is missing.
+    handed_over_at: float = NEVER
     asked_fly_at: float = NEVER  # monotonic
     still_at: float = NEVER  # monotonic: when its owner hears that the command still runs
-    still_told: int = 0
+    probes: int = 0  # of `/health` since it last answered a command
 
     KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
@@ -4968,9 +4963,8 @@ class VmState(KeptOfVm):
 
     def restore(self, record: Json, now: float) -> None:
         """Nothing lies in the future, whoever set the clock."""
-        for name in self.KEPT:
-            if name in record:
-                setattr(self, name, record[name])
+        for name in record.keys() & self.KEPT:
+            setattr(self, name, record[name])
         self.reply_to = Address(*self.reply_to)
         self.answered_at = min(self.answered_at, now)
         self.asked_for_code_at = min(self.asked_for_code_at, now)
@@ -4979,12 +4973,13 @@ class VmState(KeptOfVm):
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
 
     def is_held(self) -> bool:
-        """Whether no lane may begin: it is being changed, or a verb of its owner comes first."""
-        return self.is_paused or self.owes_restart or self.owes_stop
+        """Whether nothing is run: it is being changed, is no more, or owes its owner a verb first."""
+        is_closed = bool(self.closing_notice)
+        return self.is_paused or self.owes_restart or self.owes_stop or is_closed
 
     def may_sleep(self) -> bool:
         """Whether nothing of it is in flight, and nothing is done to it."""
-        return self.is_idle() and not (self.is_held() or self.closing_notice)
+        return self.is_idle() and not self.is_held()
 
     def is_turning(self) -> bool:
         """Whether it is just falling asleep or waking."""
@@ -5007,15 +5002,15 @@ class VmState(KeptOfVm):
         """The texts that wait, without the one that runs."""
         return [text for text in self.waiting if text is not self.running]
 
+    def unreached(self) -> list[Text]:
+        """Those of them that surely did not reach the VM."""
+        return [text for text in self.queued() if not text.may_have_reached]
+
     def new_without(self, texts: Sequence[Text]) -> list[str]:
         """A conversation that one of these was to begin is begun by the next text that is run."""
         sids = [text.sid for text in texts]
         heir = next((text.sid for text in self.unreached() if text not in texts), "")
         return [heir if sid in sids else sid for sid in self.new_sids]
-
-    def unreached(self) -> list[Text]:
-        """Those of them that surely did not reach the VM."""
-        return [text for text in self.queued() if not text.may_have_reached]
 
 
 def quoted(*texts: Text | InboundMessage) -> str:
@@ -5033,7 +5028,7 @@ def dropped(texts: Sequence[Text]) -> str:
     return f"Not run: {len(texts)} text{'s' * (len(texts) > 1)} dropped."
 
 
-def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
+def words_of(answer: Answer, *, is_stopped: bool) -> list[str]:
     """A VM's answer as parts for a phone; who stopped it knows how it ended."""
     if answer.is_unreadable:
         return [UNREADABLE]
@@ -5065,19 +5060,16 @@ class RelayState:
 
     def retire(self, vm: VmState) -> None:
         """Forget a VM that is gone, its route too, once nothing of it is left to be told."""
-        is_over = vm.closing_notice and vm.is_idle()
-        is_routed = self.routes.find(vm.vm_id)
-        if is_over and not is_routed and self.vms.get(vm.vm_id) is vm:
+        is_over = vm.closing_notice and vm.is_idle() and not self.routes.find(vm.vm_id)
+        if is_over and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
             self.store.note(("DELETE FROM vms WHERE vm_id = ?", (vm.vm_id,)))
 
     def trace(self, sid: str, vm_id: str, received: float) -> Trace:
-        began = self.clock.monotonic() - max(0.0, self.clock.now() - received)
-        request_id = REQUEST_ID.get()
-        return Trace(sid=sid, vm_id=vm_id, request_id=request_id, received=received, began=began)
+        return Trace(sid=sid, vm_id=vm_id, request_id=REQUEST_ID.get(), received=received)
 
     def remember(self, trace: Trace) -> None:
-        self.traces.put(trace.sid, trace, trace.began)
+        self.traces.put(trace.sid, trace, trace.received)
 
     def texts_of(self, vm_id: str) -> list[Trace]:
         """The ways of a VM's last 20 texts, the youngest first."""
@@ -5091,18 +5083,18 @@ class RelayState:
 
         None when the SID is new, else the reply of that time; raises StoreError.
         """
+        # What was so already belongs to another text, which may have been stored.
         before = {name: getattr(vm, name) for name in values}
-        for name, value in values.items():
-            setattr(vm, name, value)
-        stored = *changes, vm.put()
+        before = {name: value for name, value in before.items() if value != values[name]}
+        for name in before:
+            setattr(vm, name, values[name])
         known: str | None = ""
         try:
+            stored = *changes, vm.put()
             known = await self.store.commit_once(message.sid, message.arrived, "", *stored)
         finally:
             for name, value in before.items() if known is not None else ():
-                # What was so already belongs to another text, which may have been stored.
-                if value != values[name]:
-                    setattr(vm, name, value)
+                setattr(vm, name, value)
         return known
 
     def set_mark(self, name: str, at: float) -> Change:
@@ -5119,12 +5111,17 @@ class RelayState:
         if "begun" not in self.marks:
             await self.store.save(self.set_mark("begun", now))
         for row in await read("SELECT * FROM vms"):
-            self._loaded_vm(row["vm_id"]).restore(parse_json(row["record"]) or {}, now)
+            self._of(row).restore(object_in(parse_json(row["record"])), now)
         for row in await read("SELECT * FROM texts ORDER BY rowid"):
-            self._loaded_vm(row["vm_id"]).waiting.append(self._loaded_text(row, now))
+            vm, is_resumed = self._of(row), bool(row["handed_over"])
+            row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
+            trace = self.trace(row["sid"], vm.vm_id, row["arrived"])
+            self.remember(trace)
+            row |= {"may_have_reached": is_resumed, "is_resumed": is_resumed}
+            vm.waiting.append(Text(**fields_of(row), trace=trace))
         for row in await read("SELECT * FROM outbound ORDER BY rowid"):
             out = Outbound(**fields_of(row), attempted_at=row["created_at"])
-            self._loaded_vm(out.vm_id).outbox.append(out)
+            self._of(row).outbox.append(out)
         for vm in list(self.vms.values()):
             # Long gone, unless its route may yet be found.
             if not (vm.phone or self.routes.closed_because) and vm.is_idle():
@@ -5132,40 +5129,26 @@ class RelayState:
                 self.retire(vm)
         return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
 
-    def _loaded_vm(self, vm_id: str) -> VmState:
+    def _of(self, row: Row) -> VmState:
+        """The VM that a row is about."""
+        vm_id = row["vm_id"]
         found, undone = self.routes.find(vm_id), self.routes.undo.get(vm_id, {})
         return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
-
-    def _loaded_text(self, row: Row, now: float) -> Text:
-        row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
-        trace = self.trace(row["sid"], row["vm_id"], row["arrived"])
-        self.remember(trace)
-        was_handed_over = bool(row["handed_over"])
-        return Text(
-            **fields_of(row),
-            may_have_reached=was_handed_over,
-            is_resumed=was_handed_over,
-            trace=trace,
-        )
 
 
 def fields_of(row: Row) -> Row:
     """What a row of `texts` or `outbound` says, as its record names it."""
-    lists = {name: json.loads(row[name]) for name in row.keys() & JSON_COLUMNS}
+    names = row.keys() & {"media", "parts", "images", "in_words"}
     reply_to = Address(row.pop("channel"), row.pop("number"))
-    return {**row, **lists, "reply_to": reply_to}
+    return row | {name: json.loads(row[name]) for name in names} | {"reply_to": reply_to}
 
 
 # --- Sending ---
 
 # Callbacks come in any order: a status that does not come later here than one already told says nothing new.
+STATUSES = "accepted scheduled|queued|sending|sent|delivered undelivered failed canceled|read"
 STATUS_RANKS = {
-    **dict.fromkeys(("accepted", "scheduled"), 0),
-    "queued": 1,
-    "sending": 2,
-    "sent": 3,
-    **dict.fromkeys(("delivered", "undelivered", "failed", "canceled"), 4),
-    "read": 5,
+    status: rank for rank, alike in enumerate(STATUSES.split("|")) for status in alike.split()
 }
 
 
@@ -5187,21 +5170,15 @@ class Sender:
     # What is to be told
 
     def outbound(
-        self,
-        vm: VmState,
-        parts: Sequence[str],
-        text: Text | None = None,
-        images: Sequence[str] = (),
-        **more: Any,
+        self, vm: VmState, parts: Sequence[str], text: Text | None = None, **more: Any
     ) -> Outbound:
         """Something to tell: about a text where that came from, else where the owner last texted."""
-        more.setdefault("id", f"n-{self.clock.random_id()}")
         return Outbound(
+            id=more.pop("id", "") or f"n-{self.clock.random_id()}",
             vm_id=vm.vm_id,
             phone=vm.phone,
-            reply_to=text.reply_to if text else vm.reply_to,
+            reply_to=(text or vm).reply_to,
             parts=parts,
-            images=images,
             created_at=self.twilio.now(),
             **more,
         )
@@ -5224,18 +5201,16 @@ class Sender:
     ) -> None:
         """End these texts with what their owner is told, in one transaction."""
         traces = [text.trace for text in texts]
+        out = self.outbound(vm, parts, texts[-1], images=images, id=texts[0].sid, traces=traces)
         # An earlier process may have sent its answer, and had no disk to note that on.
         resumed = [text.arrived - self.twilio.api.ahead_s for text in texts if text.is_resumed]
-        out = self.outbound(vm, parts, texts[-1], images, id=texts[0].sid, traces=traces)
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
         if outcome in ("expired", "cancelled"):
             vm.new_sids = vm.new_without(texts)
         added = [out.added()] if out.size else []
         await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
-        for text in texts:
-            if text in vm.waiting:
-                vm.waiting.remove(text)
+        vm.waiting = deque(text for text in vm.waiting if text not in texts)
         self.queue(vm, out)
 
     async def drop(self, vm: VmState) -> None:
@@ -5251,22 +5226,36 @@ class Sender:
         return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
 
     def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
-        now = self.clock.monotonic()
         for text in texts:
             text.trace.outcome = outcome
             text.trace.parts = parts
-            text.trace.answered = now - text.trace.began
+            text.trace.reached["answered"] = self.clock.now()
             if outcome not in ("answered", "cancelled"):
                 self.metrics.note_text(failed=True)
         self.metrics.texts_finished.add(outcome, by=len(texts))
+
+    def command_of(self, vm: VmState, text: Text) -> Json:
+        """What a VM is handed: words, and links to what lies at Twilio's own address."""
+        now = self.clock.now()
+        media = [
+            {"url": self._link(vm.vm_id, path, now), "content_type": kind}
+            for url, kind in text.media
+            if (path := self.twilio.media_path(url))
+        ]
+        more = {"new": True} if text.sid in vm.new_sids else {}
+        return {"text": text.body, "media": media, **more}
+
+    def pictures_elsewhere(self, message: InboundMessage | Text) -> int:
+        """How many of its pictures do not lie at Twilio's own address."""
+        return sum(not self.twilio.media_path(url) for url, _ in message.media)
+
+    # Sending it
 
     def queue(self, vm: VmState, out: Outbound) -> None:
         """Send it after what is queued already; the store has it."""
         vm = self.state.vms.setdefault(vm.vm_id, vm)
         vm.outbox.append(out)
         self.start(vm)
-
-    # Sending it
 
     def start(self, vm: VmState) -> None:
         # A run lane with nothing more to run goes on as the send lane: a task less per text.
@@ -5288,29 +5277,27 @@ class Sender:
             self.state.retire(vm)
 
     async def _deliver(self, vm: VmState, out: Outbound) -> None:
-        def is_wanted() -> bool:
-            return not self._obstacle(vm, out)
-
         while out.sent < out.size:
             if obstacle := self._obstacle(vm, out):
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
             try:
                 sid = await self.twilio.deliver(
-                    sms, out.attempted_at, is_wanted, vm_id=vm.vm_id, message_sid=out.id
+                    sms,
+                    out.attempted_at,
+                    lambda: not self._obstacle(vm, out),
+                    vm_id=vm.vm_id,
+                    message_sid=out.id,
                 )
             except UpstreamError as error:
-                action = action_for(error)
-                if action == "as_link" and sms.media:
-                    out.in_words.append(out.sent)
-                    # Before it goes: a look-up after a kill must look for these words.
-                    await self.state.store.save(out.updated())
-                    continue
-                if action == "opted_out":
-                    self.opt_out(vm, out.reply_to.channel)
-                is_known = error.code in TWILIO_ERRORS
-                reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
-                return self._give_up(vm, out, reason)
+                if not sms.media or action_for(error) != "as_link":
+                    is_known = error.code in TWILIO_ERRORS
+                    reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
+                    return self._give_up(vm, out, reason, error.code)
+                out.in_words.append(out.sent)
+                # Before it goes: a look-up after a kill must look for these words.
+                await self.state.store.save(out.updated())
+                continue
             out.sent += 1
             self.metrics.messages_sent.add("sent")
             if self.callback and out.traces:
@@ -5328,20 +5315,13 @@ class Sender:
             return "the number has another VM, perhaps another owner"
         return explain_code("21610") if vm.opted_out.get(out.reply_to.channel) else ""
 
-    @functools.cached_property
-    def callback(self) -> str:
-        """Where Twilio reports what became of a message, without the vm_id; nothing where it cannot call."""
-        public_url = self.settings.gateway.public_url
-        is_local = is_loopback(urlsplit(public_url).hostname or "")
-        return "" if is_local else f"{public_url}/sms/status?vm="
-
     def _sms(self, out: Outbound) -> Sms:
         """The next message of what is to be told."""
         body, media = "", ""
         if out.sent < len(out.parts):
             body = out.parts[out.sent]
         else:
-            media = self.link(out.vm_id, out.images[out.sent - len(out.parts)], out.created_at)
+            media = self._link(out.vm_id, out.images[out.sent - len(out.parts)], out.created_at)
         if out.sent in out.in_words:
             body, media = IMAGE_AS_LINK.format(url=media), ""
         channel, number = out.reply_to
@@ -5349,68 +5329,54 @@ class Sender:
         callback = self.callback and self.callback + out.vm_id
         return Sms(sender, channel + out.phone, body, media, callback)
 
-    def link(self, vm_id: str, path: str, since: float) -> str:
-        """An address under which a picture can be fetched for a day."""
+    @functools.cached_property
+    def callback(self) -> str:
+        """Where Twilio reports what became of a message, without the vm_id; nothing where it cannot call."""
         public_url = self.settings.gateway.public_url
-        return f"{public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
+        is_local = is_loopback(urlsplit(public_url).hostname or "")
+        return "" if is_local else f"{public_url}/sms/status?vm="
 
-    def pictures_elsewhere(self, message: InboundMessage | Text) -> int:
-        """How many of its pictures do not lie at Twilio's own address."""
-        return sum(not self.twilio.media_path(url) for url, _ in message.media)
+    def _link(self, vm_id: str, path: str, since: float) -> str:
+        """An address under which a picture can be fetched for a day."""
+        signed = self.keyring.sign_link(vm_id, path, since)
+        return f"{self.settings.gateway.public_url}/media/{signed}"
 
-    def command_of(self, vm: VmState, text: Text) -> Json:
-        """What a VM is handed: words, and links to what lies at Twilio's own address."""
-        links = []
-        for url, kind in text.media:
-            if path := self.twilio.media_path(url):
-                link = self.link(text.vm_id, path, self.clock.now())
-                links.append({"url": link, "content_type": kind})
-        more = {"new": True} if text.sid in vm.new_sids else {}
-        return {"text": text.body, "media": links, **more}
-
-    def _give_up(self, vm: VmState, out: Outbound, reason: str) -> None:
-        log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
-        self.note_error(vm, reason)
-        self.metrics.messages_sent.add("failed")
-        for trace in out.traces:
-            trace.outcome = "send_failed"
-            trace.note_error(self.clock.monotonic(), reason)
-        self.state.store.note(out.ended())
-
-    def note_error(self, vm: VmState, reason: str) -> None:
-        """Remember why an owner did not hear something; nothing: they hear again."""
-        if vm.error != reason:
-            vm.error = reason
-            self.state.store.note(vm.put())
-
-    def opt_out(self, vm: VmState, channel: str) -> None:
-        """Twilio says that they opted out."""
-        vm.opted_out[channel], vm.opted_at[channel] = True, self.clock.now()
-        self.state.store.note(vm.put())
+    # What came of it
 
     def _note_sent(self, trace: Trace, phone: str) -> None:
         """The one log line of a text with which all is well."""
-        passed_s = trace.sent = self.clock.monotonic() - trace.began
+        now = trace.reached["sent"] = self.clock.now()
         if trace.outcome == "answered":
-            self.metrics.text_answer.observe(passed_s)
-            self.metrics.recent_answers.append(passed_s)
+            self.metrics.text_answer.observe(now - trace.received)
+            self.metrics.recent_answers.append(now - trace.received)
         log_event(
             "text_done",
-            vm_id=trace.vm_id,
             phone=mask_phone(phone),
-            message_sid=trace.sid,
-            request_id=trace.request_id,
-            outcome=trace.outcome,
-            attempts=trace.attempts,
-            parts=trace.parts,
-            ms_to_hand_over=in_ms(trace.handed_over),
-            ms_to_answer=in_ms(trace.answered),
-            ms_to_sent=in_ms(passed_s),
+            **trace.summary(),
+            ms_to_hand_over=trace.ms_to("handed_over"),
+            ms_to_answer=trace.ms_to("answered"),
+            ms_to_sent=trace.ms_to("sent"),
         )
 
+    def _give_up(self, vm: VmState, out: Outbound, reason: str, code: str = "") -> None:
+        log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
+        self.metrics.messages_sent.add("failed")
+        for trace in out.traces:
+            trace.outcome = "send_failed"
+        self.note_failure(vm, out.reply_to.channel, out.traces, reason, code)
+        self.state.store.note(out.ended())
 
-def in_ms(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1000)
+    def note_failure(
+        self, vm: VmState, channel: str, traces: Sequence[Trace], reason: str, code: str
+    ) -> None:
+        """Remember why an owner did not hear something, and that they opted out if Twilio says so."""
+        now = self.clock.now()
+        for trace in traces:
+            trace.note_error(now, reason)
+        if code in TWILIO_ERRORS and TWILIO_ERRORS[code].action == "opted_out":
+            vm.opted_out[channel], vm.opted_at[channel] = True, now
+        vm.error = reason
+        self.state.store.note(vm.put())
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5428,11 +5394,14 @@ class DeliveryReports:
 
     def handle(self, form: Mapping[str, str], vm_id: str) -> None:
         """One callback; `vm_id` is what its address named."""
-        sid, status = form.get("MessageSid", ""), form.get("MessageStatus", "")
+        sid, status, now = (
+            form.get("MessageSid", ""),
+            form.get("MessageStatus", ""),
+            self.clock.now(),
+        )
         rank = STATUS_RANKS.get(status, -1)
         if rank <= self.ranks.get(sid, -1):
             return
-        now = self.clock.monotonic()
         self.ranks.put(sid, rank, now)
         self.metrics.deliveries.add(status)
         found, recipient = self.routes.find(vm_id), form.get("To", "")
@@ -5441,39 +5410,36 @@ class DeliveryReports:
             return
         vm, channel = self.state.vm(vm_id, phone), recipient.removesuffix(phone)
         traces = self.sender.sent_as.get(sid, ())
-        if status in ("delivered", "read"):
-            for trace in traces:
-                trace.delivered = now - trace.began
-            if not vm.opted_out.get(channel):
-                self.sender.note_error(vm, "")
+        if status not in ("delivered", "read"):
+            self._undelivered(vm, channel, traces, sid, form.get("ErrorCode", ""))
             return
-        reason = self._undelivered(vm, sid, form.get("ErrorCode", ""), channel)
         for trace in traces:
-            trace.note_error(now, reason)
+            trace.reached["delivered"] = now
+        if vm.error and not vm.opted_out.get(channel):
+            vm.error = ""
+            self.state.store.note(vm.put())
 
-    def _undelivered(self, vm: VmState, sid: str, code: str, channel: str) -> str:
+    def _undelivered(
+        self, vm: VmState, channel: str, traces: Sequence[Trace], sid: str, code: str
+    ) -> None:
         """It is not sent again: its cause stands in the VM's record."""
         reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
         log_warning("undelivered", vm_id=vm.vm_id, message_sid=sid, error=reason)
         self.metrics.twilio_errors.add(code if policy else "other")
-        if policy and policy.action == "opted_out":
-            self.sender.opt_out(vm, channel)
-        elif policy and policy.action == "retry_and_alert":
+        if policy and policy.action == "retry_and_alert":
             self.twilio.trouble = f"texts do not arrive: {reason}"
-        self.sender.note_error(vm, reason)
-        return reason
+        self.sender.note_failure(vm, channel, traces, reason, code)
 
 
 # --- Running ---
 
 VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
-VM_WAKES = Backoff(base_s=0.1, cap_s=0.1)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
 WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
-STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
+STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5493,19 +5459,17 @@ class Watch:
             self.task = self.tasks.start(self._run())
 
     async def _run(self) -> None:
-        vms = self.state.vms
         try:
-            while times := [vm.still_at for vm in vms.values() if vm.is_handing_over]:
-                pause_s = max(1.0, min(times) - self.clock.monotonic())
-                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
-                for vm in list(vms.values()):
+            while busy := [vm for vm in self.state.vms.values() if vm.is_handing_over]:
+                now = self.clock.monotonic()
+                for vm in busy:
                     # Behind anything still to be sent it would only come late.
-                    if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
-                        vm.still_told += 1
-                        vm.still_at += (
-                            STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
-                        )
-                        self.tasks.start(self._tell(vm, vm.running))
+                    if vm.running and vm.still_at <= now and not vm.outbox:
+                        vm.still_at += STILL_EVERY_S
+                        if now < vm.handed_over_at + STILL_UNTIL_S:
+                            self.tasks.start(self._tell(vm, vm.running))
+                pause_s = max(1.0, min(vm.still_at for vm in busy) - now)
+                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
         finally:
             self.task = None
 
@@ -5544,10 +5508,12 @@ class Waker:
             vm.waker = self.tasks.start(self._wake(vm))
         return vm.waker
 
-    def ask_again(self, vm: VmState) -> None:
-        """A machine that rests does not come back by itself."""
-        if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
-            self.begin(vm)
+    async def rouse(self, vm: VmState, within_s: float = WAKE_S) -> bool:
+        """Wake a sleeper; whether it answers within so long."""
+        with suppress(TimeoutError):
+            async with self.clock.time_limit(within_s):
+                return await asyncio.shield(self.begin(vm))
+        return False
 
     async def _wake(self, vm: VmState) -> bool:
         try:
@@ -5555,7 +5521,7 @@ class Waker:
             async with self.clock.time_limit(WAKE.budget_s):
                 # What is handed to it before its `/health` answers is refused.
                 while (route := self._sleeper(vm.vm_id)) and not await self.vms.is_healthy(route):
-                    await VM_WAKES.pause(self.clock, 1)
+                    await self.clock.sleep(0.05)
             await self.note_awake(vm.vm_id)
             return True
         except (UpstreamError, TimeoutError) as error:
@@ -5584,9 +5550,6 @@ class Waker:
     async def _resume(self, vm_id: str, machine_id: str) -> None:
         """While it is still falling asleep Fly refuses to start it: 412."""
 
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
-
         async def start() -> None:
             try:
                 await self.fly.start_machine(vm_id, machine_id)
@@ -5595,7 +5558,10 @@ class Waker:
                 if machine.state not in ("starting", "started"):
                     raise
 
-        await retry(start, WAKE, self.clock, when=is_worth_repeating, vm_id=vm_id)
+        def is_passing(error: UpstreamError) -> bool:
+            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
+
+        await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm_id)
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
@@ -5611,13 +5577,6 @@ class Waker:
         machine = await self.fly.get_machine(vm_id, route.machine_id)
         if machine.state == "started" and machine.host_ok and not (vm and vm.is_falling_asleep):
             await self.note_awake(vm_id)
-
-    async def rouse(self, vm: VmState, within_s: float = WAKE_S) -> bool:
-        """Wake a sleeper; whether it answers within so long."""
-        with suppress(TimeoutError):
-            async with self.clock.time_limit(within_s):
-                return await asyncio.shield(self.begin(vm))
-        return False
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5643,27 +5602,25 @@ class Runner:
         return is_well and not (vm.waiting or vm.accepting or vm.runner)
 
     def start(self, vm: VmState) -> None:
-        is_held = vm.runner or vm.closing_notice or vm.is_held() or self.state.is_draining
-        if vm.waiting and not is_held and self._route(vm):
+        if vm.runner is None and self._next(vm):
             vm.runner = self.tasks.start(self._run(vm))
 
-    def _route(self, vm: VmState) -> Route | None:
-        """The route of a VM that can be handed a text."""
+    def _next(self, vm: VmState) -> tuple[Route, Text] | None:
+        """What is to be run now, and by whom."""
+        if not vm.waiting or vm.is_held() or self.state.is_draining:
+            return None
         found = self.routes.find(vm.vm_id)
         if found is None or found[1].state == "provisioning":
             return None
-        vm.phone = found[0]
-        return found[1]
+        vm.phone, route = found
+        return route, vm.waiting[0]
 
     async def _run(self, vm: VmState) -> None:
-        """Ends when nothing waits (no await between that look and its end)."""
+        """Ends when nothing is to be run (no await between that look and its end)."""
         REQUEST_ID.set("")  # it outlives the request that happened to start it
         try:
-            while vm.waiting and not (vm.is_paused or self.state.is_draining):
-                route = self._route(vm)
-                if route is None:
-                    break
-                await self.hand_over(vm, route, vm.waiting[0])
+            while job := self._next(vm):
+                await self._step(vm, *job)
             vm.runner = None
             await self.sender.run(vm)
         finally:
@@ -5697,14 +5654,29 @@ class Runner:
 
     # One text
 
-    async def hand_over(self, vm: VmState, route: Route, text: Text) -> None:
-        """One attempt to run the first text, or one wait for the VM's return."""
+    async def _step(self, vm: VmState, route: Route, text: Text) -> None:
+        """One attempt to run the first text, or one step towards that; the lane looks anew after each."""
+        is_away = vm.away_since is not None
         if text.drops >= 2:
-            return await self._finish(vm, text, "crashed", AWAY_TWICE)
-        if not text.attempts and self.is_late(vm, text):
-            return await self._expire(vm)
-        if not await self._may_hand_over(vm, route, text):
-            return None
+            await self._finish(vm, text, "crashed", AWAY_TWICE)
+        elif (is_away or not text.trace.attempts) and self.is_late(vm, text):
+            await self._expire(vm, text)
+        elif not (route.is_paired or text.may_have_reached):  # locked since it came
+            await self.sender.drop(vm)
+        elif is_away and not await self._is_back(vm, route, text):
+            pass
+        elif not is_away and route.state == "asleep":
+            if not await self.waker.rouse(vm) and text in vm.waiting:
+                await self._announce_outage(vm, text)
+        else:
+            if not text.handed_over:
+                text.handed_over = True
+                await self.state.store.save(text.updated())
+            # Meanwhile the text may have been cancelled, the VM changed.
+            if self._next(vm) == (route, text):
+                await self._attempt(vm, route, text)
+
+    async def _attempt(self, vm: VmState, route: Route, text: Text) -> None:
         self._note_hand_over(vm, text)
         try:
             answer = await self.vms.command(route, text.sid, self.sender.command_of(vm, text))
@@ -5716,70 +5688,47 @@ class Runner:
             vm.last_call_failed = True
             await self._finish(vm, text, "silent", NO_ANSWER, s=self.vms.command_timeout_s)
         except VmFailed as error:
-            if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(vm, route):
-                return None  # it goes again
-            self._record_answer(vm, ends_outage=error.status < 500)
+            if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(route, text):
+                return  # it goes again
+            self._note_answer(vm, ends_outage=error.status < 500)
             await self._finish(vm, text, "failed", VM_ERROR, status=error.status)
         else:
-            self._record_answer(vm)
+            self._note_answer(vm)
             parts = words_of(answer, is_stopped=text.sid == vm.stopped_sid)
             await self.sender.finish(vm, [text], parts, "answered", answer.images)
         finally:
             vm.is_handing_over = False
-
-    async def _switch_key(self, vm: VmState, route: Route) -> bool:
-        """After a rotation that was killed another secret's token may hold: it is tried once, and noted."""
-        others = [key_id for key_id in self.sender.keyring.ids if key_id != route.key_id]
-        if vm.has_switched_key or not others:
-            return False
-        vm.has_switched_key = True
-        log_warning("vm_key_switched", vm_id=vm.vm_id)
-        with suppress(StoreError):
-            await self.routes.update(vm.vm_id, key_id=others[0])
-        return True
 
     async def _finish(
         self, vm: VmState, text: Text, outcome: str, notice: str, **values: object
     ) -> None:
         await self.sender.finish(vm, [text], [about(notice, text, **values)], outcome)
 
-    async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
-        """Whether the first text may go now: its VM is back, and the store says that it goes."""
-        if not (route.is_paired or text.may_have_reached):  # locked since it came
-            await self.sender.drop(vm)
+    async def _switch_key(self, route: Route, text: Text) -> bool:
+        """After a rotation that was killed another secret's token may hold: it is tried, and noted."""
+        others = [key_id for key_id in self.sender.keyring.ids if key_id != route.key_id]
+        if text.trace.attempts > len(others):
             return False
-        if vm.away_since is not None:
-            if not await self._wait_for_return(vm, route, text):
-                return False
-            await self.waker.note_awake(vm.vm_id)
-        elif route.state == "asleep":
-            if not await self.waker.rouse(vm) and text in vm.waiting:
-                await self._announce_outage(vm, text)
-            return False  # its route is another by now
-        if not text.handed_over:
-            text.handed_over = True
-            await self.state.store.save(text.updated())
-        # A VM that was changed while this waited is looked at again; the text may have been cancelled.
-        is_first = bool(vm.waiting) and vm.waiting[0] is text
-        return is_first and not vm.is_paused and self._route(vm) is route
+        log_warning("vm_key_switched", vm_id=route.vm_id)
+        with suppress(StoreError):
+            await self.routes.update(route.vm_id, key_id=others[0])
+        return True
 
     def _note_hand_over(self, vm: VmState, text: Text) -> None:
-        now, trace = self.clock.monotonic(), text.trace
-        vm.is_handing_over, vm.handed_over_at = True, now
-        vm.still_at, vm.still_told = now + STILL_AFTER_S, 0
+        vm.is_handing_over, vm.handed_over_at = True, self.clock.monotonic()
+        vm.still_at = vm.handed_over_at + STILL_AFTER_S
         self.watch.start()
-        text.attempts += 1
+        trace = text.trace
         trace.attempts += 1
-        if trace.handed_over is None:
-            trace.handed_over = now - trace.began
-            self.metrics.text_handover.observe(trace.handed_over)
+        if trace.attempts == 1:
+            now = trace.reached["handed_over"] = self.clock.now()
+            self.metrics.text_handover.observe(now - trace.received)
 
     # How its VM is
 
-    def _record_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
+    def _note_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
         """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
-        vm.answered_at = self.clock.now()
-        vm.probes, vm.has_switched_key = 0, False
+        vm.answered_at, vm.probes = self.clock.now(), 0
         if ends_outage:
             vm.last_call_failed, vm.handed_over_at = False, NEVER
             if vm.away_since is not None:
@@ -5788,26 +5737,26 @@ class Runner:
                 log_event("vm_back", vm_id=vm.vm_id)
 
     async def _on_unreachable(self, vm: VmState, route: Route, text: Text, error: VmAway) -> None:
-        text.trace.note_error(self.clock.monotonic(), str(error))
         vm.last_call_failed = True
-        about_it = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": text.attempts}
-        log_warning("vm_unreachable", **about_it, error=str(error))
-        if not error.may_have_reached:
-            if not text.may_have_reached:
-                text.handed_over = False
-                self.state.store.note(text.updated())
-            return await self._announce_outage(vm, text)
-        is_healthy = await self.vms.is_healthy(route)
-        # A proxy's 502 counts only against a VM that is there.
-        is_drop = error.is_drop or is_healthy
-        if is_drop or not text.may_have_reached:  # 502s again and again do not prolong the wait
-            text.dropped_at = self.clock.now()
-        text.may_have_reached = True
-        text.drops += is_drop
+        trace = text.trace
+        trace.note_error(self.clock.now(), str(error))
+        about_it = {"message_sid": text.sid, "attempt": trace.attempts, "error": str(error)}
+        log_warning("vm_unreachable", vm_id=vm.vm_id, **about_it)
+        is_healthy = False
+        if error.may_have_reached:
+            is_healthy = await self.vms.is_healthy(route)
+            # A proxy's 502 counts only against a VM that is there.
+            is_drop = error.is_drop or is_healthy
+            if (
+                is_drop or not text.may_have_reached
+            ):  # 502s again and again do not prolong the wait
+                text.dropped_at = self.clock.now()
+            text.may_have_reached = True
+            text.drops += is_drop
+        text.handed_over = text.may_have_reached
         await self.state.store.save(text.updated())
         if not is_healthy:  # else the road may be at fault: it goes again at once, under its key
             await self._announce_outage(vm, text)
-        return None
 
     async def _announce_outage(self, vm: VmState, text: Text) -> None:
         """Once per outage, also across restarts."""
@@ -5816,33 +5765,29 @@ class Runner:
             self.metrics.outages.add()
             await self.sender.notify(vm, VM_AWAY, vm.put(), text=text)
 
-    async def _wait_for_return(self, vm: VmState, route: Route, text: Text) -> bool:
-        """Until the VM answers /health; False when the text's time ran out, or the VM is being changed."""
-        while vm.waiting and vm.waiting[0] is text and not vm.is_paused:
-            left_s = self._deadline(vm, text) - self.clock.now()
-            if left_s <= 0:
-                await self._expire(vm)
-                return False
-            self.waker.ask_again(vm)
-            vm.probes += 1
-            await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
-            # One that is just being put to sleep still answers, but not for long.
-            if await self.vms.is_healthy(route) and not vm.is_falling_asleep:
-                return True
-        return False
+    async def _is_back(self, vm: VmState, route: Route, text: Text) -> bool:
+        """After a pause: whether an absent VM answers /health."""
+        # A machine that rests does not come back by itself.
+        if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
+            self.waker.begin(vm)
+        vm.probes += 1
+        left_s = self._deadline(vm, text) - self.clock.now()
+        await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
+        # One that is just being put to sleep still answers, but not for long.
+        if not await self.vms.is_healthy(route) or vm.is_falling_asleep:
+            return False
+        await self.waker.note_awake(vm.vm_id)
+        return True
 
     async def _wait_while_busy(self, vm: VmState, text: Text) -> None:
         """409: wait without a notice, which does not count as the VM being away."""
-        self._record_answer(vm)
+        self._note_answer(vm)
         text.drops = 0  # the VM lived through it
-        now = self.clock.monotonic()
-        if text.busy_since is None:
-            text.busy_since, text.attempts = now, 1
-        if now - text.busy_since > BUSY_LIMIT_S:
+        text.busy_since = text.busy_since or vm.answered_at
+        if vm.answered_at - text.busy_since > BUSY_LIMIT_S:
             return await self._finish(vm, text, "failed", VM_ERROR, status=409)
-        if text.attempts % 10 == 1:
-            self.state.store.note(vm.put())
-        await VM_BUSY.pause(self.clock, text.attempts)
+        self.state.store.note(vm.put())
+        await VM_BUSY.pause(self.clock, text.trace.attempts)
         vm.answered_at = self.clock.now()  # nor does this pause, should the VM be away behind it
         return None
 
@@ -5860,12 +5805,11 @@ class Runner:
     def is_late(self, vm: VmState, text: Text) -> bool:
         return self._deadline(vm, text) <= self.clock.now()
 
-    async def _expire(self, vm: VmState) -> None:
+    async def _expire(self, vm: VmState, text: Text) -> None:
         """The first text's time is over; those behind it are judged at once and share the notice."""
-        first = vm.waiting[0]
-        if first.may_have_reached:
+        if text.may_have_reached:
             limit_s = self.settings.limits.vm_away_limit_s
-            await self._finish(vm, first, "silent", NO_ANSWER, s=limit_s)
+            await self._finish(vm, text, "silent", NO_ANSWER, s=limit_s)
         if late := [text for text in vm.unreached() if self.is_late(vm, text)]:
             parts = split_text(about(AWAY_TOO_LONG, *late))
             await self.sender.finish(vm, late, parts, "expired")
@@ -6155,8 +6099,7 @@ class OwnerCommands:
     def _in_detail(self, vm: VmState, now: str, note: str) -> str:
         """What runs, for how long, and a line of what it is doing."""
         if vm.running:
-            trace = vm.running.trace
-            age_s = self.clock.monotonic() - trace.began - (trace.handed_over or 0)
+            age_s = self.clock.now() - vm.running.trace.reached["handed_over"]
             now = f"{now}, for {max(0, int(age_s))} s."
         return f"{now[:-1]} ({note})." if note else now
 
@@ -6506,7 +6449,7 @@ class Inbox:
 
     async def _enqueue(self, text: Text, route: Route, vm: VmState) -> None:
         self.state.remember(text.trace)
-        text.trace.stored = self.clock.monotonic() - text.trace.began
+        text.trace.reached["stored"] = self.clock.now()
         self.metrics.note_text()
         vm.last_text = text.arrived
         vm.waiting.append(text)
