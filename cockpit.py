@@ -4757,8 +4757,8 @@ class Provisioner:
 
 # --- In flight ---
 #
-# What the relay works on: one VmState per VM, in memory, and the MessageStore beneath it. Inbox takes texts
-# in, Runner hands them to VMs, Sender hands what is to be told to Twilio.
+# One VmState per VM, in memory, and the MessageStore beneath: Inbox takes texts in, Runner hands them to
+# VMs, Sender hands to Twilio what is to be told.
 
 # What the gateway itself tells an owner.
 NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
@@ -4774,8 +4774,6 @@ DONE = "Done, no output."
 UNREADABLE = "Your VM's answer could not be read."
 VM_GONE = "Your VM is gone."
 SET_UP_FAILED = "Your VM could not be set up."
-NOT_RUN = " Not run: {texts}"
-SIGN_UP = " Sign up: {url}"
 WELCOME = "Your VM is ready. Text me anything."
 STILL_WORKING = "Still working on it."
 STOPPED = "Stopped."
@@ -4783,9 +4781,7 @@ CANNOT_STOP = "Your VM cannot stop a command; cockpit restart restarts it."
 NOT_STOPPED = "Your VM did not answer: nothing was stopped. cockpit cancel drops what waits."
 NOTHING_RUNS = "Nothing is running."
 NEXT_IS_NEW = "The next text starts a new conversation."
-IMAGE_AS_LINK = (
-    "An image that could not be sent as a picture message; for a day it is here: {url}"
-)
+IMAGE_AS_LINK = "A picture that could not be sent; for a day it is here: {url}"
 PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
 TEXT_THE_CODE = "Text the code from the sign-up page to connect this phone."
 CONNECTED = "Connected. Text me anything."
@@ -4887,8 +4883,7 @@ class Outbound:
     created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
     in_words: list[int] = field(default_factory=list)  # pictures that go as a link
-    # By Twilio's clock: since when an earlier process may have sent it.
-    attempted_at: float | None = None
+    attempted_at: float | None = None  # the same: when an earlier process may have sent it
     traces: Sequence[Trace] = ()  # of the texts it answers
 
     @property
@@ -4918,8 +4913,7 @@ class KeptOfVm:
     reply_to: Address = USUAL_ADDRESS  # where its owner last texted from
     opted_out: dict[str, bool] = field(default_factory=dict)  # by channel
     opted_at: dict[str, float] = field(default_factory=dict)
-    # When, how many of Twilio's.
-    vm_messages: list[tuple[float, int]] = field(default_factory=list)
+    vm_messages: list[tuple[float, int]] = field(default_factory=list)  # when, Twilio's count
     answered_at: float = 0.0  # the end of the last text it finished
     owes_restart: bool = False  # asked for by text, not yet begun
     owes_stop: bool = False  # the same
@@ -4950,11 +4944,11 @@ class VmState(KeptOfVm):
     was_told_of_setup: bool = False
     last_text: float | None = None
     last_call_failed: bool = False
-    # Monotonic: its last command, while its answer is missing.
-    handed_over_at: float = NEVER
-    asked_fly_at: float = NEVER  # monotonic
-    still_at: float = NEVER  # monotonic: when its owner hears that the command still runs
-    probes: int = 0  # of `/health` since it last answered a command
+    probes: int = 0  # of `/health`, since it last answered a command
+    # Monotonic:
+    handed_over_at: float = NEVER  # its last command, while its answer is missing
+    asked_fly_at: float = NEVER
+    still_at: float = NEVER  # when its owner hears that the command still runs
 
     KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
@@ -4974,8 +4968,8 @@ class VmState(KeptOfVm):
 
     def is_held(self) -> bool:
         """Whether nothing is run: it is being changed, is no more, or owes its owner a verb first."""
-        is_closed = bool(self.closing_notice)
-        return self.is_paused or self.owes_restart or self.owes_stop or is_closed
+        owes_verb = self.owes_restart or self.owes_stop
+        return self.is_paused or owes_verb or bool(self.closing_notice)
 
     def may_sleep(self) -> bool:
         """Whether nothing of it is in flight, and nothing is done to it."""
@@ -4987,16 +4981,15 @@ class VmState(KeptOfVm):
 
     def last_sign(self) -> float:
         """When it last had a text, an answer or a message of its own (wall clock)."""
-        own = self.vm_messages[-1][0] if self.vm_messages else 0.0
-        return max(self.last_text or 0.0, self.answered_at, own)
+        own = [at for at, _ in self.vm_messages[-1:]]
+        return max(self.last_text or 0.0, self.answered_at, *own)
 
     @property
     def running(self) -> Text | None:
         """The text that its VM has in hand; one that met 409 waits for the command before it."""
-        if not (self.waiting and self.is_handing_over):
-            return None
-        first = self.waiting[0]
-        return first if first.busy_since is None or first.may_have_reached else None
+        first = self.waiting[0] if self.waiting and self.is_handing_over else None
+        waits = first and first.busy_since is not None and not first.may_have_reached
+        return None if waits else first
 
     def queued(self) -> list[Text]:
         """The texts that wait, without the one that runs."""
@@ -5221,9 +5214,9 @@ class Sender:
 
     def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
         """What is told of a VM that is no more, and of texts that were not run."""
-        words = notice + about(NOT_RUN, *texts) if texts else notice
-        url = self.settings.gateway.onboarding_url
-        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
+        url = self.settings.gateway.onboarding_url if notice == VM_GONE else ""
+        not_run = f" Not run: {quoted(*texts)}" if texts else ""
+        return notice + not_run + (f" Sign up: {url}" if url else "")
 
     def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
         for text in texts:
@@ -5259,8 +5252,8 @@ class Sender:
 
     def start(self, vm: VmState) -> None:
         # A run lane with nothing more to run goes on as the send lane: a task less per text.
-        is_ending = not vm.waiting and vm.runner is asyncio.current_task()
-        if vm.sender is None and vm.outbox and not is_ending:
+        goes_on = not vm.waiting and vm.runner is asyncio.current_task()
+        if vm.outbox and not (vm.sender or goes_on):
             vm.sender = self.tasks.start(self.run(vm))
 
     async def run(self, vm: VmState) -> None:
@@ -5300,10 +5293,9 @@ class Sender:
                 continue
             out.sent += 1
             self.metrics.messages_sent.add("sent")
-            if self.callback and out.traces:
+            if out.traces:
                 self.sent_as.put(sid, out.traces, 0)
-            noted = [(NOTE_SENT, (sid, self.clock.now()))] if sid else []
-            self.state.store.note(out.updated(), *noted)
+            self.state.store.note(out.updated(), (NOTE_SENT, (sid, self.clock.now())))
         for trace in out.traces:
             self._note_sent(trace, out.phone)
         return None
@@ -5437,6 +5429,12 @@ VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
 WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
+NO_ANSWERS = {  # by the outcome of a text
+    "crashed": AWAY_TWICE,
+    "silent": NO_ANSWER,
+    "failed": VM_ERROR,
+    "expired": AWAY_TOO_LONG,
+}
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
@@ -5481,10 +5479,9 @@ class Watch:
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
         """A line of what a VM is doing; one that is away or asleep is not asked."""
         route = self.routes.of(vm.vm_id)
-        is_there = vm.away_since is None and not vm.is_paused
-        if route is None or route.state != "ready" or not is_there:
-            return ""
-        return (await self.vms.health(route, within_s)).note
+        if route and route.state == "ready" and vm.away_since is None and not vm.is_paused:
+            return (await self.vms.health(route, within_s)).note
+        return ""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5499,10 +5496,7 @@ class Waker:
     tasks: Tasks
 
     def begin(self, vm: VmState) -> asyncio.Task[bool]:
-        """Start it, if it rests; tells whether Fly did.
-
-        Fly may take minutes: nobody has to wait.
-        """
+        """Start it, if it rests; tells whether Fly did, which may take minutes: nobody has to wait."""
         if vm.waker is None:
             vm.asked_fly_at = self.clock.monotonic()
             vm.waker = self.tasks.start(self._wake(vm))
@@ -5537,31 +5531,30 @@ class Waker:
 
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
+
+        def is_passing(error: UpstreamError) -> bool:
+            # While it is still falling asleep Fly refuses to start it.
+            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
+
         async with vm.machine:
-            if route := self._sleeper(vm.vm_id):
-                await self._resume(vm.vm_id, route.machine_id)
+            route = self.routes.of(vm.vm_id)
+            if route and route.state == "asleep":
+                start = functools.partial(self._start_sleeper, route)
+                await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm.vm_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
-            elif route := self.routes.of(vm.vm_id):
+            elif route:
                 machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
                 if machine.state in RESTING and machine.host_ok:
                     log_event("machine_started", vm_id=vm.vm_id, was=machine.state)
                     await self.fly.start_machine(vm.vm_id, machine.id)
 
-    async def _resume(self, vm_id: str, machine_id: str) -> None:
-        """While it is still falling asleep Fly refuses to start it: 412."""
-
-        async def start() -> None:
-            try:
-                await self.fly.start_machine(vm_id, machine_id)
-            except UpstreamRejected:
-                machine = await self.fly.get_machine(vm_id, machine_id)
-                if machine.state not in ("starting", "started"):
-                    raise
-
-        def is_passing(error: UpstreamError) -> bool:
-            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
-
-        await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm_id)
+    async def _start_sleeper(self, route: Route) -> None:
+        try:
+            await self.fly.start_machine(route.vm_id, route.machine_id)
+        except UpstreamRejected:
+            machine = await self.fly.get_machine(route.vm_id, route.machine_id)
+            if machine.state not in ("starting", "started"):
+                raise
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
@@ -5571,12 +5564,11 @@ class Waker:
 
     async def look(self, vm_id: str) -> None:
         """Ask Fly whether one that is said to sleep is awake; raises UpstreamError."""
-        route, vm = self.routes.of(vm_id), self.state.vms.get(vm_id)
-        if route is None:
-            return
-        machine = await self.fly.get_machine(vm_id, route.machine_id)
-        if machine.state == "started" and machine.host_ok and not (vm and vm.is_falling_asleep):
-            await self.note_awake(vm_id)
+        if route := self.routes.of(vm_id):
+            machine = await self.fly.get_machine(vm_id, route.machine_id)
+            is_up, vm = machine.state == "started" and machine.host_ok, self.state.vms.get(vm_id)
+            if is_up and not (vm and vm.is_falling_asleep):
+                await self.note_awake(vm_id)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -5598,8 +5590,8 @@ class Runner:
 
     def is_free(self, vm: VmState, route: Route) -> bool:
         """Whether a text that came now would be handed over at once."""
-        is_well = route.state == "ready" and vm.away_since is None and not vm.is_held()
-        return is_well and not (vm.waiting or vm.accepting or vm.runner)
+        is_there = route.state == "ready" and vm.away_since is None
+        return is_there and not (vm.waiting or vm.accepting or vm.runner or vm.is_held())
 
     def start(self, vm: VmState) -> None:
         if vm.runner is None and self._next(vm):
@@ -5658,7 +5650,7 @@ class Runner:
         """One attempt to run the first text, or one step towards that; the lane looks anew after each."""
         is_away = vm.away_since is not None
         if text.drops >= 2:
-            await self._finish(vm, text, "crashed", AWAY_TWICE)
+            await self._finish(vm, [text], "crashed")
         elif (is_away or not text.trace.attempts) and self.is_late(vm, text):
             await self._expire(vm, text)
         elif not (route.is_paired or text.may_have_reached):  # locked since it came
@@ -5686,12 +5678,12 @@ class Runner:
             await self._wait_while_busy(vm, text)
         except VmSilent:
             vm.last_call_failed = True
-            await self._finish(vm, text, "silent", NO_ANSWER, s=self.vms.command_timeout_s)
+            await self._finish(vm, [text], "silent", s=self.vms.command_timeout_s)
         except VmFailed as error:
             if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(route, text):
                 return  # it goes again
             self._note_answer(vm, ends_outage=error.status < 500)
-            await self._finish(vm, text, "failed", VM_ERROR, status=error.status)
+            await self._finish(vm, [text], "failed", status=error.status)
         else:
             self._note_answer(vm)
             parts = words_of(answer, is_stopped=text.sid == vm.stopped_sid)
@@ -5699,10 +5691,10 @@ class Runner:
         finally:
             vm.is_handing_over = False
 
-    async def _finish(
-        self, vm: VmState, text: Text, outcome: str, notice: str, **values: object
-    ) -> None:
-        await self.sender.finish(vm, [text], [about(notice, text, **values)], outcome)
+    async def _finish(self, vm: VmState, texts: list[Text], outcome: str, **more: object) -> None:
+        """End texts that have no answer."""
+        words = about(NO_ANSWERS[outcome], *texts, **more)
+        await self.sender.finish(vm, texts, split_text(words), outcome)
 
     async def _switch_key(self, route: Route, text: Text) -> bool:
         """After a rotation that was killed another secret's token may hold: it is tried, and noted."""
@@ -5740,8 +5732,8 @@ class Runner:
         vm.last_call_failed = True
         trace = text.trace
         trace.note_error(self.clock.now(), str(error))
-        about_it = {"message_sid": text.sid, "attempt": trace.attempts, "error": str(error)}
-        log_warning("vm_unreachable", vm_id=vm.vm_id, **about_it)
+        whose = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": trace.attempts}
+        log_warning("vm_unreachable", **whose, error=str(error))
         is_healthy = False
         if error.may_have_reached:
             is_healthy = await self.vms.is_healthy(route)
@@ -5785,7 +5777,7 @@ class Runner:
         text.drops = 0  # the VM lived through it
         text.busy_since = text.busy_since or vm.answered_at
         if vm.answered_at - text.busy_since > BUSY_LIMIT_S:
-            return await self._finish(vm, text, "failed", VM_ERROR, status=409)
+            return await self._finish(vm, [text], "failed", status=409)
         self.state.store.note(vm.put())
         await VM_BUSY.pause(self.clock, text.trace.attempts)
         vm.answered_at = self.clock.now()  # nor does this pause, should the VM be away behind it
@@ -5808,11 +5800,9 @@ class Runner:
     async def _expire(self, vm: VmState, text: Text) -> None:
         """The first text's time is over; those behind it are judged at once and share the notice."""
         if text.may_have_reached:
-            limit_s = self.settings.limits.vm_away_limit_s
-            await self._finish(vm, text, "silent", NO_ANSWER, s=limit_s)
+            await self._finish(vm, [text], "silent", s=self.settings.limits.vm_away_limit_s)
         if late := [text for text in vm.unreached() if self.is_late(vm, text)]:
-            parts = split_text(about(AWAY_TOO_LONG, *late))
-            await self.sender.finish(vm, late, parts, "expired")
+            await self._finish(vm, late, "expired")
 
 
 # --- Taking in ---
