@@ -4766,10 +4766,12 @@ SETTING_UP = "Your VM is being set up. Your text is kept."
 QUEUE_FULL = "Your queue is full ({n} waiting). This text was not kept: {texts}"
 TOO_FAST = "More than {n} texts a minute. This text was not kept; wait a minute."
 VM_AWAY = "Your VM is restarting... Your text is kept and will run when it is back."
-AWAY_TOO_LONG = "Not run, your VM was away too long: {texts}"
-AWAY_TWICE = "Your VM went away twice while running this; not tried again: {texts}"
-NO_ANSWER = "No answer after {s:g} s; it may still be running: {texts}"
-VM_ERROR = "Your VM answered with an error ({status}): {texts}"
+NO_ANSWER = {  # by the outcome of a text
+    "expired": "Not run, your VM was away too long: {texts}",
+    "crashed": "Your VM went away twice while running this; not tried again: {texts}",
+    "silent": "No answer after {s:g} s; it may still be running: {texts}",
+    "failed": "Your VM answered with an error ({status}): {texts}",
+}
 DONE = "Done, no output."
 UNREADABLE = "Your VM's answer could not be read."
 VM_GONE = "Your VM is gone."
@@ -4814,9 +4816,9 @@ class Trace:
     reached: dict[str, float] = field(default_factory=dict)  # by step
     errors: Sequence[tuple[float, str]] = ()
 
-    def ms_to(self, step: str) -> float | None:
+    def ms_to(self, step: str) -> int | None:
         at = self.reached.get(step)
-        return None if at is None else round((at - self.received) * 1000, 1)
+        return None if at is None else round((at - self.received) * 1000)
 
     def summary(self) -> Json:
         return {
@@ -4829,9 +4831,10 @@ class Trace:
         }
 
     def to_json(self) -> Json:
+        reached = sorted(self.reached.items(), key=lambda step: step[1])
         steps = [
-            {"step": step, "at": utc_millis(at), "ms": self.ms_to(step) or 0.0}
-            for step, at in [("received", self.received), *self.reached.items()]
+            {"step": step, "at": utc_millis(at), "ms": round((at - self.received) * 1000, 1)}
+            for step, at in [("received", self.received), *reached]
         ]
         errors = [{"at": utc_millis(at), "error": error} for at, error in self.errors]
         return {**self.summary(), "steps": steps, "errors": errors}
@@ -4944,6 +4947,7 @@ class VmState(KeptOfVm):
     was_told_of_setup: bool = False
     last_text: float | None = None
     last_call_failed: bool = False
+    has_switched_key: bool = False
     probes: int = 0  # of `/health`, since it last answered a command
     # Monotonic:
     handed_over_at: float = NEVER  # its last command, while its answer is missing
@@ -5077,9 +5081,9 @@ class RelayState:
         None when the SID is new, else the reply of that time; raises StoreError.
         """
         # What was so already belongs to another text, which may have been stored.
-        before = {name: getattr(vm, name) for name in values}
-        before = {name: value for name, value in before.items() if value != values[name]}
-        for name in before:
+        changed = [name for name, value in values.items() if getattr(vm, name) != value]
+        before = {name: getattr(vm, name) for name in changed}
+        for name in changed:
             setattr(vm, name, values[name])
         known: str | None = ""
         try:
@@ -5123,7 +5127,6 @@ class RelayState:
         return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
 
     def _of(self, row: Row) -> VmState:
-        """The VM that a row is about."""
         vm_id = row["vm_id"]
         found, undone = self.routes.find(vm_id), self.routes.undo.get(vm_id, {})
         return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
@@ -5179,7 +5182,6 @@ class Sender:
     async def notify(
         self, vm: VmState, notice: str, *changes: Change, text: Text | None = None
     ) -> None:
-        """Tell a notice of our own."""
         out = self.outbound(vm, split_text(notice), text)
         await self.state.store.save(out.added(), *changes)
         self.queue(vm, out)
@@ -5386,37 +5388,28 @@ class DeliveryReports:
 
     def handle(self, form: Mapping[str, str], vm_id: str) -> None:
         """One callback; `vm_id` is what its address named."""
-        sid, status, now = (
-            form.get("MessageSid", ""),
-            form.get("MessageStatus", ""),
-            self.clock.now(),
-        )
-        rank = STATUS_RANKS.get(status, -1)
+        sid, status, to = (form.get(name, "") for name in ("MessageSid", "MessageStatus", "To"))
+        rank, now = STATUS_RANKS.get(status, -1), self.clock.now()
         if rank <= self.ranks.get(sid, -1):
             return
         self.ranks.put(sid, rank, now)
         self.metrics.deliveries.add(status)
-        found, recipient = self.routes.find(vm_id), form.get("To", "")
-        phone = recipient.removeprefix(WHATSAPP)
+        found, phone = self.routes.find(vm_id), to.removeprefix(WHATSAPP)
         if found is None or found[0] != phone or rank < STATUS_RANKS["delivered"]:
             return
-        vm, channel = self.state.vm(vm_id, phone), recipient.removesuffix(phone)
+        vm, channel = self.state.vm(vm_id, phone), to.removesuffix(phone)
         traces = self.sender.sent_as.get(sid, ())
-        if status not in ("delivered", "read"):
-            self._undelivered(vm, channel, traces, sid, form.get("ErrorCode", ""))
+        if status in ("delivered", "read"):
+            for trace in traces:
+                trace.reached["delivered"] = now
+            if vm.error and not vm.opted_out.get(channel):
+                vm.error = ""
+                self.state.store.note(vm.put())
             return
-        for trace in traces:
-            trace.reached["delivered"] = now
-        if vm.error and not vm.opted_out.get(channel):
-            vm.error = ""
-            self.state.store.note(vm.put())
-
-    def _undelivered(
-        self, vm: VmState, channel: str, traces: Sequence[Trace], sid: str, code: str
-    ) -> None:
-        """It is not sent again: its cause stands in the VM's record."""
+        # It is not sent again: its cause stands in the VM's record.
+        code = form.get("ErrorCode", "")
         reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
-        log_warning("undelivered", vm_id=vm.vm_id, message_sid=sid, error=reason)
+        log_warning("undelivered", vm_id=vm_id, message_sid=sid, error=reason)
         self.metrics.twilio_errors.add(code if policy else "other")
         if policy and policy.action == "retry_and_alert":
             self.twilio.trouble = f"texts do not arrive: {reason}"
@@ -5429,12 +5422,6 @@ VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
 WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
-NO_ANSWERS = {  # by the outcome of a text
-    "crashed": AWAY_TWICE,
-    "silent": NO_ANSWER,
-    "failed": VM_ERROR,
-    "expired": AWAY_TOO_LONG,
-}
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
@@ -5619,11 +5606,10 @@ class Runner:
             if vm.runner is asyncio.current_task():
                 vm.runner = None
                 self.sender.start(vm)
-            self.state.retire(vm)
 
     async def stop(self, vm: VmState) -> None:
         """Give up what is in the VM's hands; it is not finished by that."""
-        if vm.runner is not None:
+        if vm.runner:
             vm.runner.cancel()
             await asyncio.wait({vm.runner})
             vm.runner = None  # one that had not begun yet did not say so itself
@@ -5631,7 +5617,7 @@ class Runner:
     async def pause(self, vm: VmState, patience_s: float) -> None:
         """Hand the VM nothing more until `resume`; what it is running has so long to end."""
         vm.is_paused = True
-        if vm.runner is not None and vm.is_handing_over:
+        if vm.runner and vm.is_handing_over:
             with suppress(TimeoutError):
                 async with self.clock.time_limit(patience_s):
                     await asyncio.wait({vm.runner})
@@ -5656,7 +5642,7 @@ class Runner:
         elif not (route.is_paired or text.may_have_reached):  # locked since it came
             await self.sender.drop(vm)
         elif is_away and not await self._is_back(vm, route, text):
-            pass
+            pass  # until its time is over
         elif not is_away and route.state == "asleep":
             if not await self.waker.rouse(vm) and text in vm.waiting:
                 await self._announce_outage(vm, text)
@@ -5669,7 +5655,13 @@ class Runner:
                 await self._attempt(vm, route, text)
 
     async def _attempt(self, vm: VmState, route: Route, text: Text) -> None:
-        self._note_hand_over(vm, text)
+        vm.is_handing_over, vm.handed_over_at = True, self.clock.monotonic()
+        vm.still_at = vm.handed_over_at + STILL_AFTER_S
+        self.watch.start()
+        text.trace.attempts += 1
+        if text.trace.attempts == 1:
+            now = text.trace.reached["handed_over"] = self.clock.now()
+            self.metrics.text_handover.observe(now - text.arrived)
         try:
             answer = await self.vms.command(route, text.sid, self.sender.command_of(vm, text))
         except VmAway as error:
@@ -5680,7 +5672,7 @@ class Runner:
             vm.last_call_failed = True
             await self._finish(vm, [text], "silent", s=self.vms.command_timeout_s)
         except VmFailed as error:
-            if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(route, text):
+            if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(vm, route):
                 return  # it goes again
             self._note_answer(vm, ends_outage=error.status < 500)
             await self._finish(vm, [text], "failed", status=error.status)
@@ -5693,34 +5685,25 @@ class Runner:
 
     async def _finish(self, vm: VmState, texts: list[Text], outcome: str, **more: object) -> None:
         """End texts that have no answer."""
-        words = about(NO_ANSWERS[outcome], *texts, **more)
+        words = about(NO_ANSWER[outcome], *texts, **more)
         await self.sender.finish(vm, texts, split_text(words), outcome)
 
-    async def _switch_key(self, route: Route, text: Text) -> bool:
-        """After a rotation that was killed another secret's token may hold: it is tried, and noted."""
+    async def _switch_key(self, vm: VmState, route: Route) -> bool:
+        """After a rotation that was killed another secret's token may hold: it is tried once, and noted."""
         others = [key_id for key_id in self.sender.keyring.ids if key_id != route.key_id]
-        if text.trace.attempts > len(others):
+        if vm.has_switched_key or not others:
             return False
-        log_warning("vm_key_switched", vm_id=route.vm_id)
+        vm.has_switched_key = True
+        log_warning("vm_key_switched", vm_id=vm.vm_id)
         with suppress(StoreError):
-            await self.routes.update(route.vm_id, key_id=others[0])
+            await self.routes.update(vm.vm_id, key_id=others[0])
         return True
-
-    def _note_hand_over(self, vm: VmState, text: Text) -> None:
-        vm.is_handing_over, vm.handed_over_at = True, self.clock.monotonic()
-        vm.still_at = vm.handed_over_at + STILL_AFTER_S
-        self.watch.start()
-        trace = text.trace
-        trace.attempts += 1
-        if trace.attempts == 1:
-            now = trace.reached["handed_over"] = self.clock.now()
-            self.metrics.text_handover.observe(now - trace.received)
 
     # How its VM is
 
     def _note_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
         """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
-        vm.answered_at, vm.probes = self.clock.now(), 0
+        vm.answered_at, vm.probes, vm.has_switched_key = self.clock.now(), 0, False
         if ends_outage:
             vm.last_call_failed, vm.handed_over_at = False, NEVER
             if vm.away_since is not None:
@@ -5778,7 +5761,8 @@ class Runner:
         text.busy_since = text.busy_since or vm.answered_at
         if vm.answered_at - text.busy_since > BUSY_LIMIT_S:
             return await self._finish(vm, [text], "failed", status=409)
-        self.state.store.note(vm.put())
+        if text.trace.attempts % 10 == 1:
+            self.state.store.note(vm.put())
         await VM_BUSY.pause(self.clock, text.trace.attempts)
         vm.answered_at = self.clock.now()  # nor does this pause, should the VM be away behind it
         return None
