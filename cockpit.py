@@ -4783,7 +4783,7 @@ CANNOT_STOP = "Your VM cannot stop a command; cockpit restart restarts it."
 NOT_STOPPED = "Your VM did not answer: nothing was stopped. cockpit cancel drops what waits."
 NOTHING_RUNS = "Nothing is running."
 NEXT_IS_NEW = "The next text starts a new conversation."
-IMAGE_AS_LINK = "A picture that could not be sent; for a day it is here: {url}"
+IMAGE_AS_LINK = "An image that could not be sent; for a day it is here: {url}"
 PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
 TEXT_THE_CODE = "Text the code from the sign-up page to connect this phone."
 CONNECTED = "Connected. Text me anything."
@@ -4948,7 +4948,6 @@ class VmState(KeptOfVm):
     last_text: float | None = None
     last_call_failed: bool = False
     has_switched_key: bool = False
-    probes: int = 0  # of `/health`, since it last answered a command
     # Monotonic:
     handed_over_at: float = NEVER  # its last command, while its answer is missing
     asked_fly_at: float = NEVER
@@ -5418,10 +5417,13 @@ class DeliveryReports:
 
 # --- Running ---
 
-VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
 WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
+PROBE_S = (
+    0.25,
+    4.0,
+)  # least and greatest ceiling of the pauses before `/health` of a VM that is away
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
@@ -5703,7 +5705,7 @@ class Runner:
 
     def _note_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
         """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
-        vm.answered_at, vm.probes, vm.has_switched_key = self.clock.now(), 0, False
+        vm.answered_at, vm.has_switched_key = self.clock.now(), False
         if ends_outage:
             vm.last_call_failed, vm.handed_over_at = False, NEVER
             if vm.away_since is not None:
@@ -5745,9 +5747,11 @@ class Runner:
         # A machine that rests does not come back by itself.
         if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
             self.waker.begin(vm)
-        vm.probes += 1
-        left_s = self._deadline(vm, text) - self.clock.now()
-        await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
+        # Full jitter, under a ceiling that grows with the outage.
+        now, (least_s, most_s) = self.clock.now(), PROBE_S
+        ceiling_s = min(most_s, max(least_s, now - (vm.away_since or now)))
+        left_s = self._deadline(vm, text) - now + 0.001
+        await self.clock.sleep(min(left_s, self.clock.uniform(0, ceiling_s)))
         # One that is just being put to sleep still answers, but not for long.
         if not await self.vms.is_healthy(route) or vm.is_falling_asleep:
             return False
@@ -5782,10 +5786,11 @@ class Runner:
         return self._deadline(vm, text) <= self.clock.now()
 
     async def _expire(self, vm: VmState, text: Text) -> None:
-        """The first text's time is over; those behind it are judged at once and share the notice."""
+        """The first text's time is over; those behind it share its notice, or are judged at once."""
         if text.may_have_reached:
             await self._finish(vm, [text], "silent", s=self.settings.limits.vm_away_limit_s)
-        if late := [text for text in vm.unreached() if self.is_late(vm, text)]:
+        else:
+            late = [one for one in vm.unreached() if self.is_late(vm, one)]
             await self._finish(vm, late, "expired")
 
 
