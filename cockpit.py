@@ -4948,6 +4948,7 @@ class VmState(KeptOfVm):
     last_text: float | None = None
     last_call_failed: bool = False
     has_switched_key: bool = False
+    probes: int = 0  # of `/health`, since it last answered a command
     # Monotonic:
     handed_over_at: float = NEVER  # its last command, while its answer is missing
     asked_fly_at: float = NEVER
@@ -5138,6 +5139,18 @@ def fields_of(row: Row) -> Row:
     return row | {name: json.loads(row[name]) for name in names} | {"reply_to": reply_to}
 
 
+@dataclass(kw_only=True, eq=False)
+class Part:
+    """What each part of the relay works with."""
+
+    settings: Settings
+    clock: Clock
+    routes: RouteStore
+    state: RelayState
+    tasks: Tasks
+    metrics: Metrics
+
+
 # --- Sending ---
 
 # Callbacks come in any order: a status that does not come later here than one already told says nothing new.
@@ -5148,17 +5161,11 @@ STATUS_RANKS = {
 
 
 @dataclass(kw_only=True, eq=False)
-class Sender:
+class Sender(Part):
     """The send lane of each VM: in the order they were stored, the next after Twilio took the last."""
 
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
     keyring: Keyring
     twilio: TwilioClient
-    state: RelayState
-    tasks: Tasks
-    metrics: Metrics
     # By the SID of an answer's message, for the report that it was delivered.
     sent_as: Recent[Sequence[Trace]] = field(default_factory=lambda: Recent(TRACES_KEPT))
 
@@ -5373,15 +5380,11 @@ class Sender:
 
 
 @dataclass(kw_only=True, eq=False)
-class DeliveryReports:
+class DeliveryReports(Part):
     """What Twilio reports of messages it took: out of order, twice, and before the create's own answer."""
 
-    clock: Clock
-    routes: RouteStore
     twilio: TwilioClient
-    state: RelayState
     sender: Sender
-    metrics: Metrics
     # Of a message's last status.
     ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))
 
@@ -5417,28 +5420,21 @@ class DeliveryReports:
 
 # --- Running ---
 
+VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
 WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
-PROBE_S = (
-    0.25,
-    4.0,
-)  # least and greatest ceiling of the pauses before `/health` of a VM that is away
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
 
 
 @dataclass(kw_only=True, eq=False)
-class Watch:
+class Watch(Part):
     """Tells the owners of commands that run long; one task for all, which ends when nothing runs."""
 
-    clock: Clock
-    state: RelayState
     sender: Sender
-    routes: RouteStore
     vms: VmClient
-    tasks: Tasks
     task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -5474,15 +5470,11 @@ class Watch:
 
 
 @dataclass(kw_only=True, eq=False)
-class Waker:
+class Waker(Part):
     """Starts machines that rest: those put to sleep, and those found stopped in an outage."""
 
-    clock: Clock
-    routes: RouteStore
     fly: FlyClient
     vms: VmClient
-    state: RelayState
-    tasks: Tasks
 
     def begin(self, vm: VmState) -> asyncio.Task[bool]:
         """Start it, if it rests; tells whether Fly did, which may take minutes: nobody has to wait."""
@@ -5561,17 +5553,11 @@ class Waker:
 
 
 @dataclass(kw_only=True, eq=False)
-class Runner:
+class Runner(Part):
     """The run lane of each VM: one text at a time, in order; outages and deadlines."""
 
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
     vms: VmClient
-    state: RelayState
     sender: Sender
-    tasks: Tasks
-    metrics: Metrics
     watch: Watch
     waker: Waker
 
@@ -5643,12 +5629,10 @@ class Runner:
             await self._expire(vm, text)
         elif not (route.is_paired or text.may_have_reached):  # locked since it came
             await self.sender.drop(vm)
-        elif is_away and not await self._is_back(vm, route, text):
-            pass  # until its time is over
-        elif not is_away and route.state == "asleep":
+        elif route.state == "asleep" and not is_away:
             if not await self.waker.rouse(vm) and text in vm.waiting:
                 await self._announce_outage(vm, text)
-        else:
+        elif not is_away or await self._is_back(vm, route, text):
             if not text.handed_over:
                 text.handed_over = True
                 await self.state.store.save(text.updated())
@@ -5705,7 +5689,7 @@ class Runner:
 
     def _note_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
         """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
-        vm.answered_at, vm.has_switched_key = self.clock.now(), False
+        vm.answered_at, vm.probes, vm.has_switched_key = self.clock.now(), 0, False
         if ends_outage:
             vm.last_call_failed, vm.handed_over_at = False, NEVER
             if vm.away_since is not None:
@@ -5714,19 +5698,15 @@ class Runner:
                 log_event("vm_back", vm_id=vm.vm_id)
 
     async def _on_unreachable(self, vm: VmState, route: Route, text: Text, error: VmAway) -> None:
-        vm.last_call_failed = True
-        trace = text.trace
-        trace.note_error(self.clock.now(), str(error))
-        whose = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": trace.attempts}
-        log_warning("vm_unreachable", **whose, error=str(error))
-        is_healthy = False
+        vm.last_call_failed, is_healthy, reason = True, False, str(error)
+        text.trace.note_error(self.clock.now(), reason)
+        whose = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": text.trace.attempts}
+        log_warning("vm_unreachable", **whose, error=reason)
         if error.may_have_reached:
             is_healthy = await self.vms.is_healthy(route)
-            # A proxy's 502 counts only against a VM that is there.
+            # A proxy's 502 counts only against a VM that is there; many prolong no wait.
             is_drop = error.is_drop or is_healthy
-            if (
-                is_drop or not text.may_have_reached
-            ):  # 502s again and again do not prolong the wait
+            if is_drop or not text.may_have_reached:
                 text.dropped_at = self.clock.now()
             text.may_have_reached = True
             text.drops += is_drop
@@ -5747,11 +5727,9 @@ class Runner:
         # A machine that rests does not come back by itself.
         if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
             self.waker.begin(vm)
-        # Full jitter, under a ceiling that grows with the outage.
-        now, (least_s, most_s) = self.clock.now(), PROBE_S
-        ceiling_s = min(most_s, max(least_s, now - (vm.away_since or now)))
-        left_s = self._deadline(vm, text) - now + 0.001
-        await self.clock.sleep(min(left_s, self.clock.uniform(0, ceiling_s)))
+        vm.probes += 1
+        left_s = self._deadline(vm, text) - self.clock.now()
+        await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
         # One that is just being put to sleep still answers, but not for long.
         if not await self.vms.is_healthy(route) or vm.is_falling_asleep:
             return False
@@ -7638,7 +7616,7 @@ class Gateway:
 
     def _make(self, part: type[T], **more: Any) -> T:
         """A part, given those made so far that its fields name, and `more`."""
-        names = part.__annotations__.keys() & vars(self)
+        names = {one.name for one in dataclasses.fields(cast(Any, part))} & vars(self).keys()
         return part(**{name: getattr(self, name) for name in names}, **more)
 
 
