@@ -4757,8 +4757,8 @@ class Provisioner:
 
 # --- In flight ---
 #
-# One VmState per VM, in memory, and the MessageStore beneath: Inbox takes texts in, Runner hands them to
-# VMs, Sender hands to Twilio what is to be told.
+# One VmState per VM, in memory, and the MessageStore beneath. Inbox takes texts in, Runner hands them
+# to VMs, Sender tells their owners.
 
 # What the gateway itself tells an owner.
 NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
@@ -4804,7 +4804,7 @@ TEXTS_SHOWN = 20  # of one VM, in its record
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trace:
-    """One text's way through the gateway, without its words; times are wall-clock seconds."""
+    """One text's way through the gateway, without its words; wall-clock seconds."""
 
     sid: str
     vm_id: str
@@ -4846,7 +4846,7 @@ class Trace:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Text:
-    """An accepted text on its way to its VM; wall-clock seconds, for they must survive a restart."""
+    """An accepted text on its way to its VM; wall-clock seconds survive a restart."""
 
     sid: str
     vm_id: str
@@ -4875,7 +4875,7 @@ class Text:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Outbound:
-    """Something to tell an owner: words in parts, then images of the VM, each a message of its own."""
+    """Something to tell an owner: parts, then images of the VM, a message each."""
 
     id: str
     vm_id: str
@@ -4886,7 +4886,7 @@ class Outbound:
     created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
     in_words: list[int] = field(default_factory=list)  # pictures that go as a link
-    attempted_at: float | None = None  # the same: when an earlier process may have sent it
+    attempted_at: float | None = None  # the same: it may have been sent since
     traces: Sequence[Trace] = ()  # of the texts it answers
 
     @property
@@ -4909,7 +4909,7 @@ class Outbound:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class KeptOfVm:
-    """What is known of one VM and outlives a restart; wall-clock seconds."""
+    """What is known of one VM, also after a restart; wall-clock seconds."""
 
     away_since: float | None = None
     error: str = ""  # why its owner did not hear something
@@ -4920,10 +4920,10 @@ class KeptOfVm:
     answered_at: float = 0.0  # the end of the last text it finished
     owes_restart: bool = False  # asked for by text, not yet begun
     owes_stop: bool = False  # the same
-    stopped_sid: str = ""  # the text that was to be stopped: its exit code tells nothing
+    stopped_sid: str = ""  # its exit code tells nothing
     # Texts that begin a conversation; "": the next one does.
     new_sids: list[str] = field(default_factory=list)
-    owed_lock: int = 0  # asked for by text: the number its pairing has to reach
+    owed_lock: int = 0  # by text: the number to be reached
     asked_for_code_at: float = 0.0
 
 
@@ -4943,7 +4943,7 @@ class VmState(KeptOfVm):
     is_paused: bool = False  # being changed: it is handed nothing
     machine: asyncio.Lock = field(default_factory=asyncio.Lock)  # held to suspend or start it
     is_falling_asleep: bool = False
-    closing_notice: str = ""  # it is no more: what whoever waits here is told
+    closing_notice: str = ""  # it is gone: what is told of it
     was_told_of_setup: bool = False
     last_text: float | None = None
     last_call_failed: bool = False
@@ -4971,12 +4971,12 @@ class VmState(KeptOfVm):
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
 
     def is_held(self) -> bool:
-        """Whether nothing is run: it is being changed, is no more, or owes its owner a verb first."""
+        """Whether nothing is run: it is changed, gone, or owes a verb."""
         owes_verb = self.owes_restart or self.owes_stop
         return self.is_paused or owes_verb or bool(self.closing_notice)
 
     def may_sleep(self) -> bool:
-        """Whether nothing of it is in flight, and nothing is done to it."""
+        """Whether nothing of it is in flight or to be done."""
         return self.is_idle() and not self.is_held()
 
     def is_turning(self) -> bool:
@@ -4984,13 +4984,13 @@ class VmState(KeptOfVm):
         return self.machine.locked() or self.waker is not None
 
     def last_sign(self) -> float:
-        """When it last had a text, an answer or a message of its own (wall clock)."""
+        """Its last text, answer or own message (wall clock)."""
         own = [at for at, _ in self.vm_messages[-1:]]
         return max(self.last_text or 0.0, self.answered_at, *own)
 
     @property
     def running(self) -> Text | None:
-        """The text that its VM has in hand; one that met 409 waits for the command before it."""
+        """The text that its VM has in hand; one that met 409 waits for another."""
         first = self.waiting[0] if self.waiting and self.is_handing_over else None
         waits = first and first.busy_since is not None and not first.may_have_reached
         return None if waits else first
@@ -5004,7 +5004,7 @@ class VmState(KeptOfVm):
         return [text for text in self.queued() if not text.may_have_reached]
 
     def new_without(self, texts: Sequence[Text]) -> list[str]:
-        """A conversation that one of these was to begin is begun by the next text that is run."""
+        """What one of these was to begin anew is left to the next text."""
         sids = [text.sid for text in texts]
         heir = next((text.sid for text in self.unreached() if text not in texts), "")
         return [heir if sid in sids else sid for sid in self.new_sids]
@@ -5021,12 +5021,12 @@ def about(notice: str, *texts: Text | InboundMessage, **values: object) -> str:
 
 
 def dropped(texts: Sequence[Text]) -> str:
-    """What is told of texts that are not run because their owner said so."""
+    """What an owner is told who dropped texts."""
     return f"Not run: {len(texts)} text{'s' * (len(texts) > 1)} dropped."
 
 
 def words_of(answer: Answer, *, is_stopped: bool) -> list[str]:
-    """A VM's answer as parts for a phone; who stopped it knows how it ended."""
+    """An answer as parts for a phone; who stopped it knows its exit code."""
     if answer.is_unreadable:
         return [UNREADABLE]
     code = f"Exit code {answer.exit_code}" if answer.exit_code and not is_stopped else ""
@@ -5038,7 +5038,7 @@ def words_of(answer: Answer, *, is_stopped: bool) -> list[str]:
 
 
 class RelayState:
-    """The messages in flight and what is known of each VM: in memory, and in the store beneath."""
+    """What is in flight and known of VMs: in memory, and in the store."""
 
     def __init__(self, store: MessageStore, clock: Clock, routes: RouteStore) -> None:
         self.store = store
@@ -5056,7 +5056,7 @@ class RelayState:
         return self.vms[vm_id]
 
     def retire(self, vm: VmState) -> None:
-        """Forget a VM that is gone, its route too, once nothing of it is left to be told."""
+        """Forget a VM that is gone, with its route, once nothing is left to be told."""
         is_over = vm.closing_notice and vm.is_idle() and not self.routes.find(vm.vm_id)
         if is_over and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
@@ -5076,11 +5076,11 @@ class RelayState:
     async def once(
         self, vm: VmState, message: InboundMessage, *changes: Change, **values: Any
     ) -> str | None:
-        """Give a VM these values and store that with a text's SID: in memory at once, all or nothing.
+        """Give a VM these values, in memory at once, and store them with a text's SID, or not at all.
 
         None when the SID is new, else the reply of that time; raises StoreError.
         """
-        # What was so already belongs to another text, which may have been stored.
+        # What was so already belongs to another text.
         changed = [name for name, value in values.items() if getattr(vm, name) != value]
         before = {name: getattr(vm, name) for name in changed}
         for name in changed:
@@ -5103,14 +5103,16 @@ class RelayState:
 
         Raises StoreError.
         """
-        read, now = self.store.read, self.clock.now()
+        read = self.store.read
+        now = self.clock.now()
         self.marks = {row["name"]: row["value"] for row in await read("SELECT * FROM marks")}
         if "begun" not in self.marks:
             await self.store.save(self.set_mark("begun", now))
         for row in await read("SELECT * FROM vms"):
             self._of(row).restore(object_in(parse_json(row["record"])), now)
         for row in await read("SELECT * FROM texts ORDER BY rowid"):
-            vm, is_resumed = self._of(row), bool(row["handed_over"])
+            vm = self._of(row)
+            is_resumed = bool(row["handed_over"])
             row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
             trace = self.trace(row["sid"], vm.vm_id, row["arrived"])
             self.remember(trace)
@@ -5153,7 +5155,7 @@ class Part:
 
 # --- Sending ---
 
-# Callbacks come in any order: a status that does not come later here than one already told says nothing new.
+# Callbacks come in any order: a status of no higher rank than the last says nothing new.
 STATUSES = "accepted scheduled|queued|sending|sent|delivered undelivered failed canceled|read"
 STATUS_RANKS = {
     status: rank for rank, alike in enumerate(STATUSES.split("|")) for status in alike.split()
@@ -5162,11 +5164,11 @@ STATUS_RANKS = {
 
 @dataclass(kw_only=True, eq=False)
 class Sender(Part):
-    """The send lane of each VM: in the order they were stored, the next after Twilio took the last."""
+    """The send lane of each VM: in order, the next after Twilio took the last."""
 
     keyring: Keyring
     twilio: TwilioClient
-    # By the SID of an answer's message, for the report that it was delivered.
+    # By the SID of an answer's message, for its delivery report.
     sent_as: Recent[Sequence[Trace]] = field(default_factory=lambda: Recent(TRACES_KEPT))
 
     # What is to be told
@@ -5174,7 +5176,7 @@ class Sender(Part):
     def outbound(
         self, vm: VmState, parts: Sequence[str], text: Text | None = None, **more: Any
     ) -> Outbound:
-        """Something to tell: about a text where that came from, else where the owner last texted."""
+        """About a text where that came from, else where the owner last texted."""
         return Outbound(
             id=more.pop("id", "") or f"n-{self.clock.random_id()}",
             vm_id=vm.vm_id,
@@ -5203,7 +5205,7 @@ class Sender(Part):
         """End these texts with what their owner is told, in one transaction."""
         traces = [text.trace for text in texts]
         out = self.outbound(vm, parts, texts[-1], images=images, id=texts[0].sid, traces=traces)
-        # An earlier process may have sent its answer, and had no disk to note that on.
+        # An earlier process may have sent its answer, and not noted it.
         resumed = [text.arrived - self.twilio.api.ahead_s for text in texts if text.is_resumed]
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
@@ -5221,7 +5223,7 @@ class Sender(Part):
             await self.finish(vm, texts, [dropped(texts)], "cancelled")
 
     def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
-        """What is told of a VM that is no more, and of texts that were not run."""
+        """What is told of a VM that is gone, and of texts not run."""
         url = self.settings.gateway.onboarding_url if notice == VM_GONE else ""
         not_run = f" Not run: {quoted(*texts)}" if texts else ""
         return notice + not_run + (f" Sign up: {url}" if url else "")
@@ -5236,7 +5238,7 @@ class Sender(Part):
         self.metrics.texts_finished.add(outcome, by=len(texts))
 
     def command_of(self, vm: VmState, text: Text) -> Json:
-        """What a VM is handed: words, and links to what lies at Twilio's own address."""
+        """What a VM is handed: words, and links to pictures at Twilio's own address."""
         now = self.clock.now()
         media = [
             {"url": self._link(vm.vm_id, path, now), "content_type": kind}
@@ -5259,7 +5261,7 @@ class Sender(Part):
         self.start(vm)
 
     def start(self, vm: VmState) -> None:
-        # A run lane with nothing more to run goes on as the send lane: a task less per text.
+        # A run lane at its end goes on as the send lane: a task less per text.
         goes_on = not vm.waiting and vm.runner is asyncio.current_task()
         if vm.outbox and not (vm.sender or goes_on):
             vm.sender = self.tasks.start(self.run(vm))
@@ -5296,7 +5298,7 @@ class Sender(Part):
                     reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
                     return self._give_up(vm, out, reason, error.code)
                 out.in_words.append(out.sent)
-                # Before it goes: a look-up after a kill must look for these words.
+                # Before it goes: after a kill these words are looked up.
                 await self.state.store.save(out.updated())
                 continue
             out.sent += 1
@@ -5331,7 +5333,7 @@ class Sender(Part):
 
     @functools.cached_property
     def callback(self) -> str:
-        """Where Twilio reports what became of a message, without the vm_id; nothing where it cannot call."""
+        """Where Twilio reports to, without the vm_id; nothing if it cannot."""
         public_url = self.settings.gateway.public_url
         is_local = is_loopback(urlsplit(public_url).hostname or "")
         return "" if is_local else f"{public_url}/sms/status?vm="
@@ -5369,7 +5371,7 @@ class Sender(Part):
     def note_failure(
         self, vm: VmState, channel: str, traces: Sequence[Trace], reason: str, code: str
     ) -> None:
-        """Remember why an owner did not hear something, and that they opted out if Twilio says so."""
+        """Why an owner did not hear something stands in the VM's record."""
         now = self.clock.now()
         for trace in traces:
             trace.note_error(now, reason)
@@ -5381,7 +5383,7 @@ class Sender(Part):
 
 @dataclass(kw_only=True, eq=False)
 class DeliveryReports(Part):
-    """What Twilio reports of messages it took: out of order, twice, and before the create's own answer."""
+    """What Twilio reports: out of order, twice, before the create's answer."""
 
     twilio: TwilioClient
     sender: Sender
@@ -5391,15 +5393,18 @@ class DeliveryReports(Part):
     def handle(self, form: Mapping[str, str], vm_id: str) -> None:
         """One callback; `vm_id` is what its address named."""
         sid, status, to = (form.get(name, "") for name in ("MessageSid", "MessageStatus", "To"))
-        rank, now = STATUS_RANKS.get(status, -1), self.clock.now()
+        rank = STATUS_RANKS.get(status, -1)
+        now = self.clock.now()
         if rank <= self.ranks.get(sid, -1):
             return
         self.ranks.put(sid, rank, now)
         self.metrics.deliveries.add(status)
-        found, phone = self.routes.find(vm_id), to.removeprefix(WHATSAPP)
+        found = self.routes.find(vm_id)
+        phone = to.removeprefix(WHATSAPP)
         if found is None or found[0] != phone or rank < STATUS_RANKS["delivered"]:
             return
-        vm, channel = self.state.vm(vm_id, phone), to.removesuffix(phone)
+        vm = self.state.vm(vm_id, phone)
+        channel = to.removesuffix(phone)
         traces = self.sender.sent_as.get(sid, ())
         if status in ("delivered", "read"):
             for trace in traces:
@@ -5408,9 +5413,10 @@ class DeliveryReports(Part):
                 vm.error = ""
                 self.state.store.note(vm.put())
             return
-        # It is not sent again: its cause stands in the VM's record.
+        # It is not sent again.
         code = form.get("ErrorCode", "")
-        reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
+        reason = explain_code(code)
+        policy = TWILIO_ERRORS.get(code)
         log_warning("undelivered", vm_id=vm_id, message_sid=sid, error=reason)
         self.metrics.twilio_errors.add(code if policy else "other")
         if policy and policy.action == "retry_and_alert":
@@ -5423,7 +5429,7 @@ class DeliveryReports(Part):
 VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
-WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
+WAKE_S = 5.0  # so long a sleeper may take to answer without a word to its owner
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
 STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
@@ -5431,7 +5437,7 @@ STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
 
 @dataclass(kw_only=True, eq=False)
 class Watch(Part):
-    """Tells the owners of commands that run long; one task for all, which ends when nothing runs."""
+    """Tells whose commands run long; one task for all, which ends when nothing runs."""
 
     sender: Sender
     vms: VmClient
@@ -5462,7 +5468,7 @@ class Watch(Part):
             await self.sender.notify(vm, f"{STILL_WORKING} {note}".strip(), text=text)
 
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
-        """A line of what a VM is doing; one that is away or asleep is not asked."""
+        """What a VM is doing, in a line; one that is away or asleep is not asked."""
         route = self.routes.of(vm.vm_id)
         if route and route.state == "ready" and vm.away_since is None and not vm.is_paused:
             return (await self.vms.health(route, within_s)).note
@@ -5471,13 +5477,13 @@ class Watch(Part):
 
 @dataclass(kw_only=True, eq=False)
 class Waker(Part):
-    """Starts machines that rest: those put to sleep, and those found stopped in an outage."""
+    """Starts machines that rest: put to sleep, or found stopped in an outage."""
 
     fly: FlyClient
     vms: VmClient
 
     def begin(self, vm: VmState) -> asyncio.Task[bool]:
-        """Start it, if it rests; tells whether Fly did, which may take minutes: nobody has to wait."""
+        """Start it, if it rests; whether Fly did, which may take minutes."""
         if vm.waker is None:
             vm.asked_fly_at = self.clock.monotonic()
             vm.waker = self.tasks.start(self._wake(vm))
@@ -5544,17 +5550,18 @@ class Waker(Part):
                 await self.routes.update(vm_id, state="ready")
 
     async def look(self, vm_id: str) -> None:
-        """Ask Fly whether one that is said to sleep is awake; raises UpstreamError."""
+        """Whether a sleeper is awake, as Fly says; raises UpstreamError."""
         if route := self.routes.of(vm_id):
             machine = await self.fly.get_machine(vm_id, route.machine_id)
-            is_up, vm = machine.state == "started" and machine.host_ok, self.state.vms.get(vm_id)
+            is_up = machine.state == "started" and machine.host_ok
+            vm = self.state.vms.get(vm_id)
             if is_up and not (vm and vm.is_falling_asleep):
                 await self.note_awake(vm_id)
 
 
 @dataclass(kw_only=True, eq=False)
 class Runner(Part):
-    """The run lane of each VM: one text at a time, in order; outages and deadlines."""
+    """The run lane of each VM: a text at a time, in order; outages, deadlines."""
 
     vms: VmClient
     sender: Sender
@@ -5583,7 +5590,7 @@ class Runner(Part):
         return route, vm.waiting[0]
 
     async def _run(self, vm: VmState) -> None:
-        """Ends when nothing is to be run (no await between that look and its end)."""
+        """No await between the look that finds nothing and its end."""
         REQUEST_ID.set("")  # it outlives the request that happened to start it
         try:
             while job := self._next(vm):
@@ -5603,7 +5610,7 @@ class Runner(Part):
             vm.runner = None  # one that had not begun yet did not say so itself
 
     async def pause(self, vm: VmState, patience_s: float) -> None:
-        """Hand the VM nothing more until `resume`; what it is running has so long to end."""
+        """Hand it nothing more until `resume`; what it runs has so long to end."""
         vm.is_paused = True
         if vm.runner and vm.is_handing_over:
             with suppress(TimeoutError):
@@ -5611,7 +5618,7 @@ class Runner(Part):
                     await asyncio.wait({vm.runner})
 
     async def resume(self, vm: VmState, *, answered_at: float = 0.0) -> None:
-        """Go on with a VM; `answered_at`: it was restarted and well then, what it ran is cut off."""
+        """Go on; `answered_at`: it was restarted by then, what it ran is cut off."""
         if answered_at:
             await self.stop(vm)
             vm.answered_at = max(vm.answered_at, answered_at)
@@ -5621,7 +5628,7 @@ class Runner(Part):
     # One text
 
     async def _step(self, vm: VmState, route: Route, text: Text) -> None:
-        """One attempt to run the first text, or one step towards that; the lane looks anew after each."""
+        """One step towards an answer to the first text; then all is looked at anew."""
         is_away = vm.away_since is not None
         if text.drops >= 2:
             await self._finish(vm, [text], "crashed")
@@ -5641,7 +5648,8 @@ class Runner(Part):
                 await self._attempt(vm, route, text)
 
     async def _attempt(self, vm: VmState, route: Route, text: Text) -> None:
-        vm.is_handing_over, vm.handed_over_at = True, self.clock.monotonic()
+        vm.is_handing_over = True
+        vm.handed_over_at = self.clock.monotonic()
         vm.still_at = vm.handed_over_at + STILL_AFTER_S
         self.watch.start()
         text.trace.attempts += 1
@@ -5675,7 +5683,7 @@ class Runner(Part):
         await self.sender.finish(vm, texts, split_text(words), outcome)
 
     async def _switch_key(self, vm: VmState, route: Route) -> bool:
-        """After a rotation that was killed another secret's token may hold: it is tried once, and noted."""
+        """A killed rotation may have left another token: it is tried once."""
         others = [key_id for key_id in self.sender.keyring.ids if key_id != route.key_id]
         if vm.has_switched_key or not others:
             return False
@@ -5688,23 +5696,28 @@ class Runner(Part):
     # How its VM is
 
     def _note_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
-        """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
-        vm.answered_at, vm.probes, vm.has_switched_key = self.clock.now(), 0, False
+        """It answered on /command: what waits does so from now; below 500 it is back."""
+        vm.answered_at = self.clock.now()
+        vm.probes = 0
+        vm.has_switched_key = False
         if ends_outage:
-            vm.last_call_failed, vm.handed_over_at = False, NEVER
+            vm.last_call_failed = False
+            vm.handed_over_at = NEVER
             if vm.away_since is not None:
                 vm.away_since = None
                 self.state.store.note(vm.put())
                 log_event("vm_back", vm_id=vm.vm_id)
 
     async def _on_unreachable(self, vm: VmState, route: Route, text: Text, error: VmAway) -> None:
-        vm.last_call_failed, is_healthy, reason = True, False, str(error)
-        text.trace.note_error(self.clock.now(), reason)
-        whose = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": text.trace.attempts}
-        log_warning("vm_unreachable", **whose, error=reason)
+        vm.last_call_failed = True
+        trace, reason = text.trace, str(error)
+        trace.note_error(self.clock.now(), reason)
+        whose = {"message_sid": text.sid, "attempt": trace.attempts}
+        log_warning("vm_unreachable", vm_id=vm.vm_id, **whose, error=reason)
+        is_healthy = False
         if error.may_have_reached:
             is_healthy = await self.vms.is_healthy(route)
-            # A proxy's 502 counts only against a VM that is there; many prolong no wait.
+            # A proxy's 502 counts only if the VM is there; many prolong no wait.
             is_drop = error.is_drop or is_healthy
             if is_drop or not text.may_have_reached:
                 text.dropped_at = self.clock.now()
@@ -5712,7 +5725,7 @@ class Runner(Part):
             text.drops += is_drop
         text.handed_over = text.may_have_reached
         await self.state.store.save(text.updated())
-        if not is_healthy:  # else the road may be at fault: it goes again at once, under its key
+        if not is_healthy:  # else the road may be at fault: it goes again at once
             await self._announce_outage(vm, text)
 
     async def _announce_outage(self, vm: VmState, text: Text) -> None:
@@ -5737,7 +5750,7 @@ class Runner(Part):
         return True
 
     async def _wait_while_busy(self, vm: VmState, text: Text) -> None:
-        """409: wait without a notice, which does not count as the VM being away."""
+        """409: wait without a notice; the VM is not away."""
         self._note_answer(vm)
         text.drops = 0  # the VM lived through it
         text.busy_since = text.busy_since or vm.answered_at
@@ -5746,15 +5759,15 @@ class Runner(Part):
         if text.trace.attempts % 10 == 1:
             self.state.store.note(vm.put())
         await VM_BUSY.pause(self.clock, text.trace.attempts)
-        vm.answered_at = self.clock.now()  # nor does this pause, should the VM be away behind it
+        vm.answered_at = self.clock.now()  # nor does this pause, should it be away then
         return None
 
     # Deadlines
 
     def _deadline(self, vm: VmState, text: Text) -> float:
-        """Until when a text waits for its VM (wall clock): from its arrival or its cut.
+        """Until when a text waits for its VM (wall clock), from its arrival or its cut.
 
-        The gateway's start is no cut: what was handed over before waits from then on.
+        What was handed over before the gateway's start waits from then on.
         """
         cut_at = text.dropped_at or self.state.began
         since = cut_at if text.may_have_reached else text.arrived
@@ -5764,7 +5777,7 @@ class Runner(Part):
         return self._deadline(vm, text) <= self.clock.now()
 
     async def _expire(self, vm: VmState, text: Text) -> None:
-        """The first text's time is over; those behind it share its notice, or are judged at once."""
+        """Its time is over; those it is over for too share the notice."""
         if text.may_have_reached:
             await self._finish(vm, [text], "silent", s=self.settings.limits.vm_away_limit_s)
         else:
