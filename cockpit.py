@@ -2215,44 +2215,33 @@ class Upstream:
 #
 # Facts: Fly's OpenAPI document and docs, and fly-go, its own client.
 
-# Calls whose 401 or 403 means that Fly refuses our token; elsewhere the app may not be visible yet.
-TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
-CAPACITY_WORDS = (
-    "insufficient resources",
-    "insufficient memory",
-    "no capacity",
-    "over the allowed quota",
+CAPACITY = re.compile(
+    "insufficient (resources|memory)|no capacity|over the allowed quota", re.IGNORECASE
 )
 RESTING = ("stopped", "suspended")
-FRESH_APP_S = 60.0  # how long an app may stay invisible after its creation (fly-go, WaitForApp)
+# How long a new app may stay invisible (fly-go, WaitForApp).
+FRESH_APP_S = 60.0
 FRESH_APP = Backoff(base_s=0.5, cap_s=2, attempts=1000, budget_s=FRESH_APP_S)
-COOKIES_KEPT = 200  # apps whose affinity cookies are kept
+COOKIES_KEPT = 200
 
 
 def fly_authorization(token: str) -> str:
-    """The Authorization header: `FlyV1` for macaroons, comma-joined, else `Bearer` (fly-go, tokens.go)."""
-    token = token.strip()
-    while token.lower().startswith(("bearer ", "flyv1 ")):
-        token = token.split(" ", 1)[1].strip()
-    parts = [part.strip() for part in token.split(",") if part.strip()]
-    macaroons = [part for part in parts if part.split("_", 1)[0] in ("fm1r", "fm1a", "fm2")]
+    """The header: `FlyV1` for macaroons, else `Bearer` (fly-go, tokens.go)."""
+    parts = [p for p in re.split(r"[\s,]+", token) if p.lower() not in ("", "bearer", "flyv1")]
+    macaroons = [part for part in parts if part.startswith(("fm1r_", "fm1a_", "fm2_"))]
     return "FlyV1 " + ",".join(macaroons) if macaroons else "Bearer " + ",".join(parts)
 
 
 def explain_fly(raw: bytes) -> tuple[str, str]:
-    """Fly's words and machine-readable code: `error` or `message`, `status`; else the raw text."""
-    body = parse_json(raw)
-    code = ""
-    if isinstance(body, dict):
-        words = body.get("error") or body.get("message") or body
-        words = words if isinstance(words, str) else json.dumps(words)
-        code = str(body.get("status") or "")
-    else:
-        words = body if isinstance(body, str) else raw.decode("utf-8", "replace")
+    """Fly's words (`error`, `message`, else all) and its code (`status`)."""
+    words, code = parse_json(raw), ""
+    if isinstance(words, dict):
+        code = str(words.get("status") or "")
+        words = words.get("error") or words.get("message") or words
+    if not isinstance(words, str):
+        words = json.dumps(words) if words else raw.decode("utf-8", "replace")
     # Out of room comes as 400, 403, 409, 412, 422 and 5xx: often only the words tell.
-    if any(known in words.lower() for known in CAPACITY_WORDS):
-        code = NO_CAPACITY
-    return words, code
+    return words, NO_CAPACITY if CAPACITY.search(words) else code
 
 
 FLY = Dialect(
@@ -2286,71 +2275,38 @@ class Machine:
 
 
 def parse_machine(stored: Any) -> Machine:
-    """Raises KeyError, TypeError, AttributeError or ValueError when it is not a machine."""
-    if not (isinstance(stored["id"], str) and stored["id"] and isinstance(stored["state"], str)):
-        raise ValueError("a machine without id or state")
+    """Raises KeyError, TypeError, AttributeError or ValueError when it is none."""
     config = stored.get("config") or {}
     known = config or stored.get("incomplete_config") or {}
-    metadata = known.get("metadata") or {}
-    checks = stored.get("checks") or []
-    events = stored.get("events") or []
-    rootfs = config.get("rootfs") or {}
+    image = stored.get("image_ref") or {}
+    name = "/".join(str(image[part]) for part in ("registry", "repository") if image.get(part))
+    events, checks = stored.get("events"), stored.get("checks")
+    persist = (config.get("rootfs") or {}).get("persist")
     return Machine(
-        id=stored["id"],
-        state=stored["state"],
+        id=text_in(stored, "id"),
+        state=text_in(stored, "state"),
         region=str(stored.get("region") or ""),
         app=str(stored.get("app_name") or ""),
         instance_id=str(stored.get("instance_id") or ""),
         created_at=parse_utc(stored.get("created_at")),
         config=config,
-        metadata={str(name): str(value) for name, value in metadata.items()},
+        metadata={str(key): str(value) for key, value in (known.get("metadata") or {}).items()},
         image=str(config.get("image") or ""),
-        build=image_by_digest(stored.get("image_ref") or {}),
+        build=f"{name}@{image['digest']}" if name and image.get("digest") else "",
         last_event=str(events[0]["id"]) if events else "",
         checks_pass=bool(checks) and all(check.get("status") == "passing" for check in checks),
         host_ok=stored.get("host_status", "ok") == "ok",
         memory_mb=int((config.get("guest") or {}).get("memory_mb") or 0),
-        keeps_disk=bool(config.get("mounts")) or rootfs.get("persist") == "always",
+        keeps_disk=bool(config.get("mounts")) or persist == "always",
     )
 
 
-def image_by_digest(reference: Json) -> str:
-    named = [str(reference[part]) for part in ("registry", "repository") if reference.get(part)]
-    digest = reference.get("digest")
-    return f"{'/'.join(named)}@{digest}" if named and digest else ""
-
-
-def kind_of_address(address: Json) -> str:
-    """Fly does not reliably tell a type: Flycast starts with fdaa: (fly-go, IsFlycast)."""
-    ip = str(address.get("ip") or "")
-    if ip.startswith("fdaa:"):
-        return "private_v6"
-    if address.get("shared"):
-        return "shared_v4"
-    return "v6" if ":" in ip else "v4"
-
-
-class Pace:
-    """Keeps calls under Fly's rate limits: 1 a second with bursts of 3, per action and app or machine.
-
-    Get Machine: 5 a second, bursts of 10.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._ready_at: dict[tuple[str, str], float] = {}
-
-    async def wait(self, action: str, app_or_machine: str) -> None:
-        rate, burst = (5.0, 10) if action == "get machine" else (1.0, 3)
-        now, key = self._clock.monotonic(), (action, app_or_machine)
-        if len(self._ready_at) > 10_000:
-            self._ready_at = {known: at for known, at in self._ready_at.items() if at > now}
-        at = max(self._ready_at.get(key, 0.0), now)
-        self._ready_at[key] = at + 1 / rate
-        pause_s = at - now - (burst - 1) / rate
-        if pause_s > 0:
-            # The margin covers a clock that runs a little apart from Fly's.
-            await self._clock.sleep(pause_s + 0.02)
+def text_in(stored: Any, name: str) -> str:
+    """A name such as may go into a path; raises KeyError, TypeError or ValueError."""
+    value: str = stored[name]
+    if not re.fullmatch("[A-Za-z0-9_-]+", value):
+        raise ValueError(f"no {name}")
+    return value
 
 
 def never(error: UpstreamError) -> bool:
@@ -2358,61 +2314,53 @@ def never(error: UpstreamError) -> bool:
     return False
 
 
-def is_worth_waiting(error: UpstreamError) -> bool:
-    return is_unavailable(error) and error.status != 408
-
-
-def is_worth_making(error: UpstreamError) -> bool:
+def is_passing(error: UpstreamError) -> bool:
+    """A region that is full is not asked again."""
     return is_unavailable(error) and error.code != NO_CAPACITY
 
 
-def ignore(answer: Any) -> None:
-    """For calls whose answer tells nothing that is needed."""
-
-
-def app_path(app: str, *parts: str) -> str:
-    return "/".join(["/apps", *map(quote, (app, *parts))])
+# A 401 or 403 to these refuses our token; to others an app may not be visible yet.
+TOKEN_CALLS = {"create app", "delete app", "list apps", "list org machines", "read token"}
 
 
 class FlyClient:
-    """The Machines API, one method per verb; every request goes through `_call`."""
+    """The Machines API, a method a verb; every request goes through `_call`."""
 
     def __init__(self, api: Upstream, settings: FlySettings, *, budget_s: float) -> None:
         """`budget_s`: how long calls are tried again, the whole of a provisioning."""
         self.api = api
-        self._settings = settings
+        self._org, self._url = settings.org, settings.api_url + "/v1"
         self._clock = api.clock
-        self._pace = Pace(api.clock)
         self._headers = {"Authorization": fly_authorization(settings.token)}
         self._credentials = re.split("[ ,]", self._headers["Authorization"])[1:]
         self.backoff = Backoff(attempts=5, base_s=0.5, cap_s=8, budget_s=budget_s)
         self.trouble = ""
         self._refusal_logged_at = NEVER
-        self._cookies_of: deque[str] = deque()
+        self._free_at = Recent[float](10_000)  # by action, and app or machine
 
     async def _call(
         self,
         method: str,
         path: str,
         action: str,
+        parse: Callable[[Any], T] = bool,  # type: ignore[assignment]
         *,
-        parse: Callable[[Any], T] = ignore,  # type: ignore[assignment]
-        when: Callable[[UpstreamError], bool] = is_unavailable,
+        when: Callable[[UpstreamError], bool] = is_passing,
         find: Callable[[], Awaitable[T | None]] | None = None,
         timeout_s: float = 30,
         hide: Iterable[str] = (),
         **sent: Any,
     ) -> T:
-        """What `parse` reads in the answer; raises UpstreamError.
+        """What `parse` reads in the answer; `when` and `find` are those of `retry`.
 
-        GETs and idempotent writes may be made twice; `when` and `find` are those of `retry`.
+        Raises UpstreamError.
         """
-        url = URL(f"{self._settings.api_url}/v1{path}", encoded=True)
-        app_or_machine = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
+        whose = "/".join(path.split("/")[:5])  # /apps/A, /apps/A/machines/M
         sent |= {"hide": (*self._credentials, *hide), "headers": self._headers}
 
         async def attempt() -> T:
-            await self._pace.wait(action, app_or_machine)
+            await self._keep_pace(action, whose)
+            url = URL(self._url + path)
             try:
                 answer = await self.api.ask(action, method, url, timeout_s=timeout_s, **sent)
             except UpstreamError as error:
@@ -2425,15 +2373,26 @@ class FlyClient:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 
-        more: Json = {"when": when, "find": find, "path": app_or_machine}
-        return await retry(attempt, self.backoff, self._clock, **more)
+        return await retry(attempt, self.backoff, self._clock, when=when, find=find, path=whose)
+
+    async def _keep_pace(self, action: str, whose: str) -> None:
+        """Keep under Fly's rate limits, which are per action and app or machine."""
+        # A second, and in a burst.
+        rate, burst = (5, 10) if action == "get machine" else (1, 3)
+        now, key = self._clock.monotonic(), f"{action} {whose}"
+        free_at = max(self._free_at.get(key, now), now)
+        self._free_at.put(key, free_at + 1 / rate, now)
+        pause_s = free_at - now - (burst - 1) / rate
+        if pause_s > 0:
+            # The margin covers a clock that runs a little apart from Fly's.
+            await self._clock.sleep(pause_s + 0.02)
 
     def _note_refusal(self, error: UpstreamError) -> None:
-        """A token that Fly refuses is named on /health, and in one log line a minute."""
+        """/health tells of a token that Fly refuses, and one log line a minute."""
         is_refusal = error.status in (401, 403) and error.code != NO_CAPACITY
         if not is_refusal or error.operation not in TOKEN_CALLS:
             return
-        remedy = f"set FLY_API_TOKEN to an organisation token of {self._settings.org}"
+        remedy = f"set FLY_API_TOKEN to an organisation token of {self._org}"
         self.trouble = f"Fly refuses our token ({error.status} to {error.operation}): {remedy}"
         now = self._clock.monotonic()
         if now - self._refusal_logged_at >= 60:
@@ -2447,74 +2406,65 @@ class FlyClient:
         body: Json,
         parse: Callable[[Any], T],
         listing: str,
-        pick: Callable[[Any], T | None],
-        timeout_s: float = 90,
+        is_ours: Callable[[Any], bool],
     ) -> T:
-        """POST what has no idempotency key exactly once.
+        """POST exactly once what has no idempotency key.
 
-        After an unknown outcome, `pick` finds in what a GET of the same path (`listing`) shows.
+        After an unknown outcome a GET of the same path (`listing`) may show what `is_ours`.
         """
 
-        async def look() -> T | None:
-            for pause_s in (0.2, 1.0):  # lists lag behind writes
-                await self._clock.sleep(pause_s)
-                if (found := await self._call("GET", path, listing, parse=pick)) is not None:
-                    return found
-            return None
+        def pick(answer: Any) -> T | None:
+            entries = answer if isinstance(answer, list) else answer.get("ips", [answer])
+            return next((parse(entry) for entry in entries if is_ours(entry)), None)
 
-        more: Json = {"json": body, "timeout_s": timeout_s, "when": is_worth_making}
-        return await self._call("POST", path, action, parse=parse, find=look, **more)
+        async def look() -> T | None:
+            await self._clock.sleep(1.2)  # lists lag behind writes
+            return await self._call("GET", path, listing, pick)
+
+        more: Json = {"json": body, "timeout_s": 90, "find": look}
+        return await self._call("POST", path, action, parse, **more)
 
     # Apps
 
     async def create_app(self, app: str) -> None:
-        """Create the app on a network named after it; ours of that name counts.
+        """Create the app on a network of its name; ours of that name counts.
 
         Raises NameTaken.
         """
-        self._cookies_of.append(app)
-        if len(self._cookies_of) > COOKIES_KEPT:  # those of apps long made would only pile up
-            self._forget_cookies(self._cookies_of.popleft())
-        body = {"name": app, "org_slug": self._settings.org, "network": app}
+        cookies = self.api.session.cookie_jar
+        # Without its own a fresh app is only seen later.
+        if len(cookies) > COOKIES_KEPT:
+            cookies.clear()
         # `wait` is what Fly's own client sends; a repeated create answers 422 name_taken.
+        body = {"name": app, "org_slug": self._org, "network": app}
         more: Json = {"params": {"wait": "true"}, "timeout_s": 60}
         try:
             await self._call("POST", "/apps", "create app", json=body, **more)
-        except UpstreamUnreadable:
-            return
         except UpstreamRejected as error:
             is_taken = error.code == "name_taken" or "already been taken" in error.detail.lower()
             if not is_taken and error.status != 409:
                 raise
-            await self._check_ours(app, error)
+            if not await self._is_ours(app):
+                reason = f"the name {app} is taken by somebody else"
+                raise NameTaken("fly", "create app", reason) from error
+            log_event("app_adopted", vm_id=app)
 
-    def _forget_cookies(self, app: str) -> None:
-        def is_of_app(cookie: Any) -> bool:
-            return str(cookie["path"]).rstrip("/").endswith(f"/apps/{app}")
+    async def _is_ours(self, app: str) -> bool:
+        """Made by a call whose answer was lost, it may not be visible yet."""
 
-        self.api.session.cookie_jar.clear(is_of_app)
+        def may_appear(error: UpstreamError) -> bool:
+            return is_unavailable(error) or error.status == 404
 
-    async def _check_ours(self, app: str, taken: UpstreamRejected) -> None:
-        """Made a moment ago by a call whose answer was lost, it may not be visible yet.
-
-        Raises NameTaken.
-        """
-        name_taken = NameTaken("fly", "create app", f"the name {app} is taken by somebody else")
         try:
             found = await retry(
-                lambda: self.get_app(app),
-                FRESH_APP,
-                self._clock,
-                when=lambda error: is_unavailable(error) or isinstance(error, UpstreamNotFound),
+                lambda: self.get_app(app), FRESH_APP, self._clock, when=may_appear
             )
-        except UpstreamNotFound:
-            raise taken from None
         except UpstreamRejected as error:
-            raise name_taken from error
-        slug = object_in(found.get("organization")).get("slug")
-        if slug not in (None, self._settings.org) or found.get("network", app) != app:
-            raise name_taken
-        log_event("app_adopted", vm_id=app)
+            if error.status == 404:
+                raise
+            return False
+        org = object_in(found.get("organization")).get("slug") or self._org
+        return org == self._org and (found.get("network") or app) == app
 
     async def list_apps(self) -> set[str]:
         """The names of the organisation's apps."""
@@ -2522,25 +2472,22 @@ class FlyClient:
         def names(answer: Any) -> set[str]:
             return {str(app["name"]) for app in answer["apps"]}
 
-        query = {"org_slug": self._settings.org}
-        return await self._call("GET", "/apps", "list apps", params=query, parse=names)
+        return await self._call(
+            "GET", "/apps", "list apps", names, params={"org_slug": self._org}
+        )
 
     async def get_app(self, app: str) -> Json:
         """One attempt; raises UpstreamNotFound when there is none."""
-
-        def this_app(answer: Any) -> Json:
-            if answer.get("name", app) != app:
-                raise ValueError("another app")
-            return dict(answer)
-
-        return await self._call("GET", app_path(app), "get app", parse=this_app, when=never)
+        # Of what is no object a TypeError.
+        call = "GET", f"/apps/{app}", "get app", lambda found: {**found}
+        return await self._call(*call, when=never)
 
     async def delete_app(self, app: str) -> bool:
-        """Ask for the app and all in it to be deleted; False when Fly knows none (any more, or yet)."""
+        """Ask for the app to be deleted with all in it; False when Fly knows none."""
         more: Json = {"params": {"force": "true"}, "timeout_s": 60}
         try:
             with suppress(UpstreamUnreadable):
-                await self._call("DELETE", app_path(app), "delete app", **more)
+                await self._call("DELETE", f"/apps/{app}", "delete app", **more)
         except UpstreamNotFound:
             return False
         return True
@@ -2549,143 +2496,138 @@ class FlyClient:
 
     async def set_secrets(self, app: str, values: Mapping[str, str]) -> int:
         """Set these in one call, leave others; returns the secrets' version."""
-
-        def version(answer: Any) -> int:
-            return int(answer.get("version") or answer["Version"])
-
-        call = "POST", app_path(app, "secrets"), "set secrets"
-        more: Json = {"json": {"values": dict(values)}, "hide": values.values()}
-        return await self._call(*call, parse=version, **more)
+        call = (
+            "POST",
+            f"/apps/{app}/secrets",
+            "set secrets",
+            lambda answer: int(answer["version"]),
+        )
+        return await self._call(*call, json={"values": dict(values)}, hide=values.values())
 
     async def ensure_address(self, app: str, kind: str, network: str = "") -> None:
         """Allocate an address of this kind: `private_v6`, `shared_v4`, `v6`."""
-        path = app_path(app, "ip_assignments")
         body = {"type": kind} | ({"network": network} if network else {})
 
-        def is_there(answer: Any) -> bool | None:
-            return kind in [kind_of_address(address) for address in answer["ips"]] or None
+        def is_there(address: Json) -> bool:
+            # Fly does not reliably tell a type (fly-go, IsFlycast).
+            ip = str(address["ip"])
+            if ip.startswith("fdaa:"):
+                return kind == "private_v6"
+            return kind == ("v6" if ":" in ip else "shared_v4")
 
-        call = path, "allocate address", body, lambda _: True
-        await self._make_once(*call, "list addresses", is_there, 60)
+        call = f"/apps/{app}/ip_assignments", "allocate address", body, bool
+        await self._make_once(*call, "list addresses", is_there)
 
     async def ensure_volume(
         self, app: str, region: str, size_gb: int, guest: Json
     ) -> tuple[str, str]:
-        """Create the volume for /data, beside room for `guest`; returns its id and region."""
-        path = app_path(app, "volumes")
+        """Create one for /data, beside room for `guest`; returns its id and region."""
         body = {"name": "data", "region": region, "size_gb": size_gb, "compute": guest}
 
         def volume(answer: Any) -> tuple[str, str]:
-            if not isinstance(answer["id"], str):
-                raise ValueError("no id")
-            return answer["id"], str(answer.get("region") or region)
+            return text_in(answer, "id"), str(answer.get("region") or region)
 
-        def ours(answer: Any) -> tuple[str, str] | None:
-            listed = [v for v in answer if (v.get("name"), v.get("region")) == ("data", region)]
-            there = [volume(v) for v in listed if "destroy" not in str(v.get("state"))]
-            return there[0] if there else None
+        def is_ours(listed: Json) -> bool:
+            names = listed.get("name"), listed.get("region")
+            return names == ("data", region) and "destroy" not in str(listed.get("state"))
 
-        call = path, "create volume", body, volume
-        return await self._make_once(*call, "list volumes", ours, 60)
+        call = f"/apps/{app}/volumes", "create volume", body, volume
+        return await self._make_once(*call, "list volumes", is_ours)
 
     async def delete_volume(self, app: str, volume_id: str) -> None:
         """Delete a volume; none being there is success."""
         with suppress(UpstreamNotFound):
-            await self._call("DELETE", app_path(app, "volumes", volume_id), "delete volume")
+            await self._call("DELETE", f"/apps/{app}/volumes/{volume_id}", "delete volume")
 
     # Machines
 
     async def create_machine(self, app: str, request: Json, launch_id: str) -> Machine:
-        """Create a machine; one with our `cockpit_launch` after an unknown outcome is taken for it."""
+        """Create a machine; after an unknown outcome `launch_id` finds it."""
 
-        def ours(answer: Any) -> Machine | None:
-            machines = [parse_machine(entry) for entry in answer]
-            launched = (m for m in machines if m.metadata.get("cockpit_launch") == launch_id)
-            return next(launched, None)
+        def is_ours(listed: Json) -> bool:
+            return parse_machine(listed).metadata.get("cockpit_launch") == launch_id
 
-        call = app_path(app, "machines"), "create machine", request, parse_machine
-        return await self._make_once(*call, "list machines", ours)
+        call = f"/apps/{app}/machines", "create machine", request, parse_machine
+        return await self._make_once(*call, "list machines", is_ours)
 
     async def list_org_machines(self) -> tuple[list[Machine], list[str]]:
-        """The organisation's machines (without host status), and the regions that Fly could not ask."""
-        call = "GET", f"/orgs/{quote(self._settings.org)}/machines", "list org machines"
+        """The organisation's machines, and the regions that Fly could not ask."""
         machines: list[Machine] = []
         missing: set[str] = set()
-        cursors = [""]
+        cursors: list[str] = []
+        query = {"limit": "1000"}
 
         def page(answer: Any) -> str:
             machines.extend([parse_machine(entry) for entry in answer["machines"]])
-            missing.update(str(region) for region in answer.get("error_regions") or ())
+            missing.update(map(str, answer.get("error_regions") or ()))
             return str(answer.get("next_cursor") or "")
 
-        while True:
-            query = {"limit": "1000"} | ({"cursor": cursors[-1]} if cursors[-1] else {})
-            # A page may be short, or even empty, while more follow.
-            following = await self._call(*call, params=query, timeout_s=60, parse=page)
-            if not following:
-                return machines, sorted(missing)
-            if following in cursors:
-                raise UpstreamUnreadable(
-                    "fly", "list org machines", "a list that goes in circles"
-                )
-            cursors.append(following)
+        call = "GET", f"/orgs/{self._org}/machines", "list org machines", page
+        # A page may be short, or even empty, while more follow.
+        while "" not in cursors:
+            cursors.append(await self._call(*call, params=query, timeout_s=60))
+            query["cursor"] = cursors[-1]
+            if len(set(cursors)) < len(cursors):
+                raise UpstreamUnreadable("fly", call[2], "a list in circles")
+        return machines, sorted(missing)
 
     async def get_machine(self, app: str, machine_id: str) -> Machine:
-        path = app_path(app, "machines", machine_id)
-        found = await self._call("GET", path, "get machine", parse=parse_machine)
-        return replace(found, app=app)
+        path = f"/apps/{app}/machines/{machine_id}"
+        return replace(await self._call("GET", path, "get machine", parse_machine), app=app)
 
     async def start_machine(self, app: str, machine_id: str) -> None:
         """One attempt: the state is read again before another."""
-        path = app_path(app, "machines", machine_id, "start")
+        path = f"/apps/{app}/machines/{machine_id}/start"
         await self._call("POST", path, "start machine", when=never)
 
     async def suspend_machine(self, app: str, machine_id: str) -> None:
         """One attempt; Fly answers before the machine is frozen."""
-        path = app_path(app, "machines", machine_id, "suspend")
+        path = f"/apps/{app}/machines/{machine_id}/suspend"
         await self._call("POST", path, "suspend machine", when=never)
 
     async def restart_machine(self, app: str, machine: Machine) -> None:
         """Restart a machine, or start it when it rests."""
         if machine.state in RESTING:
-            return await self.start_machine(app, machine.id)
-        path = app_path(app, "machines", machine.id, "restart")
+            await self.start_machine(app, machine.id)
+            return
+        path = f"/apps/{app}/machines/{machine.id}/restart"
         more: Json = {"params": {"timeout": "30s"}, "timeout_s": 90, "when": is_surely_undone}
-        return await self._call("POST", path, "restart machine", **more)
+        await self._call("POST", path, "restart machine", **more)
 
     async def update_machine(
         self, app: str, machine: Machine, config: Json, secrets_version: int
     ) -> Machine:
-        """Replace the whole config, which restarts it; another version after an unknown outcome is ours."""
+        """Replace the config, which restarts it; a new version is ours, whatever was heard."""
         body: Json = {"config": config, "min_secrets_version": secrets_version}
         if machine.instance_id:
             body["current_version"] = machine.instance_id
 
-        def updated(answer: Any) -> Machine | None:
-            found = parse_machine(answer)
-            return found if found.instance_id != machine.instance_id else None
+        def is_new(present: Json) -> bool:
+            return parse_machine(present).instance_id != machine.instance_id
 
-        path = app_path(app, "machines", machine.id)
-        call = path, "update machine", body, parse_machine
-        return await self._make_once(*call, "get machine", updated)
+        call = f"/apps/{app}/machines/{machine.id}", "update machine", body, parse_machine
+        return await self._make_once(*call, "get machine", is_new)
 
     async def set_metadata(self, app: str, machine_id: str, name: str, value: str) -> None:
         """Set one entry of a machine's metadata; the machine is not restarted."""
-        path = app_path(app, "machines", machine_id, "metadata", name)
+        path = f"/apps/{app}/machines/{machine_id}/metadata/{name}"
         await self._call("POST", path, "set metadata", json={"value": value})
 
     async def is_started(self, app: str, machine_id: str, **wanted: str) -> bool:
-        """Wait for `started`, of a `version`, after a `from_event_id`; False when 60 s ran out.
+        """Wait for `started`, of `version` or after `from_event_id`; False after 60 s.
 
         `state`: for another one.
         """
-        query = {"state": "started", "timeout": "60"}
-        query |= {name: value for name, value in wanted.items() if value}
-        path = app_path(app, "machines", machine_id, "wait")
-        # Not tried again when the wait ran out: the caller looks at the machine first.
-        more: Json = {"params": query, "timeout_s": 75, "when": is_worth_waiting}
+        given = {name: value for name, value in wanted.items() if value}
+        query = {"state": "started", "timeout": "60", **given}
+
+        def is_worth_it(error: UpstreamError) -> bool:
+            # Of one that ran out the caller looks at the machine first.
+            return is_passing(error) and error.status != 408
+
+        call = "GET", f"/apps/{app}/machines/{machine_id}/wait", "wait for machine"
         try:
-            await self._call("GET", path, "wait for machine", **more)
+            await self._call(*call, params=query, timeout_s=75, when=is_worth_it)
         except UpstreamUnavailable as error:
             if error.status != 408:
                 raise
@@ -2694,9 +2636,8 @@ class FlyClient:
 
     async def read_token(self) -> list[Json]:
         """What Fly says of the token in use."""
-        path = "/tokens/current"
-        answer = await self._call("GET", path, "read token", parse=dict, when=never)
-        return list(answer.get("tokens") or [])
+        call = "GET", "/tokens/current", "read token", dict[str, Any]
+        return list((await self._call(*call, when=never)).get("tokens") or [])
 
 
 # --- Twilio ---
@@ -7554,29 +7495,21 @@ PROBLEM_TYPE = "application/problem+json"
 SSE_TYPE = "text/event-stream"
 CREDENTIAL_BYTES = 8 * 1024
 VARIABLES_MAX = 50
-PAGE_MAX = 1000  # VMs of one answer
 STREAM_BEAT_S = 15.0
 MEDIA_WAKE_S = 10.0
 SILENCE_S = 60.0
-VARIABLE = re.compile(r"[A-Z][A-Z0-9_]{0,127}")
-RESERVED = re.compile(
-    "PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_|OPENSSL_).*"
-)
-CONTROLS = r"\x00-\x1f\x7f-\x9f"
-CONTROL = re.compile(rf"[{CONTROLS}\ud800-\udfff]")
 FLY_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 PICTURE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Content-Security-Policy": "sandbox; default-src 'none'",
     "Cache-Control": "private",
 }
-PATHS = "/provision, /sms, /messages, /media, /health, /metrics, /openapi.json, / and /events"
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 @dataclass(eq=False)
 class Gateway:
-    """The running parts, as handlers reach them: those given, then those made of them."""
+    """The running parts: those given, then those made of them."""
 
     settings: Settings
     clock: Clock
@@ -7588,44 +7521,44 @@ class Gateway:
     twilio: TwilioClient
     vms: VmClient
     tasks: Tasks
-    changes: VmChanges = field(init=False)
 
     def __post_init__(self) -> None:
+        make = self._make
         self.state = RelayState(self.messages, self.clock, self.routes)
-        self.sender = self._make(Sender)
-        self.watch = self._make(Watch)
-        self.waker = self._make(Waker)
-        self.runner = self._make(Runner)
-        self.door = self._make(PhoneDoor, stamp=self._stamp)
-        self.commands = self._make(
+        self.sender = make(Sender)
+        self.watch = make(Watch)
+        self.waker = make(Waker)
+        self.runner = make(Runner)
+        self.door = make(PhoneDoor, stamp=self._stamp)
+        self.commands = make(
             OwnerCommands, check_restart=self._check_restart, restart=self._restart
         )
-        self.inbox = self._make(Inbox)
-        self.reports = self._make(DeliveryReports)
-        self.relay = self._make(Relay)
-        self.backfill = self._make(Backfill)
-        self.blueprint = Blueprint(self.settings, self.keyring, self.routes)
-        self.readiness = self._make(Readiness)
-        self.undo = self._make(Undo)
-        self.changes = self._make(VmChanges)
-        self.provisioner = self._make(
+        self.inbox = make(Inbox)
+        self.reports = make(DeliveryReports)
+        self.relay = make(Relay)
+        self.backfill = make(Backfill)
+        self.blueprint = make(Blueprint)
+        self.readiness = make(Readiness)
+        self.undo = make(Undo)
+        self.changes = make(VmChanges)
+        self.provisioner = make(
             Provisioner, on_ready=self.relay.vm_ready, on_gone=self.changes.vm_gone
         )
-        self.reconciler = self._make(Reconciler)
-        self.adoption = self._make(Adoption)
-        self.sleeper = self._make(Sleeper)
+        self.reconciler = make(Reconciler)
+        self.adoption = make(Adoption)
+        self.sleeper = make(Sleeper)
 
-    # For the relay, which is made before `changes`.
+    # For the relay, which is made before those it asks.
 
     def _check_restart(self, vm_id: str) -> None:
         self.changes.check(vm_id)
 
+    async def _stamp(self, vm_id: str) -> None:
+        await self.reconciler.stamp(vm_id)
+
     async def _restart(self, vm_id: str) -> None:
         self.changes.begin(vm_id, "restart")
         await self.routes.commit()
-
-    async def _stamp(self, vm_id: str) -> None:
-        await self.reconciler.stamp(vm_id)
 
     def _make(self, part: type[T], **more: Any) -> T:
         """A part, given those made so far that its fields name, and `more`."""
@@ -7642,6 +7575,17 @@ STRANGERS = web.AppKey("strangers", SparingLog)
 # Errors and keys
 
 
+def json_response(
+    body: Json,
+    *,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+    kind: str = JSON_TYPE,
+) -> web.Response:
+    headers = {"Cache-Control": "no-store", "Content-Type": kind, **(headers or {})}
+    return web.Response(body=to_json(body).encode(), status=status, headers=headers)
+
+
 def problem_of(refusal: Refusal) -> Json:
     """An RFC 9457 problem document."""
     return {
@@ -7655,43 +7599,41 @@ def problem_of(refusal: Refusal) -> Json:
 
 
 def problem_response(refusal: Refusal) -> web.Response:
-    return web.Response(
-        body=to_json(problem_of(refusal)).encode(),
-        status=refusal.status,
-        content_type=PROBLEM_TYPE,
-        headers=refusal.headers,
-    )
+    about: Json = {"status": refusal.status, "headers": refusal.headers}
+    return json_response(problem_of(refusal), kind=PROBLEM_TYPE, **about)
 
 
 def refusal_for_request(error: Exception) -> Refusal:
     """What a caller is told of an error, also of aiohttp's own."""
-    if isinstance(error, web.HTTPMethodNotAllowed):
-        allowed = ", ".join(sorted(error.allowed_methods))
-        reason = f"{error.method} is not possible here; allowed: {allowed}"
-        return Refusal("method_not_allowed", reason, headers={"Allow": allowed})
-    if isinstance(error, web.HTTPNotFound):
-        return Refusal("not_found", f"there is no such path; there are {PATHS}")
-    if isinstance(error, web.HTTPException):
-        code = "too_large" if isinstance(error, web.HTTPRequestEntityTooLarge) else "malformed"
-        return Refusal(code, error.text or error.reason)
+    match error:
+        case web.HTTPMethodNotAllowed():
+            allowed = ", ".join(sorted(error.allowed_methods))
+            headers = {"Allow": allowed}
+            return Refusal("method_not_allowed", f"send one of {allowed}", headers=headers)
+        case web.HTTPNotFound():
+            return Refusal("not_found", "there is no such path; /openapi.json lists them")
+        case web.HTTPException():
+            return Refusal("malformed", error.text or error.reason)
     return refusal_for(error)
 
 
 @web.middleware
 async def answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """The one place where errors become answers; each request has an id here, Fly's or a new one."""
+    """Here errors become answers, and a request gets its id, Fly's or a new one."""
     given = request.headers.get("Fly-Request-Id", "")
-    REQUEST_ID.set(given if FLY_REQUEST_ID.fullmatch(given) else f"{random.getrandbits(64):016x}")
-    resource = request.match_info.route.resource
-    call = resource.canonical if resource is not None else "unknown"
+    is_id = FLY_REQUEST_ID.fullmatch(given)
+    REQUEST_ID.set(given if is_id else secrets.token_hex(8))
     try:
-        check_head(request)
-        if request.path.startswith("/provision"):  # also what has no such path or method
+        # aiohttp bounds the size of a line, and their number.
+        if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
+            raise Refusal("malformed", "over 16 KiB of headers; send fewer")
+        # Also what has no such path or method.
+        if request.path.startswith("/provision"):
             require_key(request)
         response = await handler(request)
     except Exception as error:
-        response = answer_error(request, call, error)
-        error.__traceback__ = None  # it leads to this frame, which holds the request and its body
+        response = answer_error(request, error)
+        error.__traceback__ = None  # it leads to the request and its body
     if not response.prepared:
         response.headers["X-Request-Id"] = REQUEST_ID.get()
         if not request.content.is_eof():  # nothing more is read of a refused body
@@ -7699,39 +7641,35 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
     return response
 
 
-def answer_error(request: web.Request, call: str, error: Exception) -> web.Response:
+def answer_error(request: web.Request, error: Exception) -> web.Response:
+    found = request.match_info.route.resource
+    call = found.canonical if found else "unknown"
+    about: Json = {"method": request.method, "call": call}
     try:
         refusal = refusal_for_request(error)
     except Exception as unforeseen:
-        log_error("request_failed", exc_info=unforeseen, method=request.method, call=call)
-        return problem_response(
-            Refusal("internal", "something went wrong here; the log says what")
-        )
+        log_error("request_failed", exc_info=unforeseen, **about)
+        return problem_response(Refusal("internal", "a fault of ours; the log says which"))
     request.app[METRICS].refusals.add(call, refusal.code)
-    if refusal.status >= 500 or refusal.code in ("unauthorized", "bad_signature"):
-        warn = log_warning if refusal.status >= 500 else request.app[STRANGERS].warning
-        warn(
-            "request_refused",
-            method=request.method,
-            call=call,
-            status=refusal.status,
-            code=refusal.code,
-            error=redact(refusal.detail),
-        )
+    about |= {"code": refusal.code, "error": redact(refusal.detail)}
+    if refusal.status >= 500:
+        log_warning("request_refused", **about)
+    elif refusal.code in ("unauthorized", "bad_signature"):
+        request.app[STRANGERS].warning("request_refused", **about)
     return problem_response(refusal)
 
 
-def bearer_of(request: web.Request) -> str:
+def key_of(request: web.Request) -> str:
+    """The bearer or the X-API-Key that a caller shows."""
     scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-    return bearer.strip() if scheme.lower() == "bearer" else ""
+    shown = bearer.strip() if scheme.lower() == "bearer" else ""
+    return shown or request.headers.get("X-API-Key", "")
 
 
 def has_key(request: web.Request, keys: Iterable[str]) -> bool:
-    """Whether the caller sent one of `keys`; every one is compared, in constant time."""
-    given = bearer_of(request) or request.headers.get("X-API-Key", "")
-    encoded = given.encode("utf-8", "surrogateescape")
-    matches = [hmac.compare_digest(key.encode(), encoded) for key in keys]
-    return any(matches)
+    """Whether the caller sent one of `keys`, each compared in constant time."""
+    given = key_of(request).encode("utf-8", "surrogateescape")
+    return any([hmac.compare_digest(key.encode(), given) for key in keys])
 
 
 def unauthorized(remedy: str) -> Refusal:
@@ -7740,253 +7678,194 @@ def unauthorized(remedy: str) -> Refusal:
 
 def require_key(request: web.Request) -> None:
     if not has_key(request, request.app[SETTINGS].gateway.api_keys):
-        is_given = bearer_of(request) or "X-API-Key" in request.headers
-        fault = "this is not the API key; " if is_given else ""
-        raise unauthorized(
-            f"{fault}send the API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-        )
+        fault = "this is not the API key; " if key_of(request) else ""
+        raise unauthorized(f"{fault}send `Authorization: Bearer KEY` or `X-API-Key: KEY`")
 
 
-# Heads and bodies
+# Bodies
 
-
-def check_head(request: web.Request) -> None:
-    """Refuse over 16 KiB of headers; the size of a line, and their number, aiohttp bounds."""
-    if sum(len(name) + len(value) for name, value in request.raw_headers) > HEAD_BYTES:
-        reason = (
-            f"the head is larger than {HEAD_BYTES // 1024} KiB; send fewer or shorter headers"
-        )
-        raise Refusal("malformed", reason)
-
-
-# Of aiohttp's parser in C, and of the one in Python, which it takes where it has no other.
+# Of aiohttp's parser in C, and of that in Python, for where there is no other.
 UNREADABLE_BODY = (web.RequestPayloadError, HttpProcessingError)
 
 
 async def read_body(request: web.Request, limit: int, content_type: str) -> bytes:
-    """The body of a request of this type and at most this size, counted while it is read; raises Refusal."""
+    """A body of this type and at most this size, counted while it is read.
+
+    Raises Refusal.
+    """
     if request.content_type != content_type:
         raise Refusal("unsupported_media_type", f"send Content-Type: {content_type}")
-    if "Content-Encoding" in request.headers:  # what is packed may unfold to any size
-        raise Refusal(
-            "unsupported_media_type", "send the body as it is, without Content-Encoding"
-        )
-    body = b""
+    # What is packed may unfold to any size.
+    if "Content-Encoding" in request.headers:
+        raise Refusal("unsupported_media_type", "send the body without Content-Encoding")
+    size, body = request.content_length or 0, b""
+    # Small ones come together with their head.
+    is_here = request.content.is_eof()
+    patience = contextlib.nullcontext() if is_here else request.app[CLOCK].time_limit(BODY_S)
     try:
-        if request.content.is_eof():  # it came together with its head, as small ones do
-            body = await request.content.read(limit + 1)
-            if len(body) <= limit:
-                return body
-        elif (request.content_length or 0) <= limit:
-            async with request.app[CLOCK].time_limit(BODY_S):
-                async for chunk in request.content.iter_any():
-                    body += chunk
-                    if len(body) > limit:
-                        break
-                else:
-                    return body
+        async with patience:
+            while size <= limit and (chunk := await request.content.readany()):
+                body += chunk
+                size = max(size, len(body))
     except TimeoutError:
-        raise Refusal("malformed", f"the body did not arrive within {BODY_S:g} s") from None
+        raise Refusal("malformed", f"the body took more than {BODY_S:g} s") from None
     except (*UNREADABLE_BODY, ConnectionError):
         raise Refusal("malformed", "the body does not arrive as its headers say") from None
-    raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
-
-
-async def read_json(request: web.Request, limit: int) -> Json:
-    raw, where = await read_body(request, limit, JSON_TYPE), ""
-    try:
-        body = json.loads(raw)
-    except json.JSONDecodeError as error:
-        body, where = None, f": {error.msg} in line {error.lineno}, column {error.colno}"
-    except (ValueError, RecursionError):
-        body, where = None, ": it is not UTF-8, or nested too deeply"
-    if not isinstance(body, dict):
-        raise Refusal("malformed", f"the body must be a JSON object{where}")
+    if size > limit:
+        raise Refusal("too_large", f"the body is larger than {limit // 1024} KiB")
     return body
 
 
-class Field(NamedTuple):
-    """A field of a request: its JSON Schema, and what is told of a value that does not fit it."""
-
-    schema: Json
-    remedy: str = ""  # empty: a check of its own tells more
-    is_required: bool = False
-    place: str = "body"  # or `query`, `header`, `path`
-
-    def fits(self, value: object) -> bool:
-        """Whether the value has the schema's type and pattern."""
-        kind, pattern = JSON_TYPES.get(type(value), "other"), self.schema.get("pattern", "")
-        is_text = pattern and isinstance(value, str)
-        return kind in self.schema["type"] and (
-            not is_text or bool(re.fullmatch(pattern, str(value)))
-        )
+async def read_json(request: web.Request, limit: int) -> Json:
+    raw, fault = await read_body(request, limit, JSON_TYPE), ""
+    try:
+        body = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        body, fault = None, f": {error}"
+    if not isinstance(body, dict):
+        raise Refusal("malformed", f"the body must be a JSON object{fault}")
+    return body
 
 
-JSON_TYPES = {str: "string", bool: "boolean", type(None): "null"}
-TEXT: Json = {"type": "string"}
+# Fields by their JSON Schema, which checks and describes them: what does not fit "must be" as
+# described. `?` marks what may be left out.
+Fields = Mapping[str, Json]
+
+
+def text_like(pattern: str, description: str, **more: Any) -> Json:
+    return {"type": "string", "pattern": f"^{pattern}$", "description": description, **more}
+
+
+TEXT: Json = {"type": "string", "description": "a text"}
 TEXT_OR_NULL: Json = {"type": ["string", "null"]}
 LIST: Json = {"type": "array", "items": {}}
 OBJECT: Json = {"type": "object"}
-FLAG = Field({"type": ["boolean", "null"]}, "must be true or false")
-CREDENTIAL: Json = {
-    "type": "string",
-    "description": f"at most {CREDENTIAL_BYTES // 1024} KiB",
-    "minLength": 1,
-    "maxLength": CREDENTIAL_BYTES,
-    "pattern": f"^[^{CONTROLS}]*$",
-    "writeOnly": True,
-}
-CREDENTIALS = {
-    "github_token": Field(CREDENTIAL, is_required=True),
-    "api_keys": Field(
-        {
-            "type": "object",
-            "description": "environment variables of the VM",
-            "minProperties": 1,
-            "maxProperties": VARIABLES_MAX,
-            "propertyNames": {"pattern": f"^(?!({RESERVED.pattern})$){VARIABLE.pattern}$"},
-            "additionalProperties": CREDENTIAL,
-            "examples": [{"ANTHROPIC_API_KEY": "sk-..."}],
-        },
-        is_required=True,
+FLAG: Json = {"type": ["boolean", "null"], "description": "true or false"}
+CREDENTIAL = text_like(
+    r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+",
+    f"a text of 1 to {CREDENTIAL_BYTES} bytes without control characters or line ends",
+    maxLength=CREDENTIAL_BYTES,
+    writeOnly=True,
+)
+RESERVED = (
+    "PATH|HOME|PORT|HOST|GITHUB_TOKEN|NODE_OPTIONS|BASH_ENV|(LD_|PYTHON|FLY_|COCKPIT_|OPENSSL_).*"
+)
+VARIABLES = OBJECT | {
+    "description": f"an object of 1 to {VARIABLES_MAX} environment variables",
+    "minProperties": 1,
+    "maxProperties": VARIABLES_MAX,
+    "propertyNames": text_like(
+        f"(?!({RESERVED})$)[A-Z][A-Z0-9_]{{0,127}}",
+        "named like an environment variable (A-Z, 0-9, _; a letter first) that is not reserved",
     ),
+    "additionalProperties": CREDENTIAL,
+    "examples": [{"ANTHROPIC_API_KEY": "sk-..."}],
 }
-ORDER_FIELDS = {
-    "phone_number": Field(
-        {
-            "type": "string",
-            "description": "E.164; spaces, dots, dashes and parentheses are removed",
-            "pattern": r"^[ .()-]*\+[ .()-]*[1-9]([ .()-]*[0-9]){6,14}[ .()-]*$",
-            "examples": ["+15551234567"],
-        },
-        is_required=True,
+ORDER_FIELDS: Fields = {
+    "phone_number": text_like(
+        r"[ .()-]*\+[ .()-]*[1-9]([ .()-]*[0-9]){6,14}[ .()-]*",
+        "a phone number in E.164 form, such as +15551234567",
+        examples=["+15551234567"],
     ),
-    **CREDENTIALS,
-    "region": Field(
-        TEXT_OR_NULL | {"pattern": "^[a-z]{2,5}$", "examples": ["iad"]},
-        "must be a Fly region code such as iad",
+    "github_token": CREDENTIAL,
+    "api_keys": VARIABLES,
+    "region?": text_like("[a-z]{2,5}", "a Fly region code such as iad", examples=["iad"])
+    | TEXT_OR_NULL,
+    "welcome?": FLAG,
+    "verify?": FLAG,
+}
+NEW_CREDENTIALS: Fields = {"github_token?": CREDENTIAL, "api_keys?": VARIABLES}
+VM_MESSAGE: Fields = {
+    "text?": TEXT,
+    "images?": LIST
+    | {
+        "description": f"at most {MAX_IMAGES} images of this VM, such as /images/a.png",
+        "items": text_like(IMAGE_PATH.pattern, "a path, or an object with it as url"),
+        "maxItems": MAX_IMAGES,
+        "examples": [["/images/chart.png"]],
+    },
+}
+PAGING: Fields = {
+    "limit?": text_like(
+        "([1-9][0-9]{0,2}|1000)", "a whole number from 1 to 1000", examples=["1", "1000"]
     ),
-    "welcome": FLAG,
-    "verify": FLAG,
+    "after?": TEXT,
 }
-NEW_CREDENTIALS = {name: Field(given.schema) for name, given in CREDENTIALS.items()}
-IMAGE_TEXT: Json = TEXT | {"pattern": f"^{IMAGE_PATH.pattern}$"}
-IMAGE: Json = {"type": "object", "properties": {"url": IMAGE_TEXT}, "required": ["url"]}
-VM_MESSAGE = {
-    "text": Field(TEXT | {"description": "not blank, unless there are images"}, "must be a text"),
-    "images": Field(
-        LIST
-        | {
-            "items": {"anyOf": [IMAGE_TEXT, IMAGE]},
-            "maxItems": MAX_IMAGES,
-            "examples": [["/images/chart.png"]],
-        }
-    ),
+JSON_TYPES = {str: "string", bool: "boolean", list: "array", dict: "object", type(None): "null"}
+# The words of JSON Schema used above, type first: the others rely on it.
+WORDS: dict[str, Callable[[Any, Any], object]] = {
+    "type": lambda value, kinds: JSON_TYPES.get(type(value), "other") in kinds,
+    "pattern": lambda value, pattern: value is None or re.fullmatch(pattern, value),
+    "maxLength": lambda value, most: len(value.encode()) <= most,
+    "minProperties": lambda value, least: len(value) >= least,
+    "maxProperties": lambda value, most: len(value) <= most,
+    "maxItems": lambda value, most: len(value) <= most,
+    "items": lambda value, schema: all(fits(one, schema) for one in value),
 }
-PAGING = {
-    "limit": Field(
-        {"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": 100}, place="query"
-    ),
-    "after": Field(TEXT, place="query"),
-}
-PATH_PART = Field(TEXT, is_required=True, place="path")
-NO_WAIT = {"Prefer": Field(TEXT | {"examples": ["respond-async"]}, place="header")}
-ONCE = {"Idempotency-Key": Field(TEXT | {"maxLength": 128}, place="header")}
-TWILIO_FORM = {
-    "X-Twilio-Signature": Field(TEXT, is_required=True, place="header"),
-    "MessageSid": Field(TEXT | {"pattern": f"^{MESSAGE_SID.pattern}$"}, is_required=True),
-    "AccountSid": Field(TEXT, is_required=True),
-}
+
+
+def fits(value: Any, schema: Json) -> bool:
+    """Whether a value is as its JSON Schema says."""
+    return all(is_so(value, schema[word]) for word, is_so in WORDS.items() if word in schema)
 
 
 class FieldErrors:
-    """Collects what is wrong with a request's fields, so that all is told at once."""
+    """What is wrong with a request's fields, all of it told at once."""
 
-    def __init__(self, body: Mapping[str, object], fields: Mapping[str, Field]) -> None:
+    def __init__(self, values: Mapping[str, Any], fields: Fields) -> None:
         self.errors: list[Json] = []
-        for name in sorted(set(body) - set(fields)):
-            self.add(redact(name)[:100], "is not a field of this request; leave it out")
-        for name, wanted in fields.items():
-            if name not in body and wanted.is_required:
+        schemas = {name.rstrip("?"): schema for name, schema in fields.items()}
+        for name in values:
+            if name not in schemas:
+                self.add(redact(name), "is not a field of this request; leave it out")
+        for name, schema in schemas.items():
+            if name in values:
+                self._compare(name, values[name], schema)
+            elif name in fields:
                 self.add(name, "is required")
-            elif name in body and wanted.remedy and not wanted.fits(body[name]):
-                self.add(name, wanted.remedy)
+
+    def _compare(self, name: str, value: Any, schema: Json) -> None:
+        if not fits(value, schema):
+            self.add(name, f"must be {schema['description']}")
+        elif inner := schema.get("additionalProperties"):
+            for key, one in value.items():
+                label = f"{name}.{redact(key)}"
+                self._compare(label, key, schema["propertyNames"])
+                self._compare(label, one, inner)
 
     def add(self, name: str, message: str) -> None:
         self.errors.append({"field": name, "message": message})
 
-    def credential(self, name: str, value: object) -> None:
-        if not isinstance(value, str) or not value:
-            self.add(name, "must be a text that is not empty")
-        elif CONTROL.search(value):
-            self.add(name, "must not hold control characters, such as a line end")
-        elif len(value.encode()) > CREDENTIAL_BYTES:
-            self.add(name, f"must not be longer than {CREDENTIAL_BYTES // 1024} KiB")
-
     def check(self) -> None:
         if self.errors:
             names = ", ".join(error["field"] for error in self.errors)
-            reason = f"these fields are not valid: {names}"
-            raise Refusal("invalid_request", reason, errors=self.errors)
+            raise Refusal("invalid_request", f"not valid: {names}", errors=self.errors)
 
 
-def check_credentials(body: Json, errors: FieldErrors) -> dict[str, str]:
+def credentials_in(body: Json) -> dict[str, str]:
     """The environment variables that `github_token` and `api_keys` ask for."""
-    credentials: dict[str, str] = {}
-    if "github_token" in body:
-        errors.credential("github_token", body["github_token"])
-        credentials["GITHUB_TOKEN"] = body["github_token"]
-    keys = body.get("api_keys", {})
-    if not isinstance(keys, dict) or ("api_keys" in body and not 1 <= len(keys) <= VARIABLES_MAX):
-        form = f"must be an object of 1 to {VARIABLES_MAX} environment variables, such as "
-        errors.add("api_keys", form + '{"ANTHROPIC_API_KEY": "..."}')
-        return credentials
-    for name, value in keys.items():
-        label = f"api_keys.{redact(name)[:100]}"
-        if not VARIABLE.fullmatch(name):
-            form = "must be named like an environment variable: A-Z, 0-9 and _, a letter first"
-            errors.add(label, form)
-        elif RESERVED.fullmatch(name):
-            errors.add(label, "is a reserved name; choose another")
-        else:
-            errors.credential(label, value)
-    return credentials | keys
-
-
-def check_phone(given: object, settings: Settings, errors: FieldErrors) -> str:
-    try:
-        if not isinstance(given, str):
-            raise ValueError('must be a text such as "+15551234567"')
-        phone = normalise_phone(given)
-        if phone == settings.twilio.phone_number:
-            raise ValueError("is this gateway's own number; give the engineer's")
-    except ValueError as error:
-        errors.add("phone_number", str(error))
-        return ""
-    return phone
+    token = {"GITHUB_TOKEN": body["github_token"]} if "github_token" in body else {}
+    return {**token, **body.get("api_keys", {})}
 
 
 def parse_order(body: Json, settings: Settings) -> Order:
-    """A sign-up, checked field by field; raises Refusal naming each that is wrong."""
+    """A sign-up; raises Refusal naming each field that is wrong."""
     errors = FieldErrors(body, ORDER_FIELDS)
-    phone = check_phone(body["phone_number"], settings, errors) if "phone_number" in body else ""
-    credentials = check_credentials(body, errors)
-    region = body.get("region")
-    flags = {"welcome": False, "verify": settings.gateway.verify_phone}
-    flags |= {name: body[name] for name in flags if isinstance(body.get(name), bool)}
     errors.check()
-    return Order(phone=phone, credentials=credentials, region=region or "", **flags)
-
-
-def json_response(
-    body: Json, *, status: int = 200, headers: Mapping[str, str] | None = None
-) -> web.Response:
-    return web.Response(
-        body=to_json(body).encode(),
-        status=status,
-        content_type=JSON_TYPE,
-        headers={"Cache-Control": "no-store", **(headers or {})},
+    phone, verify = normalise_phone(body["phone_number"]), body.get("verify")
+    if phone == settings.twilio.phone_number:
+        errors.add("phone_number", "is the gateway's own; give the engineer's")
+        errors.check()
+    return Order(
+        phone=phone,
+        credentials=credentials_in(body),
+        region=body.get("region") or "",
+        welcome=bool(body.get("welcome")),
+        verify=settings.gateway.verify_phone if verify is None else verify,
     )
+
+
+# Answers
 
 
 def accepts(request: web.Request, kind: str) -> bool:
@@ -8014,24 +7893,24 @@ def server_sent(event: str, data: Json) -> bytes:
 def vm_record(gateway: Gateway, vm_id: str) -> Json:
     """The VM record with what only the relay knows; raises Refusal."""
     record = gateway.provisioner.record(vm_id)
-    vm = gateway.relay.vms.get(record["vm_id"])
-    change = gateway.changes.running.get(record["vm_id"])
-    is_up = record["state"] in ("ready", "asleep")
-    if is_up and change:
-        record |= {"state": "away", "step": change.what}
-    elif is_up and vm and vm.away_since is not None:
-        record |= {"state": "away"}
-    if found := gateway.routes.find(record["vm_id"]):
-        record |= {"awake_s": found[1].awake_for(gateway.clock.now())}
-        if not found[1].is_paired:
-            record |= {"pairing_code": gateway.keyring.pairing_codes(found[1])[0]}
+    vm_id = record["vm_id"]
+    vm, route = gateway.relay.vms.get(vm_id), gateway.routes.of(vm_id)
+    if record["state"] in ("ready", "asleep"):
+        if change := gateway.changes.running.get(vm_id):
+            record |= {"state": "away", "step": change.what}
+        elif vm and vm.away_since is not None:
+            record["state"] = "away"
+    if route:
+        record["awake_s"] = route.awake_for(gateway.clock.now())
+        if not route.is_paired:
+            record["pairing_code"] = gateway.keyring.pairing_codes(route)[0]
     if vm and vm.error and not record["last_error"]:
-        record |= {"last_error": vm.error}
+        record["last_error"] = vm.error
     return record
 
 
 def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
-    """Up to `limit` ids behind `after`, in order, of VMs that are routed or being deleted."""
+    """Up to `limit` ids behind `after`, in order, of VMs routed or being deleted."""
     deleting = [
         vm_id
         for vm_id, entry in routes.undo.items()
@@ -8041,25 +7920,22 @@ def vm_ids_after(routes: RouteStore, after: str, limit: int) -> list[str]:
 
 
 def location_of(gateway: Gateway, vm_id: str) -> str:
-    """Where a VM's record is, as the caller sees it: PUBLIC_URL may have a path."""
+    """Where a VM's record is: PUBLIC_URL may have a path."""
     prefix = urlsplit(gateway.settings.gateway.public_url).path
     return f"{prefix}/provision/{vm_id}"
 
 
 async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
-    """The record once it is done, or 202 at once for who asks for that (RFC 7240): it tells how it goes."""
+    """The record once it is done, or 202 at once for who prefers that (RFC 7240)."""
     gateway = request.app[GATEWAY]
-    headers = {"Location": location_of(gateway, work.vm_id)}
-    preferences = ",".join(request.headers.getall("Prefer", []))
-    if "respond-async" in [part.strip().lower() for part in re.split("[,;]", preferences)]:
+    status = 201 if isinstance(work, Provisioning) else 200
+    if "respond-async" in ",".join(request.headers.getall("Prefer", ())).lower():
         await gateway.routes.commit()  # 202 is a promise: it is kept across a crash
-        headers["Preference-Applied"] = "respond-async"
-        return json_response(vm_record(gateway, work.vm_id), status=202, headers=headers)
-    await work.outcome()
-    record = vm_record(gateway, work.vm_id)
-    if isinstance(work, VmChange):
-        return json_response(record)
-    return json_response(record, status=201, headers=headers)
+        status = 202
+    else:
+        await work.outcome()
+    headers = {"Location": location_of(gateway, work.vm_id)}
+    return json_response(vm_record(gateway, work.vm_id), status=status, headers=headers)
 
 
 async def post_provision(request: web.Request) -> web.StreamResponse:
@@ -8073,10 +7949,9 @@ async def post_provision(request: web.Request) -> web.StreamResponse:
 
 async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.StreamResponse:
     """Each step as it ends, as server-sent events; a dropped stream stops nothing."""
-    gateway = request.app[GATEWAY]
+    gateway, vm_id, sent = request.app[GATEWAY], provisioning.vm_id, 0
     response = event_stream()
-    response.headers["Location"] = location_of(gateway, provisioning.vm_id)
-    sent = 0
+    response.headers["Location"] = location_of(gateway, vm_id)
     assert provisioning.task is not None
     with suppress(ConnectionError):
         await response.prepare(request)
@@ -8094,7 +7969,7 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
                 await response.write(b": still working\n\n")
         try:
             await provisioning.outcome()
-            last = server_sent("ready", vm_record(gateway, provisioning.vm_id))
+            last = server_sent("ready", vm_record(gateway, vm_id))
         except Refusal as refusal:
             last = server_sent("failed", problem_of(refusal))
         await response.write(last)
@@ -8103,15 +7978,12 @@ async def stream_steps(request: web.Request, provisioning: Provisioning) -> web.
 
 
 async def get_provisions(request: web.Request) -> web.Response:
-    gateway, errors = request.app[GATEWAY], FieldErrors(request.query, PAGING)
-    raw, after = request.query.get("limit", "100"), request.query.get("after", "")
-    if not re.fullmatch("[0-9]{1,4}", raw) or not 1 <= int(raw) <= PAGE_MAX:
-        errors.add("limit", f"must be a whole number from 1 to {PAGE_MAX}")
-    errors.check()
-    limit = int(raw)
+    gateway = request.app[GATEWAY]
+    FieldErrors(request.query, PAGING).check()
+    limit, after = int(request.query.get("limit", 100)), request.query.get("after", "")
     vm_ids = vm_ids_after(gateway.routes, after, limit + 1)
-    following = vm_ids[limit - 1] if len(vm_ids) > limit else None
     vms = [vm_record(gateway, vm_id) for vm_id in vm_ids[:limit]]
+    following = vm_ids[limit - 1] if len(vm_ids) > limit else None
     return json_response({"vms": vms, "next": following})
 
 
@@ -8126,7 +7998,7 @@ async def delete_provision(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     vm_id = gateway.provisioner.record(request.match_info["vm_id"])["vm_id"]
     # A caller who hangs up must not leave the teardown half-way.
-    teardown = gateway.tasks.start(gateway.provisioner.tear_down(vm_id), "tear down")
+    teardown = gateway.tasks.start(gateway.provisioner.tear_down(vm_id))
     if await asyncio.shield(teardown):
         return web.Response(status=204)
     return json_response(vm_record(gateway, vm_id), status=202)
@@ -8144,7 +8016,7 @@ async def lock_vm(request: web.Request) -> web.Response:
     vm_id = gateway.provisioner.record(request.match_info["vm_id"])["vm_id"]
     found = gateway.routes.find(vm_id)
     if found is None:
-        raise Refusal("wrong_state", f"{vm_id} is gone; there is nothing to lock", vm_id=vm_id)
+        raise Refusal("wrong_state", f"{vm_id} is gone, nothing to lock", vm_id=vm_id)
     await gateway.door.lock(gateway.state.vm(vm_id, found[0]))
     return json_response(vm_record(gateway, vm_id))
 
@@ -8152,11 +8024,10 @@ async def lock_vm(request: web.Request) -> web.Response:
 async def patch_provision(request: web.Request) -> web.Response:
     body = await read_json(request, PROVISION_BODY_BYTES)
     errors = FieldErrors(body, NEW_CREDENTIALS)
-    credentials = check_credentials(body, errors)
     if not body:
         errors.add("github_token", "give this, api_keys, or both")
     errors.check()
-    return await change_vm(request, "rotate", **credentials)
+    return await change_vm(request, "rotate", **credentials_in(body))
 
 
 # Texts
@@ -8173,21 +8044,18 @@ async def read_webhook(request: web.Request) -> list[tuple[str, str]]:
         raise Refusal("malformed", "the body is not a form in UTF-8") from None
     header = request.headers.get("X-Twilio-Signature")
     url = settings.gateway.public_url + request.raw_path
-    matches = [is_signed(token, url, pairs, header) for token in twilio.auth_tokens]
-    # A webhook signed with a SharedKey names it in this header; none is configured here.
-    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not any(matches):
-        remedy = (
-            "PUBLIC_URL must be the origin that Twilio calls, TWILIO_AUTH_TOKEN the account's"
-        )
-        raise Refusal("bad_signature", f"not signed by Twilio for this URL; {remedy}")
+    is_ours = any(is_signed(token, url, pairs, header) for token in twilio.auth_tokens)
+    # It names a SharedKey, of which there is none here.
+    if "X-Twilio-Webhooks-Signature-Settings" in request.headers or not is_ours:
+        reason = "not signed by Twilio; check PUBLIC_URL and TWILIO_AUTH_TOKEN"
+        raise Refusal("bad_signature", reason)
     # The signature knows no borders between fields: what could be cut anew is refused.
     sids = [value for name, value in pairs if name in ("MessageSid", "SmsSid", "SmsMessageSid")]
-    are_usual = all(MESSAGE_SID.fullmatch(sid) for sid in sids)
-    if not (are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)):
-        reason = "signed, but its fields are not named or numbered as Twilio does"
+    are_usual = all(map(MESSAGE_SID.fullmatch, sids))
+    are_usual = are_usual and all(FIELD_NAME.fullmatch(name) for name, _ in pairs)
+    if not are_usual or ("AccountSid", twilio.account_sid) not in pairs:
+        reason = "signed, but of another TWILIO_ACCOUNT_SID, or cut anew"
         raise Refusal("bad_signature", reason)
-    if ("AccountSid", twilio.account_sid) not in pairs:
-        raise Refusal("bad_signature", "signed, but for another account than TWILIO_ACCOUNT_SID")
     return pairs
 
 
@@ -8205,13 +8073,15 @@ async def post_sms_status(request: web.Request) -> web.Response:
 
 
 def require_vm(request: web.Request) -> tuple[str, Route]:
-    """The phone and route of the VM whose token this request carries; raises Refusal."""
+    """Phone and route of the VM whose token this request carries.
+
+    Raises Refusal.
+    """
     gateway = request.app[GATEWAY]
-    vm_id = gateway.keyring.vm_of_token(bearer_of(request))
+    vm_id = gateway.keyring.vm_of_token(key_of(request))
     found = gateway.routes.find(vm_id) if vm_id else None
-    if found is None or found[1].vm_id != vm_id or found[1].state == "failed":
-        remedy = "send this VM's COCKPIT_TOKEN as `Authorization: Bearer TOKEN`"
-        raise unauthorized(f"{remedy}; it is refused once the VM is gone")
+    if found is None or found[1].state == "failed":
+        raise unauthorized("send the COCKPIT_TOKEN of a VM that lives as bearer")
     return found
 
 
@@ -8219,24 +8089,18 @@ async def post_messages(request: web.Request) -> web.Response:
     """A VM texts its own owner, unasked."""
     phone, route = require_vm(request)
     body = await read_json(request, MESSAGE_BODY_BYTES)
-    errors = FieldErrors(body, VM_MESSAGE)
-    words, listed = body.get("text", ""), body.get("images", [])
-    paths = []
-    for image in listed if isinstance(listed, list) else [None]:
-        path = image.get("url") if isinstance(image, dict) else image
-        paths.append(path if isinstance(path, str) else "")
-    if len(paths) > MAX_IMAGES or not all(map(IMAGE_PATH.fullmatch, paths)):
-        form = '[{"url": "/images/chart.png"}]'
-        errors.add("images", f"must be at most {MAX_IMAGES} images of this VM, such as {form}")
+    if isinstance(images := body.get("images", []), list):
+        images = [object_in(image).get("url", image) for image in images]
+    errors = FieldErrors({**body, "images": images}, VM_MESSAGE)
     errors.check()
-    words = clean_text(words).strip("\n")
-    words = words if words.strip() else ""
-    if not words and not paths:
+    words = clean_text(body.get("text", ""))
+    words = words.strip("\n") if words.strip() else ""
+    if not (words or images):
         errors.add("text", "must hold something to say, unless there are images")
         errors.check()
     relay = request.app[GATEWAY].relay
     key = request.headers.get("Idempotency-Key", "")[:128]
-    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(paths), key)
+    message_id = await relay.accept_vm_message(route.vm_id, phone, words, tuple(images), key)
     return json_response({"id": message_id}, status=202)
 
 
@@ -8244,38 +8108,31 @@ async def get_message(request: web.Request) -> web.Response:
     require_key(request)
     trace = request.app[GATEWAY].relay.state.traces.get(request.match_info["sid"])
     if trace is None:
-        reason = f"no text with this SID among the last {TRACES_KEPT} since this gateway started"
-        raise Refusal("not_found", reason)
+        raise Refusal("not_found", f"not among the last {TRACES_KEPT} texts")
     return json_response(trace.to_json())
 
 
 async def get_media(request: web.Request) -> web.StreamResponse:
-    """An image of a VM for Twilio to fetch, or a phone's picture for its VM: whoever holds the link may."""
+    """A VM's image, or a phone's picture, for who holds the link."""
     gateway = request.app[GATEWAY]
     vm_id, path = gateway.keyring.open_link(request.match_info["signed"], gateway.clock.now())
     found = gateway.routes.find(vm_id)
-    if found is None or found[1].state == "failed":
-        raise Refusal("not_found", "the VM that this link is about is gone")
-    is_image = IMAGE_PATH.fullmatch(path) is not None
-    if not (is_image or gateway.twilio.is_media(path)):
-        raise Refusal("not_found", "this link is not about a picture")
-    if is_image and found[1].state == "asleep":
-        vm = gateway.state.vm(vm_id, found[0])
+    is_image = bool(IMAGE_PATH.fullmatch(path))
+    if not found or found[1].state == "failed" or not (is_image or gateway.twilio.is_media(path)):
+        raise Refusal("not_found", "this is no link to a picture, or its VM is gone")
+    phone, route = found
+    if is_image and route.state == "asleep":
+        vm = gateway.state.vm(vm_id, phone)
         if not await gateway.waker.rouse(vm, within_s=MEDIA_WAKE_S):
             raise Refusal("fly_unavailable", "the VM sleeps and is being woken; try again")
+    vms, twilio = gateway.vms, gateway.twilio
     response = web.StreamResponse(headers=PICTURE_HEADERS)
     try:
-        opened = (
-            gateway.vms.open_image(found[1], path)
-            if is_image
-            else gateway.twilio.open_media(path)
-        )
-        async with opened as source:
+        async with vms.open_image(route, path) if is_image else twilio.open_media(path) as source:
             await pass_on(request, source, response, pictures_only=is_image)
     except (aiohttp.ClientError, OSError) as error:
         if not response.prepared:
-            reason = "the image cannot be fetched just now; try again in a minute"
-            raise Refusal("vm_unreachable", reason) from error
+            raise Refusal("vm_unreachable", "not to be had just now; try again") from error
         log_warning("media_cut", vm_id=vm_id, error=type(error).__name__)
         if request.transport is not None:
             request.transport.abort()  # the only way to tell that it is not whole
@@ -8289,9 +8146,11 @@ async def pass_on(
     *,
     pictures_only: bool,
 ) -> None:
-    """Stream what is fetched, at most 5 MB of it, as what its first bytes say it is; raises Refusal."""
-    size = source.content_length
-    is_packed = "Content-Encoding" in source.headers
+    """Stream at most 5 MB, as what the first bytes say it is.
+
+    Raises Refusal.
+    """
+    size, is_packed = source.content_length, "Content-Encoding" in source.headers
     if source.status != HTTPStatus.OK or is_packed or (size or 0) > MAX_IMAGE_BYTES:
         raise Refusal("not_found", "there is no such image, or it is larger than 5 MB")
     chunk = b""
@@ -8328,61 +8187,56 @@ def vms_by_state(gateway: Gateway) -> dict[str, int]:
 
 
 class Alert(NamedTuple):
-    """What is not well: its kind for everybody, its words for who has the API key."""
+    """What is not well: its kind for all, its words for who has the key."""
 
     kind: str
     words: str
 
 
 def alerts(gateway: Gateway) -> list[Alert]:
+    routes, fly, twilio = gateway.routes, gateway.fly, gateway.twilio
     found = [
-        Alert("disk", gateway.routes.trouble),
-        Alert("disk", gateway.messages.trouble),
-        Alert("twilio", gateway.twilio.trouble),
-        Alert("fly", gateway.fly.trouble),
-        Alert("routes", gateway.routes.closed_because),
-        *(Alert("fly", words) for words in gateway.reconciler.alerts),
+        ("disk", routes.trouble),
+        ("disk", gateway.messages.trouble),
+        ("twilio", twilio.trouble),
+        ("fly", fly.trouble),
+        ("routes", routes.closed_because),
+        *(("fly", words) for words in gateway.reconciler.alerts),
     ]
     now = gateway.clock.monotonic()
-    for kind, api in (("fly", gateway.fly.api), ("twilio", gateway.twilio.api)):
-        silent_s = now - api.silent_since if api.silent_since is not None else 0.0
-        if silent_s > SILENCE_S:
-            found.append(
-                Alert(kind, f"{kind.capitalize()} has not answered for {silent_s:.0f} s")
-            )
+    for kind, since in (("fly", fly.api.silent_since), ("twilio", twilio.api.silent_since)):
+        if since is not None and now - since > SILENCE_S:
+            words = f"{kind.capitalize()} has not answered for {now - since:.0f} s"
+            found.append((kind, words))
     if closed := gateway.door.closed_vms():
         named = ", ".join(closed[:5]) + ", ..." * (len(closed) > 5)
-        remedy = "POST /provision/{vm_id}/lock gives a new code"
-        words = f"no pairing code is accepted for a while, too many were wrong: {named}; {remedy}"
-        found.append(Alert("routes", words))
-    if count := len(gateway.routes.undo):
-        found.append(Alert("fly", f"{count} VMs are being deleted; Fly has not confirmed yet"))
-    return [alert for alert in found if alert.words]
+        remedy = "POST /provision/{vm_id}/lock gives a new one"
+        found.append(("routes", f"closed after too many wrong codes: {named}; {remedy}"))
+    if routes.undo:
+        found.append(("fly", f"{len(routes.undo)} VMs whose deletion Fly has not confirmed"))
+    return [Alert(kind, words) for kind, words in found if words]
+
+
+def gauge(name: str, meaning: str, value: float) -> Gauge:
+    kind = "counter" if name.endswith("_total") else "gauge"
+    return Gauge(name, meaning, {"": value}, kind=kind)
 
 
 async def get_metrics(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
     token = gateway.settings.gateway.metrics_token
     if token and not has_key(request, [token]):
-        raise unauthorized("send METRICS_TOKEN as `Authorization: Bearer TOKEN`")
-    relay, awake_s = gateway.relay, round(gateway.routes.awake_seconds())
-    plain = (
-        ("texts_waiting", "Texts accepted and not yet finished.", relay.waiting()),
-        (
-            "oldest_waiting_seconds",
-            "Age of the text that waits longest.",
-            relay.oldest_waiting_s(),
-        ),
-        ("messages_waiting", "Messages to be sent, not yet taken by Twilio.", relay.sending()),
-        ("oldest_message_seconds", "Age of the oldest of them.", relay.oldest_sending_s()),
-        ("troubles", "Troubles that /health names.", len(alerts(gateway))),
-        ("draining", "1 while shutting down.", relay.is_draining),
-    )
-    awake = "vm_awake_seconds_total", "Time VMs were awake, all told.", {"": awake_s}
+        raise unauthorized("send METRICS_TOKEN as bearer")
+    relay, routes = gateway.relay, gateway.routes
     gauges = [
         Gauge("vms", "VMs by state.", vms_by_state(gateway), "state"),
-        *(Gauge(name, meaning, {"": value}) for name, meaning, value in plain),
-        Gauge(*awake, kind="counter"),
+        gauge("texts_waiting", "Texts accepted and not yet finished.", relay.waiting()),
+        gauge("oldest_waiting_seconds", "Age of the oldest of them.", relay.oldest_waiting_s()),
+        gauge("messages_waiting", "Messages not yet taken by Twilio.", relay.sending()),
+        gauge("oldest_message_seconds", "Age of the oldest of them.", relay.oldest_sending_s()),
+        gauge("troubles", "Troubles that /health names.", len(alerts(gateway))),
+        gauge("draining", "1 while shutting down.", relay.is_draining),
+        gauge("vm_awake_seconds_total", "Time VMs were awake.", round(routes.awake_seconds())),
     ]
     kind = "text/plain; version=0.0.4; charset=utf-8"
     headers = {"Content-Type": kind, "Cache-Control": "no-store"}
@@ -8391,18 +8245,17 @@ async def get_metrics(request: web.Request) -> web.Response:
 
 async def get_health(request: web.Request) -> web.Response:
     gateway = request.app[GATEWAY]
-    is_draining = gateway.relay.is_draining
-    found = alerts(gateway)
+    relay, found = gateway.relay, alerts(gateway)
     is_known = has_key(request, gateway.settings.gateway.api_keys)
     kinds = sorted({alert.kind for alert in found})
     body = {
-        "status": "draining" if is_draining else "ok",
+        "status": "draining" if relay.is_draining else "ok",
         "vms": {state: count for state, count in vms_by_state(gateway).items() if count},
-        "waiting": gateway.relay.waiting(),
-        "sending": gateway.relay.sending(),
+        "waiting": relay.waiting(),
+        "sending": relay.sending(),
         "troubles": [alert.words for alert in found] if is_known else kinds,
     }
-    return json_response(body, status=503 if is_draining else 200)
+    return json_response(body, status=503 if relay.is_draining else 200)
 
 
 # --- Page ---
@@ -9283,20 +9136,31 @@ followThread();
 
 # --- Description ---
 #
-# The table of the HTTP interface, and /openapi.json made of it.
+# The table of the HTTP interface, and /openapi.json made of it; Twilio's own fields are left to Twilio.
 
-SCHEMAS = "#/components/schemas/"
 STATES = ("provisioning", "ready", "asleep", "away", "deleting", "failed")
 
 
-def object_schema(fields: Mapping[str, Json], **more: Any) -> Json:
+def object_schema(fields: Fields, **more: Any) -> Json:
+    """Of fields by name; `?` marks one that is not always there."""
     properties = {name.rstrip("?"): schema for name, schema in fields.items()}
     required = [name for name in fields if not name.endswith("?")]
     return OBJECT | {"properties": properties, "required": required, **more}
 
 
-# The fields of answers; one with `?` is not always there.
-ANSWERS: dict[str, dict[str, Json]] = {
+def content_of(schema: str, kind: str = JSON_TYPE) -> Json:
+    """A body that is one of ANSWERS."""
+    return {kind: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+
+
+def parameter(place: str, name: str, schema: Json = TEXT) -> Json:
+    is_required = not name.endswith("?")
+    return {"in": place, "name": name.rstrip("?"), "required": is_required, "schema": schema}
+
+
+RECORD = content_of("VM")
+ANY_JSON: Json = {JSON_TYPE: {}}
+ANSWERS: dict[str, Fields] = {
     "VM": {
         **dict.fromkeys(("vm_id", "phone_number"), TEXT),
         **dict.fromkeys(("machine_id", "vm_url", "region", "image", "step"), TEXT_OR_NULL),
@@ -9308,7 +9172,7 @@ ANSWERS: dict[str, dict[str, Json]] = {
         "paired": {"type": "boolean"},
         "pairing_code?": TEXT,
     },
-    "VMs": {"vms": LIST | {"items": {"$ref": SCHEMAS + "VM"}}, "next": TEXT_OR_NULL},
+    "VMs": {"vms": LIST | {"items": RECORD[JSON_TYPE]["schema"]}, "next": TEXT_OR_NULL},
     "Problem": {
         **dict.fromkeys(("type", "title", "detail", "vm_id?"), TEXT),
         "status": {"type": "integer"},
@@ -9316,30 +9180,12 @@ ANSWERS: dict[str, dict[str, Json]] = {
         "errors?": LIST | {"items": object_schema({"field": TEXT, "message": TEXT})},
     },
 }
+PROBLEM = {"description": "a problem (RFC 9457)", "content": content_of("Problem", PROBLEM_TYPE)}
 BEARER = {"type": "http", "scheme": "bearer"}
-KEYS: dict[str, Json] = {
+KEYS: Json = {
     **dict.fromkeys(("api_key", "vm_token", "metrics_token"), BEARER),
     "x_api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
 }
-API_KEY = ("api_key", "x_api_key")
-# Codes that come together.
-EVERYWHERE = "malformed forbidden internal"
-BODY_CODES = "malformed too_large unsupported_media_type"
-FIELD_CODES = f"{BODY_CODES} invalid_request"
-FLY_CODES = "fly_rejected fly_unavailable no_capacity storage draining torn_down vm_unhealthy"
-CHANGE_CODES = f"unknown_vm wrong_state {FLY_CODES}"
-WEBHOOK_CODES = f"{BODY_CODES} bad_signature fly_unavailable storage draining"
-
-
-def content_of(kinds: str) -> Json:
-    """Bodies by media type; what is no media type is one of ANSWERS, as JSON."""
-    found: Json = {}
-    for kind in kinds.split():
-        if "/" in kind:
-            found[kind] = {}
-        else:
-            found[JSON_TYPE] = {"schema": {"$ref": SCHEMAS + kind}}
-    return found
 
 
 class Call(NamedTuple):
@@ -9348,10 +9194,11 @@ class Call(NamedTuple):
     name: str  # method and path
     handler: Handler
     summary: str
-    answers: Mapping[int, str]  # by status, as `content_of` reads them
-    codes: str = ""  # of STATUS_OF, beside those of EVERYWHERE and what a key leads to
-    fields: Mapping[str, Field] = {}
-    keys: Sequence[str] = API_KEY  # any opens it, else it is `unauthorized`; "": so may none
+    # Their content; whatever else is answered is a problem.
+    answers: Mapping[int, Json]
+    fields: Mapping[str, Json] = {}  # of the body
+    parameters: Sequence[Json] = ()
+    keys: Sequence[str] = ("api_key", "x_api_key")  # any opens it; "": so may none
 
     def route(self) -> web.RouteDef:
         method, path = self.name.split()
@@ -9359,49 +9206,25 @@ class Call(NamedTuple):
 
     def operation(self) -> Json:
         """The call as OpenAPI describes it."""
-        fields = {part: PATH_PART for part in re.findall("{(.*?)}", self.name)} | {**self.fields}
+        parts = [parameter("path", part) for part in re.findall("{(.*?)}", self.name)]
         described: Json = {
-            "operationId": re.sub("[^a-z]+", "_", self.name.lower()).strip("_"),
             "summary": self.summary,
             "security": [{key: []} if key else {} for key in self.keys],
-            "parameters": [
-                {"name": name, "in": one.place, "required": one.is_required, "schema": one.schema}
-                for name, one in fields.items()
-                if one.place != "body"
-            ],
-            "responses": self.responses(),
+            "parameters": [*parts, *self.parameters],
+            "responses": {"default": PROBLEM},
         }
-        body = {
-            name + "?" * (not one.is_required): one.schema
-            for name, one in fields.items()
-            if one.place == "body"
-        }
-        if body:
-            is_form = self.fields is TWILIO_FORM  # Twilio adds fields as it likes
-            schema = object_schema(body, additionalProperties=is_form, minProperties=1)
-            kind = FORM_TYPE if is_form else JSON_TYPE
-            described["requestBody"] = {"required": True, "content": {kind: {"schema": schema}}}
+        for status, content in self.answers.items():
+            answer = {"description": HTTPStatus(status).phrase, "content": content}
+            described["responses"][str(status)] = answer
+        if self.fields:
+            schema = object_schema(self.fields, additionalProperties=False, minProperties=1)
+            content = {JSON_TYPE: {"schema": schema}}
+            described["requestBody"] = {"required": True, "content": content}
         return described
-
-    def responses(self) -> Json:
-        """What is answered, by status; of a refusal the codes."""
-        found: Json = {
-            str(status): {"description": HTTPStatus(status).phrase, "content": content_of(kinds)}
-            for status, kinds in self.answers.items()
-        }
-        by_status: dict[int, list[str]] = {}
-        usual = EVERYWHERE + " unauthorized" * bool(self.keys)
-        for code in dict.fromkeys(f"{self.codes} {usual}".split()):
-            by_status.setdefault(STATUS_OF[code], []).append(code)
-        for status, codes in by_status.items():
-            schema = {"$ref": SCHEMAS + "Problem", "properties": {"code": {"enum": codes}}}
-            content = {PROBLEM_TYPE: {"schema": schema}}
-            found[str(status)] = {"description": ", ".join(codes), "content": content}
-        return found
 
 
 def describe_api(calls: Iterable[Call], url: str) -> Json:
-    """The OpenAPI document: what these calls are, from the tables that serve, check and refuse them."""
+    """The OpenAPI document of calls, from the tables that serve and check them."""
     paths = defaultdict[str, Json](dict)
     for call in calls:
         method, path = call.name.split()
@@ -9417,98 +9240,84 @@ def describe_api(calls: Iterable[Call], url: str) -> Json:
 
 
 async def get_openapi(request: web.Request) -> web.Response:
-    url = request.app[SETTINGS].gateway.public_url
-    return web.Response(body=openapi(url), content_type=JSON_TYPE)
-
-
-@functools.cache
-def openapi(url: str) -> bytes:
-    """The document, made when it is first asked for."""
-    return to_json(describe_api(CALLS, url)).encode()
+    return json_response(describe_api(CALLS, request.app[SETTINGS].gateway.public_url))
 
 
 VM_PATH = "/provision/{vm_id}"
 RESTART, UPGRADE = (functools.partial(change_vm, what=what) for what in ("restart", "upgrade"))
-CHANGED = {200: "VM", 202: "VM"}
+NO_WAIT = (parameter("header", "Prefer?", TEXT | {"examples": ["respond-async"]}),)
+ONCE = (parameter("header", "Idempotency-Key?", TEXT | {"maxLength": 128}),)
+LISTED = [parameter("query", name, schema) for name, schema in PAGING.items()]
+CHANGED, ONE, SOME = {200: RECORD, 202: RECORD}, {200: RECORD}, {200: ANY_JSON}
+IMAGES: Json = {f"image/{kind}": {} for kind in ("png", "jpeg", "gif")}
+IMAGES["application/octet-stream"] = {}
+MADE = {200: {SSE_TYPE: {}}, 201: RECORD, 202: RECORD}
+PAGES: Json = {"text/html": {}, "text/plain": {}}
 # The HTTP interface; /openapi.json is made of this.
 CALLS = (
+    Call("POST /provision", post_provision, "Make a VM for a phone", MADE, ORDER_FIELDS, NO_WAIT),
     Call(
-        "POST /provision",
-        post_provision,
-        "Make a VM for a phone",
-        {200: SSE_TYPE, 201: "VM", 202: "VM"},
-        f"{FIELD_CODES} {FLY_CODES} unknown_vm phone_taken vm_limit too_many vm_unreachable",
-        ORDER_FIELDS | NO_WAIT,
+        "GET /provision",
+        get_provisions,
+        "VMs, in order of vm_id",
+        {200: content_of("VMs")},
+        {},
+        LISTED,
     ),
-    Call(
-        "GET /provision", get_provisions, "VMs, by vm_id", {200: "VMs"}, "invalid_request", PAGING
-    ),
-    Call(f"GET {VM_PATH}", get_provision, "One VM", {200: "VM"}, "unknown_vm"),
+    Call(f"GET {VM_PATH}", get_provision, "One VM", ONE),
     Call(
         f"PATCH {VM_PATH}",
         patch_provision,
         "Replace credentials, restart",
         CHANGED,
-        f"{FIELD_CODES} {CHANGE_CODES}",
-        NEW_CREDENTIALS | NO_WAIT,
+        NEW_CREDENTIALS,
+        NO_WAIT,
     ),
-    Call(
-        f"DELETE {VM_PATH}",
-        delete_provision,
-        "Tear down",
-        {202: "VM", 204: ""},
-        "unknown_vm storage",
-    ),
-    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, CHANGE_CODES, NO_WAIT),
-    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, CHANGE_CODES, NO_WAIT),
-    Call(
-        f"POST {VM_PATH}/lock",
-        lock_vm,
-        "Run nothing until the new code is texted",
-        {200: "VM"},
-        "unknown_vm wrong_state storage",
-    ),
-    Call(
-        "POST /sms", post_sms, "Twilio: a text", {200: "text/xml"}, WEBHOOK_CODES, TWILIO_FORM, ()
-    ),
-    Call(
-        "POST /sms/status",
-        post_sms_status,
-        "Twilio: a delivery",
-        {204: ""},
-        WEBHOOK_CODES,
-        TWILIO_FORM,
-        (),
-    ),
+    Call(f"DELETE {VM_PATH}", delete_provision, "Tear down", {202: RECORD, 204: {}}),
+    Call(f"POST {VM_PATH}/restart", RESTART, "Restart", CHANGED, {}, NO_WAIT),
+    Call(f"POST {VM_PATH}/upgrade", UPGRADE, "Move to VM_IMAGE", CHANGED, {}, NO_WAIT),
+    Call(f"POST {VM_PATH}/lock", lock_vm, "Run nothing until the new code is texted", ONE),
+    Call("POST /sms", post_sms, "Twilio: a text", {200: {"text/xml": {}}}, keys=()),
+    Call("POST /sms/status", post_sms_status, "Twilio: a delivery", {204: {}}, keys=()),
     Call(
         "POST /messages",
         post_messages,
         "A VM texts its owner",
-        {202: JSON_TYPE},
-        f"{FIELD_CODES} wrong_state too_many storage draining",
-        VM_MESSAGE | ONCE,
+        {202: ANY_JSON},
+        VM_MESSAGE,
+        ONCE,
         ("vm_token",),
     ),
-    Call("GET /messages/{sid}", get_message, "A text's way", {200: JSON_TYPE}, "not_found"),
+    Call("GET /messages/{sid}", get_message, "A text's way", SOME),
     Call(
         "GET /media/{signed}",
         get_media,
         "A picture, for who has its link",
-        {200: "image/png image/jpeg image/gif application/octet-stream"},
-        "gone not_found fly_unavailable vm_unreachable",
+        {200: IMAGES},
         keys=(),
     ),
-    Call("GET /health", get_health, "How it is", {200: JSON_TYPE, 503: JSON_TYPE}, keys=()),
+    Call(
+        "GET /health",
+        get_health,
+        "How it is, and its troubles",
+        {200: ANY_JSON, 503: ANY_JSON},
+        keys=(),
+    ),
     Call(
         "GET /metrics",
         get_metrics,
         "Prometheus text",
-        {200: "text/plain"},
+        {200: {"text/plain": {}}},
         keys=("", "metrics_token"),
     ),
-    Call("GET /events", get_events, "The page's feed", {200: f"{JSON_TYPE} {SSE_TYPE}"}),
-    Call("GET /", get_page, "The operator's page", {200: "text/html text/plain"}, keys=()),
-    Call("GET /openapi.json", get_openapi, "This document", {200: JSON_TYPE}, keys=()),
+    Call(
+        "GET /events",
+        get_events,
+        "The live feed of the page",
+        {200: {JSON_TYPE: {}, SSE_TYPE: {}}},
+    ),
+    Call("GET /", get_page, "The operator's page", {200: PAGES}, keys=()),
+    Call("GET /openapi.json", get_openapi, "This document", SOME, keys=()),
 )
 
 
