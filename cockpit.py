@@ -4898,7 +4898,8 @@ class VmState(KeptOfVm):
     KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
     def put(self) -> Change:
-        return PUT_VM, (self.vm_id, to_json({name: getattr(self, name) for name in self.KEPT}))
+        kept = {name: value for name in self.KEPT if (value := getattr(self, name))}
+        return PUT_VM, (self.vm_id, to_json(kept))
 
     def restore(self, record: Json, now: float) -> None:
         """Nothing lies in the future, whoever set the clock."""
