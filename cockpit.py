@@ -97,7 +97,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, ClassVar, NamedTuple, ParamSpec, TypeVar, cast
+from typing import IO, Any, NamedTuple, ParamSpec, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlencode, urlsplit
 from xml.sax.saxutils import escape
 
@@ -3153,6 +3153,8 @@ PICTURES = {  # by their first bytes
     b"GIF89a": "image/gif",
 }
 NOTE_CHARACTERS = 100
+# ValueError: a URL that is none; routes.json can be written by hand.
+UNREACHED = (aiohttp.ClientError, OSError, ValueError)
 
 
 class MeteredSocket(socket.socket):
@@ -3192,20 +3194,15 @@ class Answer(NamedTuple):
 def parse_answer(raw: bytes) -> Answer:
     """What a VM's answer says, whatever its shape."""
     body = parse_json(raw)
-    text = body.get("text") or "" if isinstance(body, dict) else None
-    if not isinstance(body, dict) or not isinstance(text, str):
+    if not isinstance(body, dict) or not isinstance(text := body.get("text") or "", str):
         return Answer(is_unreadable=True)
+    text, code = clean_text(text).rstrip("\n"), body.get("exitCode")
     listed = body.get("images")
-    urls = [image.get("url") for image in objects_in(listed)]
-    images = [url for url in urls if isinstance(url, str) and IMAGE_PATH.fullmatch(url)]
-    code = body.get("exitCode")
-    text = clean_text(text).rstrip("\n")
-    return Answer(
-        text=text,
-        exit_code=code if type(code) is int and abs(code) < 2**32 else 0,
-        images=tuple(images[:MAX_IMAGES]),
-        is_unreadable=bool(listed) and not images and not text.strip(),
-    )
+    urls = [str(image.get("url")) for image in objects_in(listed)]
+    images = tuple(filter(IMAGE_PATH.fullmatch, urls))[:MAX_IMAGES]
+    is_unreadable = bool(listed) and not images and not text.strip()
+    code = code if type(code) is int and abs(code) < 2**32 else 0
+    return Answer(text, code, images, is_unreadable)
 
 
 def kind_of_picture(start: bytes) -> str:
@@ -3253,10 +3250,7 @@ class VmClient:
         sid: str | None = None,
         body: Json | None = None,
     ) -> tuple[int, bytes]:
-        """Status and body (empty when it is too long), one attempt; raises as aiohttp does.
-
-        ValueError: the URL is none; routes.json can be written by hand.
-        """
+        """Status and body (empty when it is too long), one attempt; raises UNREACHED."""
         headers = self._headers(route) | ({} if sid is None else {"Idempotency-Key": sid})
         sent: Json = {"json": body, "headers": headers, "timeout": CONNECT_TIMEOUT}
         request = self.session.request(method, route.vm_url + path, allow_redirects=False, **sent)
@@ -3271,7 +3265,7 @@ class VmClient:
         """What `/health` says, one attempt."""
         try:
             status, raw = await self._ask(route, "GET", "/health", timeout_s)
-        except (aiohttp.ClientError, OSError, ValueError):
+        except UNREACHED:
             return Health()
         body = object_in(parse_json(raw))
         note = redact(clean_text(str(body.get("note") or "")))[:NOTE_CHARACTERS]
@@ -3284,7 +3278,7 @@ class VmClient:
         """
         try:
             status, raw = await self._ask(route, "POST", "/cancel", self.CANCEL_S, sid)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except UNREACHED as error:
             raise VmAway(f"not cancelled ({type(error).__name__})") from error
         if status >= 300:
             raise VmFailed(status)
@@ -3295,11 +3289,8 @@ class VmClient:
         self, route: Route, path: str
     ) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """One of a VM's images, not yet read."""
-        url = URL(route.vm_url + path)
-        headers = self._headers(route)
-        return self.session.get(
-            url, headers=headers, allow_redirects=False, timeout=MEDIA_TIMEOUT
-        )
+        sent: Json = {"headers": self._headers(route), "timeout": MEDIA_TIMEOUT}
+        return self.session.get(route.vm_url + path, allow_redirects=False, **sent)
 
     async def command(self, route: Route, sid: str, body: Json) -> Answer:
         """Run one text; its Idempotency-Key is its SID.
@@ -3329,21 +3320,31 @@ class VmClient:
 
 # --- Agents ---
 #
-# What runs on a VM: the server's half of the contract, the agent it calls, and `say`.
+# What runs on a VM: the server of the contract, its agent, and `say`.
 
-COMMAND_BODY_BYTES = 256 * 1024
 OUTPUT_BYTES = 128 * 1024  # JSON may make six of one; a phone reads far less
 ERRORS_CHARACTERS = 2000
 CANCELLED = 130
-CANCEL_GRACE_S = 5.0
-INBOX_S = 20.0
+INBOX_TIMEOUT = aiohttp.ClientTimeout(total=20)
 CLONE_S = 240.0
-NAP_S = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
-PICTURE = base64.b64decode(  # 32 x 20 pixels: a hill, the sky and the sun
-    "iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAADFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR4"
-    "2mNgIAC0FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////D2YA6f9XYQygqngw4//X8P8QBhDAGQDW"
-    "yUOQrvOoPAAAAABJRU5ErkJggg=="
-)
+SAID = "said-"  # so begin the names of pictures that `say` sent
+BUILT_IN = r"""
+said=$(cat)
+set -f
+set -- $(printf %s "$said" | tr A-Z a-z)
+case "$# $*" in
+"1 crash") kill -9 $PPID ;;
+"1 image") mkdir -p images; base64 -d > images/$$.png <<'END' && echo "Here is an image." ;;
+iVBORw0KGgoAAAANSUhEUgAAACAAAAAUAgMAAACR/9fcAAAA
+DFBMVEUdTthgpfr94EcWo0qd9R7xAAAARklEQVR42mNgIAC0
+FkAZq1ZgY4SCwKqVoWiMrKVQBhAgMeL/Qhjh//9/BTPq////
+D2YA6f9XYQygqngw4//X8P8QBhDAGQDWyUOQrvOoPAAAAABJ
+RU5ErkJggg==
+END
+"2 sleep "[0-9]*) sleep "$2" && echo "Slept $2 s." ;;
+*) printf %s "$said" ;;
+esac
+"""
 PRESETS = {  # what is in brackets resumes the last conversation
     "claude": "claude -p [--continue] --dangerously-skip-permissions",
     "codex": "codex exec --skip-git-repo-check --dangerously-bypass-approvals-and-sandbox "
@@ -3351,7 +3352,7 @@ PRESETS = {  # what is in brackets resumes the last conversation
     "gemini": "gemini [--resume latest] --approval-mode yolo --skip-trust",
     "opencode": "opencode run [--continue] --auto",
 }
-FOR_A_SHELL = re.compile(r"\w+=|.*[|&;<>()$`*?\[\]{}~#!\n]", re.DOTALL)
+PLAIN = re.compile(r"[\w\s./:@%,+-]+")  # what a shell takes as it stands
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 # It answers GitHub alone; the token itself is in no argument, URL or file.
 ASKPASS = """#!/bin/sh
@@ -3366,7 +3367,7 @@ Shown = tuple[int, int, str]  # when it was changed, its size, its name
 
 @contextlib.contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
-    """A handle of a folder, made if need be; never of what a link leads to (blocking)."""
+    """A handle of a folder, made if need be, never of a link's (blocking)."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -3376,282 +3377,154 @@ def opened_folder(folder: Path) -> Iterator[int]:
         os.close(handle)
 
 
-def open_within(folder: int, name: str, mode: str) -> IO[bytes]:
-    """A file of a folder's handle, no link followed (blocking)."""
-
-    def opener(name: str, flags: int) -> int:
-        flags |= os.O_NOFOLLOW | os.O_NONBLOCK  # a pipe of that name holds up nobody
-        return os.open(name, flags, 0o600, dir_fd=folder)
-
-    return cast("IO[bytes]", open(name, mode, opener=opener))
+def read_picture(path: Path) -> bytes:
+    """The bytes of a picture of at most 5 MB, else none (blocking). Raises OSError."""
+    with path.open("rb") as file:
+        content = file.read(MAX_IMAGE_BYTES + 1)
+    return content if kind_of_picture(content) and len(content) <= MAX_IMAGE_BYTES else b""
 
 
-class Pictures:
-    """A VM's folders `inbox` and `images`; no link leads into or out of them.
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
-    All but `fetch` blocks.
+
+def keep(folder: Path, start: str, content: bytes, kind: str = "") -> Path:
+    """Write a new file, not into a folder that is a link (blocking).
+
+    Raises OSError and StoreError.
     """
+    suffix = mimetypes.guess_extension(kind_of_picture(content) or kind) or ".bin"
+    file = folder / (start + secrets.token_hex(8) + suffix)
+    with opened_folder(folder):
+        write_atomically(file, [content])
+    return file
 
-    SAID = ".said"  # what `say` sent during a command, a line each
 
-    def __init__(self, folder: Path) -> None:
-        self.images = folder / "images"
-        self.inbox = folder / "inbox"
-
-    def keep(self, folder: Path, content: bytes, kind: str = "") -> str:
-        """Write a file under a new name; returns the name. Raises OSError."""
-        kind = kind_of_picture(content) or kind
-        suffix = mimetypes.guess_extension(kind) or ".bin"
-        name = secrets.token_hex(8) + suffix
-        with opened_folder(folder) as handle, open_within(handle, name, "xb") as file:
-            file.write(content)
-        return name
-
-    def shown(self) -> set[Shown]:
-        """The files that may be pictures to be sent."""
-        found = set()
-        with suppress(OSError), opened_folder(self.images) as folder:
-            for entry in os.scandir(folder):
+def shown_in(images: Path) -> set[Shown]:
+    """The files that may be pictures to be sent, no links (blocking)."""
+    found = set()
+    with suppress(OSError), opened_folder(images) as folder:
+        for entry in os.scandir(folder):
+            is_ours = entry.is_file(follow_symlinks=False)
+            if is_ours and IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
                 status = entry.stat(follow_symlinks=False)
-                if not IMAGE_PATH.fullmatch(f"/images/{entry.name}"):
-                    continue
-                if entry.is_file(follow_symlinks=False):
-                    found.add((status.st_mtime_ns, status.st_size, entry.name))
-        return found
+                found.add((status.st_mtime_ns, status.st_size, entry.name))
+    return found
 
-    def shown_since(self, before: set[Shown]) -> list[Json]:
-        """What pictures appeared, oldest first, without those that `say` sent."""
-        found = []
-        with suppress(OSError), opened_folder(self.images) as folder:
-            said = b""
-            with suppress(OSError), open_within(folder, self.SAID, "rb") as file:
-                said = file.read()
-            for one in sorted(self.shown() - before):
-                if to_json(one).encode() in said.splitlines():
-                    continue
-                _, size, name = one
-                with suppress(OSError), open_within(folder, name, "rb") as file:
-                    kind = kind_of_picture(file.read(8))
-                    if kind and size <= MAX_IMAGE_BYTES:
-                        found.append({"type": kind, "url": f"/images/{name}"})
-        return found[:MAX_IMAGES]
 
-    def begin(self) -> set[Shown]:
-        """What there is when a command begins."""
+def shown_since(images: Path, before: set[Shown]) -> list[Json]:
+    """Ten pictures that appeared, oldest first, but none that `say` sent (blocking)."""
+    appeared, found = shown_in(images) - before, []
+    said = {name.removeprefix(SAID)[:16] for _, _, name in appeared if name.startswith(SAID)}
+    for _, _, name in sorted(appeared):
         with suppress(OSError):
-            (self.images / self.SAID).unlink()
-        return self.shown()
+            content = read_picture(images / name)
+            if content and digest_of(content) not in said:
+                found.append({"type": kind_of_picture(content), "url": f"/images/{name}"})
+        if len(found) == MAX_IMAGES:
+            break
+    return found
 
-    def note_said(self, names: Sequence[str]) -> None:
-        """`say` sent these: they are not sent again at the end of the command."""
-        said = [to_json(one).encode() + b"\n" for one in self.shown() if one[2] in names]
-        with (
-            suppress(OSError),
-            opened_folder(self.images) as folder,
-            open_within(folder, self.SAID, "ab") as file,
-        ):
-            file.writelines(said)
 
-    def put(self, path: Path) -> str:
-        """The name of a picture in `images`, copied there if need be.
-
-        Raises CockpitError.
-        """
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_IMAGE_BYTES + 1)
-            if not kind_of_picture(content) or len(content) > MAX_IMAGE_BYTES:
-                reason = "is not a PNG, JPEG or GIF picture of at most 5 MB"
-                raise CockpitError(f"{path} {reason}")
-            is_there = path.resolve().parent == self.images.resolve()
-            is_there = is_there and not path.is_symlink()
-            if is_there and IMAGE_PATH.fullmatch(f"/images/{path.name}"):
-                return path.name
-            return self.keep(self.images, content)
-        except OSError as error:
-            raise CockpitError(f"{path}: {error.strerror}") from error
-
-    async def fetch(self, media: object) -> list[str]:
-        """The phone's pictures as files in `inbox`, ten at most."""
-        wanted = objects_in(media)[:MAX_IMAGES]
-        if not wanted:
-            return []
-        async with aiohttp.ClientSession(
-            cookie_jar=aiohttp.DummyCookieJar(), timeout=MEDIA_TIMEOUT
-        ) as session:
-
-            async def fetch(one: Json) -> str:
-                url, kind = str(one.get("url")), str(one.get("content_type"))
-                with suppress(aiohttp.ClientError, OSError, ValueError):
-                    async with (
-                        asyncio.timeout(INBOX_S),
-                        session.get(url, allow_redirects=False) as response,
-                    ):
-                        content = await read_at_most(response, MAX_IMAGE_BYTES)
-                    if response.status == 200 and content is not None:
-                        name = await asyncio.to_thread(self.keep, self.inbox, content, kind)
-                        return f"{self.inbox.name}/{name}"
-                return "(a picture that could not be fetched)"
-
-            return await asyncio.gather(*map(fetch, wanted))
+async def fetch_picture(session: aiohttp.ClientSession, inbox: Path, media: Json) -> str:
+    """The name of the file that a phone's picture becomes, for the agent."""
+    with suppress(aiohttp.ClientError, OSError, ValueError, StoreError):
+        async with session.get(str(media.get("url")), allow_redirects=False) as response:
+            content = await read_at_most(response, MAX_IMAGE_BYTES)
+        if response.status == 200 and content is not None:
+            kind = str(media.get("content_type"))
+            file = await asyncio.to_thread(keep, inbox, "", content, kind)
+            return f"{inbox.name}/{file.name}"
+    return "(a picture that could not be fetched)"
 
 
 class Agent:
-    """What makes an answer of a text.
+    """A preset or any command, run for each text in a process group of its own.
 
-    Unless it says so it lacks nothing and leaves nothing running.
-    """
-
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        """What it said and its exit code; cancelled it ends what it started."""
-        raise NotImplementedError
-
-    def trouble(self) -> str:
-        """Why it cannot work, or nothing (blocking)."""
-        return ""
-
-    def last_line(self) -> str:
-        """The newest line of the running command (blocking)."""
-        return ""
-
-    def left_running(self) -> set[int]:
-        """The groups of processes that its commands left."""
-        return set()
-
-    def close(self) -> None:
-        """End whatever runs, at once."""
-
-
-class BuiltInAgent(Agent):
-    """Echoes; draws an image, sleeps and crashes on request."""
-
-    def __init__(self, pictures: Pictures) -> None:
-        self._pictures = pictures
-
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        match text.strip().lower().split():
-            case ["crash"]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            case ["sleep", seconds] if NAP_S.fullmatch(seconds):
-                await asyncio.sleep(min(3600.0, float(seconds)))
-                return f"Slept {seconds} s.", 0
-            case ["image"]:
-                pictures = self._pictures
-                await asyncio.to_thread(pictures.keep, pictures.images, PICTURE)
-                return "Here is an image.", 0
-        return text, 0
-
-
-class CommandAgent(Agent):
-    """Runs a preset or any command for each text, in a process group of its own.
-
-    The text is on its standard input, the answer is its standard output; its standard error is
-    shown when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
+    The text is its standard input, the answer its standard output; standard error is shown
+    when it says nothing else or fails. COCKPIT_NEW=1 asks for a fresh conversation.
     """
 
     def __init__(self, command: str, folder: Path) -> None:
-        self._command = command
+        self._command = command.strip() or BUILT_IN
         self._folder = folder
         self._groups: set[int] = set()  # of its commands, also of those that ended
-        # Of the running one: what it is given, what it says, what it complains of.
-        self._streams: Sequence[IO[bytes]] = ()
-
-    def arguments(self, *, is_new: bool) -> list[str]:
-        """The command's words; raises ValueError."""
-        if preset := PRESETS.get(self._command):
-            return re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
-        if FOR_A_SHELL.match(self._command):
-            return ["sh", "-c", self._command]
-        return shlex.split(self._command)
+        self._said: Sequence[IO[bytes]] = ()  # output and errors of the running one
 
     def trouble(self) -> str:
-        try:
-            program = self.arguments(is_new=False)[0]
-        except ValueError as error:
-            return f"the agent's command cannot be read: {error}"
-        if shutil.which(program):
+        """Why it cannot work, or nothing."""
+        program = self._command.split()[0]
+        if shutil.which(program) or not PLAIN.fullmatch(self._command):
             return ""
-        remedy = "install it or choose another --agent"
-        return f"there is no {program} on this VM's PATH; {remedy}"
+        return f"there is no {program} on this VM's PATH; install it or choose another --agent"
 
-    async def run(self, text: str, *, is_new: bool) -> tuple[str, int]:
-        # Files, not pipes: what it leaves running may hold them open as long as it likes.
-        streams = await asyncio.to_thread(open_streams, text)
+    async def run(self, text: str, *, is_new: bool = False) -> tuple[str, int]:
+        """What it said and its exit code; cancelled it ends what it started."""
+        arguments = ["sh", "-c", self._command]
+        if preset := PRESETS.get(self._command):
+            arguments = re.sub(r"\[.*\] " if is_new else r"[][]", "", preset).split()
+        # Files, not pipes: what it leaves running may hold them open.
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self.arguments(is_new=is_new),
-                cwd=self._folder,
-                env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
-                stdin=streams[0],
-                stdout=streams[1],
-                stderr=streams[2],
-                process_group=0,
-            )
-            self._streams = streams
-            self._groups = self.left_running() | {process.pid}
-            try:
-                code = await process.wait()
-            except asyncio.CancelledError:
-                await end_group(process.pid)
-                code = CANCELLED
-            # Not in a thread: a stop that comes now would lose it.
-            return self._said(code), code if code >= 0 else 128 - code
+            with (
+                tempfile.TemporaryFile() as given,
+                tempfile.TemporaryFile("a+b") as output,
+                tempfile.TemporaryFile("a+b") as errors,
+            ):
+                given.write(text.encode("utf-8", "replace"))
+                given.seek(0)
+                process = await asyncio.create_subprocess_exec(
+                    *arguments,
+                    cwd=self._folder,
+                    env=os.environ | {"COCKPIT_NEW": "1" if is_new else ""},
+                    stdin=given,
+                    stdout=output,
+                    stderr=errors,
+                    process_group=0,
+                )
+                self._groups = self.left_running() | {process.pid}
+                self._said = output, errors
+                try:
+                    code = await process.wait()
+                except asyncio.CancelledError:
+                    await end_group(process.pid)
+                    code = CANCELLED
+                said = os.pread(output.fileno(), OUTPUT_BYTES, 0).decode("utf-8", "replace")
+                if code or not said.strip():
+                    said = f"{said.rstrip()}\n{read_tail(errors)}".strip("\n")
+                return said, code if code >= 0 else 128 - code
         except (OSError, ValueError) as error:
             return f"The agent could not be started: {error}", 127
         finally:
-            self._streams = ()
-            for stream in streams:
-                stream.close()
-
-    def _said(self, code: int) -> str:
-        output, errors = (stream.fileno() for stream in self._streams[1:])
-        said = os.pread(output, OUTPUT_BYTES, 0).decode("utf-8", "replace")
-        if code or not said.strip():
-            complaint = read_tail(errors)[-ERRORS_CHARACTERS:]
-            said = f"{said.rstrip()}\n{complaint}".strip("\n")
-        return said
+            self._said = ()
 
     def last_line(self) -> str:
-        with suppress(OSError, ValueError):  # it ends just now
-            files = [stream.fileno() for stream in self._streams[1:]]
-            newest = max(files, key=lambda file: os.fstat(file).st_mtime_ns)
-            lines = read_tail(newest).splitlines()
-            return next((line for line in reversed(lines) if line.strip()), "")
-        return ""
+        """The newest line of the running command."""
+        if not self._said:
+            return ""
+        newest = max(self._said, key=lambda file: os.fstat(file.fileno()).st_mtime_ns)
+        lines = [line for line in read_tail(newest).splitlines() if line.strip()]
+        return lines[-1] if lines else ""
 
     def left_running(self) -> set[int]:
+        """The groups of processes that its commands left."""
         self._groups = {group for group in self._groups if signal_group(group, 0)}
         return self._groups
 
     def close(self) -> None:
+        """End whatever runs, at once."""
         for group in self._groups:
             signal_group(group, signal.SIGKILL)
 
 
-def open_streams(text: str) -> list[IO[bytes]]:
-    """Nameless files: the text, and what is to be filled with output and errors (blocking)."""
-    streams: list[IO[bytes]] = []
-    for _ in range(3):
-        streams.append(tempfile.TemporaryFile("a+b"))  # noqa: SIM115
-    streams[0].write(text.encode("utf-8", "replace"))
-    streams[0].seek(0)
-    return streams
-
-
-def read_tail(file: int) -> str:
-    """The end of an open file (blocking)."""
-    size = 4 * ERRORS_CHARACTERS
-    start = max(0, os.fstat(file).st_size - size)
-    return os.pread(file, size, start).decode("utf-8", "replace")
-
-
-def choose_agent(command: str, folder: Path, pictures: Pictures) -> Agent:
-    command = command.strip()
-    return CommandAgent(command, folder) if command else BuiltInAgent(pictures)
+def read_tail(file: IO[bytes]) -> str:
+    """The last characters of an open file."""
+    size, handle = 4 * ERRORS_CHARACTERS, file.fileno()
+    tail = os.pread(handle, size, max(0, os.fstat(handle).st_size - size))
+    return tail.decode("utf-8", "replace")[-ERRORS_CHARACTERS:]
 
 
 def signal_group(group: int, number: int) -> bool:
-    """Signal a group of processes (0 only asks); whether there is any left to take it."""
+    """Signal a group of processes (0 only asks); whether any of it is left."""
     try:
         os.killpg(group, number)
     except (ProcessLookupError, PermissionError):  # macOS refuses to signal what has ended
@@ -3661,13 +3534,11 @@ def signal_group(group: int, number: int) -> bool:
 
 async def end_group(group: int) -> None:
     """End a group of processes: SIGINT, after 5 s SIGKILL."""
-    for number, patience_s in ((signal.SIGINT, CANCEL_GRACE_S), (signal.SIGKILL, 0.5)):
+    for number, patience_s in ((signal.SIGINT, 5.0), (signal.SIGKILL, 0.5)):
         is_left, until = signal_group(group, number), time.monotonic() + patience_s
         while is_left and time.monotonic() < until:
             await asyncio.sleep(0.05)
             is_left = signal_group(group, 0)
-        if not is_left:
-            return
 
 
 class Process(NamedTuple):
@@ -3690,202 +3561,172 @@ def processes() -> Iterator[Process]:
             yield Process(int(stat.parent.name), head.partition("(")[2], *ids, fields[19])
 
 
-def names_of(groups: Collection[int]) -> list[str]:
-    """The names of the processes of these groups (blocking)."""
-    names = [process.name for process in processes() if process.group in groups]
-    return names or [f"process {group}" for group in groups]
+def names_of(groups: Collection[int]) -> str:
+    """The names of their processes, on Linux (blocking)."""
+    return ", ".join(process.name for process in processes() if process.group in groups)
 
 
 class VmServer:
-    """The VM's half of the contract: one command at a time, and none is run twice."""
+    """The VM's half of the contract: one command at a time, none twice."""
 
-    ANSWERS_KEPT = 100
-
-    def __init__(self, token: str, agent: Agent, folder: Path, pictures: Pictures) -> None:
+    def __init__(self, token: str, agent: str, folder: Path) -> None:
         """Reads the answers of earlier runs (blocking)."""
-        self.trouble = ""  # why it is of no use yet
-        self._token = token
-        self._agent = agent
+        self._trouble = ""  # why it is of no use yet
+        self._token = f"Bearer {token}".encode() if token else b""
+        self._agent = Agent(agent, folder)
         self._folder = folder
-        self._pictures = pictures
+        self._images = folder / "images"
         self._tasks = Tasks()
-        self._running: asyncio.Task[Json] | None = None  # the command
+        self._work: asyncio.Task[Any] | None = None  # until its answer is stored
         self._key = ""  # of it
-        self._is_cancelled = self._has_ended = False
-        self._is_closing = False
         self._answers_file = folder / ".cockpit-vm-answers.json"
-        self._answers: Recent[Json] = Recent(most=self.ANSWERS_KEPT)
-        self._load_answers()
-
-    def _load_answers(self) -> None:
+        self._answers: Recent[Json] = Recent(most=100)
         with suppress(OSError):
             stored = object_in(parse_json(self._answers_file.read_bytes()))
             for key, answer in stored.items():
-                if isinstance(answer, dict):
-                    self._answers.put(key, answer, time.monotonic())
+                self._answers.put(key, answer, 0)
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=COMMAND_BODY_BYTES)
+        app = web.Application(middlewares=[self._check_token])
         app.router.add_get("/health", self._health)
         app.router.add_post("/command", self._command)
         app.router.add_post("/cancel", self._cancel)
         app.router.add_get("/images/{name}", self._image)
+        app.cleanup_ctx.append(self._prepare)
         return app
 
-    async def clone(self, repository: str) -> None:
-        """Clone a repository of GitHub at the first start; the VM is not well before."""
-        name = repository.rpartition("/")[2]
-        part, whole = self._folder / f".{name}.part", self._folder / name
-        if not REPOSITORY.fullmatch(repository):
-            self.trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
-        elif not await asyncio.to_thread(whole.exists):
-            self.trouble = f"{repository} is being cloned"
-            await asyncio.to_thread(shutil.rmtree, part, ignore_errors=True)
-            url = f"https://github.com/{repository}.git"
-            command = f"git clone --quiet -- {url} {part.name}"
-            git = CommandAgent(command, self._folder)
-            async with asyncio.timeout(CLONE_S):
-                said, code = await git.run("", is_new=False)
-            if code:
-                self.trouble = f"{repository} could not be cloned: {said}"
-            else:  # whole, or another start begins it anew
-                await asyncio.to_thread(part.rename, whole)
-                self.trouble = ""
-        self.tell_trouble()
-
-    def tell_trouble(self) -> None:
-        if trouble := self.trouble or self._agent.trouble():
-            print(f"cockpit vm: {trouble}", file=sys.stderr, flush=True)
-
-    async def start(self) -> None:
-        """Prepare what the agent works with."""
-        await asyncio.to_thread(self.tell_trouble)
+    async def _prepare(self, app: web.Application) -> AsyncIterator[None]:
+        self._tell_trouble()
         if repository := os.environ.get("GITHUB_REPOSITORY"):
-            self._tasks.start(self.clone(repository), "clone")
-
-    async def close(self) -> None:
-        """End the running command, and what earlier ones left."""
-        self._is_closing = True
+            self._tasks.start(self._clone(repository))
+        yield
         self._agent.close()
         await self._tasks.close()
 
-    def end_with_gateway(self) -> None:
-        """Read standard input, of which the gateway holds the other end: when it closes, end everything."""
-        if not os.read(0, 1024):
-            self._agent.close()
-            os.killpg(0, signal.SIGKILL)
+    async def end_with_gateway(self, app: web.Application) -> None:
+        """End everything once standard input closes: the gateway is gone."""
+
+        def look() -> None:
+            if not os.read(0, 1024):
+                self._agent.close()
+                os.killpg(0, signal.SIGKILL)
+
+        asyncio.get_running_loop().add_reader(0, look)
+        # A stopped process sees no input; Linux kills it when its parent dies.
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+    async def _clone(self, repository: str) -> None:
+        """Clone it at the first start; the VM is not well before."""
+        name = repository.rpartition("/")[2]
+        if not REPOSITORY.fullmatch(repository):
+            self._trouble = "GITHUB_REPOSITORY must be OWNER/NAME"
+        elif not await asyncio.to_thread((self._folder / name).exists):
+            self._trouble = f"{repository} is being cloned"
+            part = f".{name}.part"  # it becomes whole, or another start begins it anew
+            clone = f"git clone --quiet -- https://github.com/{repository}.git {part}"
+            script = f"rm -rf {part} && {clone} && mv {part} ./{name}"
+            async with asyncio.timeout(CLONE_S):
+                said, code = await Agent(script, self._folder).run("")
+            self._trouble = f"{repository} could not be cloned: {said}" if code else ""
+        self._tell_trouble()
+
+    def _tell_trouble(self) -> None:
+        if trouble := self._trouble or self._agent.trouble():
+            print(f"cockpit vm: {trouble}", file=sys.stderr, flush=True)
 
     def _has_token(self, request: web.Request) -> bool:
         given = request.headers.get("Authorization", "").encode("utf-8", "surrogateescape")
-        wanted = f"Bearer {self._token}".encode()
-        return not self._token or hmac.compare_digest(given, wanted)
+        return not self._token or hmac.compare_digest(given, self._token)
 
-    def _check_token(self, request: web.Request) -> None:
-        if not self._has_token(request):
+    @web.middleware
+    async def _check_token(self, request: web.Request, handler: Any) -> Any:
+        if request.path != "/health" and not self._has_token(request):
             raise web.HTTPUnauthorized(headers={"WWW-Authenticate": "Bearer"})
+        return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
-        if trouble := self.trouble or await asyncio.to_thread(self._agent.trouble):
+        if trouble := self._trouble or self._agent.trouble():
             return web.json_response({"status": "failed", "note": trouble}, status=503)
         answer: Json = {"status": "ok"}
         if self._has_token(request):  # what it works on is nobody else's business
-            if self._running is not None:
-                note = await asyncio.to_thread(self._agent.last_line)
-                answer |= {"busy": True, "note": note}
+            if self._work:
+                answer |= {"busy": True, "note": self._agent.last_line()}
             elif groups := self._agent.left_running():
-                names = ", ".join(await asyncio.to_thread(names_of, groups))
+                names = await asyncio.to_thread(names_of, groups)
                 answer |= {"busy": True, "note": f"left running: {names}"}
         return web.json_response(answer)
 
     async def _command(self, request: web.Request) -> web.Response:
-        self._check_token(request)
-        body = parse_json(await request.read())
-        if not isinstance(body, dict) or not isinstance(body.get("text"), str):
+        body = object_in(parse_json(await request.read()))
+        before = await asyncio.to_thread(shown_in, self._images)
+        if not isinstance(body.get("text"), str):
             return web.json_response({"error": 'send {"text": "..."}'}, status=400)
         key = request.headers.get("Idempotency-Key", "")
         if key in self._answers:
             return web.json_response(self._answers[key])
-        if self._running is not None:
+        if self._work:
             return web.json_response({"error": "busy"}, status=409)
-        # A caller who hangs up does not stop it: the answer is stored for the next time.
-        self._key, self._is_cancelled, self._has_ended = key, False, False
-        self._running = self._tasks.start(self._run(key, body), "command")
-        return web.json_response(await asyncio.shield(self._running))
+        self._key, self._work = key, self._tasks.start(self._run(body))
+        # A caller who hangs up does not stop it: its answer is kept.
+        answer = self._tasks.start(self._answer(key, self._work, before))
+        return web.json_response(await asyncio.shield(answer))
 
     async def _cancel(self, request: web.Request) -> web.Response:
         """End the command, if it is meant; when none runs, what earlier ones left."""
-        self._check_token(request)
-        key, command = request.headers.get("Idempotency-Key", ""), self._running
-        if command is None:
+        key, work = request.headers.get("Idempotency-Key", ""), self._work
+        if work is None:
             groups = set() if key else self._agent.left_running()
             await asyncio.gather(*map(end_group, groups))
             stopped = bool(groups)
-        elif stopped := key in ("", self._key) and not self._has_ended:
-            if not self._is_cancelled:
-                self._is_cancelled = True
-                await asyncio.sleep(0)  # it has begun then, and takes note of its end
-                command.cancel()
-            await asyncio.wait({command})
+        # Once the agent has ended a stop would only lose the answer.
+        elif stopped := key in ("", self._key) and not work.done():
+            if not work.cancelling():
+                work.cancel()
+            await asyncio.wait({work})
         return web.json_response({"stopped": stopped})
 
-    async def _run(self, key: str, body: Json) -> Json:
+    async def _run(self, body: Json) -> tuple[str, int]:
+        """What the agent said, and its exit code."""
+        async with aiohttp.ClientSession(timeout=INBOX_TIMEOUT) as session:
+            fetch = functools.partial(fetch_picture, session, self._folder / "inbox")
+            media = objects_in(body.get("media"))[:MAX_IMAGES]
+            inbox = await asyncio.gather(*map(fetch, media))
+        text = "\n".join([body["text"], *(["", "Pictures:", *inbox] if inbox else [])])
+        return await self._agent.run(text, is_new=body.get("new") is True)
+
+    async def _answer(self, key: str, work: asyncio.Task[Any], before: set[Shown]) -> Json:
         began = time.monotonic()
         try:
-            said, code, images = await self._work(body)
+            await asyncio.wait({work})
+            said, code = ("", CANCELLED) if work.cancelled() else work.result()
             answer = {
                 "text": said,
-                "images": images,
+                "images": await asyncio.to_thread(shown_since, self._images, before),
                 "exitCode": code,
                 "durationMs": int((time.monotonic() - began) * 1000),
             }
-            if key and not self._is_closing:
-                await self._store(key, answer)
-            return answer
-        finally:
-            self._running = None
-
-    async def _work(self, body: Json) -> tuple[str, int, list[Json]]:
-        """What the agent said, its exit code and the pictures it made."""
-        try:
-            before = await asyncio.to_thread(self._pictures.begin)
-            inbox = await self._pictures.fetch(body.get("media"))
-            text = body["text"]
-            if inbox:
-                text = "\n".join([text, "", "Pictures:", *inbox])
-            said, code = await self._agent.run(text, is_new=body.get("new") is True)
-            self._has_ended = True  # from here on a stop would only lose the answer
-            return said, code, await asyncio.to_thread(self._pictures.shown_since, before)
-        except asyncio.CancelledError:
-            if not self._is_cancelled:
-                raise
-            return "", CANCELLED, []
-
-    async def _store(self, key: str, answer: Json) -> None:
-        self._answers.put(key, answer, time.monotonic())
-        content = to_json(self._answers).encode()
-        try:
-            await asyncio.to_thread(write_atomically, self._answers_file, [content])
+            if key:
+                self._answers.put(key, answer, 0)
+                content = to_json(self._answers).encode()
+                await asyncio.to_thread(write_atomically, self._answers_file, [content])
         except StoreError as error:
-            log_event("answer_not_stored", level=logging.WARNING, error=str(error))
+            log_warning("answer_not_stored", error=str(error))
+        finally:
+            self._work = None
+        return answer
 
     async def _image(self, request: web.Request) -> web.StreamResponse:
-        self._check_token(request)
-        file = await asyncio.to_thread(self._find_image, request.match_info["name"])
-        if file is None:
+        wanted = request.match_info["name"]
+        shown = await asyncio.to_thread(shown_in, self._images)
+        if not any(name == wanted for _, _, name in shown):
             raise web.HTTPNotFound
-        return web.FileResponse(file)
-
-    def _find_image(self, name: str) -> Path | None:
-        """The picture's own path; none that a link leads to outside of the folder (blocking)."""
-        if not IMAGE_PATH.fullmatch(f"/images/{name}"):
-            return None
-        folder = self._folder.resolve() / "images"
-        file = (folder / name).resolve()
-        return file if file.is_relative_to(folder) and file.is_file() else None
+        return web.FileResponse(self._images / wanted)
 
 
 def prepare_environment(agent: str, folder: Path) -> None:
-    """What an agent finds in its environment beside the VM's own variables (blocking)."""
+    """What an agent finds in it beside the VM's own variables (blocking)."""
     os.environ["WORKSPACE"] = str(folder)  # for `say`
     if agent.strip() == "claude" and os.geteuid() == 0:
         os.environ["IS_SANDBOX"] = "1"  # else it refuses to act without asking as root
@@ -3896,41 +3737,18 @@ def prepare_environment(agent: str, folder: Path) -> None:
         os.environ |= {"GIT_ASKPASS": str(helper), "GIT_TERMINAL_PROMPT": "0"}
 
 
-def end_with_parent() -> None:
-    """Where there is a parent-death signal: a process that is stopped does not see its input close."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-async def serve_vm(given: argparse.Namespace, folder: Path) -> int:
-    """Serve the VM's half until a signal, or until the gateway that started it is gone; the exit code."""
-    token = os.environ.get("COCKPIT_TOKEN", "")
-    host, port, pictures = given.host, given.port, Pictures(folder)
-    await asyncio.to_thread(prepare_environment, given.agent, folder)
-    agent = choose_agent(given.agent, folder, pictures)
-    server = await asyncio.to_thread(VmServer, token, agent, folder, pictures)
-    runner = web.AppRunner(server.app(), access_log=None, shutdown_timeout=0.1)
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+def serve_vm(given: argparse.Namespace, folder: Path) -> int:
+    """Serve until a signal, or until the gateway that started it is gone."""
+    prepare_environment(given.agent, folder)
+    server = VmServer(os.environ.get("COCKPIT_TOKEN", ""), given.agent, folder)
+    app, host, port = server.app(), given.host, given.port
     if given.until_stdin_closes:
-        loop.add_reader(0, server.end_with_gateway)
-        end_with_parent()
+        app.on_startup.append(server.end_with_gateway)
     try:
-        await server.start()
-        await runner.setup()
-        await web.TCPSite(runner, host, port).start()
-        print(f"a cockpit VM listens on {host}:{port}", flush=True)
-        await stop.wait()
+        web.run_app(app, host=host, port=port, access_log=None, shutdown_timeout=0.1)
     except (OSError, OverflowError) as error:
         reason = f"cannot listen on {host}:{port}: {error}; set PORT or --port"
-        print(f"cockpit vm: {reason}", file=sys.stderr)
-        return 1
-    finally:
-        await runner.cleanup()
-        await server.close()
+        raise CockpitError(reason) from error
     return 0
 
 
@@ -3941,7 +3759,7 @@ def make_folder_of(user: pwd.struct_passwd, folder: Path) -> None:
 
 
 def reap_until_end_of(child: int) -> int:
-    """Pass signals on and reap orphans, as process 1 must; returns the child's exit code."""
+    """Pass signals on and reap orphans, as process 1 must; the child's exit code."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: os.kill(child, number))
     while True:
@@ -3952,7 +3770,7 @@ def reap_until_end_of(child: int) -> int:
 
 
 def run_vm(given: argparse.Namespace) -> int:
-    """The command `vm`; root leaves it to a process of `--user`, whose folders it makes."""
+    """The command `vm`; root makes the folders of `--user` and leaves it to that."""
     folder = Path(os.path.abspath(given.folder))
     if given.user and os.geteuid() == 0:
         try:
@@ -3969,13 +3787,12 @@ def run_vm(given: argparse.Namespace) -> int:
         os.setuid(user.pw_uid)
         os.environ |= {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
     os.chdir(folder)
-    return asyncio.run(serve_vm(given, folder))
+    return serve_vm(given, folder)
 
 
 # Of an agent or a script on the VM
 
 SAY_AGAIN = Backoff(base_s=0.5, cap_s=10, attempts=1000, budget_s=60)
-REFUSED, WRONG_USE, NOT_REACHED, LIMIT_REACHED = 1, 2, 3, 4  # exit codes of `say`
 
 
 def explain_problem(raw: bytes) -> tuple[str, str]:
@@ -3984,37 +3801,56 @@ def explain_problem(raw: bytes) -> tuple[str, str]:
     return str(problem.get("detail") or ""), str(problem.get("code") or "")
 
 
-async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
-    """Text the VM's owner; tried for a minute. Raises CockpitError."""
-    url, token = (os.environ.get(name, "") for name in ("COCKPIT_URL", "COCKPIT_TOKEN"))
-    if not url or not token:
-        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set; run it on a VM")
-    if not is_url(url):
-        raise CockpitError("COCKPIT_URL is no URL; set the gateway's")
+GATEWAY_API = Dialect(
+    service="the gateway",
+    request_id_header="X-Request-Id",
+    explain=explain_problem,
+    is_unprocessed=lambda status: False,
+)
+
+
+@contextlib.contextmanager
+def copied(paths: Sequence[Path]) -> Iterator[list[str]]:
+    """Copies of pictures, in `images` for good if the block succeeds (blocking).
+
+    Raises CockpitError.
+    """
     if len(paths) > MAX_IMAGES:
         raise CockpitError(f"{len(paths)} pictures are too many; give {MAX_IMAGES} at most")
-    pictures = Pictures(Path(os.environ.get("WORKSPACE") or "."))
-    names = [await asyncio.to_thread(pictures.put, path) for path in paths]
-    dialect = Dialect(
-        service="the gateway",
-        request_id_header="X-Request-Id",
-        explain=explain_problem,
-        is_unprocessed=lambda status: False,
-    )
+    images, copies = Path(os.environ.get("WORKSPACE") or ".", "images"), []
+    try:
+        for path in paths:
+            if not (content := read_picture(path)):
+                raise CockpitError(f"{path} is not a PNG, JPEG or GIF picture of at most 5 MB")
+            copies.append(keep(images, f"{SAID}{digest_of(content)}-", content))
+        yield [f"/images/{copy.name}" for copy in copies]
+    except BaseException as error:
+        for copy in copies:  # else they were left out at the end of the command
+            copy.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise CockpitError(f"{error.filename}: {error.strerror}") from error
+        raise
+
+
+async def say(words: str, paths: Sequence[Path], clock: Clock) -> None:
+    """Text the VM's owner; tried for a minute. Raises CockpitError."""
+    url = os.environ.get("COCKPIT_URL", "")
+    token = os.environ.get("COCKPIT_TOKEN", "")
+    if not is_url(url) or not token:
+        raise CockpitError("COCKPIT_URL and COCKPIT_TOKEN are not set as on a VM")
     # The key: an attempt whose answer was lost is not texted twice.
-    key = secrets.token_hex(16)
-    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": key}
-    body = {"text": words, "images": [f"/images/{name}" for name in names]}
+    headers = {"Authorization": f"Bearer {token}", "Idempotency-Key": secrets.token_hex(16)}
     async with aiohttp.ClientSession() as session:
-        gateway = Upstream(session, session, dialect, clock, Metrics(clock))
+        gateway = Upstream(session, session, GATEWAY_API, clock, Metrics(clock))
         call = functools.partial(gateway.ask, "at COCKPIT_URL", "POST", URL(f"{url}/messages"))
-        post = functools.partial(call, timeout_s=20, json=body, headers=headers)
-
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) and error.status != 429
-
-        await retry(post, SAY_AGAIN, clock, when=is_worth_repeating)
-    await asyncio.to_thread(pictures.note_said, names)
+        with copied(paths) as images:
+            body = {"text": words, "images": images}
+            await retry(
+                functools.partial(call, timeout_s=20, json=body, headers=headers),
+                SAY_AGAIN,
+                clock,
+                when=lambda error: is_unavailable(error) and error.status != 429,
+            )
 
 
 def run_say(given: argparse.Namespace) -> int:
@@ -4023,11 +3859,12 @@ def run_say(given: argparse.Namespace) -> int:
         asyncio.run(say(given.text, given.images, Clock()))
     except CockpitError as error:
         print(f"cockpit say: {error}", file=sys.stderr)
-        if not isinstance(error, UpstreamError):
-            return WRONG_USE
-        if error.status == 429:
-            return LIMIT_REACHED
-        return NOT_REACHED if is_unavailable(error) else REFUSED
+        match error:
+            case UpstreamError(status=429):
+                return 4
+            case UpstreamError():
+                return 3 if is_unavailable(error) else 1
+        return 2
     return 0
 
 
@@ -9930,36 +9767,28 @@ def add_local_world(app: web.Application, settings: Settings) -> None:
 
 # --- Assembly ---
 
-FILES_WANTED = 20_000  # 10,000 commands at a time, and as many webhooks and sends
-TWILIO_CONNECTIONS = 1000
 UNREAD_MS = 30_000
-
-
-async def open_session(
-    stack: contextlib.AsyncExitStack, limit: int, *, is_fresh: bool = False, **more: Any
-) -> aiohttp.ClientSession:
-    """A client session that ends with `stack`; a fresh one makes a connection for each request."""
-    connector = aiohttp.TCPConnector(
-        limit=limit, force_close=is_fresh, socket_factory=more.pop("socket_factory", None)
-    )
-    more.setdefault("cookie_jar", aiohttp.DummyCookieJar())
-    session = aiohttp.ClientSession(connector=connector, timeout=CONNECT_TIMEOUT, **more)
-    return await stack.enter_async_context(session)
+STAND_IN = "not checked: the stand-in is used"
 
 
 async def open_clouds(
     stack: contextlib.AsyncExitStack, settings: Settings, clock: Clock, metrics: Metrics
 ) -> tuple[FlyClient, TwilioClient]:
-    # Cookies carry Fly's affinity: a fresh app is visible to whoever sends them back. `unsafe` allows
-    # bare addresses.
-    cookies = aiohttp.CookieJar(unsafe=True)
-    session = await open_session(stack, 100, cookie_jar=cookies)
-    fresh = await open_session(stack, 100, is_fresh=True, cookie_jar=cookies)
-    api = Upstream(session, fresh, FLY, clock, metrics)
-    fly = FlyClient(api, settings.fly, budget_s=settings.limits.provision_timeout_s)
-    session = await open_session(stack, TWILIO_CONNECTIONS)
-    fresh = await open_session(stack, TWILIO_CONNECTIONS, is_fresh=True)
-    return fly, TwilioClient(Upstream(session, fresh, TWILIO, clock, metrics), settings.twilio)
+    """Clients whose connections end with `stack`."""
+
+    async def upstream(dialect: Dialect, limit: int, jar: Any) -> Upstream:
+        sessions = {}
+        for is_fresh in (False, True):
+            connector = aiohttp.TCPConnector(limit=limit, force_close=is_fresh)
+            session = aiohttp.ClientSession(connector=connector, cookie_jar=jar)
+            sessions[is_fresh] = await stack.enter_async_context(session)
+        return Upstream(sessions[False], sessions[True], dialect, clock, metrics)
+
+    # A fresh app is visible to who sends Fly's cookies back; `unsafe`: to bare addresses, too.
+    fly = await upstream(FLY, 100, aiohttp.CookieJar(unsafe=True))
+    twilio = await upstream(TWILIO, 1000, aiohttp.DummyCookieJar())
+    budget_s = settings.limits.provision_timeout_s
+    return FlyClient(fly, settings.fly, budget_s=budget_s), TwilioClient(twilio, settings.twilio)
 
 
 def state_path(settings: Settings) -> Path:
@@ -9967,48 +9796,39 @@ def state_path(settings: Settings) -> Path:
 
 
 async def run_gateway(app: web.Application) -> AsyncIterator[None]:
-    """Bring the parts up in order, and down in the reverse; the state files are held meanwhile."""
-    settings = app[SETTINGS]
+    """Bring the parts up in order, and down in the reverse; holds the state files."""
+    settings, clock, metrics = app[SETTINGS], app[CLOCK], app[METRICS]
     if not settings.gateway.is_production:
         await asyncio.to_thread(make_private_folder, LOCAL_FOLDER)
-    path = await asyncio.to_thread(state_path, settings)
+    path, disk = state_path(settings), Tasks()
+    keyring = Keyring(settings.gateway.secrets)
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(os.close, await asyncio.to_thread(lock_state, path))
-        gateway = app[GATEWAY] = await open_gateway(
-            settings, app[CLOCK], app[METRICS], path, stack
+        stack.push_async_callback(disk.close)
+        routes = await asyncio.to_thread(RouteStore, path, clock, disk)
+        stack.push_async_callback(routes.close)
+        if routes.recovery_note:
+            log_warning("routes_recovered", note=routes.recovery_note)
+        messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
+        await messages.open()
+        stack.push_async_callback(messages.close)
+        fly, twilio = await open_clouds(stack, settings, clock, metrics)
+        session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                limit=0, force_close=True, socket_factory=metered_socket
+            ),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            auto_decompress=False,
+        )
+        await stack.enter_async_context(session)
+        vms = VmClient(session, keyring, clock, settings.limits.vm_command_timeout_s)
+        gateway = app[GATEWAY] = Gateway(
+            settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, Tasks()
         )
         stack.push_async_callback(gateway.tasks.close)
         await move_old_journal(path, gateway)
         await bring_up(gateway)
         yield
-
-
-async def open_gateway(
-    settings: Settings,
-    clock: Clock,
-    metrics: Metrics,
-    path: Path,
-    stack: contextlib.AsyncExitStack,
-) -> Gateway:
-    """The parts, with state files and client sessions that end with `stack`."""
-    disk, keyring = Tasks(), Keyring(settings.gateway.secrets)
-    stack.push_async_callback(disk.close)
-    routes = await asyncio.to_thread(RouteStore, path, clock, disk)
-    stack.push_async_callback(routes.close)
-    if routes.recovery_note:
-        log_warning("routes_recovered", note=routes.recovery_note)
-    messages = MessageStore(beside(path, ".db"), clock, disk, metrics)
-    await messages.open()
-    stack.push_async_callback(messages.close)
-    fly, twilio = await open_clouds(stack, settings, clock, metrics)
-    vm_session = await open_session(
-        stack, 0, is_fresh=True, auto_decompress=False, socket_factory=metered_socket
-    )
-    timeout_s = settings.limits.vm_command_timeout_s
-    vms = VmClient(vm_session, keyring, clock, command_timeout_s=timeout_s)
-    return Gateway(
-        settings, clock, metrics, keyring, routes, messages, fly, twilio, vms, tasks=Tasks()
-    )
 
 
 async def move_old_journal(path: Path, gateway: Gateway) -> None:
@@ -10043,22 +9863,13 @@ async def bring_up(gateway: Gateway) -> None:
         if not settings.twilio.is_local:
             await gateway.backfill.at_start()
         gateway.tasks.start(gateway.backfill.run())
-    gateway.tasks.start(start_relay(gateway))
-
-
-async def start_relay(gateway: Gateway) -> None:
-    """Set going what was in flight; stand-ins are reached at our own port, which listens a moment later."""
-    while gateway.settings.has_stand_in:
-        with suppress(OSError):
-            _, writer = await asyncio.open_connection("127.0.0.1", gateway.settings.gateway.port)
-            writer.close()
-            break
-        await gateway.clock.sleep(0.05)
-    gateway.relay.start()
+    # Stand-ins are reached at our own port, on which `serve` listens first.
+    if not settings.has_stand_in:
+        gateway.relay.start()
 
 
 async def drain(gateway: Gateway) -> None:
-    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the database and the next start."""
+    """Stop taking in, finish what fits in DRAIN_S, leave the rest to the next start."""
     relay, provisioner = gateway.relay, gateway.provisioner
     relay.state.is_draining = provisioner.is_draining = True
     log_event("draining", waiting=relay.waiting(), provisioning=len(provisioner.running))
@@ -10070,20 +9881,18 @@ async def drain(gateway: Gateway) -> None:
 
 
 def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
-    """The whole gateway as an aiohttp application; nothing starts before the application does."""
+    """The whole gateway as an application; nothing starts before that does."""
     is_local = settings.has_stand_in
-    middlewares = [answer_errors, loopback_only] if is_local else [answer_errors]
-    app = web.Application(middlewares=middlewares)
+    fences = [loopback_only] if is_local else []
+    app = web.Application(middlewares=[answer_errors, *fences])
     app[SETTINGS] = settings
     app[CLOCK] = clock or Clock()
     app[METRICS] = Metrics(app[CLOCK])
     app[STRANGERS] = SparingLog(app[CLOCK])
-    app[PAGE] = render_page(
-        with_phone=settings.twilio.is_local,
-        hint="In local mode it is: local"
-        if LOCAL_KEY in settings.gateway.api_keys
-        else "It is what COCKPIT_API_KEY holds where this gateway runs.",
-    )
+    hint = "It is what COCKPIT_API_KEY holds where this gateway runs."
+    if LOCAL_KEY in settings.gateway.api_keys:
+        hint = "In local mode it is: local"
+    app[PAGE] = render_page(with_phone=settings.twilio.is_local, hint=hint)
     app.add_routes([call.route() for call in CALLS])
     app.cleanup_ctx.append(run_gateway)
     if is_local:
@@ -10091,18 +9900,21 @@ def make_app(settings: Settings, clock: Clock | None = None) -> web.Application:
     return app
 
 
-def malformed(reason: str) -> web.Response:
-    """The answer to what no handler has seen; it ends the connection."""
-    answer = problem_response(Refusal("malformed", reason))
-    answer.force_close()
-    return answer
-
-
 class Connection(web.RequestHandler):
-    """aiohttp's, but what it cannot parse is answered by a problem document that echoes nothing."""
+    """aiohttp's, but a problem document that echoes nothing answers what it cannot parse."""
 
-    def __init__(self, *given: Any, strangers: SparingLog, **options: Any) -> None:
-        super().__init__(*given, **options)
+    def __init__(self, server: web.Server, strangers: SparingLog) -> None:
+        options: Json = {
+            "access_log": None,
+            "auto_decompress": False,
+            "keepalive_timeout": 15,
+            "lingering_time": 2,  # for the rest of a refused body
+            "max_line_size": 16 * 1024,
+            "max_field_size": 8 * 1024,
+            "max_headers": 64,
+            "read_bufsize": 4 * 1024,  # of a body that waits for its turn
+        }
+        super().__init__(server, loop=asyncio.get_running_loop(), **options)
         self.strangers = strangers
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -10113,52 +9925,26 @@ class Connection(web.RequestHandler):
         super().connection_made(transport)
 
     def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
+        self, request: web.BaseRequest, status: int = 500, *why: Any, **named: Any
     ) -> web.StreamResponse:
         if status != HTTPStatus.BAD_REQUEST:
-            return super().handle_error(request, status, exc, message)
+            return super().handle_error(request, status, *why, **named)
         # Its words may hold a key.
-        self.strangers.warning("request_unreadable", error=type(exc).__name__)
-        return malformed(
-            "this cannot be read as HTTP/1.1; check the request line and the headers"
-        )
-
-    async def finish_response(
-        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
-    ) -> tuple[web.StreamResponse, bool]:
-        if isinstance(resp, web.HTTPExpectationFailed):  # raised before any middleware; it echoes
-            resp = malformed("of Expect only 100-continue is understood")
-        return await super().finish_response(request, resp, start_time)
+        self.strangers.warning("request_unreadable")
+        reason = "this is not HTTP/1.1; check the request line and the headers"
+        answer = problem_response(Refusal("malformed", reason))
+        answer.force_close()
+        return answer
 
 
 class GatewayRunner(web.AppRunner):
-    """aiohttp's, but its connections are ours: bodies are never inflated, idle ones end after 15 s."""
-
-    OPTIONS: ClassVar[Json] = {
-        "access_log": None,
-        "auto_decompress": False,
-        "keepalive_timeout": 15,
-        "lingering_time": 2,  # after an answer: so long the rest of a refused body is thrown away
-        "max_line_size": 16 * 1024,
-        "max_field_size": 8 * 1024,
-        "max_headers": 64,
-        "read_bufsize": 4 * 1024,  # of a body that waits for its turn
-    }
+    """aiohttp's, but its connections are ours."""
 
     @property
     def server(self) -> Any:
-        """What a site calls to have a connection; None before `setup`."""
+        """What makes connections; None before `setup`."""
         server = super().server
-        more: Json = {"loop": asyncio.get_running_loop(), "strangers": self.app[STRANGERS]}
-        return server and functools.partial(Connection, server, **more, **self.OPTIONS)
-
-
-def new_runner(app: web.Application, shutdown_timeout_s: float = 0.3) -> web.AppRunner:
-    return GatewayRunner(app, shutdown_timeout=shutdown_timeout_s)
+        return server and functools.partial(Connection, server, self.app[STRANGERS])
 
 
 # Serving
@@ -10172,30 +9958,28 @@ def set_up_logging(log_format: str) -> None:
 
 
 def leave_out_the_request(record: logging.LogRecord) -> bool:
-    """aiohttp logs a body that it cannot read word for word, and a key may be among it: only that is told."""
+    """aiohttp logs an unreadable body word for word, and a key may be among it."""
     if record.exc_info and isinstance(record.exc_info[1], UNREADABLE_BODY):
         record.msg, record.args, record.exc_info = "request_unreadable", (), None
         record.levelname = "WARNING"
     return True
 
 
-def raise_file_limit() -> None:
-    """Every command in flight holds a connection: take all the descriptors that we may have."""
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    # Every command in flight holds a connection.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if 0 <= most < FILES_WANTED:
-        remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
-        log_warning("few_file_descriptors", limit=most, wanted=FILES_WANTED, remedy=remedy)
-
-
-async def listen(runner: web.AppRunner, host: str, port: int) -> None:
     await runner.setup()
     try:
         await web.TCPSite(runner, host, port, backlog=1024).start()
     except OSError as error:
         reason = f"cannot listen on {host}:{port}: {error.strerror}; set PORT or HOST"
         raise CockpitError(reason) from error
+    # What was loaded stays: looking for garbage in it only costs time.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 async def serve(settings: Settings) -> int:
@@ -10203,41 +9987,37 @@ async def serve(settings: Settings) -> int:
 
     Returns the exit code.
     """
-    raise_file_limit()
-    app = make_app(settings)
-    runner = new_runner(app)
-    gateway = settings.gateway
-    starting = asyncio.ensure_future(listen(runner, gateway.host, gateway.port))
-    stop = asyncio.Event()
+    app, serving = make_app(settings), asyncio.current_task()
+    runner = GatewayRunner(app, shutdown_timeout=0.3)
+    assert serving
 
     def on_signal() -> None:
-        if stop.is_set():
+        if serving.cancelling():
             os._exit(1)  # the database holds whatever was not finished
-        stop.set()
-        starting.cancel()  # a start that waits for a cloud does not hold up the end
+        serving.cancel()  # a start that waits for a cloud does not hold up the end
 
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(LoopErrors())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     try:
-        await starting
-        # What was loaded stays: collecting garbage in 100,000 routes again and again only costs time.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 50)
+        await listen(runner, settings.gateway.host, settings.gateway.port)
+        if settings.has_stand_in:
+            app[GATEWAY].relay.start()
         print_banner(settings)
-        await stop.wait()
-        await drain(app[GATEWAY])
+        await asyncio.Event().wait()  # for a signal
     except asyncio.CancelledError:
-        log_event("stopped_while_starting")
+        if runner.sites:
+            await drain(app[GATEWAY])
+        else:
+            log_event("stopped_while_starting")
     finally:
         await clean_up(runner)
     return 0
 
 
 async def clean_up(runner: web.AppRunner) -> None:
-    """A disk that hangs does not hold up the end: what is not on it was not acknowledged."""
+    """A disk that hangs holds up no end: what is not on it was not acknowledged."""
     cleaning = asyncio.ensure_future(runner.cleanup())
     _, late = await asyncio.wait([cleaning], timeout=1)
     if late:  # what it would close next may hang as well
@@ -10248,19 +10028,18 @@ async def clean_up(runner: web.AppRunner) -> None:
 
 
 class LoopErrors:
-    """Logs what asyncio cannot tell anybody else; at the limit of file descriptors one line a minute."""
+    """Logs what asyncio can tell nobody else; a lack of file descriptors once a minute."""
 
-    def __init__(self) -> None:
-        self.told_at = NEVER
+    told_at = NEVER
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: Json) -> None:
         error = context.get("exception")
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            if loop.time() - self.told_at >= 60:
-                self.told_at = loop.time()
-                log_error("no_file_descriptors", error=error.strerror, remedy="raise ulimit -n")
-            return
-        log_error("loop_error", exc_info=error, error=context.get("message"))
+        if not (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
+            log_error("loop_error", exc_info=error, error=context.get("message"))
+        elif loop.time() - self.told_at >= 60:
+            self.told_at = loop.time()
+            remedy = "raise the limit (ulimit -n, or LimitNOFILE)"
+            log_error("no_file_descriptors", error=error.strerror, remedy=remedy)
 
 
 def print_banner(settings: Settings) -> None:
@@ -10274,43 +10053,35 @@ def print_banner(settings: Settings) -> None:
         url = f"http://127.0.0.1:{gateway.port}/"
         print(f"cockpit runs at {url} - the API key is: {key}", flush=True)
     agent = gateway.local_agent if settings.fly.is_local else ""
-    if agent and (trouble := CommandAgent(agent, LOCAL_FOLDER).trouble()):
+    if trouble := Agent(agent, LOCAL_FOLDER).trouble():
         print(f"LOCAL_AGENT: {trouble}", flush=True)
     if agent in PRESETS:
         who = pwd.getpwuid(os.geteuid()).pw_name
         where = Path(LOCAL_FOLDER, "vms").absolute()
-        print(
-            f"{agent} acts without asking, with all that {who} may do on this machine;",
-            f"each VM's agent begins in a folder of {where}",
-            flush=True,
-        )
+        rights = f"with all that {who} may do on this machine"
+        print(f"{agent} acts without asking, {rights}; it begins in {where}", flush=True)
 
 
-# Doctor
-
-Finding = tuple[str, str]  # `ok`, `note` or `wrong`, and why or what to do
-OK = ("ok", "")
-STAND_IN = ("note", "not checked: the stand-in is used")
+# Doctor: a look returns a note, if any, and raises what is to be mended
 
 
-async def look_at_folder(folder: Path) -> Finding:
+async def look_at_folder(folder: Path) -> str:
     if folder.name == LOCAL_FOLDER.name and not await asyncio.to_thread(folder.exists):
-        return "note", f"{folder} is made by the first start"
+        return f"{folder} is made by the first start"
     try:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"cockpit")
     except OSError as error:
-        remedy = "mount a volume there, or set ROUTES_FILE"
-        return "wrong", f"{folder} is not writable ({error.strerror}); {remedy}"
-    return OK
+        reason = f"{folder} is not writable ({error.strerror})"
+        raise CockpitError(f"{reason}; mount a volume there, or set ROUTES_FILE") from error
+    return ""
 
 
-async def look_at_routes(path: Path) -> Finding:
-    stored, note = read_routes(path)
-    return ("note", note) if note else ("ok", f"{len(stored.routes)} in {path}")
+async def look_at_routes(path: Path) -> str:
+    return read_routes(path)[1]
 
 
-async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
+async def look_at_token(fly: FlyClient, settings: FlySettings) -> str:
     if settings.is_local:
         return STAND_IN
     org, remedy = settings.org, "make one with: fly tokens create org"
@@ -10318,17 +10089,16 @@ async def look_at_token(fly: FlyClient, settings: FlySettings) -> Finding:
         tokens = await fly.read_token()
         await fly.list_apps()
     except UpstreamRejected as error:
-        reason = f"Fly refuses FLY_API_TOKEN for the organisation {org} ({error.status})"
-        return "wrong", f"{reason}; {remedy}"
+        reason = f"Fly refuses FLY_API_TOKEN for FLY_ORG {org} ({error.status})"
+        raise CockpitError(f"{reason}; {remedy}") from error
     orgs = {str(token.get("org_slug") or org) for token in tokens}
-    if any(token.get("apps") for token in tokens):
-        return "wrong", f"it is limited to single apps; {remedy}"
     if orgs and org not in orgs and org != "personal":
-        return "wrong", f"it is for {', '.join(sorted(orgs))}; set FLY_ORG to that, or {remedy}"
-    return OK
+        found = ", ".join(sorted(orgs))
+        raise CockpitError(f"it is for {found}; set FLY_ORG to that, or {remedy}")
+    return ""
 
 
-async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Finding:
+async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> str:
     if settings.is_local:
         return STAND_IN
     try:
@@ -10337,64 +10107,65 @@ async def look_at_account(twilio: TwilioClient, settings: TwilioSettings) -> Fin
         if not settings.api_key:
             raise
         # A standard API key may not read the account itself.
-        return "note", f"not checked: TWILIO_API_KEY may not read it ({error.status})"
-    return OK if state == "active" else ("wrong", f"it is {state}; see Twilio's console")
+        return f"not checked: TWILIO_API_KEY may not read it ({error.status})"
+    if state != "active":
+        raise CockpitError(f"it is {state}; see Twilio's console")
+    return ""
 
 
-async def look_at_number(twilio: TwilioClient, settings: Settings) -> Finding:
+async def look_at_number(twilio: TwilioClient, settings: Settings) -> str:
     if settings.twilio.is_local:
         return STAND_IN
     number = await twilio.find_number(settings.twilio.phone_number)
     if number is None:
-        return "wrong", "TWILIO_PHONE_NUMBER is not a number of this account; mend it, or buy one"
+        reason = "TWILIO_PHONE_NUMBER is not a number of this account"
+        raise CockpitError(f"{reason}; mend it, or buy one")
     wanted = f"{settings.gateway.public_url}/sms"
-    is_posted = number.get("sms_url") == wanted and number.get("sms_method", "POST") == "POST"
-    if is_posted and not number.get("sms_application_sid"):
-        return OK
-    remedy = f"set its messaging webhook to {wanted} with POST, and no TwiML application"
-    return "wrong", f"its texts go elsewhere; {remedy}"
+    is_posted = number.get("sms_method", "POST") == "POST"
+    has_application = number.get("sms_application_sid")
+    if number.get("sms_url") != wanted or not is_posted or has_application:
+        remedy = f"set its messaging webhook to {wanted} with POST, no TwiML application"
+        raise CockpitError(f"its texts go elsewhere; {remedy}")
+    return ""
 
 
-async def look_at_settings(settings: Settings) -> Finding:
-    return ("note", settings.sleep_obstacle) if settings.sleep_obstacle else OK
-
-
-async def report(subject: str, look: Awaitable[Finding]) -> bool:
-    """Print what a look found; whether all is well."""
-    try:
-        verdict, words = await look
-    except UpstreamUnavailable as error:
-        verdict, words = "wrong", f"{error}; check the network, then try again"
-    except CockpitError as error:
-        verdict, words = "wrong", str(error)
-    print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
-    return verdict != "wrong"
+async def note(words: str) -> str:
+    return words
 
 
 async def examine(settings: Settings) -> int:
-    """The command `doctor`: say `ok`, or what to mend, of whatever the gateway needs; returns the exit code.
+    """The command `doctor`: say `ok` or what to mend; returns the exit code.
 
     It takes no lock and changes nothing.
     """
-    path, clock = state_path(settings), Clock()
+    path, clock, code = state_path(settings), Clock(), 0
     async with contextlib.AsyncExitStack() as stack:
         fly, twilio = await open_clouds(stack, settings, clock, Metrics(clock))
-        are_well = [
-            await report("settings", look_at_settings(settings)),
-            await report("state folder", look_at_folder(path.parent)),
-            await report("routes", look_at_routes(path)),
-            await report("Fly token", look_at_token(fly, settings.fly)),
-            await report("Twilio account", look_at_account(twilio, settings.twilio)),
-            await report("Twilio number", look_at_number(twilio, settings)),
-        ]
-    return 0 if all(are_well) else 1
+        looks = {
+            "settings": note(settings.sleep_obstacle),
+            "state folder": look_at_folder(path.parent),
+            "routes": look_at_routes(path),
+            "Fly token": look_at_token(fly, settings.fly),
+            "Twilio account": look_at_account(twilio, settings.twilio),
+            "Twilio number": look_at_number(twilio, settings),
+        }
+        for subject, look in looks.items():
+            try:
+                words = await look
+                verdict = "note" if words else "ok"
+            except CockpitError as error:
+                is_passing = isinstance(error, UpstreamUnavailable)
+                remedy = "; check the network, then try again" if is_passing else ""
+                verdict, words, code = "wrong", f"{error}{remedy}", 1
+            print(f"{verdict:5} {subject}: {words}".removesuffix(": "), flush=True)
+    return code
 
 
 # Command line
 
 
 def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
-    """In local mode a COCKPIT_SECRET is made once and kept, so that local VMs know us again."""
+    """In local mode one is made once and kept, so that local VMs know us again."""
     if environ.get("COCKPIT_ENV") == "production" or environ.get("COCKPIT_SECRET"):
         return environ
     path = LOCAL_FOLDER / "secret"
@@ -10412,33 +10183,29 @@ def with_local_secret(environ: Mapping[str, str]) -> Mapping[str, str]:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
-        description="Without a command it serves: with no settings a whole local world, no account needed.",
-        epilog="""While it serves, its first page says where to go on: http://127.0.0.1:8080/ (PORT). Settings
-        are environment variables; README.md lists them, and has a walk to try everything.""",
+        description="Without a command it serves; without settings a whole local world.",
+        epilog="Its first page says where to go on: http://127.0.0.1:8080/ (PORT). README.md lists "
+        "the settings, which are environment variables.",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("doctor", help="say what is wrong with settings, state, Fly and Twilio")
     vm = commands.add_parser("vm", help="serve what a VM speaks")
-    host, port = os.environ.get("HOST") or "0.0.0.0", os.environ.get("PORT") or "3000"
-    vm.add_argument("--host", default=host, help="where to listen (HOST; default: %(default)s)")
-    vm.add_argument("--port", type=int, default=port, help="(PORT; default: %(default)s)")
-    vm.add_argument(
-        "--agent",
-        default=os.environ.get("LOCAL_AGENT", ""),
-        help=f"{', '.join(PRESETS)}, or a command: the text on its standard input, the answer on "
-        "its standard output (LOCAL_AGENT)",
-    )
-    folder = os.environ.get("WORKSPACE") or "."
-    vm.add_argument(
-        "--folder", default=folder, help="where it works (WORKSPACE; default: %(default)s)"
-    )
+    words = "the text on its standard input, the answer on its standard output"
+    for option, name, default, more in (
+        ("--host", "HOST", "0.0.0.0", "where to listen"),
+        ("--port", "PORT", "3000", ""),
+        ("--agent", "LOCAL_AGENT", "", f"{', '.join(PRESETS)}, or a command: {words}"),
+        ("--folder", "WORKSPACE", ".", "where it works"),
+    ):
+        value, told = os.environ.get(name) or default, f"{more} ({name}; default: %(default)s)"
+        vm.add_argument(option, default=value, help=told, type=int if name == "PORT" else str)
     vm.add_argument("--user", default="", help="as root: work as this user")
-    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway for a minute; 4 limit reached."
+    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
+    codes = "Exit code: 0 taken; 1 refused; 2 used wrongly; 3 no gateway; 4 limit reached."
     say = commands.add_parser("say", help="on a VM: text its owner", epilog=codes)
     say.add_argument("text")
     say.add_argument("images", nargs="*", type=Path, help="at most ten: PNG, JPEG, GIF")
-    vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -10452,16 +10219,13 @@ def main(argv: Sequence[str]) -> int:
         if given.command == "say":
             set_up_logging("text")
             return run_say(given)
-        settings = Settings.from_env(os.environ if is_doctor else with_local_secret(os.environ))
+        environ = os.environ if is_doctor else with_local_secret(os.environ)
+        settings = Settings.from_env(environ)
         set_up_logging(settings.gateway.log_format)
         return asyncio.run(examine(settings) if is_doctor else serve(settings))
     except SettingsError as error:
-        if is_doctor:
-            print(*(f"wrong {problem}" for problem in error.problems), sep="\n")
-            return 1
-        problems = [f"  {problem}" for problem in error.problems]
-        print("cockpit cannot start; mend these settings:", *problems, sep="\n", file=sys.stderr)
-        return 2
+        print(*(f"wrong {problem}" for problem in error.problems), sep="\n", file=sys.stderr)
+        return 1 if is_doctor else 2
     except (CockpitError, OSError) as error:
         print(f"cockpit: {error}", file=sys.stderr)
         return 1
