@@ -4624,7 +4624,7 @@ class Trace:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Text:
-    """An accepted text on its way to its VM; wall-clock seconds survive a restart."""
+    """An accepted text on its way to its VM; wall-clock seconds."""
 
     sid: str
     vm_id: str
@@ -4653,7 +4653,7 @@ class Text:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Outbound:
-    """Something to tell an owner: parts, then images of the VM, a message each."""
+    """Something to tell an owner: parts, then images, a message each."""
 
     id: str
     vm_id: str
@@ -4769,7 +4769,7 @@ class VmState(KeptOfVm):
 
     @property
     def running(self) -> Text | None:
-        """The text that its VM has in hand; one that met 409 waits for another."""
+        """The text in the VM's hands; one that met 409 waits for another."""
         first = self.waiting[0] if self.waiting and self.is_handing_over else None
         waits = first and first.busy_since is not None and not first.may_have_reached
         return None if waits else first
@@ -4835,7 +4835,7 @@ class RelayState:
         return self.vms[vm_id]
 
     def retire(self, vm: VmState) -> None:
-        """Forget a VM that is gone, with its route, once nothing is left to be told."""
+        """Forget a VM that is gone, with its route, once all is told."""
         is_over = vm.closing_notice and vm.is_idle() and not self.routes.find(vm.vm_id)
         if is_over and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
@@ -4855,7 +4855,7 @@ class RelayState:
     async def once(
         self, vm: VmState, message: InboundMessage, *changes: Change, **values: Any
     ) -> str | None:
-        """Give a VM these values, in memory at once, and store them with a text's SID, or not at all.
+        """Give a VM these values, at once, and store them with a text's SID, or not at all.
 
         None when the SID is new, else the reply of that time; raises StoreError.
         """
@@ -4909,8 +4909,10 @@ class RelayState:
 
     def _of(self, row: Row) -> VmState:
         vm_id = row["vm_id"]
-        found, undone = self.routes.find(vm_id), self.routes.undo.get(vm_id, {})
-        return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
+        if found := self.routes.find(vm_id):
+            return self.vm(vm_id, found[0])
+        undone = self.routes.undo.get(vm_id, {})
+        return self.vm(vm_id, str(undone.get("phone_number") or ""))
 
 
 def fields_of(row: Row) -> Row:
@@ -4943,7 +4945,7 @@ STATUS_RANKS = {
 
 @dataclass(kw_only=True, eq=False)
 class Sender(Part):
-    """The send lane of each VM: in order, the next after Twilio took the last."""
+    """The send lane of each VM: in order, one after the other."""
 
     keyring: Keyring
     twilio: TwilioClient
@@ -5017,7 +5019,7 @@ class Sender(Part):
         self.metrics.texts_finished.add(outcome, by=len(texts))
 
     def command_of(self, vm: VmState, text: Text) -> Json:
-        """What a VM is handed: words, and links to pictures at Twilio's own address."""
+        """What a VM is handed: words, and links to pictures at Twilio."""
         now = self.clock.now()
         media = [
             {"url": self._link(vm.vm_id, path, now), "content_type": kind}
@@ -5028,7 +5030,7 @@ class Sender(Part):
         return {"text": text.body, "media": media, **more}
 
     def pictures_elsewhere(self, message: InboundMessage | Text) -> int:
-        """How many of its pictures do not lie at Twilio's own address."""
+        """How many of its pictures do not lie at Twilio."""
         return sum(not self.twilio.media_path(url) for url, _ in message.media)
 
     # Sending it
@@ -5155,7 +5157,8 @@ class Sender(Part):
         for trace in traces:
             trace.note_error(now, reason)
         if code in TWILIO_ERRORS and TWILIO_ERRORS[code].action == "opted_out":
-            vm.opted_out[channel], vm.opted_at[channel] = True, now
+            vm.opted_out[channel] = True
+            vm.opted_at[channel] = now
         vm.error = reason
         self.state.store.note(vm.put())
 
@@ -5216,7 +5219,7 @@ STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
 
 @dataclass(kw_only=True, eq=False)
 class Watch(Part):
-    """Tells whose commands run long; one task for all, which ends when nothing runs."""
+    """Tells whose commands run long; one task, while anything runs."""
 
     sender: Sender
     vms: VmClient
@@ -5247,9 +5250,10 @@ class Watch(Part):
             await self.sender.notify(vm, f"{STILL_WORKING} {note}".strip(), text=text)
 
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
-        """What a VM is doing, in a line; one that is away or asleep is not asked."""
+        """What a VM is doing, in a line; one away or asleep is not asked."""
         route = self.routes.of(vm.vm_id)
-        if route and route.state == "ready" and vm.away_since is None and not vm.is_paused:
+        is_there = vm.away_since is None and not vm.is_paused
+        if route and route.state == "ready" and is_there:
             return (await self.vms.health(route, within_s)).note
         return ""
 
@@ -5422,7 +5426,7 @@ class Runner(Part):
             if not text.handed_over:
                 text.handed_over = True
                 await self.state.store.save(text.updated())
-            # Meanwhile the text may have been cancelled, the VM changed.
+            # It may have been cancelled, or its VM changed.
             if self._next(vm) == (route, text):
                 await self._attempt(vm, route, text)
 
@@ -5489,7 +5493,8 @@ class Runner(Part):
 
     async def _on_unreachable(self, vm: VmState, route: Route, text: Text, error: VmAway) -> None:
         vm.last_call_failed = True
-        trace, reason = text.trace, str(error)
+        trace = text.trace
+        reason = str(error)
         trace.note_error(self.clock.now(), reason)
         whose = {"message_sid": text.sid, "attempt": trace.attempts}
         log_warning("vm_unreachable", vm_id=vm.vm_id, **whose, error=reason)
