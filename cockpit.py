@@ -5000,7 +5000,9 @@ class Sender(Part):
             vm.new_sids = vm.new_without(texts)
         added = [out.added()] if out.size else []
         await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
-        vm.waiting = deque(text for text in vm.waiting if text not in texts)
+        for text in texts:
+            if text in vm.waiting:
+                vm.waiting.remove(text)
         self.queue(vm, out)
 
     async def drop(self, vm: VmState) -> None:
