@@ -97,7 +97,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, NamedTuple, ParamSpec, TypeVar, cast
+from typing import IO, Any, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 from xml.sax.saxutils import escape
 
@@ -111,7 +111,6 @@ from yarl import URL
 
 VERSION = "2.0"
 T = TypeVar("T")
-P = ParamSpec("P")
 Json = dict[str, Any]
 log = logging.getLogger("cockpit")
 
@@ -3877,24 +3876,31 @@ def run_say(given: argparse.Namespace) -> int:
 # --- Provisioning ---
 
 STATES_THAT_FAILED = ("failed", "launch_failed", "destroying", "destroyed")
-HEALTH_POLL = Backoff(base_s=0.05, cap_s=0.5)
-CONFIRM_DELETE = Backoff(base_s=1, cap_s=1, attempts=30)
+ASK_HEALTH_EVERY_S = 0.25
+CONFIRM_TIMES = 30  # once a second
 UNDO = Backoff(base_s=0.5, cap_s=60)
-UNDO_REFUSED = Backoff(base_s=0.5, cap_s=300)
-LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # a fresh app that Fly does not know (yet) is asked for again
+UNDO_REFUSED = replace(UNDO, cap_s=300)
+LOOK_AGAIN_S = (1.0, 4.0, 15.0)  # for a fresh app that Fly does not know (yet)
 TEARDOWN_WAIT_S = 25.0
 FAILED_KEPT_S = 3600.0
-RESTARTED = "the gateway was restarted while it was being set up, so it is undone; ask again"
+RESTARTED = "the gateway restarted during its set-up, so it is undone; ask again"
+RECORD_TEXTS = (
+    "vm_id machine_id vm_url phone_number region image state step created_at last_error"
+)
 
 
-class Ownership(NamedTuple):
-    """What a machine's stamp says of whose it is; `key_id` is empty unless a secret of ours signed it."""
+def log_failure(event: str, fly: FlyClient, error: CockpitError, **about: Any) -> None:
+    """A token that Fly refuses has a log line of its own."""
+    level = logging.DEBUG if fly.trouble else logging.WARNING
+    log_event(event, level=level, error=str(error), **about)
 
-    machine: Machine
-    gateway_id: str
+
+class Proof(NamedTuple):
+    """Whose a machine is, and of which gateway; its route."""
+
     phone: str
-    pairing: str
-    key_id: str
+    gateway_id: str
+    route: Route
 
 
 @dataclass(eq=False)
@@ -3905,51 +3911,37 @@ class Blueprint:
     keyring: Keyring
     routes: RouteStore
 
-    def __post_init__(self) -> None:
-        self.host = urlsplit(self.settings.gateway.public_url).netloc
+    @property
+    def host(self) -> str:
+        return urlsplit(self.settings.gateway.public_url).netloc + "/"
 
-    def config(self, metadata: Mapping[str, str], volume_id: str) -> Json:
-        """A machine's config: restarted always, one service, kept open through a long command."""
-        vm, limits = self.settings.vm, self.settings.limits
+    def config(self, phone: str, route: Route) -> Json:
+        """A machine's config; its service stays open through a long command."""
+        vm = self.settings.vm
         # Fly's proxy may cut a connection that is silent for 60 s.
-        options = {"idle_timeout": int(limits.vm_command_timeout_s) + 60}
+        options = {"idle_timeout": int(self.settings.limits.vm_command_timeout_s) + 60}
         port: Json = {"port": 3000, "handlers": ["http"], "http_options": options}
         if vm.is_public:
             port |= {"port": 443, "handlers": ["tls", "http"]}
-        service = {
-            "protocol": "tcp",
-            "internal_port": 3000,
-            "autostart": True,
-            "autostop": "off",
-            "ports": [port],
-        }
-        # It only informs: a check that gates would hide a busy VM from the proxy. Durations are strings,
-        # a bare number would be nanoseconds.
-        check = {
-            "type": "http",
-            "kind": "informational",
-            "port": 3000,
-            "method": "GET",
-            "path": "/health",
-            "interval": "15s",
-            "timeout": "5s",
-            "grace_period": "30s",
-        }
-        config: Json = {
+        service: Json = {"protocol": "tcp", "internal_port": 3000, "ports": [port]}
+        # A gating check would hide a busy VM; bare numbers would be nanoseconds.
+        check: Json = {"type": "http", "kind": "informational", "port": 3000}
+        check |= {"interval": "15s", "timeout": "5s", "grace_period": "30s"}
+        mounts = [{"volume": route.volume_id, "path": "/data"}]
+        return {
             "image": vm.image,
             "env": {"PORT": "3000", "HOST": "0.0.0.0"},
             "guest": vm.guest,
             "restart": {"policy": "always"},
-            "services": [service],
-            "checks": {"health": check},
-            "metadata": dict(metadata),
+            "services": [service | {"autostart": True, "autostop": "off"}],
+            "checks": {"health": check | {"method": "GET", "path": "/health"}},
+            # By `cockpit_launch` a create of unknown outcome is found.
+            "metadata": self.stamp(phone, route) | {"cockpit_launch": route.vm_id},
+            **({"mounts": mounts} if route.volume_id else self.rootfs()),
         }
-        if volume_id:
-            return config | {"mounts": [{"volume": volume_id, "path": "/data"}]}
-        return config | self.rootfs()
 
     def rootfs(self) -> Json:
-        """What keeps the root disk of a machine without a volume: waking may end in a cold boot."""
+        """What keeps the root disk: waking may end in a cold boot."""
         persist = "always" if self.settings.limits.vm_idle_s else "restart"
         return {"rootfs": {"persist": persist}}
 
@@ -3962,33 +3954,34 @@ class Blueprint:
         public_url = self.settings.gateway.public_url
         return {"COCKPIT_URL": public_url, "COCKPIT_TOKEN": self.keyring.vm_token(vm_id)}
 
-    def metadata(self, vm_id: str, phone: str, pairing: str) -> dict[str, str]:
-        """The stamp that says whose a machine is."""
+    def stamp(self, phone: str, route: Route) -> dict[str, str]:
+        """The metadata that says whose a machine is."""
         gateway_id = self.routes.gateway_id
-        text = Keyring.owner_text(vm_id, phone, gateway_id, pairing)
+        text = Keyring.owner_text(route.vm_id, phone, gateway_id, route.pairing)
         return {
-            "cockpit_gateway": f"{self.host}/{gateway_id}",
+            "cockpit_gateway": self.host + gateway_id,
             "cockpit_phone": phone,
-            "cockpit_pairing": pairing,
+            "cockpit_pairing": route.pairing,
             "cockpit_owner": self.keyring.sign(text),
         }
 
-    def ownership(self, machine: Machine) -> Ownership | None:
-        """What the stamp of a machine says, if it names our host; a VM can write its own metadata."""
+    def is_stamped(self, machine: Machine) -> bool:
+        """Whether it names our host, truly or not."""
+        return machine.metadata.get("cockpit_gateway", "").startswith(self.host)
+
+    def proof(self, machine: Machine) -> Proof | None:
+        """A living machine's: a VM can write its metadata, not sign it."""
         stamp = machine.metadata
-        host, _, gateway_id = stamp.get("cockpit_gateway", "").rpartition("/")
-        if host != self.host or not gateway_id:
-            return None
+        gateway_id = stamp.get("cockpit_gateway", "").removeprefix(self.host)
         phone, pairing = stamp.get("cockpit_phone", ""), stamp.get("cockpit_pairing", "")
         text = Keyring.owner_text(machine.app, phone, gateway_id, pairing)
         key_id = self.keyring.verifying_id(text, stamp.get("cockpit_owner", ""))
-        key_id = key_id if PHONE.fullmatch(phone) else ""
-        return Ownership(machine, gateway_id, phone, pairing, key_id)
-
-    def adopted_route(self, owned: Ownership) -> Route:
-        """The route of a machine that proved whose it is."""
-        machine = owned.machine
-        return Route(
+        # What is signed tells no borders between its parts; their forms do.
+        is_formed = PHONE.fullmatch(phone) and PAIRING.fullmatch(pairing)
+        is_alive = machine.host_ok and machine.state not in STATES_THAT_FAILED
+        if not (key_id and is_formed and is_alive and self.is_stamped(machine)):
+            return None
+        route = Route(
             vm_id=machine.app,
             machine_id=machine.id,
             vm_url=self.url(machine.app, machine.id, machine.region),
@@ -3996,534 +3989,449 @@ class Blueprint:
             image=machine.image,
             state="asleep" if machine.state in ("suspending", "suspended") else "ready",
             created_at=utc_seconds(machine.created_at or 0),
-            key_id=owned.key_id,
-            pairing=owned.pairing,
+            key_id=key_id,
+            pairing=pairing,
         )
+        return Proof(phone, gateway_id, route)
+
+    def own_proof(self, machine: Machine) -> Proof | None:
+        """The same, of this gateway alone."""
+        proof = self.proof(machine)
+        return proof if proof and proof.gateway_id == self.routes.gateway_id else None
 
 
 @dataclass(kw_only=True, eq=False)
-class Readiness:
-    """Waiting for what Fly and a VM take their time with; the caller bounds the wait."""
+class Work:
+    """A set-up, restart, rotation or upgrade of one VM on its way."""
 
+    vm_id: str
+    phone: str
+    what: str
+    credentials: Mapping[str, str] = field(repr=False)
+    is_torn_down: bool = False
+    task: asyncio.Task[None] = field(init=False)
+
+    async def outcome(self) -> None:
+        """Wait for its end; raises Refusal."""
+        await asyncio.wait({self.task})
+        if not self.task.cancelled():
+            return self.task.result()
+        code, reason = "draining", f"a shutdown cut off the {self.what} of {self.vm_id}"
+        if self.is_torn_down:
+            code, reason = "torn_down", f"{self.vm_id} was deleted during its {self.what}"
+        raise Refusal(code, reason)
+
+
+@dataclass(kw_only=True, eq=False)
+class Provisioning(Work):
+    """A set-up, and how far it is."""
+
+    what: str = "set-up"
+    is_welcome: bool  # its owner is told that it is ready
+    regions: list[str]  # not yet found full
+    step: str = ""
+    secrets_version: int = 0
+    # Of the steps that ended; at each end `moved` is set.
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(kw_only=True, eq=False)
+class Builder:
+    """Sets VMs up, and waits for what Fly and they take their time with."""
+
+    settings: Settings
     clock: Clock
+    routes: RouteStore
     fly: FlyClient
     vms: VmClient
+    blueprint: Blueprint
+    metrics: Metrics
 
-    async def when_visible(
-        self, call: Callable[P, Awaitable[T]], *args: P.args, **named: P.kwargs
-    ) -> T:
+    def route(self, work: Work) -> Route:
+        return self.routes.routes[work.phone]
+
+    def in_time(self) -> TimeLimit:
+        return self.clock.time_limit(self.settings.limits.provision_timeout_s)
+
+    @property
+    def limit(self) -> str:
+        return f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
+
+    # Waiting
+
+    async def when_visible(self, call: Callable[[], Awaitable[T]]) -> T:
         """Fly may answer 404 or 401 for an app it has just made."""
 
         def is_hidden(error: UpstreamError) -> bool:
             return error.status in (401, 404) or "failed to get app" in error.detail
 
-        return await retry(lambda: call(*args, **named), FRESH_APP, self.clock, when=is_hidden)
+        return await retry(call, FRESH_APP, self.clock, when=is_hidden)
 
-    async def wait_started(self, vm_id: str, machine: Machine, after_event: str = "") -> None:
-        """Wait until Fly calls the machine started.
-
-        Raises Refusal when that will not be.
-        """
-        since = (
-            {"from_event_id": after_event} if after_event else {"version": machine.instance_id}
-        )
-        while not await self.when_visible(self.fly.is_started, vm_id, machine.id, **since):
+    async def wait_started(self, vm_id: str, machine: Machine, event: str = "") -> None:
+        """Wait until Fly calls it started (after an event); raises Refusal."""
+        since = {"from_event_id": event} if event else {"version": machine.instance_id}
+        wait = functools.partial(self.fly.is_started, vm_id, machine.id, **since)
+        while not await self.when_visible(wait):
             present = await self.fly.get_machine(vm_id, machine.id)
             if present.state in STATES_THAT_FAILED:
                 reason = f"the machine did not start: Fly says {present.state}"
                 raise Refusal("vm_unhealthy", reason, vm_id=vm_id)
             if present.state == "stopped":
-                # Seen after updates; while Fly is still replacing it, it refuses to start it.
+                # Seen after updates; Fly refuses while it is still replacing it.
                 with suppress(UpstreamRejected):
                     await self.fly.start_machine(vm_id, machine.id)
 
-    async def wait_healthy(self, route: Route) -> None:
+    async def wait_healthy(self, work: Work) -> None:
         """Poll until the VM answers /health."""
-        failures = 0
-        while not await self.vms.is_healthy(route):
-            failures += 1
-            await HEALTH_POLL.pause(self.clock, failures)
+        while not await self.vms.is_healthy(self.route(work)):
+            await self.clock.sleep(ASK_HEALTH_EVERY_S)
 
-
-@dataclass(kw_only=True, eq=False)
-class Provisioning:
-    """One VM on its way: what was asked, how far it is, and the steps in order.
-
-    Each id is on disk as soon as it exists.
-    """
-
-    order: Order
-    vm_id: str
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    readiness: Readiness
-    metrics: Metrics
-    step: str = ""
-    seconds: dict[str, float] = field(default_factory=dict)  # of the steps that ended
-    machine: Machine | None = None
-    secrets_version: int = 0
-    is_torn_down: bool = False
-    task: asyncio.Task[None] | None = None
-    moved: asyncio.Event = field(default_factory=asyncio.Event)  # set at the end of each step
-
-    STEPS = ("app", "secrets", "address", "volume", "machine", "start", "health")
-
-    def __post_init__(self) -> None:
-        self.began = self.clock.monotonic()
-        # By it a create of unknown outcome is found.
-        self.launch_id = self.clock.random_id() + self.clock.random_id()
-        self.asked_regions = self.settings.vm.regions
-        if self.order.region:
-            self.asked_regions = (self.order.region,)
-        self.regions = list(self.asked_regions)  # not yet found full
-
-    async def outcome(self) -> None:
-        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
-        assert self.task is not None
-        await asyncio.wait({self.task})
-        if self.task.cancelled():
-            raise self.interruption()
-        self.task.result()
-
-    def interruption(self) -> Refusal:
-        """What a caller is told when it was cancelled."""
-        if not self.is_torn_down:  # shutting down: the next start undoes it
-            reason = (
-                f"the gateway shut down while {self.vm_id} was being set up; it will be undone"
-            )
-            return Refusal("draining", reason)
-        when = "while it was being set up" if self.step else "before it was set up"
-        return Refusal("torn_down", f"{self.vm_id} was deleted {when}", vm_id=self.vm_id)
-
-    @property
-    def route(self) -> Route:
-        return self.routes.routes[self.order.phone]
-
-    def update(self, **changes: Any) -> None:
-        """Change the route in memory; a commit follows where the change must be on disk."""
-        self.routes.put(self.order.phone, replace(self.route, **changes))
-
-    async def run(self) -> None:
-        """Take all steps, each noted and timed.
-
-        Raises what a step raises, or TimeoutError.
-        """
-        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
-            await self.routes.commit()
-            for name in self.STEPS:
-                self.step = name
-                self.update(step=name)
-                began = self.clock.monotonic()
-                await getattr(self, f"take_{name}")()
-                passed_s = self.clock.monotonic() - began
-                self.seconds[name] = round(passed_s, 3)
-                self.metrics.provision_step.observe(passed_s, name)
-                self.moved.set()
-            self.update(state="ready", step="", extra={"steps": self.seconds})
-            await self.routes.commit()
-
-    async def take_app(self) -> None:
-        await self.fly.create_app(self.vm_id)
-
-    async def take_secrets(self) -> None:
-        values = {**self.order.credentials, **self.blueprint.own_secrets(self.vm_id)}
-        self.secrets_version = await self.readiness.when_visible(
-            self.fly.set_secrets, self.vm_id, values
-        )
-
-    async def take_address(self) -> None:
-        kinds = ("shared_v4", "v6") if self.settings.vm.is_public else ("private_v6",)
-        # A private address lives on the network its callers are on: the gateway's, not the app's own.
-        network = "" if self.settings.vm.is_public else self.settings.fly.network
-        for kind in kinds:
-            await self.readiness.when_visible(self.fly.ensure_address, self.vm_id, kind, network)
-
-    async def take_volume(self) -> None:
-        """In the first region that has room; a machine that finds none beside it comes back for the next."""
-        vm = self.settings.vm
-        while vm.volume_gb:
-            size = vm.volume_gb, vm.guest
-            try:
-                volume_id, region = await self.readiness.when_visible(
-                    self.fly.ensure_volume, self.vm_id, self.regions[0], *size
-                )
-            except UpstreamError as error:
-                self.give_up_region(error)
-                continue
-            self.update(volume_id=volume_id, region=region)
-            await self.routes.commit()
-            return
-
-    def give_up_region(self, error: UpstreamError) -> None:
-        """Pass over a region that is full.
-
-        Raises the error when it is another or this was the last.
-        """
-        if error.code != NO_CAPACITY or len(self.regions) < 2:
-            raise error
-        log_warning("region_full", vm_id=self.vm_id, region=self.regions.pop(0), error=str(error))
-
-    async def take_machine(self) -> None:
-        while self.machine is None:
-            volume_id = self.route.volume_id
-            request = self.machine_request()
-            try:
-                self.machine = await self.readiness.when_visible(
-                    self.fly.create_machine, self.vm_id, request, self.launch_id
-                )
-            except UpstreamError as error:
-                self.give_up_region(error)
-                if volume_id:
-                    await self.fly.delete_volume(self.vm_id, volume_id)
-                    await self.take_volume()
-        self.update(
-            machine_id=self.machine.id,
-            region=self.machine.region or self.regions[0],
-            vm_url=self.blueprint.url(self.vm_id, self.machine.id, self.machine.region),
-        )
-        await self.routes.commit()
-
-    def machine_request(self) -> Json:
-        route = self.route
-        stamp = self.blueprint.metadata(self.vm_id, self.order.phone, route.pairing)
-        stamp["cockpit_launch"] = self.launch_id
-        return {
-            "name": self.vm_id,
-            # Fly reads a list of regions itself; a volume pins the machine to its own.
-            "region": route.region if route.volume_id else ",".join(self.regions),
-            "config": self.blueprint.config(stamp, route.volume_id),
-            "min_secrets_version": self.secrets_version,
-        }
-
-    async def take_start(self) -> None:
-        assert self.machine is not None
-        await self.readiness.wait_started(self.vm_id, self.machine)
-
-    async def take_health(self) -> None:
-        await self.readiness.wait_healthy(self.route)
-
-    async def refusal(self, error: Exception) -> Refusal:
-        """What the caller is told of a step that failed."""
-        about: Json = {"vm_id": self.vm_id, "step": self.step}
-        if isinstance(error, TimeoutError):
-            return await self.refusal_for_timeout(about)
+    async def wait_ready(self, work: Work, machine: Machine, event: str = "") -> None:
+        """Wait until a VM that was changed is well again; raises Refusal."""
         try:
-            return refusal_for(error, **about, regions=self.asked_regions)
-        except Exception as unforeseen:
-            log_error("provision_broken", exc_info=unforeseen, **about)
-            return Refusal("internal", "something went wrong here; the log says what", **about)
+            async with self.in_time():
+                await self.wait_started(work.vm_id, machine, event)
+                await self.wait_healthy(work)
+        except TimeoutError as error:
+            reason = f"no answer of its /health {self.limit} of the {work.what}"
+            raise Refusal("vm_unhealthy", reason) from error
 
-    async def refusal_for_timeout(self, about: Json) -> Refusal:
-        limit = f"within {self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
-        if self.step not in ("start", "health"):
-            reason = f"Fly did not finish the step {self.step} {limit}"
-            return Refusal("fly_unavailable", reason, retry_after_s=10, **about)
-        health = await self.readiness.vms.health(self.route)
-        hide = self.order.credentials.values()
-        note = "" if health.is_well else redact(health.note, hide)
-        if self.step == "health" and not note and await self.passes_flys_check():
-            reason = f"Fly's own check of the VM passes, but {self.route.vm_url} does not answer from here"
-            remedy = "check VM_NETWORK, and that FLY_NETWORK names the network this gateway is on"
-            return Refusal("vm_unreachable", f"{reason} {limit}; {remedy}", **about)
-        reason = f"the VM did not answer /health {limit}"
-        return Refusal("vm_unhealthy", f"{reason}: {note}" if note else reason, **about)
+    # Steps
 
-    async def passes_flys_check(self) -> bool:
-        assert self.machine is not None
+    async def set_up(self, job: Provisioning) -> None:
+        """Take all steps; each id is on disk as soon as it exists.
+
+        Raises what they raise, or TimeoutError.
+        """
+        vm_id, fly, when_visible = job.vm_id, self.fly, self.when_visible
+        async with self.in_time():
+            await self.routes.commit()
+            with self._step(job, "app"):
+                await fly.create_app(vm_id)
+            with self._step(job, "secrets"):
+                values = {**job.credentials, **self.blueprint.own_secrets(vm_id)}
+                version = await when_visible(lambda: fly.set_secrets(vm_id, values))
+                job.secrets_version = version
+            with self._step(job, "address"):
+                await when_visible(lambda: self._allocate(vm_id))
+            with self._step(job, "volume"):
+                await self._in_a_region(job, self._make_volume)
+            with self._step(job, "machine"):
+                machine = await self._in_a_region(job, self._make_machine)
+            with self._step(job, "start"):
+                await self.wait_started(vm_id, machine)
+            with self._step(job, "health"):
+                await self.wait_healthy(job)
+            made: Json = {"state": "ready", "step": "", "extra": {"steps": job.seconds}}
+            self.routes.put(job.phone, replace(self.route(job), **made))
+            await self.routes.commit()
+
+    @contextlib.contextmanager
+    def _step(self, job: Provisioning, name: str) -> Iterator[None]:
+        job.step, began = name, self.clock.monotonic()
+        self.routes.put(job.phone, replace(self.route(job), step=name))
+        yield
+        passed_s = self.clock.monotonic() - began
+        job.seconds[name] = round(passed_s, 3)
+        self.metrics.provision_step.observe(passed_s, name)
+        job.moved.set()
+
+    async def _allocate(self, vm_id: str) -> None:
+        if self.settings.vm.is_public:
+            await self.fly.ensure_address(vm_id, "shared_v4")
+            await self.fly.ensure_address(vm_id, "v6")
+        else:  # on the network its callers are on: the gateway's, not the app's own
+            network = self.settings.fly.network
+            await self.fly.ensure_address(vm_id, "private_v6", network)
+
+    async def _in_a_region(
+        self, job: Provisioning, make: Callable[[Provisioning], Awaitable[T]]
+    ) -> T:
+        """In the first that has room; raises UpstreamError."""
+        while True:
+            try:
+                return await self.when_visible(lambda: make(job))
+            except UpstreamError as error:
+                if error.code != NO_CAPACITY or len(job.regions) < 2:
+                    raise
+                region = job.regions.pop(0)
+                log_warning("region_full", vm_id=job.vm_id, region=region, error=str(error))
+
+    async def _make_volume(self, job: Provisioning) -> None:
+        """One beside which no machine fitted goes."""
+        route, vm, region = self.route(job), self.settings.vm, job.regions[0]
+        if not vm.volume_gb or (route.volume_id and route.region == region):
+            return
+        if route.volume_id:
+            await self.fly.delete_volume(job.vm_id, route.volume_id)
+        made = await self.fly.ensure_volume(job.vm_id, region, vm.volume_gb, vm.guest)
+        await self.routes.update(job.vm_id, volume_id=made[0], region=region)
+
+    async def _make_machine(self, job: Provisioning) -> Machine:
+        await self._make_volume(job)
+        vm_id, route = job.vm_id, self.route(job)
+        request = {
+            "name": vm_id,
+            # Fly reads a list itself; a volume pins the machine to its own.
+            "region": route.region if route.volume_id else ",".join(job.regions),
+            "config": self.blueprint.config(job.phone, route),
+            "min_secrets_version": job.secrets_version,
+        }
+        machine = await self.fly.create_machine(vm_id, request, vm_id)
+        url = self.blueprint.url(vm_id, machine.id, machine.region)
+        region = machine.region or job.regions[0]
+        await self.routes.update(vm_id, machine_id=machine.id, region=region, vm_url=url)
+        return machine
+
+    # Failures
+
+    async def refusal(self, job: Provisioning, error: Exception) -> Refusal:
+        """What the caller is told of a step that failed."""
+        about: Json = {"vm_id": job.vm_id, "step": job.step}
+        code, reason = "internal", "something went wrong here; the log says what"
+        match error:
+            case TimeoutError() if job.step in ("start", "health"):
+                code, reason = await self._silence(job)
+            case TimeoutError():
+                code, reason = "fly_unavailable", f"Fly did not finish this step {self.limit}"
+            case CockpitError():
+                return refusal_for(error, **about)
+            case _:
+                log_error("provision_broken", exc_info=error, **about)
+        return Refusal(code, reason, **about)
+
+    async def _silence(self, job: Provisioning) -> tuple[str, str]:
+        """Why a VM did not get well in time: a code, and words."""
+        route = self.route(job)
+        note = redact((await self.vms.health(route)).note, job.credentials.values())
+        reason = f"the VM did not answer /health {self.limit}"
+        if note:
+            return "vm_unhealthy", f"{reason}: {note}"
         with suppress(UpstreamError, TimeoutError):
             async with self.clock.time_limit(10):
-                return (await self.fly.get_machine(self.vm_id, self.machine.id)).checks_pass
-        return False
+                machine = await self.fly.get_machine(job.vm_id, route.machine_id)
+            if machine.checks_pass:
+                reason = f"its check at Fly passes, but {route.vm_url} is not reached from here"
+                remedy = "check VM_NETWORK and FLY_NETWORK (the gateway's own)"
+                return "vm_unreachable", f"{reason} {self.limit}; {remedy}"
+        return "vm_unhealthy", reason
 
 
 @dataclass(kw_only=True, eq=False)
 class Undo:
-    """Deletes apps until Fly confirms that they are gone, however long that takes.
-
-    What is being undone stands in the `undo` section of routes.json.
-    """
+    """Deletes what is in `undo` of routes.json until Fly confirms it."""
 
     clock: Clock
     routes: RouteStore
     fly: FlyClient
     tasks: Tasks
-    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    deleting: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     confirmed: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=3600))
 
-    def start(self, vm_id: str) -> asyncio.Task[None]:
-        if vm_id not in self.running:
-            self.running[vm_id] = self.tasks.start(self._run(vm_id), f"undo {vm_id}")
-        return self.running[vm_id]
+    def start(self, vm_id: str) -> None:
+        if vm_id in self.routes.undo and vm_id not in self.deleting:
+            task = self.deleting[vm_id] = self.tasks.start(self._run(vm_id))
+            task.add_done_callback(lambda _: self.deleting.pop(vm_id))
 
     async def _run(self, vm_id: str) -> None:
         failures = 0
-        try:
-            while True:
-                try:
-                    await self._delete_and_confirm(vm_id)
-                    break
-                except UpstreamError as error:
-                    failures += 1
-                    await self._note_failure(vm_id, error, failures)
-            del self.routes.undo[vm_id]
-            self.confirmed.put(vm_id, None, self.clock.monotonic())
-            log_event("undo_confirmed", vm_id=vm_id)
-            with suppress(StoreError):
-                await self.routes.commit()
-        finally:
-            del self.running[vm_id]
+        while vm_id in self.routes.undo:
+            try:
+                await self._delete(vm_id)
+                del self.routes.undo[vm_id]
+            except UpstreamError as error:
+                self.routes.undo[vm_id]["last_error"] = str(error)
+                log_failure("undo_retry", self.fly, error, vm_id=vm_id)
+                failures += 1
+                backoff = UNDO_REFUSED if self.fly.trouble else UNDO
+                await backoff.pause(self.clock, failures)
+        self.confirmed.put(vm_id, None, self.clock.monotonic())
+        log_event("undo_confirmed", vm_id=vm_id)
+        with suppress(StoreError):
+            await self.routes.commit()
 
-    async def _note_failure(self, vm_id: str, error: UpstreamError, failures: int) -> None:
-        self.routes.undo[vm_id]["last_error"] = str(error)
-        is_refused = bool(self.fly.trouble)  # which has a log line of its own
-        level = logging.DEBUG if is_refused else logging.WARNING
-        attempt = failures + 1
-        log_event("undo_retry", level=level, vm_id=vm_id, error=str(error), attempt=attempt)
-        await (UNDO_REFUSED if is_refused else UNDO).pause(self.clock, failures)
-
-    async def _delete_and_confirm(self, vm_id: str) -> None:
-        """Returns when the app is gone."""
-        for pause_s in (*LOOK_AGAIN_S, 0.0) if self._is_fresh(vm_id) else (0.0,):
+    async def _delete(self, vm_id: str) -> None:
+        """Returns when the app is gone; raises UpstreamError."""
+        created = str(self.routes.undo[vm_id].get("created_at") or "")
+        # A create that was cut off may yet take effect: 404 is `not yet`.
+        is_fresh = created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
+        for pause_s in (*LOOK_AGAIN_S * is_fresh, 0.0):
             if await self.fly.delete_app(vm_id):
-                await self._confirm(vm_id)
-                return
-            if pause_s:
-                await self.clock.sleep(pause_s)
+                return await self._confirm(vm_id)
+            await self.clock.sleep(pause_s)
+        return None
 
     async def _confirm(self, vm_id: str) -> None:
-        for failures in range(1, CONFIRM_DELETE.attempts + 1):
-            try:
+        with suppress(UpstreamNotFound):
+            for _ in range(CONFIRM_TIMES):
                 await self.fly.get_app(vm_id)
-            except UpstreamNotFound:
-                return
-            await CONFIRM_DELETE.pause(self.clock, failures)
-        raise UpstreamUnavailable("fly", "delete app", "the app is still there")
-
-    def _is_fresh(self, vm_id: str) -> bool:
-        """Whether a 404 may mean `not yet`: a create that was cut off may still take effect."""
-        created = str(self.routes.undo[vm_id].get("created_at") or "")
-        return created > utc_seconds(self.clock.now() - 2 * FRESH_APP_S)
+                await self.clock.sleep(1)
+            raise UpstreamUnavailable("fly", "delete app", "the app is still there")
 
 
-def describe(phone: str, route: Route) -> Json:
-    """The VM record, as far as the route knows it."""
-    record: Json = {
-        "vm_id": route.vm_id,
-        "machine_id": route.machine_id or None,
-        "vm_url": route.vm_url or None,
-        "phone_number": phone,
-        "region": route.region or None,
-        "image": route.image or None,
-        "state": route.state,
-        "paired": route.is_paired,
-        "step": route.step or None,
-        "created_at": route.created_at or None,
-        "last_error": route.last_error or None,
-    }
-    if "steps" in route.extra:  # known once it is ready
-        record["steps"] = route.extra["steps"]
+def describe(stored: Json) -> Json:
+    """The VM record, as far as a route or an entry of `undo` knows it."""
+    record = {name: stored.get(name) or None for name in RECORD_TEXTS.split()}
+    record["paired"] = not str(stored.get("pairing")).endswith(":unpaired")
+    if "steps" in stored:  # known once it is ready
+        record["steps"] = stored["steps"]
     return record
 
 
 @dataclass(kw_only=True, eq=False)
 class Provisioner:
-    """Admits sign-ups, tears VMs down, and undoes at a start what an earlier process left half-made."""
+    """Admits sign-ups; tears VMs down, also those left half-made by a kill."""
 
     settings: Settings
     clock: Clock
     routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    readiness: Readiness
+    builder: Builder
     undo: Undo
     keyring: Keyring
     tasks: Tasks
     metrics: Metrics
     on_ready: Callable[[str, bool], Awaitable[None]]  # (vm_id, welcome)
-    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, `failed` or `torn_down`)
-    running: dict[str, Provisioning] = field(default_factory=dict)
+    on_gone: Callable[[str, str, str], Awaitable[None]]  # (vm_id, phone, reason)
+    running: dict[str, Work]  # by vm_id: set-ups and changes
     failed: Recent[Json] = field(default_factory=lambda: Recent(1000, for_s=FAILED_KEPT_S))
     is_draining: bool = False
 
     # Asking for a VM
 
     def begin(self, order: Order) -> Provisioning:
-        """Take an order on; raises Refusal.
-
-        No await before the record, so one of many wins.
-        """
-        failed = self._check_number_free(order.phone)
-        self._check_limits(replaced=1 if failed else 0)
+        """Take an order on (no await: one of many wins); raises Refusal."""
+        settings, clock, phone = self.settings, self.clock, order.phone
+        failed = self._admit(phone)
         if failed:  # only now: who is refused loses nothing
-            self.routes.begin_undo(order.phone, "replaced")
+            self.routes.begin_undo(phone, "replaced")
             self.undo.start(failed.vm_id)
-        vm_id = f"{self.settings.vm.app_prefix}-{self.clock.random_id()}"
-        job = Provisioning(
-            order=order,
-            vm_id=vm_id,
-            settings=self.settings,
-            clock=self.clock,
-            routes=self.routes,
-            fly=self.fly,
-            blueprint=self.blueprint,
-            readiness=self.readiness,
-            metrics=self.metrics,
-        )
+        vm_id = f"{settings.vm.app_prefix}-{clock.random_id()}"
         route = Route(
             vm_id=vm_id,
             state="provisioning",
-            image=self.settings.vm.image,
+            image=settings.vm.image,
             region=order.region,
-            created_at=utc_seconds(self.clock.now()),
+            created_at=utc_seconds(clock.now()),
             key_id=self.keyring.current_id,
             pairing="0:unpaired" if order.verify else "0:paired",
         )
-        self.routes.put(order.phone, route)
+        self.routes.put(phone, route)
+        job = Provisioning(
+            vm_id=vm_id,
+            phone=phone,
+            credentials=order.credentials,
+            is_welcome=order.welcome,
+            regions=[order.region] if order.region else list(settings.vm.regions),
+        )
         self.running[vm_id] = job
-        job.task = self.tasks.start(self._run(job), f"provision {vm_id}")
+        job.task = self.tasks.start(self._run(job))
         job.task.add_done_callback(lambda _: job.moved.set())
-        log_event("provision_begun", vm_id=vm_id, phone=mask_phone(order.phone))
+        log_event("provision_begun", vm_id=vm_id, phone=mask_phone(phone))
         return job
 
-    def _check_number_free(self, phone: str) -> Route | None:
-        """The number's VM that is gone, if one is: a new one may replace it."""
-        route = self.routes.routes.get(phone)
-        if route is None or route.state == "failed":
-            return route
-        reason = f"this number has the VM {route.vm_id} ({route.state}); delete it first"
-        raise Refusal("phone_taken", reason, vm_id=route.vm_id)
-
-    def _check_limits(self, replaced: int) -> None:
-        limits, count = self.settings.limits, len(self.routes.routes) - replaced
+    def _admit(self, phone: str) -> Route | None:
+        """The number's VM that a new one replaces, if any; raises Refusal."""
+        limits, known = self.settings.limits, self.routes.routes.get(phone)
+        if known and known.state != "failed":
+            reason = f"this number has {known.vm_id} ({known.state}); delete it first"
+            raise Refusal("phone_taken", reason, vm_id=known.vm_id)
         if self.is_draining:
             raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         if why := self.routes.closed_because:
-            raise Refusal("fly_unavailable", why, retry_after_s=10)
-        if len(self.running) >= limits.provision_limit:
-            reason = f"{len(self.running)} VMs are being set up already (PROVISION_LIMIT)"
-            raise Refusal("too_many", reason, retry_after_s=10)
+            raise Refusal("fly_unavailable", why)
+        if (begun := self.routes.states["provisioning"]) >= limits.provision_limit:
+            raise Refusal("too_many", f"{begun} VMs are being set up (PROVISION_LIMIT)")
+        count = len(self.routes.routes) - bool(known)
         if limits.vm_limit and count >= limits.vm_limit:
-            raise Refusal("vm_limit", f"there are {count} VMs, as many as VM_LIMIT allows")
+            raise Refusal("vm_limit", f"there are {count} VMs (VM_LIMIT)")
+        return known
 
     async def _run(self, job: Provisioning) -> None:
-        """Cancelled it leaves things as they are: to who tears it down, or to the next start."""
-        vm_id = job.vm_id
+        """Cancelled it leaves all to who tears it down, or to the next start."""
+        vm_id, began, outcome = job.vm_id, self.clock.monotonic(), "torn_down"
         try:
-            await job.run()
-        except Exception as error:  # also one that nobody foresaw must not keep the number
-            refusal = await job.refusal(error)
-            made_nothing = isinstance(error, NameTaken) or not job.step
-            await self._abandon(job, refusal, made_nothing=made_nothing)
+            await self.builder.set_up(job)
+            outcome = "ready"
+        except Exception as error:  # nor does an unforeseen one keep the number
+            refusal = await self.builder.refusal(job, error)
+            outcome, words = refusal.code, refusal.detail
+            del self.running[vm_id]  # from here on a teardown has nothing to cancel
+            log_warning("provision_failed", vm_id=vm_id, step=job.step, code=outcome, error=words)
+            is_made = job.step != "" and not isinstance(error, NameTaken)
+            await self._let_go(job.phone, "failed", words, is_made=is_made)
             raise refusal from error
         finally:
             self.running.pop(vm_id, None)
-        self.metrics.provision.observe(self.clock.monotonic() - job.began, "ready")
-        phone = mask_phone(job.order.phone)
+            self.metrics.provision.observe(self.clock.monotonic() - began, outcome)
+        phone = mask_phone(job.phone)
         log_event("provision_ready", vm_id=vm_id, phone=phone, seconds=job.seconds)
-        await self.on_ready(vm_id, job.order.welcome)
-
-    async def _abandon(
-        self, job: Provisioning, refusal: Refusal, *, made_nothing: bool = False
-    ) -> None:
-        """Free the number, tell whoever waits, start the undo; the caller's error does not wait for it."""
-        vm_id, phone = job.vm_id, job.order.phone
-        code, error = refusal.code, refusal.detail
-        self.running.pop(vm_id, None)  # from here on a teardown has nothing to cancel
-        self.metrics.provision.observe(self.clock.monotonic() - job.began, code)
-        log_warning("provision_failed", vm_id=vm_id, step=job.step, code=code, error=error)
-        reason, state = "failed", "failed"
-        if job.is_torn_down:
-            reason, state = "torn_down", "deleting"
-        self._remember_failed(phone, self.routes.routes[phone], error, state)
-        if made_nothing:
-            self.routes.drop(phone)
-        else:
-            self.routes.begin_undo(phone, reason, error)
-        await self.on_gone(vm_id, phone, "failed")
-        with suppress(StoreError):
-            await self.routes.commit()
-        if vm_id in self.routes.undo:
-            self.undo.start(vm_id)
-
-    def _remember_failed(
-        self, phone: str, route: Route, error: str, state: str = "failed"
-    ) -> None:
-        record = describe(phone, route) | {"state": state, "last_error": error}
-        self.failed.put(route.vm_id, record, self.clock.monotonic())
+        await self.on_ready(vm_id, job.is_welcome)
 
     # Tearing one down
 
-    async def tear_down(self, vm_id: str) -> bool:
-        """Destroy a VM in whatever state and forget its route; False when Fly has not confirmed in 25 s.
+    async def _let_go(
+        self, phone: str, reason: str, error: str = "", *, is_made: bool = True
+    ) -> None:
+        """Free the number, tell whoever waits, undo what is made."""
+        vm_id = self.routes.routes[phone].vm_id
+        if reason == "failed":
+            record = self.record(vm_id) | {"state": "failed", "last_error": error}
+            self.failed.put(vm_id, record, self.clock.monotonic())
+        self.routes.begin_undo(phone, reason, error)
+        if not is_made:
+            del self.routes.undo[vm_id]
+        with suppress(StoreError):  # a full disk must not keep a VM alive
+            await self.routes.commit()
+        # Not before: killed here, the VM would live on with its texts dropped.
+        await self.on_gone(vm_id, phone, reason)
+        self.undo.start(vm_id)
 
-        Raises Refusal when it is unknown.
-        """
+    async def tear_down(self, vm_id: str) -> bool:
+        """Destroy a VM in any state; whether Fly confirmed it in 25 s."""
         log_event("teardown", vm_id=vm_id)
-        found = self.routes.find(vm_id)
-        if job := self.running.get(vm_id):
-            await self._cancel(job)
-        elif found:
-            self.routes.begin_undo(found[0], "torn_down")
-            with suppress(StoreError):  # a full disk must not keep a VM alive
-                await self.routes.commit()
-            # Not before it is on disk: after a kill the VM would live on, its texts dropped.
-            await self.on_gone(vm_id, found[0], "torn_down")
-        elif vm_id not in self.routes.undo and vm_id not in self.failed:
-            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        if vm_id in self.routes.undo:
+        if work := self.running.pop(vm_id, None):
+            work.is_torn_down = True
+            work.task.cancel()
+            await asyncio.wait({work.task})
+        if found := self.routes.find(vm_id):
+            await self._let_go(found[0], "torn_down")
+        self.undo.start(vm_id)  # unless the first of two callers did
+        if undo := self.undo.deleting.get(vm_id):
             with suppress(TimeoutError):
                 async with self.clock.time_limit(TEARDOWN_WAIT_S):
-                    await asyncio.wait({self.undo.start(vm_id)})
+                    await asyncio.wait({undo})
         is_gone = vm_id not in self.routes.undo
         if is_gone:
             self.failed.forget(vm_id)
         return is_gone
 
-    async def _cancel(self, job: Provisioning) -> None:
-        assert job.task is not None
-        job.is_torn_down = True
-        job.task.cancel()
-        with suppress(Refusal):
-            await job.outcome()
-        if self.routes.find(job.vm_id):  # else it had failed by itself
-            await self._abandon(job, job.interruption())
-
     # Start and stop
 
     async def recover(self) -> None:
-        """At start: undo what an earlier process left unfinished."""
+        """At start: undo what is unfinished."""
         for phone, route in list(self.routes.routes.items()):
-            if route.state not in ("provisioning", "deleting"):
-                continue
-            reason, error = "torn_down", ""
+            if route.state in ("provisioning", "deleting"):
+                log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
             if route.state == "provisioning":
-                reason, error = "failed", RESTARTED
-                self._remember_failed(phone, route, error)
-            self.routes.begin_undo(phone, reason, error)
-            await self.on_gone(route.vm_id, phone, reason)
-            log_warning("unfinished_undone", vm_id=route.vm_id, was=route.state)
-        if self.routes.undo or self.routes.is_new:
+                await self._let_go(phone, "failed", RESTARTED)
+            elif route.state == "deleting":  # by the first version
+                await self._let_go(phone, "torn_down")
+        if self.routes.is_new:
             with suppress(StoreError):
                 await self.routes.commit()
         for vm_id in list(self.routes.undo):
             self.undo.start(vm_id)
 
     async def drain(self) -> None:
-        """Take no more orders; wait for those under way (the caller bounds the wait)."""
-        self.is_draining = True
-        if tasks := [entry.task for entry in self.running.values() if entry.task]:
-            await asyncio.wait(tasks)
+        """Wait for what is under way (the caller bounds the wait)."""
+        ends = [work.outcome() for work in self.running.values()]
+        await asyncio.gather(*ends, return_exceptions=True)
 
     def record(self, vm_id: str) -> Json:
-        """The record of a VM that is routed, being deleted, or failed within the hour.
-
-        Raises Refusal.
-        """
+        """Of a VM that is there, goes, or failed lately; raises Refusal."""
         if found := self.routes.find(vm_id):
-            return describe(*found)
+            return describe(found[1].to_json() | {"phone_number": found[0]})
         for known, entry in self.routes.undo.items():
             if entry.get("machine_id") == vm_id:
                 vm_id = known
@@ -4532,11 +4440,8 @@ class Provisioner:
         undone = self.routes.undo.get(vm_id)
         if undone is None:
             raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        texts = {name: value for name, value in undone.items() if isinstance(value, str)}
-        record = describe(
-            texts.get("phone_number", ""), Route.from_json(texts | {"vm_id": vm_id})
-        )
-        return record | {"state": "failed" if undone.get("reason") == "failed" else "deleting"}
+        state = "failed" if undone.get("reason") == "failed" else "deleting"
+        return describe(undone | {"vm_id": vm_id, "state": state})
 
 
 # --- In flight ---
@@ -6565,276 +6470,255 @@ class Backfill:
 
 # --- Fleet ---
 
-# How long a text that is being run has to end before its VM is changed; an upgrade waits for all of it.
+# How long a running text has to end before a change.
 PATIENCE_S = {"restart": 0.0, "rotate": 20.0, "upgrade": float("inf")}
 AT_ONCE = 20
 SICK_SWEEPS = 3
 RESTART_AGAIN_S = 600.0
 ADOPT_AT_START_S = 3.0
 ADOPT_LATER = Backoff(base_s=2, cap_s=300)
+NOT_ADOPTED = "routes.json is empty, and what Fly holds is not adopted yet"
 LOOK_FOR_IDLE_S = 5.0
 ASK_IDLE_AGAIN_S = 30.0
 SUSPEND_AGAIN_S = 3600.0
 ROUTES_A_TURN = 1000
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class VmChange:
-    """A restart, rotation or upgrade of one VM on its way."""
-
-    vm_id: str
-    phone: str
-    what: str
-    credentials: Mapping[str, str] = field(default_factory=dict, repr=False)
-    is_resumed: bool = False  # begun by an earlier process
-    is_torn_down: bool = False
-    task: asyncio.Task[None] | None = None
-
-    async def outcome(self) -> None:
-        """Wait for its end; raises Refusal. A caller who hangs up stops nothing."""
-        assert self.task is not None
-        await asyncio.wait({self.task})
-        if not self.task.cancelled():
-            return self.task.result()
-        if self.is_torn_down:
-            reason = f"{self.vm_id} was deleted during the {self.what}"
-            raise Refusal("torn_down", reason, vm_id=self.vm_id)
-        reason = f"this gateway is shutting down: the next start ends the {self.what}"
-        raise Refusal("draining", reason, vm_id=self.vm_id)
+# What a machine that takes the place of ours changes of a route.
+AT_FLY = ("machine_id", "vm_url", "region", "image", "state", "key_id")
 
 
 @dataclass(kw_only=True, eq=False)
 class VmChanges:
-    """Changes a VM while its texts wait: one change at a time, on disk before Fly is asked."""
+    """Changes VMs while their texts wait; each is on disk before Fly is asked."""
 
     settings: Settings
     clock: Clock
     routes: RouteStore
     fly: FlyClient
     blueprint: Blueprint
-    readiness: Readiness
-    keyring: Keyring
+    builder: Builder
+    provisioner: Provisioner
     relay: Relay
     waker: Waker
     tasks: Tasks
-    running: dict[str, VmChange] = field(default_factory=dict)
+    running: dict[str, Work]
 
-    def begin(self, vm_id: str, what: str, **credentials: str) -> VmChange:
-        """Take on a `restart`, `rotate` or `upgrade`; raises Refusal when the VM is not ready for it."""
+    def begin(self, vm_id: str, what: str, **credentials: str) -> Work:
+        """Take a change on; raises Refusal when the VM is not ready for it."""
         phone, route = self.check(vm_id)
-        change = VmChange(vm_id=route.vm_id, phone=phone, what=what, credentials=credentials)
-        self.routes.put(phone, replace(route, change=what))
-        log_event(f"{what}_begun", vm_id=route.vm_id)
-        return self._start(change)
+        route = replace(route, change=what)
+        self.routes.put(phone, route)
+        return self._start(phone, route, credentials)
 
     def check(self, vm_id: str) -> tuple[str, Route]:
-        """The phone and route of a VM that can be changed now; raises Refusal."""
-        found, state = self.routes.find(vm_id), "deleting"
-        if found:
-            vm_id, state = found[1].vm_id, found[1].state
-        elif vm_id not in self.routes.undo:
-            raise Refusal("unknown_vm", f"there is no VM {vm_id}")
-        if other := self.running.get(vm_id):
-            state = f"in the middle of a {other.what}"
+        """Of a VM that can be changed now; raises Refusal."""
+        record, found = self.provisioner.record(vm_id), self.routes.find(vm_id)
+        vm_id, state = record["vm_id"], record["state"]
+        if work := self.running.get(vm_id):
+            state = f"in the middle of its {work.what}"
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
-            raise Refusal("wrong_state", reason, vm_id=vm_id)
-        if self.relay.is_draining:
-            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
+            raise Refusal("wrong_state", reason)
         return found
-
-    def _start(self, change: VmChange) -> VmChange:
-        self.relay.state.vm(change.vm_id, change.phone).is_paused = True
-        self.running[change.vm_id] = change
-        change.task = self.tasks.start(self._run(change), f"{change.what} {change.vm_id}")
-        return change
 
     def resume_all(self) -> None:
         """At start: end what an earlier process began."""
         for phone, route in self.routes.routes.items():
-            vm_id, what = route.vm_id, route.change
-            if what in PATIENCE_S and route.state in ("ready", "asleep"):
-                log_event("change_resumed", vm_id=vm_id, what=what)
-                self._start(VmChange(vm_id=vm_id, phone=phone, what=what, is_resumed=True))
+            if route.change in PATIENCE_S:
+                self._start(phone, route, {})
 
-    async def _run(self, change: VmChange) -> None:
+    def _start(self, phone: str, route: Route, credentials: Mapping[str, str]) -> Work:
+        vm_id, what = route.vm_id, route.change
+        log_event(f"{what}_begun", vm_id=vm_id)
+        self.relay.state.vm(vm_id, phone).is_paused = True
+        change = Work(vm_id=vm_id, phone=phone, what=what, credentials=credentials)
+        self.running[vm_id] = change
+        change.task = self.tasks.start(self._run(change))
+        return change
+
+    async def _run(self, change: Work) -> None:
         """Cancelled by a shutdown it stays on disk: the next start ends it."""
-        vm_id, answered_at = change.vm_id, 0.0
-        vm = self.relay.state.vm(vm_id, change.phone)
+        vm_id, what, answered_at = change.vm_id, change.what, 0.0
+        vm, runner = self.relay.state.vm(vm_id, change.phone), self.relay.runner
         try:
             await self.routes.commit()
-            patience_s = min(PATIENCE_S[change.what], self.settings.limits.vm_command_timeout_s)
-            await self.relay.runner.pause(vm, 0.0 if change.is_resumed else patience_s)
-            if self._route(vm_id).state == "asleep":
-                await self._wake_first(vm)
+            limits = self.settings.limits
+            await runner.pause(vm, min(PATIENCE_S[what], limits.vm_command_timeout_s))
+            # A restart would only resume it.
+            if self.builder.route(change).state == "asleep":
+                await self.waker.rouse(vm, limits.provision_timeout_s)
+                await self.waker.note_awake(vm_id)
             await self._do(change)
             answered_at = self.clock.now()
             await self._end(change, "")
-        except (CockpitError, TimeoutError) as error:
-            refusal = self._refusal(change, error)
-            await self._end(change, f"{change.what}: {refusal.detail}")
+        except CockpitError as error:
+            refusal = refusal_for(error)
+            await self._end(change, f"{what}: {refusal.detail}")
             raise refusal from error
         finally:
             self.running.pop(vm_id, None)
-            await self.relay.runner.resume(vm, answered_at=answered_at)
+            if not change.is_torn_down:
+                await runner.resume(vm, answered_at=answered_at)
 
-    async def _end(self, change: VmChange, trouble: str) -> None:
+    async def _end(self, change: Work, trouble: str) -> None:
         event = f"{change.what}_{'failed' if trouble else 'done'}"
         log_event(event, vm_id=change.vm_id, error=trouble)
         with suppress(StoreError):
             await self.routes.update(change.vm_id, change="", old_image="", last_error=trouble)
 
-    def _refusal(self, change: VmChange, error: Exception) -> Refusal:
-        if not isinstance(error, TimeoutError):
-            return refusal_for(error, vm_id=change.vm_id)
-        limit = f"{self.settings.limits.provision_timeout_s:g} s (PROVISION_TIMEOUT_S)"
-        reason = f"{change.vm_id} did not answer /health within {limit} of the {change.what}"
-        return Refusal("vm_unhealthy", reason, vm_id=change.vm_id)
-
-    async def _do(self, change: VmChange) -> None:
+    async def _do(self, change: Work) -> None:
         match change.what:
             case "restart":
-                await self._restart(change.vm_id)
+                machine = await self._machine(change)
+                await self.fly.restart_machine(change.vm_id, machine)
+                # Fly may still show the old `started`: only a later event counts.
+                await self.builder.wait_ready(change, machine, machine.last_event)
             case "rotate":
-                await self._wait_until_ready(change.vm_id, await self._replace_config(change))
+                await self.builder.wait_ready(change, await self._replace_config(change))
             case "upgrade":
                 await self._upgrade(change)
 
-    def _route(self, vm_id: str) -> Route:
-        if found := self.routes.find(vm_id):
-            return found[1]
-        raise Refusal("torn_down", f"{vm_id} was deleted meanwhile", vm_id=vm_id)
-
-    async def _wake_first(self, vm: VmState) -> None:
-        """A restart of a machine that sleeps would only resume it."""
-        await self.waker.start_machine(vm)
-        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
-            await self.readiness.wait_started(vm.vm_id, await self._machine(vm.vm_id))
-        await self.waker.note_awake(vm.vm_id)
-
-    async def _machine(self, vm_id: str) -> Machine:
-        machine = await self.fly.get_machine(vm_id, self._route(vm_id).machine_id)
+    async def _machine(self, change: Work) -> Machine:
+        machine = await self.fly.get_machine(change.vm_id, self.builder.route(change).machine_id)
         if not machine.host_ok or not machine.config:
             reason = "Fly does not reach the host this VM is on; try again later"
-            raise Refusal("fly_unavailable", reason, retry_after_s=60, vm_id=vm_id)
+            raise Refusal("fly_unavailable", reason)
         return machine
 
-    async def _restart(self, vm_id: str) -> None:
-        machine = await self._machine(vm_id)
-        await self.fly.restart_machine(vm_id, machine)
-        # Right after the call Fly may still show the old `started`: only a later event counts.
-        await self._wait_until_ready(vm_id, machine, machine.last_event)
-
-    async def _replace_config(self, change: VmChange, image: str = "") -> Machine:
-        """Set secrets, ours renewed, and send the whole config back: a VM reads them as it boots."""
-        vm_id = change.vm_id
-        machine = await self._machine(vm_id)
-        values = {**change.credentials, **self.blueprint.own_secrets(vm_id)}
+    async def _replace_config(self, change: Work, image: str = "") -> Machine:
+        """Set secrets, ours renewed, and send the config back: it boots anew."""
+        vm_id, blueprint = change.vm_id, self.blueprint
+        machine = await self._machine(change)
+        values = {**change.credentials, **blueprint.own_secrets(vm_id)}
         version = await self.fly.set_secrets(vm_id, values)
-        route = self._route(vm_id)
-        stamp = self.blueprint.metadata(vm_id, change.phone, route.pairing)
+        stamp = blueprint.stamp(change.phone, self.builder.route(change))
         config = {
             **machine.config,
-            **({} if machine.config.get("mounts") else self.blueprint.rootfs()),
+            **({} if machine.config.get("mounts") else blueprint.rootfs()),
             "image": image or machine.image,
             "metadata": {**machine.metadata, **stamp},
         }
         updated = await self.fly.update_machine(vm_id, machine, config, version)
-        key_id = self.keyring.current_id
-        await self.routes.update(vm_id, key_id=key_id, image=image or route.image)
+        image = image or self.builder.route(change).image
+        await self.routes.update(vm_id, key_id=blueprint.keyring.current_id, image=image)
         return updated
 
-    async def _wait_until_ready(
-        self, vm_id: str, machine: Machine, after_event: str = ""
-    ) -> None:
-        async with self.clock.time_limit(self.settings.limits.provision_timeout_s):
-            await self.readiness.wait_started(vm_id, machine, after_event)
-            await self.readiness.wait_healthy(self._route(vm_id))
-
-    async def _upgrade(self, change: VmChange) -> None:
+    async def _upgrade(self, change: Work) -> None:
         """Move to the present VM_IMAGE, and back when it is not healthy.
 
-        What to go back to, the very build if tags are equal, is on disk: of an upgrade that an earlier
-        process began, whichever image Fly runs by now is waited for, or taken back.
+        What to go back to (the very build, if tags are equal) is on disk, and all is begun
+        anew after a kill.
         """
         vm_id, image = change.vm_id, self.settings.vm.image
-        machine, old = await self._machine(vm_id), self._route(vm_id).old_image
-        if not change.is_resumed:
+        old = self.builder.route(change).old_image
+        if not old:
+            machine = await self._machine(change)
             old = machine.image if machine.image != image else machine.build or image
             await self.routes.update(vm_id, old_image=old)
-            machine = await self._replace_config(change, image)
-        elif old and machine.image != old:
-            key_id, image = self.keyring.current_id, machine.image
-            await self.routes.update(vm_id, image=image, key_id=key_id)
-        else:
-            reason = "the gateway was restarted before Fly took the new image; ask again"
-            raise Refusal("fly_unavailable", reason, vm_id=vm_id)
+        updated = await self._replace_config(change, image)
         try:
-            await self._wait_until_ready(vm_id, machine)
-        except (CockpitError, TimeoutError) as error:
-            log_warning("upgrade_undone", vm_id=vm_id, image=image, back_to=old, error=str(error))
-            await self._wait_until_ready(vm_id, await self._replace_config(change, old))
+            await self.builder.wait_ready(change, updated)
+        except CockpitError as error:
+            about = {"image": image, "back_to": old, "error": str(error)}
+            log_warning("upgrade_undone", vm_id=vm_id, **about)
+            await self.builder.wait_ready(change, await self._replace_config(change, old))
             reason = f"{vm_id} did not become healthy on {image}; it is back on {old}"
-            raise Refusal("vm_unhealthy", reason, vm_id=vm_id) from error
-
-    async def vm_gone(self, vm_id: str, phone: str, reason: str) -> None:
-        """A VM that is torn down is changed no further, and nothing that belongs to it outlives it."""
-        change = self.running.get(vm_id)
-        if change and change.task:
-            change.is_torn_down = True
-            change.task.cancel()
-        await self.relay.vm_gone(vm_id, phone, reason)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inventory:
-    """What Fly shows: the organisation's apps, their machines, and the regions it could not ask."""
-
-    apps: set[str]
-    machines: Mapping[str, Sequence[Machine]]  # by app
-    missing_regions: Sequence[str] = ()
-
-
-async def fetch_inventory(fly: FlyClient) -> Inventory:
-    """Raises UpstreamError."""
-    apps = await fly.list_apps()
-    listed, missing = await fly.list_org_machines()
-    machines: dict[str, list[Machine]] = defaultdict(list)
-    for machine in listed:
-        machines[machine.app].append(machine)
-    return Inventory(apps=apps, machines=machines, missing_regions=missing)
-
-
-def proof_of(phone: str, machine: Machine, blueprint: Blueprint) -> Ownership | None:
-    """What proves that a machine that lives is this phone's."""
-    owned = blueprint.ownership(machine)
-    is_proof = owned and owned.key_id and owned.phone == phone
-    return owned if is_proof and machine.state not in STATES_THAT_FAILED else None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Here:
-    """What the gateway itself knows: the file, and what is under way."""
-
-    routes: Mapping[str, Route]
-    other_apps: set[str]  # being undone, set up, or gone within the hour
-    changing: set[str]  # falling asleep and waking, too
-    suspects: set[str]  # VMs whose last call failed
-    gateway_id: str
-    app_prefix: str
+            raise Refusal("vm_unhealthy", reason) from error
 
 
 class Action(NamedTuple):
-    """Something a sweep wants done; each is checked against Fly once more before it is."""
+    """What a sweep wants done; Fly is asked once more before it is."""
 
     kind: str
     vm_id: str
     phone: str = ""
-    machine: Machine | None = None
+    machine_id: str = ""
 
 
-# What a sweep does without having seen it twice: lists that lag do no harm there.
-AT_FIRST_SIGHT = ("note_awake", "start", "probe")
+def compare(
+    apps: set[str],
+    machines: Sequence[Machine],
+    routes: Mapping[str, Route],
+    blueprint: Blueprint,
+    *,
+    busy: Collection[str] = (),  # they change, wake, fall asleep, go, or just went
+    suspects: Collection[str] = (),  # their last call failed
+    is_whole: bool = True,  # else nothing follows from what is missing
+) -> Iterator[Action]:
+    """What is to be done when Fly shows these, without any I/O."""
+    of_app: dict[str, list[Machine]] = {app: [] for app in apps}
+    for machine in machines:
+        of_app.setdefault(machine.app, []).append(machine)
+    unknown = of_app.keys() - busy
+    for phone, route in routes.items():
+        vm_id, is_given_up = route.vm_id, route.state == "failed"
+        unknown.discard(vm_id)
+        if vm_id in busy or route.state == "provisioning":
+            continue
+        shown = of_app.get(vm_id, ())
+        own = [machine for machine in shown if machine.id == route.machine_id]
+        if own and not is_given_up:
+            kinds = mends(phone, route, own[0], blueprint, is_suspect=vm_id in suspects)
+            yield from (Action(kind, vm_id, phone) for kind in kinds)
+            continue
+        proofs = filter(None, map(blueprint.own_proof, shown))
+        proven = [proof.route.machine_id for proof in proofs if proof.phone == phone]
+        if len(proven) == 1:
+            yield Action("take_over", vm_id, phone, proven[0])
+        elif is_whole and not is_given_up:
+            yield Action("give_up", vm_id, phone)
+    yield from sort_unknown({app: of_app[app] for app in unknown}, routes, blueprint)
+
+
+def mends(
+    phone: str, route: Route, machine: Machine, blueprint: Blueprint, *, is_suspect: bool
+) -> Iterator[str]:
+    match route.state, machine.state:
+        case "asleep", "started":
+            yield "note_awake"
+        case "ready", "stopped" | "suspended":
+            yield "start"
+        case "ready", "started" if is_suspect:
+            yield "probe"
+    if machine.image not in ("", route.image):
+        yield "note_image"
+    stamp = blueprint.stamp(phone, route)
+    if machine.config and not stamp.items() <= machine.metadata.items():
+        yield "stamp"
+
+
+def sort_unknown(
+    apps: Mapping[str, list[Machine]], routes: Collection[str], blueprint: Blueprint
+) -> Iterator[Action]:
+    """Apps nobody here knows: adopted if they prove whose they are."""
+    machines = [machine for several in apps.values() for machine in several]
+    proofs = list(filter(None, map(blueprint.own_proof, machines)))
+    claimants = Counter(proof.phone for proof in proofs)
+    proven = {proof.route.vm_id: proof for proof in proofs}
+    prefix = blueprint.settings.vm.app_prefix + "-"
+    for app, several in apps.items():
+        proof = proven.get(app)
+        phone = proof.phone if proof else ""
+        if proof and claimants[phone] == 1 and phone not in routes:
+            yield Action("adopt", app, phone, proof.route.machine_id)
+        elif app.startswith(prefix) or any(map(blueprint.is_stamped, several)):
+            yield Action("report", app, phone)
+
+
+def what_is_due(found: Iterable[Action], found_before: Collection[Action]) -> list[Action]:
+    """Lists may lag: most is done only if the last sweep found it, too."""
+    at_first_sight = ("note_awake", "start", "probe")
+    return [action for action in found if action.kind in at_first_sight or action in found_before]
+
+
+def told_of(due: Iterable[Action]) -> str:
+    """What a sweep does nothing about, or nothing."""
+    apps = sorted((action.vm_id, action.phone) for action in due if action.kind == "report")
+    if not apps:
+        return ""
+    named = [f"{app} (of {mask_phone(phone)})" if phone else app for app, phone in apps[:5]]
+    more = ", ..." * (len(apps) > 5)
+    remedy = f"if nobody needs them: fly apps destroy {apps[0][0]}"
+    return f"{len(apps)} apps that no route leads to: {', '.join(named)}{more}; {remedy}"
 
 
 async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Action]) -> None:
@@ -6847,126 +6731,9 @@ async def do_all(call: Callable[[Action], Awaitable[None]], actions: Iterable[Ac
     await asyncio.gather(*map(do, actions))
 
 
-class Findings(NamedTuple):
-    """What a sweep concludes: actions, what was seen (to be acted on if it stays), what to report."""
-
-    actions: list[Action]
-    seen: set[tuple[str, str]]
-    alerts: list[str]
-
-
-@dataclass(kw_only=True, eq=False)
-class Comparison:
-    """Compares what Fly shows with what the gateway knows, without any I/O.
-
-    What Fly shows once may be its lists lagging: nothing is given up or adopted that two sweeps did not see.
-    """
-
-    fly: Inventory
-    here: Here
-    seen_before: set[tuple[str, str]]
-    blueprint: Blueprint
-    result: Findings = field(default_factory=lambda: Findings([], set(), []))
-
-    def findings(self) -> Findings:
-        if self.fly.missing_regions:
-            regions = ", ".join(self.fly.missing_regions)
-            reason = "nothing is concluded from what is missing"
-            self.result.alerts.append(f"Fly could not ask its regions {regions}: {reason}")
-        known = set(self.here.other_apps)
-        for phone, route in self.here.routes.items():
-            known.add(route.vm_id)
-            if route.vm_id not in self.here.changing:
-                self._compare_route(phone, route)
-        self._sort_unknown(known)
-        return self.result
-
-    def _do(self, kind: str, vm_id: str, phone: str, machine: Machine | None = None) -> None:
-        self.result.seen.add((kind, vm_id))
-        if kind in AT_FIRST_SIGHT or (kind, vm_id) in self.seen_before:
-            self.result.actions.append(Action(kind, vm_id, phone, machine))
-
-    def _compare_route(self, phone: str, route: Route) -> None:
-        machines = self.fly.machines.get(route.vm_id, ())
-        own = next((m for m in machines if m.id == route.machine_id), None)
-        is_up = route.state in ("ready", "asleep")
-        if is_up and own is not None and route.vm_id in self.fly.apps:
-            self._compare_machine(phone, route, own)
-        elif is_up or route.state == "failed":
-            proven = [m for m in machines if self._proves(m, phone)]
-            if len(proven) == 1:
-                self._do("take_over", route.vm_id, phone, proven[0])
-            elif is_up and not self.fly.missing_regions:
-                self._do("give_up", route.vm_id, phone)
-
-    def _proves(self, machine: Machine, phone: str) -> bool:
-        is_there = machine.app in self.fly.apps
-        return is_there and proof_of(phone, machine, self.blueprint) is not None
-
-    def _compare_machine(self, phone: str, route: Route, machine: Machine) -> None:
-        if route.state == "asleep":
-            if machine.state == "started":
-                self._do("note_awake", route.vm_id, phone)
-        elif machine.state in RESTING:
-            self._do("start", route.vm_id, phone)
-        elif machine.state == "started" and route.vm_id in self.here.suspects:
-            self._do("probe", route.vm_id, phone)
-        if machine.image and machine.image != route.image:
-            self._do("note_image", route.vm_id, phone)
-        wanted = self.blueprint.metadata(route.vm_id, phone, route.pairing)
-        names = ("cockpit_gateway", "cockpit_phone", "cockpit_pairing")
-        is_stamped = all(machine.metadata.get(name) == wanted[name] for name in names)
-        if machine.config and not (is_stamped and self._proves(machine, phone)):
-            self._do("stamp", route.vm_id, phone)
-
-    def _sort_unknown(self, known: set[str]) -> None:
-        """Apps nobody here knows: adopted when they prove whose they are, else reported; none is deleted."""
-        owned: list[Ownership] = []
-        foreign: list[str] = []
-        for app, machines in self.fly.machines.items():
-            if app in known:
-                continue
-            stamps = [self.blueprint.ownership(machine) for machine in machines]
-            first = stamps[0]
-            is_ours = all(stamp and stamp.gateway_id == self.here.gateway_id for stamp in stamps)
-            if first and is_ours and first.key_id and first.phone not in self.here.routes:
-                owned.append(first)
-            elif self._has_prefix(app) or any(stamps):
-                foreign.append(app)
-        self._adopt_or_report(owned)
-        self._report(foreign, "that no route leads to")
-        bare = [app for app in self.fly.apps - set(self.fly.machines) if app not in known]
-        bare = [app for app in bare if self._has_prefix(app)]
-        self.result.seen.update(("bare", app) for app in bare)
-        lasting = [app for app in bare if ("bare", app) in self.seen_before]
-        self._report(lasting, "without a machine")
-
-    def _has_prefix(self, app: str) -> bool:
-        return app.startswith(self.here.app_prefix + "-")
-
-    def _adopt_or_report(self, owned: Sequence[Ownership]) -> None:
-        counts = Counter(one.phone for one in owned)
-        for one in owned:
-            if counts[one.phone] == 1:
-                self._do("adopt", one.machine.app, one.phone, one.machine)
-        for phone, count in counts.items():
-            if count > 1:
-                who = f"{count} VMs claim {mask_phone(phone)}, which has no route"
-                self.result.alerts.append(f"{who}: delete the wrong one at Fly")
-
-    def _report(self, apps: Sequence[str], which: str) -> None:
-        if not apps:
-            return
-        some = sorted(apps)[:5]
-        more = ", ..." if len(apps) > 5 else ""
-        remedy = f"if nobody needs them: fly apps destroy {some[0]}"
-        line = f"{len(apps)} apps {which} are not touched: {', '.join(some)}{more}; {remedy}"
-        self.result.alerts.append(line)
-
-
 @dataclass(kw_only=True, eq=False)
 class Reconciler:
-    """Holds the routes against Fly every RECONCILE_S, and carries out what the comparison finds."""
+    """Compares the routes with Fly every RECONCILE_S, and mends what differs."""
 
     settings: Settings
     clock: Clock
@@ -6974,96 +6741,87 @@ class Reconciler:
     fly: FlyClient
     vms: VmClient
     blueprint: Blueprint
-    provisioner: Provisioner
     undo: Undo
     changes: VmChanges
     relay: Relay
     waker: Waker
-    alerts: list[str] = field(default_factory=list)
-    seen: set[tuple[str, str]] = field(default_factory=set)
-    sick: dict[str, int] = field(default_factory=dict)  # sweeps in a row without /health
-    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, for_s=RESTART_AGAIN_S))
+    tasks: Tasks
+    running: dict[str, Work]
+    trouble: str = ""
+    found_before: set[Action] = field(default_factory=set)
+    sick: Counter[str] = field(default_factory=Counter)  # sweeps in a row without /health
+    restarted: Recent[None] = field(default_factory=lambda: Recent(10_000, RESTART_AGAIN_S))
 
     async def run(self) -> None:
         """While Fly refuses us, up to 5 minutes apart."""
-        refusals = 0
-        every_s = self.settings.limits.reconcile_s
+        every_s, refusals = self.settings.limits.reconcile_s, 0
+        pauses = Backoff(base_s=every_s, cap_s=max(300.0, every_s))
         while True:
-            backed_off_s = min(300.0, every_s * 2.0**refusals)
-            await self.clock.sleep(max(every_s, backed_off_s))
+            await self.clock.sleep(pauses.ceiling(refusals + 1))
             try:
                 await self.sweep()
-                refusals = 0
             except CockpitError as error:
-                # That has a log line and an alert of its own.
-                is_refused = bool(self.fly.trouble)
-                refusals = min(refusals + 1, 10) if is_refused else 0
-                words = f"Fly could not be compared with the routes: {error}"
-                self.alerts = [] if is_refused else [words]
-                level = logging.DEBUG if is_refused else logging.WARNING
-                log_event("sweep_failed", level=level, error=str(error))
+                self.trouble = f"Fly could not be compared with the routes: {error}"
+                log_failure("sweep_failed", self.fly, error)
             except Exception as error:
                 log_error("sweep_failed", exc_info=error)
+            refusals = refusals + 1 if self.fly.trouble else 0
 
     async def sweep(self) -> None:
         """One comparison and what follows from it; raises UpstreamError."""
-        inventory = await fetch_inventory(self.fly)
-        here = self._here()
-        findings = Comparison(
-            fly=inventory, here=here, seen_before=self.seen, blueprint=self.blueprint
-        ).findings()
-        self.seen = findings.seen
-        self.alerts = findings.alerts
-        probed = {action.vm_id for action in findings.actions if action.kind == "probe"}
-        self.sick = {vm_id: count for vm_id, count in self.sick.items() if vm_id in probed}
-        await do_all(self._carry_out, findings.actions)
+        apps = await self.fly.list_apps()
+        machines, missing = await self.fly.list_org_machines()
+        found = self._compare(apps, machines, missing)
+        due = what_is_due(found, self.found_before)
+        self.found_before = set(found)
+        self.trouble = told_of(due)
+        if missing:
+            self.trouble = f"Fly could not ask its regions {', '.join(missing)}; {self.trouble}"
+        probed = [action.vm_id for action in due if action.kind == "probe"]
+        self.sick = Counter({vm_id: self.sick[vm_id] for vm_id in probed})
+        await do_all(self._carry_out, due)
 
-    def _here(self) -> Here:
-        vms = self.relay.vms.values()
-        others = {*self.routes.undo, *self.provisioner.running, *self.undo.confirmed}
-        return Here(
-            routes=dict(self.routes.routes),
-            other_apps=others,
-            changing={*self.changes.running, *(vm.vm_id for vm in vms if vm.is_turning())},
-            suspects={vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None},
-            gateway_id=self.routes.gateway_id,
-            app_prefix=self.settings.vm.app_prefix,
-        )
+    def _compare(
+        self, apps: set[str], machines: Sequence[Machine], missing: Sequence[str] = ()
+    ) -> list[Action]:
+        vms, going = self.relay.vms.values(), {*self.routes.undo, *self.undo.confirmed}
+        turning = {vm.vm_id for vm in vms if vm.is_turning()}
+        suspects = {vm.vm_id for vm in vms if vm.last_call_failed or vm.away_since is not None}
+        busy = going | turning | self.running.keys()
+        more: Json = {"busy": busy, "suspects": suspects, "is_whole": not missing}
+        return list(compare(apps, machines, self.routes.routes, self.blueprint, **more))
 
     async def _carry_out(self, action: Action) -> None:
-        vm_id, kind = action.vm_id, action.kind
-        route = self.routes.routes.get(action.phone)
-        is_there = route and route.vm_id == vm_id and vm_id not in self.changes.running
+        vm_id, route = action.vm_id, self.routes.of(action.vm_id)
         try:
-            if kind == "adopt":
-                await self.adopt(action)
-            elif route and is_there:
+            if action.kind in ("adopt", "take_over"):
+                await self._claim(action)
+            elif route and vm_id not in self.running:
                 await self._mend(action, route)
         except CockpitError as error:  # left to the next sweep
-            log_warning("sweep_step_failed", vm_id=vm_id, action=kind, error=str(error))
+            log_warning("sweep_step_failed", vm_id=vm_id, action=action.kind, error=str(error))
 
     async def _mend(self, action: Action, route: Route) -> None:
-        match action.kind:
+        kind, vm_id, phone, _ = action
+        match kind:
             case "start" if route.state == "ready":
-                await self.waker.start_machine(self.relay.state.vm(route.vm_id, action.phone))
+                await self.waker.start_machine(self.relay.state.vm(vm_id, phone))
             case "note_awake":
-                await self.waker.look(route.vm_id)
+                await self.waker.look(vm_id)
             case "probe":
                 await self._restart_if_hung(route)
             case "note_image":
-                image = (await self.fly.get_machine(route.vm_id, route.machine_id)).image
-                await self.routes.update(route.vm_id, image=image or route.image)
+                image = (await self.fly.get_machine(vm_id, route.machine_id)).image
+                await self.routes.update(vm_id, image=image or route.image)
             case "stamp":
-                await self.stamp(action.vm_id)
-            case "take_over":
-                await self._take_over(action, route)
+                await self.stamp(vm_id)
             case "give_up":
-                await self._give_up(action.phone, route)
+                await self._give_up(phone, route)
 
     async def _restart_if_hung(self, route: Route) -> None:
-        """Three sweeps without /health, nothing that may be running, not twice in 10 minutes."""
+        """After three sweeps without /health, once in 10 minutes."""
         vm_id, now = route.vm_id, self.clock.monotonic()
-        self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick.get(vm_id, 0) + 1
+        self.sick[vm_id] = 0 if await self.vms.is_healthy(route) else self.sick[vm_id] + 1
         is_fresh = self.restarted.is_fresh(vm_id, now)
         if self.sick[vm_id] < SICK_SWEEPS or is_fresh or self.relay.may_be_running(vm_id):
             return
@@ -7072,160 +6830,89 @@ class Reconciler:
         self.changes.begin(vm_id, "restart")
 
     async def stamp(self, vm_id: str) -> None:
-        """Write the stamp anew, again if the pairing changes meanwhile; raises UpstreamError.
-
-        It is of the first version, its secret is gone, the VM rewrote it, or it was locked.
-        """
+        """Write it, again if the pairing changes meanwhile; raises UpstreamError."""
         written = ""
-        while (found := self.routes.find(vm_id)) and found[1].pairing != written:
+        while (found := self.routes.find(vm_id)) and found[1].machine_id:
             phone, route = found
-            if not route.machine_id:
-                return
+            if route.pairing == written:
+                break
             written = route.pairing
-            for name, value in self.blueprint.metadata(vm_id, phone, written).items():
+            for name, value in self.blueprint.stamp(phone, route).items():
                 await self.fly.set_metadata(vm_id, route.machine_id, name, value)
             log_event("stamp_renewed", vm_id=vm_id)
 
-    async def _proven(self, action: Action) -> Ownership | None:
-        """Whose the machine is as Fly tells it now, asked for this very one."""
-        assert action.machine is not None
-        try:
-            await self.fly.get_app(action.vm_id)
-            machine = await self.fly.get_machine(action.vm_id, action.machine.id)
-        except UpstreamNotFound:
-            return None
-        return proof_of(action.phone, machine, self.blueprint) if machine.host_ok else None
-
-    async def adopt(self, action: Action) -> None:
-        owned = await self._proven(action)
-        if owned is None or owned.gateway_id != self.routes.gateway_id:
+    async def _claim(self, action: Action) -> None:
+        """Route a phone to what proves to be its machine, unknown, back, or new."""
+        _, vm_id, phone, machine_id = action
+        before, proof = self.routes.routes.get(phone), None
+        with suppress(UpstreamNotFound):
+            machine = await self.fly.get_machine(vm_id, machine_id)
+            proof = self.blueprint.own_proof(machine)
+        if proof is None or proof.phone != phone:
             return
-        if action.phone in self.routes.routes:
+        if self.routes.routes.get(phone) is not before or vm_id in self.running:
             return
-        self.routes.put(action.phone, self.blueprint.adopted_route(owned))
-        await self.relay.vm_adopted(action.vm_id, action.phone)
-        log_warning("vm_adopted", vm_id=action.vm_id, phone=mask_phone(action.phone))
+        if before is None:
+            self.routes.put(phone, proof.route)
+            await self.relay.vm_adopted(vm_id, phone)
+            log_warning("vm_adopted", vm_id=vm_id, phone=mask_phone(phone))
+        elif before.vm_id == vm_id:
+            at_fly = {name: getattr(proof.route, name) for name in AT_FLY}
+            self.routes.put(phone, replace(before, **at_fly, last_error=""))
+            await self.relay.vm_ready(vm_id)
+            log_warning("machine_taken_over", vm_id=vm_id, was=before.state)
         await self.routes.commit()
-
-    async def _take_over(self, action: Action, route: Route) -> None:
-        """A machine that replaced ours in our own app, or came back in it, is ours when it proves so."""
-        owned = await self._proven(action)
-        if owned is None or self.routes.routes.get(action.phone) is not route:
-            return
-        found = self.blueprint.adopted_route(owned)
-        at_fly = {
-            name: getattr(found, name) for name in ("machine_id", "vm_url", "region", "key_id")
-        }
-        at_fly["image"] = found.image or route.image
-        changed = replace(route, **at_fly, state="ready", last_error="")
-        self.routes.put(action.phone, changed)
-        log_warning("machine_taken_over", vm_id=route.vm_id, was=route.state)
-        await self.routes.commit()
-        await self.relay.vm_ready(route.vm_id)
 
     async def _give_up(self, phone: str, route: Route) -> None:
-        """A VM that Fly, asked for it, does not know is gone: its owner is told once."""
-        try:
+        """A VM that Fly, asked for it, does not know: its owner is told once."""
+        with suppress(UpstreamNotFound):
             machine = await self.fly.get_machine(route.vm_id, route.machine_id)
             if machine.state != "destroyed" or not machine.host_ok:
                 return
-        except UpstreamNotFound:
-            pass
         if self.routes.routes.get(phone) is not route:
             return
         log_error("vm_vanished", vm_id=route.vm_id, phone=mask_phone(phone))
-        gone = "its machine is gone from Fly"
-        await self.routes.update(route.vm_id, state="failed", last_error=gone)
-        await self.changes.vm_gone(route.vm_id, phone, "vanished")
+        gone: Json = {"state": "failed", "last_error": "its machine is gone from Fly"}
+        await self.routes.update(route.vm_id, **gone)
+        await self.relay.vm_gone(route.vm_id, phone, "vanished")
 
+    # A start without routes may be a lost disk
 
-@dataclass(kw_only=True, eq=False)
-class Adoption:
-    """A start without routes may be a lost disk: what proves at Fly that it is ours is adopted."""
-
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
-    fly: FlyClient
-    blueprint: Blueprint
-    reconciler: Reconciler
-    tasks: Tasks
-
-    async def at_start(self) -> None:
-        """While Fly is out of reach no VM is made, and it is tried on."""
-        try:
+    async def adopt_at_start(self) -> None:
+        """Adopt what proves to be ours; until then no VM is made."""
+        self.routes.closed_because = f"{NOT_ADOPTED}: no answer in time"
+        adopting = self.tasks.start(self._adopt())
+        with suppress(TimeoutError):
             async with self.clock.time_limit(ADOPT_AT_START_S):
-                await self._adopt_all()
-        except UpstreamRejected as error:
-            # It would refuse the next VM as well, and that answer says more than ours.
-            log_warning("adoption_refused", error=str(error))
-        except (CockpitError, TimeoutError) as error:
-            self._close(error)
-            self.tasks.start(self._retry_later(), "adopt VMs")
+                await asyncio.wait({adopting})
 
-    def _close(self, error: Exception) -> None:
-        empty = "routes.json is empty and what Fly holds for this gateway is not adopted yet"
-        self.routes.closed_because = f"{empty}: {str(error) or 'no answer in time'}"
-
-    async def _retry_later(self) -> None:
+    async def _adopt(self) -> None:
         failures = 0
         while self.routes.closed_because:
-            failures += 1
-            await ADOPT_LATER.pause(self.clock, failures)
             try:
-                await self._adopt_all()
+                apps = await self.fly.list_apps()
+                machines, missing = await self.fly.list_org_machines()
+                if missing:
+                    words = f"the regions {', '.join(missing)} were not asked"
+                    raise UpstreamUnavailable("fly", "list org machines", words)
+                proofs = filter(None, map(self.blueprint.proof, machines))
+                self.routes.gateway_id = self._choose({proof.gateway_id for proof in proofs})
+                actions = self._compare(apps, machines)
+                await do_all(self._claim, [a for a in actions if a.kind == "adopt"])
                 self.routes.closed_because = ""
             except CockpitError as error:
-                self._close(error)
-
-    async def _adopt_all(self) -> None:
-        """Raises UpstreamError, and StoreError when it is not clear as which gateway to go on."""
-        inventory = await fetch_inventory(self.fly)
-        if inventory.missing_regions:
-            words = f"the regions {', '.join(inventory.missing_regions)} were not asked"
-            raise UpstreamUnavailable("fly", "list org machines", words)
-        proofs = self._proofs(inventory)
-        gateway_id = self._choose({owned.gateway_id for owned in proofs})
-        ours = [owned for owned in proofs if owned.gateway_id == gateway_id]
-        counts = Counter(owned.phone for owned in ours)
-        self.routes.gateway_id = gateway_id or self.routes.gateway_id
-        sole: list[Action] = []
-        for owned in ours:
-            vm_id, phone = owned.machine.app, owned.phone
-            if counts[phone] == 1:
-                sole.append(Action("adopt", vm_id, phone, owned.machine))
-            else:
-                reason = f"not the only VM that claims {mask_phone(phone)}"
-                log_warning("vm_not_adopted", vm_id=vm_id, reason=reason)
-        await do_all(self.reconciler.adopt, sole)
-
-    def _proofs(self, inventory: Inventory) -> list[Ownership]:
-        """A stamp without proof counts for nothing, but is told of."""
-        proofs = []
-        for app in inventory.apps & set(inventory.machines):
-            for machine in inventory.machines[app]:
-                owned = self.blueprint.ownership(machine)
-                if owned is None or machine.state in STATES_THAT_FAILED:
-                    continue
-                if owned.key_id:
-                    proofs.append(owned)
-                else:
-                    reason = "its owner mark does not verify with COCKPIT_SECRET"
-                    log_warning("vm_not_adopted", vm_id=app, reason=reason)
-        return proofs
+                failures += 1
+                self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
+                await ADOPT_LATER.pause(self.clock, failures)
 
     def _choose(self, found: set[str]) -> str:
-        """The gateway to go on as: GATEWAY_ID, else the file's own, else the only one."""
-        wanted, named = self.settings.gateway.gateway_id, ", ".join(sorted(found))
-        for known in (wanted, self.routes.gateway_id):
-            if known in found:
-                return known
-        if wanted and found:
-            raise StoreError(f"Fly holds no VM of GATEWAY_ID {wanted}; it holds those of {named}")
-        if len(found) > 1:
-            several = "Fly holds VMs of several gateways of this host"
-            raise StoreError(f"{several}: set GATEWAY_ID to one of {named}")
-        return named
+        """GATEWAY_ID, the file's own, or the only one; raises StoreError."""
+        wanted, own = self.settings.gateway.gateway_id, self.routes.gateway_id
+        chosen = found & {wanted} if wanted else found & {own} or found
+        if found and len(chosen) != 1:
+            named = ", ".join(sorted(found))
+            raise StoreError(f"Fly holds VMs of the gateways {named}: set GATEWAY_ID to one")
+        return chosen.pop() if found else own
 
 
 @dataclass(kw_only=True, eq=False)
@@ -7243,94 +6930,86 @@ class Sleeper:
     not_before: Recent[float] = field(default_factory=lambda: Recent(100_000))  # monotonic
 
     async def run(self) -> None:
-        """Look for VMs without work again and again; suspend at most one a second."""
+        """Look for VMs without work; suspend at most one a second."""
         while True:
-            await self.clock.sleep(min(LOOK_FOR_IDLE_S, self.settings.limits.vm_idle_s))
+            await self.clock.sleep(LOOK_FOR_IDLE_S)
             for count, phone in enumerate(list(self.routes.routes), 1):
-                if self._is_due(phone):
-                    self.tasks.start(self._put_to_sleep(phone), "put to sleep")
+                route = self.routes.routes.get(phone)
+                if route and self._is_due(route):
+                    self.tasks.start(self._put_to_sleep(phone, route))
                     await self.clock.sleep(1)
                 elif count % ROUTES_A_TURN == 0:
                     await self.clock.sleep(0)
 
-    def _is_due(self, phone: str) -> bool:
-        route = self.routes.routes.get(phone)
-        if route is None or route.state != "ready" or self.relay.is_draining:
-            return False
+    def _is_due(self, route: Route) -> bool:
         is_early = self.clock.monotonic() < self.not_before.get(route.vm_id, NEVER)
-        return not is_early and self._is_idle(route)
+        return route.state == "ready" and not is_early and self._is_idle(route)
 
     def _is_idle(self, route: Route) -> bool:
-        """Whether nothing of it is in flight, and was not for VM_IDLE_S."""
+        """Whether nothing of it is or was in flight for VM_IDLE_S."""
         vm = self.relay.vms.get(route.vm_id)
         last_sign = vm.last_sign() if vm else 0.0
         since = max(self.relay.state.began, route.began_to_be_awake() or 0.0, last_sign)
         is_over = self.clock.now() - since >= self.settings.limits.vm_idle_s
         return is_over and (vm is None or vm.may_sleep())
 
-    async def _put_to_sleep(self, phone: str) -> None:
-        """Asleep on disk, looked at once more, then suspended: a text that comes meanwhile is not late."""
-        route = self.routes.routes[phone]
+    async def _put_to_sleep(self, phone: str, route: Route) -> None:
+        """Asleep on disk, looked at again, then suspended."""
         vm = self.relay.state.vm(route.vm_id, phone)
         self._leave_alone(route, ASK_IDLE_AGAIN_S)
         try:
             if not await self._may_suspend(route):
                 return
             async with vm.machine:
-                if self.routes.routes.get(phone) is not route or not self._is_idle(route):
-                    return
-                if not await self._suspend(route, vm):
-                    await self.waker.note_awake(route.vm_id)
-                    return
-            if not await self.fly.is_started(route.vm_id, route.machine_id, state="suspended"):
-                await self.waker.look(route.vm_id)
+                if self.routes.routes.get(phone) is route and self._is_idle(route):
+                    await self._suspend(route, vm)
         except UpstreamError as error:
             log_warning("sleep_not_confirmed", vm_id=route.vm_id, error=str(error))
 
     async def _may_suspend(self, route: Route) -> bool:
-        """Whether Fly can wake it as it was, and it says that it has no work; raises UpstreamError."""
+        """Whether it can wake as it was, and idles; raises UpstreamError."""
         machine = await self.fly.get_machine(route.vm_id, route.machine_id)
         if machine.state != "started" or not machine.host_ok:
             return False
+        trouble = ""
         if machine.memory_mb > SLEEPER_MEMORY_MB:
-            return self._refuse(route, f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB")
-        if not machine.keeps_disk:  # made while VM_IDLE_S was 0
-            reason = "a cold boot would empty its root disk; PATCH or upgrade mends that"
-            return self._refuse(route, reason)
+            trouble = f"Fly suspends no guest over {SLEEPER_MEMORY_MB} MB"
+        elif not machine.keeps_disk:
+            trouble = "a cold boot would empty its root disk; upgrade it"
+        if trouble:
+            self._leave_alone(route, SUSPEND_AGAIN_S, trouble)
+            return False
         health = await self.vms.health(route)
         return health.is_well and not health.is_busy
 
-    async def _suspend(self, route: Route, vm: VmState) -> bool:
-        """False when it stays awake; an outcome that is not known counts as asleep."""
+    async def _suspend(self, route: Route, vm: VmState) -> None:
+        """An unknown outcome counts as asleep: a sweep finds out."""
+        vm_id = route.vm_id
         vm.is_falling_asleep = True
         if vm.away_since is not None:  # it answers again, and nobody waited for that
             vm.away_since = None
             self.relay.state.store.note(vm.put())
         try:
-            await self.routes.update(route.vm_id, state="asleep")
-            if not self.routes.find(route.vm_id) or not self._is_idle(route):
-                return False
-            await self.fly.suspend_machine(route.vm_id, route.machine_id)
+            await self.routes.update(vm_id, state="asleep")
+            if self.routes.find(vm_id) and self._is_idle(route):
+                await self.fly.suspend_machine(vm_id, route.machine_id)
+                self.not_before.forget(vm_id)
+                return log_event("vm_asleep", vm_id=vm_id)
         except StoreError:
-            return False
+            pass
         except UpstreamError as error:
-            if isinstance(error, UpstreamRejected) or is_surely_undone(error):
-                return self._refuse(route, str(error))
-            log_warning("suspend_unknown", vm_id=route.vm_id, error=str(error))
+            if not (isinstance(error, UpstreamRejected) or is_surely_undone(error)):
+                return log_warning("suspend_unknown", vm_id=vm_id, error=str(error))
+            self._leave_alone(route, SUSPEND_AGAIN_S, str(error))
         finally:
             vm.is_falling_asleep = False
-        log_event("vm_asleep", vm_id=route.vm_id)
-        self.not_before.forget(route.vm_id)
-        return True
+        return await self.waker.note_awake(vm_id)
 
-    def _refuse(self, route: Route, reason: str) -> bool:
-        self._leave_alone(route, SUSPEND_AGAIN_S)
-        log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
-        return False
-
-    def _leave_alone(self, route: Route, for_s: float) -> None:
+    def _leave_alone(self, route: Route, for_s: float, reason: str = "") -> None:
         now = self.clock.monotonic()
         self.not_before.put(route.vm_id, now + for_s, now)
+        if reason:
+            log_warning("vm_not_suspended", vm_id=route.vm_id, error=reason)
 
 
 # --- HTTP ---
@@ -7372,6 +7051,8 @@ class Gateway:
     twilio: TwilioClient
     vms: VmClient
     tasks: Tasks
+    # Set-ups and changes on their way, by vm_id.
+    running: dict[str, Work] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         make = self._make
@@ -7389,14 +7070,13 @@ class Gateway:
         self.relay = make(Relay)
         self.backfill = make(Backfill)
         self.blueprint = make(Blueprint)
-        self.readiness = make(Readiness)
+        self.builder = make(Builder)
         self.undo = make(Undo)
-        self.changes = make(VmChanges)
         self.provisioner = make(
-            Provisioner, on_ready=self.relay.vm_ready, on_gone=self.changes.vm_gone
+            Provisioner, on_ready=self.relay.vm_ready, on_gone=self.relay.vm_gone
         )
+        self.changes = make(VmChanges)
         self.reconciler = make(Reconciler)
-        self.adoption = make(Adoption)
         self.sleeper = make(Sleeper)
 
     # For the relay, which is made before those it asks.
@@ -7776,7 +7456,7 @@ def location_of(gateway: Gateway, vm_id: str) -> str:
     return f"{prefix}/provision/{vm_id}"
 
 
-async def outcome_of(request: web.Request, work: Provisioning | VmChange) -> web.Response:
+async def outcome_of(request: web.Request, work: Work) -> web.Response:
     """The record once it is done, or 202 at once for who prefers that (RFC 7240)."""
     gateway = request.app[GATEWAY]
     status = 201 if isinstance(work, Provisioning) else 200
@@ -8052,7 +7732,7 @@ def alerts(gateway: Gateway) -> list[Alert]:
         ("twilio", twilio.trouble),
         ("fly", fly.trouble),
         ("routes", routes.closed_because),
-        *(("fly", words) for words in gateway.reconciler.alerts),
+        ("fly", gateway.reconciler.trouble),
     ]
     now = gateway.clock.monotonic()
     for kind, since in (("fly", fly.api.silent_since), ("twilio", twilio.api.silent_since)):
@@ -8124,7 +7804,6 @@ def fleet_summary(gateway: Gateway) -> Json:
         "at": gateway.clock.now(),
         "mode": "production" if settings.gateway.is_production else "local",
         "number": mask_phone(settings.twilio.phone_number),
-        "can_kill": settings.fly.is_local,
         "regions": settings.vm.regions,
         "vms": vms_by_state(gateway),
         "texts_a_minute": round(metrics.texts_a_minute(), 1),
@@ -8141,19 +7820,17 @@ def row_of(gateway: Gateway, vm_id: str) -> Json:
     """One VM as the table shows it, its number masked; raises Refusal when it is gone."""
     record = vm_record(gateway, vm_id)
     vm = gateway.relay.vms.get(vm_id)
-    names = ("vm_id", "state", "step", "region", "image", "last_error")
-    row: Json = {name: record[name] or "" for name in names}
-    return row | {
+    names = ("vm_id", "state", "step", "region", "image", "last_error", "paired")
+    return {name: record[name] for name in names} | {
         "phone": mask_phone(record["phone_number"]),
-        "paired": record["paired"],
         "waiting": len(vm.waiting) if vm else 0,
         "last_text": vm.last_text if vm else None,
         "away_since": vm.away_since if vm else None,
     }
 
 
-async def fleet_table(gateway: Gateway) -> Json:
-    """The first 1,000 VMs in order of vm_id, and how many there are in all."""
+async def fleet_news(gateway: Gateway) -> dict[str, Json]:
+    """The feed's events: `fleet`, and `table`: the first 1,000 VMs in order of vm_id."""
     rows: list[Json] = []
     vm_ids = vm_ids_after(gateway.routes, "", ROWS_MAX)
     for at, vm_id in enumerate(vm_ids):
@@ -8161,52 +7838,33 @@ async def fleet_table(gateway: Gateway) -> Json:
             await gateway.clock.sleep(0)
         with suppress(Refusal):  # torn down since the ids were read
             rows.append(row_of(gateway, vm_id))
-    # The states count failed ones too, which are not listed.
-    are_all_here = len(vm_ids) < ROWS_MAX
-    total = len(rows) if are_all_here else sum(vms_by_state(gateway).values())
-    return {"rows": rows, "total": total}
+    table = {"rows": rows, "is_whole": len(vm_ids) < ROWS_MAX}
+    return {"fleet": fleet_summary(gateway), "table": table}
 
 
 async def get_events(request: web.Request) -> web.StreamResponse:
-    """The page's live feed: `fleet` every 2 s, `table` when it changed; for who polls, both once, as JSON."""
+    """The page's live feed: every 2 s what changed; all of it once, as JSON, for who asks so."""
     require_key(request)
     gateway = request.app[GATEWAY]
     if not accepts(request, SSE_TYPE):
-        table = await fleet_table(gateway)
-        return json_response({"fleet": fleet_summary(gateway), "table": table})
+        return json_response(await fleet_news(gateway))
     response = event_stream()
-    sent = b""
+    sent: dict[str, bytes] = {}
     with suppress(ConnectionError):
         await response.prepare(request)
         while not gateway.relay.is_draining:
-            await response.write(server_sent("fleet", fleet_summary(gateway)))
-            event = server_sent("table", await fleet_table(gateway))
-            if event != sent:
-                await response.write(event)
-                sent = event
+            for name, news in (await fleet_news(gateway)).items():
+                event = server_sent(name, news)
+                if event != sent.get(name):
+                    await response.write(event)
+                sent[name] = event
             await gateway.clock.sleep(FEED_EVERY_S)
     return response
 
 
-WHERE_TO_GO = """\
-cockpit {version}: an engineer texts one phone number and drives the coding agent on a cloud VM of their own.
-
-The operator's page: {url}/ in a browser; it asks for the API key
-The VMs:             curl {url}/provision -H 'Authorization: Bearer {key}'
-All calls:           {url}/openapi.json
-What is wrong:       {url}/health, and python cockpit.py doctor
-The manual:          README.md
-"""
-
-
 async def get_page(request: web.Request) -> web.Response:
-    """The page for a browser; for who asks by hand, where to go on."""
     html, headers = request.app[PAGE]
-    if accepts(request, "text/html"):
-        return web.Response(text=html, content_type="text/html", headers=headers)
-    gateway = request.app[SETTINGS].gateway
-    key = LOCAL_KEY if LOCAL_KEY in gateway.api_keys else "KEY"
-    return web.Response(text=WHERE_TO_GO.format(version=VERSION, url=gateway.public_url, key=key))
+    return web.Response(text=html, content_type="text/html", headers=headers)
 
 
 def csp_hash(inline: str) -> str:
@@ -8246,24 +7904,33 @@ PAGE_STYLE = """
 :root{
 color-scheme:light dark;
 scroll-padding-top:72px;
---card:Canvas;
---ink:CanvasText;
 --go:light-dark(#2b5fd0,#8db2ff);
 --ok:light-dark(#17743f,#56c78c);
 --warn:light-dark(#8a5800,#e5ab45);
 --bad:light-dark(#b92534,#ff9096);
---dim:color-mix(in srgb,var(--ink) 66%,var(--card));
---line:color-mix(in srgb,var(--ink) 14%,var(--card));
---soft:color-mix(in srgb,var(--ink) 5%,var(--card));
+--dim:color-mix(in srgb,CanvasText 66%,Canvas);
+--line:color-mix(in srgb,CanvasText 14%,Canvas);
+--soft:color-mix(in srgb,CanvasText 5%,Canvas);
 }
 *{box-sizing:border-box;min-width:0}
-[hidden],body:not(.in) :is(#tools,#board),.in #gate{display:none!important}
+body:not(.in) :is(#tools,#board),.in #gate{display:none}
 :is(ul,#pairing,p:not([role])):empty{display:none}
-body{margin:0;background:var(--soft);color:var(--ink);font:14px/1.45 system-ui,sans-serif}
-h1,h2,h3,p,ol,ul,dl,dd,figure{margin:0;padding:0;list-style:none;font-size:15px;outline:0}
+body{
+margin:0;
+background:var(--soft);
+color:CanvasText;
+font:14px/1.45 system-ui,sans-serif;
+}
+h1,h2,h3,p,ol,ul,dl,dd,figure{
+margin:0;
+padding:0;
+list-style:none;
+font-size:15px;
+outline:0;
+}
 p,dd{font-size:14px;overflow-wrap:anywhere}
 code{font:12px ui-monospace,monospace;color:var(--dim);overflow-wrap:anywhere}
-button,input,select{font:inherit;color:inherit;background:var(--card);padding:7px 11px}
+button,input,select{font:inherit;color:inherit;background:Canvas;padding:7px 11px}
 button,input,select,.card,dialog{border:1px solid var(--line);border-radius:9px}
 button,input,select,summary,label.row{min-height:40px}
 input:not([type=checkbox]),select{width:100%;border-color:var(--dim)}
@@ -8272,15 +7939,21 @@ button,summary{cursor:pointer;font-weight:550;flex:none}
 summary{padding:9px 0}
 :is(button,#rows li):not(.go):hover{background:var(--soft)}
 #kill,.error,.fault,[aria-invalid=true]{color:var(--bad);border-color:var(--bad)}
-.go{background:var(--go);border-color:var(--go);color:var(--card)}
+.go{background:var(--go);border-color:var(--go);color:Canvas}
 .flat{border-color:transparent;background:none}
 .dim,small,dt{color:var(--dim);font-size:12.5px}
-header,.card,dialog{background:var(--card);color:var(--ink)}
+header,.card,dialog{background:Canvas;color:CanvasText}
 .row{display:flex;flex-wrap:wrap;gap:8px 10px;align-items:center}
 .grow{flex:1}
 .stack{display:grid;gap:14px}
 .bar,#tiles .card{padding:12px 16px}
-header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:0;z-index:2}
+header{
+padding:8px 24px;
+border-bottom:1px solid var(--line);
+position:sticky;
+top:0;
+z-index:2;
+}
 #gate{max-width:380px;margin:14vh auto;padding:28px}
 #board{max-width:1560px;margin:auto;padding:18px 24px}
 #troubles{border-color:var(--warn);padding:10px 16px}
@@ -8288,30 +7961,70 @@ header{padding:8px 24px;border-bottom:1px solid var(--line);position:sticky;top:
 #tiles b{display:block;font-size:25px;line-height:1.3}
 #hour{display:grid;grid-template:auto 1fr auto auto/auto 1fr;gap:1px 8px}
 figcaption{grid-column:1/-1}
-svg{grid-area:2/2/4/3;width:100%;height:56px;border:solid var(--line);border-width:1px 0;stroke-width:4.8}
+svg{
+grid-area:2/2/4/3;
+width:100%;
+height:56px;
+border:solid var(--line);
+border-width:1px 0;
+stroke-width:4.8;
+}
 #hour .axis{grid-column:2;display:flex;justify-content:space-between}
 #all-sum::before,#failed-sum::before{content:"■ ";color:var(--go)}
 #failed-sum::before{color:var(--bad)}
 #work{display:flex;gap:14px;align-items:start}
 #filter{flex:0 1 300px}
-#rows li{position:relative;display:grid;gap:2px 12px;padding:9px 16px;border-top:1px solid var(--line)}
-#rows li{grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;align-items:center}
-#rows .who{grid-area:who;padding:0;min-height:24px;border:0;background:none;text-align:left}
+#rows li{
+position:relative;
+display:grid;
+gap:2px 12px;
+padding:9px 16px;
+border-top:1px solid var(--line);
+grid-template:"who id state spoke" "bad bad bad bad"/9em 13em 1fr 9em;
+align-items:center;
+}
+#rows .who{
+grid-area:who;
+padding:0;
+min-height:24px;
+border:0;
+background:none;
+text-align:left;
+}
 .who::after{content:"";position:absolute;inset:0}
 #rows .spoke{grid-area:spoke;text-align:right;font-variant-numeric:tabular-nums}
 #rows p{grid-area:bad}
 #status::before,.state::before{content:"● ";color:var(--dim)}
 #status.live::before,.ready .state::before{color:var(--ok)}
-#status.poll::before,:is(.away,.deleting) .state::before{color:var(--warn)}
+.away .state::before,.deleting .state::before{color:var(--warn)}
 #status.lost::before,.failed .state::before{color:var(--bad)}
 .asleep .state::before{content:"○ "}
 #none{padding:40px 16px;text-align:center}
-#phone{flex:0 0 310px;display:flex;flex-direction:column;height:min(640px,100dvh - 90px)}
-#thread{flex:1;overflow-y:auto;padding:14px;display:flex;flex-direction:column;gap:4px}
+#phone{
+flex:0 0 310px;
+display:flex;
+flex-direction:column;
+height:min(640px,100dvh - 90px);
+}
+#thread{
+flex:1;
+overflow-y:auto;
+padding:14px;
+display:flex;
+flex-direction:column;
+gap:4px;
+}
 :is(#thread,#texts):empty::before{content:"No texts yet.";color:var(--dim)}
-#thread div{max-width:84%;padding:7px 12px;border-radius:15px;background:var(--soft)}
-#thread div{white-space:pre-wrap;overflow-wrap:anywhere;align-self:flex-start}
-#thread .in{background:var(--go);color:var(--card);align-self:flex-end}
+#thread div{
+max-width:84%;
+padding:7px 12px;
+border-radius:15px;
+background:var(--soft);
+white-space:pre-wrap;
+overflow-wrap:anywhere;
+align-self:flex-start;
+}
+#thread .in{background:var(--go);color:Canvas;align-self:flex-end}
 #thread .note{background:none;border:1px dashed var(--line);color:var(--dim)}
 #thread :is(img,time){display:block;max-width:100%;font-size:11px}
 #phone>:is(p,small){padding:0 16px}
@@ -8326,8 +8039,9 @@ label:not(.row){display:grid;gap:4px;font-weight:550}
 #texts :is(small,code){display:block}
 details p{margin-bottom:10px}
 #changes :last-child>.go{background:var(--bad);border-color:var(--bad)}
-@media(min-width:1241px){#to-phone{display:none}}
+#to-phone{display:none}
 @media(max-width:1240px){
+#to-phone{display:block}
 #tiles{grid-template-columns:repeat(3,1fr)}
 #hour{grid-column:1/-1}
 #work{flex-direction:column;align-items:stretch}
@@ -8348,7 +8062,7 @@ PAGE_BODY = """
 <h1>cockpit</h1>
 <div id="tools" class="row grow">
 <span id="mode" class="dim"></span>
-<span id="status" class="dim grow" role="status"></span>
+<span id="status" class="dim grow" role="status">Connecting</span>
 <button id="new" class="go">New VM</button>
 <button id="out" class="flat">Sign out</button>
 </div>
@@ -8480,7 +8194,6 @@ PAGE_FEED = r"""
 'use strict';
 const REMEDIES = [  // by code or state, and words
   [/^unauthorized/, 'Sign in with the key that COCKPIT_API_KEY holds now.'],
-  [/^not_found/, 'This gateway cannot do that.'],
   [/^away/, 'Its texts are kept and run when it is back; if this lasts, restart it.'],
   [/^failed .*gone/, 'Tear it down, then set it up anew.'],
   [/ not paired/, 'Text the code in its details from that phone.'],
@@ -8491,10 +8204,9 @@ const REMEDIES = [  // by code or state, and words
   [/^ready/, 'Try it again.'],
 ];
 let key = sessionStorage.getItem('cockpit-key') || '';
-let feed = 0;  // raised to end the one before
-let failures = 0;
-let cut = new AbortController();
-let heardAt = 0;
+let told = {};  // the last of each event
+let feed = new AbortController();  // ends the one that is followed
+let watch = 0;
 
 const $ = id => document.getElementById(id);
 const sleep = ms => new Promise(done => setTimeout(done, ms));
@@ -8508,6 +8220,10 @@ function put(node, words) {
   if (node.textContent !== words) node.textContent = words;
 }
 const say = (id, words) => put($(id), words.toLocaleString('en'));
+function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
+  const words = kids.map(kid => kid.textContent).join('');
+  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
+}
 const sentence = words => `${words[0].toUpperCase()}${words.slice(1)}.`.replace(/\.\.$/, '.');
 function withRemedy(kind, words) {
   const fits = ([pattern]) => pattern.test(`${kind} ${words}`);
@@ -8515,107 +8231,95 @@ function withRemedy(kind, words) {
   return `${sentence(words)} ${remedy}`;
 }
 
-async function api(path, options) {
-  const headers = {Authorization: `Bearer ${key}`, ...options?.headers};
-  const answer = await fetch(path, {cache: 'no-store', ...options, headers});
+async function api(path, {headers: more, ...asked} = {}) {
+  const headers = {Authorization: `Bearer ${key}`, 'Content-Type': 'application/json', ...more};
+  const answer = await fetch(path, {...asked, headers});
   if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
-  throw {problem: {detail: `the gateway answered ${answer.status}`, ...told}};
+  const problem = await answer.json().catch(() => ({}));  // a proxy's words need not be JSON
+  throw {detail: `the gateway answered ${answer.status}`, ...problem};
 }
-function post(path, body, more, method = 'POST') {
-  const headers = {'Content-Type': 'application/json', ...more};
-  return api(path, {method, body: JSON.stringify(body), headers});
-}
-function explain({problem}) {
-  if (!problem) return 'The gateway did not answer. Check that it is running, then try again.';
-  const {code, detail} = problem;
-  const words = code === 'unauthorized' ? 'that key is not accepted' : detail;
-  return withRemedy(code, words);
+const read = async (...asked) => (await api(...asked)).json();
+const post = body => ({method: 'POST', body: JSON.stringify(body)});
+function explain({code, detail}) {
+  if (!detail) return 'The gateway did not answer. Check that it is running, then try again.';
+  return withRemedy(code, code === 'unauthorized' ? 'that key is not accepted' : detail);
 }
 
-function clearFaults(form) {
-  for (const words of document.querySelectorAll('.fault')) words.remove();
-  for (const field of form.elements) {
-    field.removeAttribute('aria-invalid');
-    field.removeAttribute('aria-describedby');
-  }
-}
-function fieldOf(form, field) {
-  const names = [...form.querySelectorAll('[name=variable]')];
-  const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
-  return form.elements[field] || named || names[0];
-}
 function showFaults(form, error) {  // each at its field; returns what to say of the whole
-  for (const fault of error.problem?.errors || []) {
-    const field = fieldOf(form, fault.field);
-    const id = `${form.id}-${fault.field}`;
-    field.setAttribute('aria-invalid', 'true');
-    field.setAttribute('aria-describedby', id);
-    const words = make('small', {id, className: 'fault'}, sentence(fault.message));
-    field.closest('label,.row').after(words);
+  for (const {field, message} of error.errors || []) {
+    const names = [...form.querySelectorAll('[name=variable]')];
+    const named = names.find(({value}) => `api_keys.${value.trim()}` === field);
+    const input = form.elements[field] || named || names[0];
+    const id = `${form.id}-${field}`;
+    input.ariaInvalid = 'true';
+    input.setAttribute('aria-describedby', id);
+    const words = make('small', {id, className: 'fault'}, sentence(message));
+    input.closest('label,.row').after(words);
   }
   const first = [...form.elements].find(({ariaInvalid}) => ariaInvalid);
   first?.focus();
   return first ? 'Correct what is marked.' : explain(error);
+}
+function onSubmit(id, wordsId, act) {
+  const form = $(id);
+  form.onsubmit = async event => {
+    event.preventDefault();
+    for (const fault of document.querySelectorAll('.fault')) fault.remove();
+    for (const field of form.elements) field.ariaInvalid = null;
+    say(wordsId, '');
+    await act(form).catch(error => say(wordsId, showFaults(form, error)));
+  };
 }
 
 function status(kind, words) {
   $('status').className = `dim grow ${kind}`;
   say('status', words);
 }
-function readFeed(accept) {
-  cut = new AbortController();
-  heardAt = performance.now();
-  return api('events', {headers: {Accept: accept}, signal: cut.signal});
+function hear() {  // the feed ends when nothing arrives for 15 s
+  clearTimeout(watch);
+  watch = setTimeout(feed => feed.abort(), 15000, feed);
 }
-async function stream() {
-  const {body} = await readFeed('text/event-stream');
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+async function stream({signal}) {
+  hear();
+  const answer = await api('events', {headers: {Accept: 'text/event-stream'}, signal});
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let text = ''; ;) {
     const {value, done} = await reader.read();
     if (done) throw new Error('the stream ended');
     const blocks = (text + value).split('\n\n');
     text = blocks.pop();
     for (const block of blocks) {
-      const [, name, told] = /^event: (.*)\ndata: (.*)$/.exec(block);
-      TAKE[name](JSON.parse(told));
+      const [, name, data] = /^event: (.*)\ndata: (.*)$/.exec(block);
+      told[name] = JSON.parse(data);
     }
-    heardAt = performance.now();
-    failures = 0;
+    hear();
+    if (!document.body.className) enter();
     status('live', 'Live');
+    if (told.table) show();
   }
-}
-async function poll() {
-  const told = await (await readFeed('application/json')).json();
-  for (const name in told) TAKE[name](told[name]);
-  status('poll', 'Live, every 5 s');
-  await sleep(5000);
 }
 async function follow() {
-  const mine = ++feed;
-  failures = 0;
-  document.body.className = 'in';
-  status('', 'Connecting');
-  while (mine === feed) {
-    // Where a stream does not get through, poll, and try a stream now and then.
-    const polls = failures > 2 && failures % 6;
-    failures++;
-    try {
-      await (polls ? poll() : stream());
-    } catch (error) {
-      if (mine !== feed) return;
-      if (error.problem?.code === 'unauthorized') return leave(explain(error));
-      const pause = Math.min(30, 2 ** failures) * (0.25 + Math.random() / 4);
-      status('lost', `No connection, trying again in ${Math.ceil(pause)} s`);
-      await sleep(pause * 1000);
-    }
-  }
+  let mine;
+  do {
+    feed.abort();
+    mine = feed = new AbortController();
+    const error = await stream(mine).catch(error => error);
+    if (mine !== feed) return;  // somebody signed in or out
+    const isOut = !document.body.className || error.code === 'unauthorized';
+    if (isOut) return leave(explain(error));
+    status('lost', 'No connection, trying again');
+    await sleep(2000);
+  } while (mine === feed);
 }
-
+function enter() {
+  document.body.className = 'in';
+  $('new').focus();
+}
 function leave(why) {
-  feed++;
-  cut.abort();
+  feed.abort();
+  feed = new AbortController();
   key = '';
+  told = {};
   sessionStorage.removeItem('cockpit-key');
   for (const dialog of document.querySelectorAll('dialog')) dialog.close();
   document.body.className = '';
@@ -8624,31 +8328,22 @@ function leave(why) {
   $('key').value = '';
   $('key').focus();
 }
-$('enter').onsubmit = async event => {
+$('enter').onsubmit = event => {
   event.preventDefault();
   key = $('key').value.trim().replace(/[^!-~]/g, '?');  // a header holds ASCII only
-  try {
-    await api('provision?limit=1');
-    sessionStorage.setItem('cockpit-key', key);
-    follow();
-    $('new').focus();
-  } catch (error) {
-    leave(explain(error));
-  }
+  sessionStorage.setItem('cockpit-key', key);
+  follow();
 };
 $('out').onclick = () => leave('');
 """
 
 PAGE_BOARD = r"""
 const UNITS = [[86400, 'd'], [3600, 'h'], [60, 'min'], [0, 's']];
-let fleet = null;
-let table = null;
-let skew = 0;  // of the gateway's clock against the browser's
 
 const took = seconds => `${Number(seconds.toFixed(seconds < 10 ? 2 : 0))} s`;
 const when = at => new Date(at).toLocaleString();
 function since(at) {
-  const seconds = Math.max(0, Date.now() / 1000 + skew - at);
+  const seconds = Math.max(0, told.fleet.at - at);
   const [size, unit] = UNITS.find(([least]) => seconds >= least);
   return `${Math.floor(seconds / (size || 1))} ${unit}`;
 }
@@ -8661,51 +8356,42 @@ function stateOf({state, step, waiting, paired}) {
   const how = paired || state !== 'ready' ? state : 'not paired';
   return (step ? `${how}: ${step}` : how) + (waiting ? `, ${waiting} waiting` : '');
 }
-function takeFleet(told) {
-  fleet = told;
-  skew = fleet.at - Date.now() / 1000;
-  const codes = ['', ...fleet.regions];
-  const regions = codes.map(code => make('option', {value: code}, code || 'As configured'));
-  if (!$('region').length) $('region').append(...regions);
-  const states = Object.entries(fleet.vms)
-    .filter(([, count]) => count)
-    .map(([state, count]) => `${count} ${state}`);
+function drawFleet({fleet}) {
+  const {vms, hour, waiting, median_s: median, p99_s: p99} = fleet;
   const sum = counts => counts.reduce((total, count) => total + count, 0);
-  const failed = fleet.hour.map(([, count]) => count);
-  const all = fleet.hour.map(sum);
+  const states = Object.entries(vms).filter(([, count]) => count);
+  const all = hour.map(sum);
+  const failed = hour.map(([, count]) => count);
   const most = Math.max(4, ...all);
-  say('mode', `${fleet.mode} ${fleet.number}`);
-  say('waiting', fleet.waiting);
-  say('vms', sum(Object.values(fleet.vms)));
-  say('states', states.join(' · ') || 'none yet');
-  say('rate', `${fleet.texts_a_minute} texts a minute`);
-  say('median', fleet.median_s === null ? '–' : took(fleet.median_s));
-  const p99 = () => `half of them; 99 % in ${took(fleet.p99_s)}`;
-  say('p99', fleet.median_s === null ? 'no answers yet' : p99());
-  say('oldest', fleet.waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits');
-  say('all-sum', `${sum(all)} in the last hour`);
-  say('failed-sum', `${sum(failed)} failed`);
-  say('most', most);
-  drawBars('all', all, most);
-  drawBars('failed', failed, most);
-  $('troubles').replaceChildren(...fleet.troubles.map(words => make('li', {}, words)));
-  if ($('details').open) readVm();
-}
-function drawBars(id, counts, most) {
-  const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
-  $(id).setAttribute('d', bars.join(''));
+  const words = {
+    mode: `${fleet.mode} ${fleet.number}`,
+    vms: sum(Object.values(vms)),
+    states: states.map(([state, count]) => `${count} ${state}`).join(' · ') || 'none yet',
+    median: median === null ? '–' : took(median),
+    p99: median === null ? 'no answers yet' : `half of them; 99 % in ${took(p99)}`,
+    waiting,
+    oldest: waiting ? `oldest ${took(fleet.oldest_s)}` : 'nothing waits',
+    rate: `${fleet.texts_a_minute} texts a minute`,
+    'all-sum': `${sum(all)} in the last hour`,
+    'failed-sum': `${sum(failed)} failed`,
+    most,
+  };
+  for (const id in words) say(id, words[id]);
+  for (const [id, counts] of Object.entries({all, failed})) {
+    const bars = counts.map((count, at) => `M${at * 6 + 3} 56v-${count / most * 56}`);
+    $(id).setAttribute('d', bars.join(''));
+  }
+  draw('troubles', fleet.troubles.map(words => make('li', {}, words)));
+  const regions = fleet.regions.map(code => make('option', {}, code));
+  draw('region', [make('option', {value: ''}, 'As configured'), ...regions]);
 }
 
-function isFound(row, needle) {
-  const words = Object.values(row).join(' ').toLowerCase();
-  const end = /^\+?[\d .()-]{7,}$/.test(needle) && needle.replace(/\D/g, '').slice(-4);
-  return words.includes(end ? `***${end}` : needle);  // the feed masks numbers
-}
+const masked = number => `***${number.replace(/\D/g, '').slice(-4)}`;  // as the feed does
 const rank = row => (troubleOf(row) ? 0 : row.waiting ? 1 : 2);
 function newLine(row) {
-  const open = () => showDetails(row);
+  const onclick = () => showDetails(row);
   return make('li', {id: `row-${row.vm_id}`},
-    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick: open}, row.phone),
+    make('button', {className: 'who', ariaHasPopup: 'dialog', onclick}, row.phone),
     make('code', {}, row.vm_id),
     make('span', {className: 'state'}),
     make('span', {className: 'spoke dim'}),
@@ -8720,33 +8406,28 @@ function lineOf(row) {
   put(trouble, troubleOf(row));
   return line;
 }
-function drawTable() {
-  const {rows, total} = table;
-  const needle = $('filter').value.trim().toLowerCase();
-  const some = rows.filter(row => isFound(row, needle));
-  const found = some.sort((one, other) => rank(one) - rank(other)).map(lineOf);
-  const shown = $('rows').children;
-  if (found.length !== shown.length || found.some((line, at) => line !== shown[at])) {
+function drawTable({table: {rows, is_whole}}) {
+  const given = $('filter').value.trim().toLowerCase();
+  const needle = given.replace(/^\+?[\d .()-]{7,}$/, masked);
+  const isFound = row => Object.values(row).join(' ').toLowerCase().includes(needle);
+  const lines = rows.filter(isFound).sort((a, b) => rank(a) - rank(b)).map(lineOf);
+  const old = $('rows').children;
+  if (lines.length !== old.length || lines.some((line, at) => line !== old[at])) {
     const focused = document.activeElement;  // moving a line takes the focus from it
-    $('rows').replaceChildren(...found);
+    $('rows').replaceChildren(...lines);
     (focused.isConnected ? focused : $('filter')).focus();
   }
-  const part = total > rows.length ? `the first ${rows.length} of ${total}` : '';
-  say('count', [needle && `${found.length} found`, part].filter(Boolean).join(' in '));
+  const part = is_whole ? '' : `the first ${rows.length}`;
+  say('count', [needle && `${lines.length} found`, part].filter(Boolean).join(' in '));
   const none = needle ? 'No VM matches.' : 'No VMs yet: New VM sets one up.';
-  say('none', found.length ? '' : none);
+  say('none', lines.length ? '' : none);
 }
-function takeTable(told) {
-  table = told;
-  drawTable();
-  shown = told.rows.find(({vm_id}) => vm_id === shown.vm_id) || shown;
+function show() {
+  drawFleet(told);
+  drawTable(told);
+  if ($('details').open) readVm();
 }
-const TAKE = {fleet: takeFleet, table: takeTable};
-$('filter').oninput = () => table && drawTable();
-setInterval(() => {
-  if (performance.now() - heardAt > 15000) cut.abort();
-  if (key && table) drawTable();  // times go by
-}, 1000);
+$('filter').oninput = () => told.table && drawTable(told);
 """
 
 PAGE_ACTIONS = r"""
@@ -8777,51 +8458,41 @@ function stepsOf({state, step, steps = {}}) {
     return `${mark}\u00a0${name}${time}`;
   }).join(', ');
 }
-function pairingOf({paired, pairing_code: code}) {
-  const words = 'Text this code from that phone to connect it. Until then nothing of it is run.';
-  if (paired || !code) return [];
-  return [make('b', {className: 'code'}, code), make('p', {}, words)];
-}
-function newText({message_sid: sid, outcome, steps, errors}) {
-  const wayOf = ({step, ms}) => `${step.replace('_', ' ')} after ${took(ms / 1000)}`;
-  const way = make('small', {}, steps.slice(1).map(wayOf).join(', '));
-  const faults = errors.map(({error}) => make('small', {className: 'error'}, error));
-  const words = `${when(steps[0].at)}: ${outcome.replace('_', ' ')}`;
-  return make('li', {}, words, way, ...faults, make('code', {}, sid));
-}
-function draw(id, kids) {  // unless it is the same: it may be marked, to be copied
-  const words = kids.map(kid => kid.textContent).join('');
-  if ($(id).textContent !== words) $(id).replaceChildren(...kids);
+function newText({message_sid, outcome, steps, errors}) {
+  const ways = steps.slice(1).map(({step, ms}) => `${step} after ${took(ms / 1000)}`);
+  const words = `${when(steps[0].at)}: ${outcome}`;
+  return make('li', {}, words.replace('_', ' '),
+    make('small', {}, ways.join(', ').replaceAll('_', ' ')),
+    ...errors.map(({error}) => make('small', {className: 'error'}, error)),
+    make('code', {}, message_sid));
 }
 function drawDetails(vm) {
-  const facts = {...vm, steps: stepsOf(vm), created_at: when(vm.created_at)};
-  if (vm.awake_s >= 0) facts.awake_s = `${(vm.awake_s / 3600).toFixed(1)} h in all`;
-  const known = Object.entries(RECORD).filter(([name]) => facts[name]);
+  const {error, vm_id, paired, pairing_code: code, texts = []} = vm;
+  const facts = {
+    ...vm,
+    created_at: when(vm.created_at),
+    steps: stepsOf(vm),
+    awake_s: vm.awake_s >= 0 && `${(vm.awake_s / 3600).toFixed(1)} h in all`,
+  };
+  const known = Object.entries(RECORD).filter(([name]) => vm_id && facts[name]);
   const line = ([name, title]) => [make('dt', {}, title), make('dd', {}, facts[name])];
-  draw('pairing', pairingOf(vm));
+  const remedy = 'Text this code from that phone to connect it. Until then nothing of it is run.';
+  const pairing = [make('b', {className: 'code'}, code), make('p', {}, remedy)];
+  say('who', error ? shown.phone : `${vm.phone}: ${stateOf(vm)}`);
+  say('trouble', error ? explain(error) : troubleOf(vm));
+  draw('pairing', code && !paired ? pairing : []);
   draw('record', known.flatMap(line));
-  draw('texts', vm.texts.map(newText));
+  draw('texts', texts.map(newText));
 }
 async function readVm() {
   const {vm_id} = shown;
-  try {
-    const told = await (await api(`provision/${vm_id}`)).json();
-    if (vm_id !== shown.vm_id) return;
-    const vm = {...shown, ...told};
-    say('who', `${vm.phone}: ${stateOf(vm)}`);
-    say('trouble', troubleOf(vm));
-    drawDetails(vm);
-  } catch (error) {
-    if (vm_id !== shown.vm_id) return;
-    say('who', shown.phone);
-    say('trouble', explain(error));
-    draw('pairing', []);
-  }
+  shown = told.table?.rows.find(row => row.vm_id === vm_id) || shown;
+  const vm = await read(`provision/${vm_id}`).catch(error => ({error}));
+  if (vm_id === shown.vm_id) drawDetails(vm.error ? vm : {...shown, ...vm});
 }
 async function showDetails(row) {
   shown = row;
   say('news', '');
-  for (const id of ['pairing', 'record', 'texts']) draw(id, []);
   $('renew').reset();
   for (const more of $('changes').children) more.open = false;
   await readVm();
@@ -8838,8 +8509,8 @@ async function change(title, call, form) {
   try {
     const {status} = await call(`provision/${shown.vm_id}`);
     form?.reset();
-    const end = status === 202 ? 'Fly has not confirmed yet; it is asked until it has.' : 'done.';
-    say('news', `${what}: ${end}`);
+    const unsure = 'Fly has not confirmed yet; it is asked until it has.';
+    say('news', `${what}: ${status === 202 ? unsure : 'done.'}`);
   } catch (error) {
     say('news', `${what}: ${form ? showFaults(form, error) : explain(error)}`);
   }
@@ -8848,36 +8519,30 @@ async function change(title, call, form) {
 for (const [title, words] of Object.entries(CHANGES)) {
   const call = path => title === 'Tear down'
     ? api(path, {method: 'DELETE'})
-    : post(`${path}/${title.toLowerCase()}`, {});
+    : api(`${path}/${title.toLowerCase()}`, post({}));
   const onclick = () => change(title, call);
-  const more = make('details', {},
+  $('changes').append(make('details', {name: 'change'},
     make('summary', {}, title),
     make('p', {}, words),
-    make('button', {className: 'go', onclick}, title));
-  more.name = 'change';
-  $('changes').append(more);
+    make('button', {className: 'go', onclick}, title)));
 }
 
 function readForm(form) {
   const given = new FormData(form);
   const values = given.getAll('value');
   const pairs = given.getAll('variable').map((name, at) => [name.trim(), values[at]]);
-  const named = pairs.filter(([name, value]) => name || value);
-  return {
-    phone_number: given.get('phone_number')?.trim(),
-    github_token: given.get('github_token') || undefined,
-    api_keys: named.length ? Object.fromEntries(named) : undefined,
-    region: given.get('region') || undefined,
-    welcome: given.has('welcome') || undefined,
-    verify: given.has('verify') || undefined,
-  };
+  const api_keys = Object.fromEntries(pairs.filter(([name, value]) => name || value));
+  const filled = [...given].filter(([, value]) => value);
+  const {variable, value, ...order} = Object.fromEntries(filled);
+  order.welcome &&= true;
+  order.verify &&= true;
+  return Object.keys(api_keys).length ? {...order, api_keys} : order;
 }
-function addPair(more, name) {
-  const variable = {name: 'variable', defaultValue: name, ariaLabel: 'Name of the variable'};
-  const secret = {type: 'password', autocomplete: 'off'};
-  const value = {name: 'value', ...secret, ariaLabel: 'Value of the variable'};
-  const kids = [variable, value].map(given => make('input', given));
-  more.before(make('div', {className: 'pair row'}, ...kids));
+function addPair(more, defaultValue) {
+  const secret = {type: 'password', autocomplete: 'off', ariaLabel: 'Value of the variable'};
+  more.before(make('div', {className: 'pair row'},
+    make('input', {name: 'variable', defaultValue, ariaLabel: 'Name of the variable'}),
+    make('input', {name: 'value', ...secret})));
 }
 for (const more of document.getElementsByName('more')) {
   addPair(more, more.value);
@@ -8886,31 +8551,21 @@ for (const more of document.getElementsByName('more')) {
     more.previousElementSibling.firstElementChild.focus();
   };
 }
-$('renew').onsubmit = event => {
-  event.preventDefault();
-  const form = $('renew');
-  clearFaults(form);
-  change('Change of credentials', path => post(path, readForm(form), {}, 'PATCH'), form);
-};
-
-$('order').onsubmit = async event => {
-  event.preventDefault();
-  const form = $('order');
-  clearFaults(form);
-  say('order-words', '');
-  try {
-    const order = readForm(form);
-    const vm = await (await post('provision', order, {Prefer: 'respond-async'})).json();
-    form.reset();
-    if ($('from')) $('from').value = vm.phone_number;
-    $('make').close();
-    showDetails({...vm, phone: 'New VM'});
-  } catch (error) {
-    say('order-words', showFaults(form, error));
-  }
-};
+onSubmit('renew', 'news', form => {
+  const call = path => api(path, {...post(readForm(form)), method: 'PATCH'});
+  return change('Change of credentials', call, form);
+});
+onSubmit('order', 'order-words', async form => {
+  const headers = {Prefer: 'respond-async'};
+  const vm = await read('provision', {...post(readForm(form)), headers});
+  form.reset();
+  if ($('from')) $('from').value = vm.phone_number;
+  $('make').close();
+  showDetails({...vm, phone: 'New VM'});
+});
 $('new').onclick = () => $('make').showModal();
 $('close').onclick = () => $('make').close();
+document.body.className = key && 'in';
 if (key) follow();
 """
 
@@ -8919,13 +8574,7 @@ const NOTICE = /^(Your (VM|queue) |Not run|No answer after|Still working)/;
 let vms = [];
 let threadOf = '';
 const number = () => $('from').value.replace(/[ .()-]/g, '');
-async function readNumbers() {  // the feed masks them
-  vms = (await (await api('provision?limit=200')).json()).vms;
-  const options = vms.map(vm => make('option', {value: vm.phone_number}));
-  if (options.length !== $('known').children.length) $('known').replaceChildren(...options);
-  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
-}
-function bubble({at, body, direction, media}) {
+function bubble({date_created: at, body, direction, media}) {
   const pictures = media.map(url => {
     const {pathname, search} = new URL(url, location);
     return make('img', {src: pathname + search, alt: 'Picture'});
@@ -8936,48 +8585,38 @@ function bubble({at, body, direction, media}) {
 }
 async function readThread() {
   const list = $('thread');
-  await readNumbers();
+  ({vms} = await read('provision?limit=200'));  // the feed masks numbers
+  draw('known', vms.map(vm => make('option', {}, vm.phone_number)));
+  if (document.activeElement !== $('from')) $('from').value ||= vms[0]?.phone_number || '';
   const phone = number();
   if (phone !== threadOf) list.replaceChildren();
   threadOf = phone;
-  if (!phone) return;
-  const answer = await api(`_local/texts?phone=${encodeURIComponent(phone)}`);
-  const {texts} = await answer.json();
+  const {texts} = await read(`_local/texts?phone=${encodeURIComponent(phone)}`);
   const news = texts.slice(list.children.length);
   list.append(...news.map(bubble));
   if (news.length) list.scrollTop = list.scrollHeight;
 }
 async function followThread() {
-  for (;;) {
-    $('kill').hidden = !fleet?.can_kill;
+  for (;; await sleep(800)) {
     if (key) await readThread().catch(() => {});  // the feed says what is wrong
-    await sleep(document.hidden ? 5000 : 800);
   }
 }
-$('send').onsubmit = async event => {
-  event.preventDefault();
+onSubmit('send', 'phone-words', async () => {
   const body = $('words').value;
   $('words').value = '';
-  clearFaults($('send'));
-  try {
-    const answer = await post('_local/texts', {from: number(), body});
-    const {webhook_status: code} = await answer.json();
-    const words = `The gateway answered this text with ${code}. Its log says why.`;
-    say('phone-words', code === 200 ? '' : words);
-  } catch (error) {
+  const sent = read('_local/texts', post({from: number(), body}));
+  const {webhook_status: code} = await sent.catch(error => {
     $('words').value = body;
-    say('phone-words', showFaults($('send'), error));
-  }
-};
+    throw error;
+  });
+  if (code !== 200) throw {detail: `the gateway answered this text with ${code}; its log says why`};
+});
 $('kill').onclick = async () => {
   const vm = vms.find(known => known.phone_number === number());
   if (!vm) return say('phone-words', 'This number has no VM. New VM sets one up.');
-  try {
-    await post(`_local/vms/${vm.vm_id}/kill`, {});
-    say('phone-words', 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.');
-  } catch (error) {
-    say('phone-words', explain(error));
-  }
+  const words = 'Its process is killed and starts again in 2 s. Text it meanwhile: nothing is lost.';
+  const end = api(`_local/vms/${vm.vm_id}/kill`, post({})).then(() => words, explain);
+  say('phone-words', await end);
 };
 const toPhone = {id: 'to-phone', onclick: () => $('words').focus()};
 $('out').before(make('button', toPhone, 'Phone'));
@@ -9103,7 +8742,6 @@ CHANGED, ONE, SOME = {200: RECORD, 202: RECORD}, {200: RECORD}, {200: ANY_JSON}
 IMAGES: Json = {f"image/{kind}": {} for kind in ("png", "jpeg", "gif")}
 IMAGES["application/octet-stream"] = {}
 MADE = {200: {SSE_TYPE: {}}, 201: RECORD, 202: RECORD}
-PAGES: Json = {"text/html": {}, "text/plain": {}}
 # The HTTP interface; /openapi.json is made of this.
 CALLS = (
     Call("POST /provision", post_provision, "Make a VM for a phone", MADE, ORDER_FIELDS, NO_WAIT),
@@ -9167,7 +8805,7 @@ CALLS = (
         "The live feed of the page",
         {200: {JSON_TYPE: {}, SSE_TYPE: {}}},
     ),
-    Call("GET /", get_page, "The operator's page", {200: PAGES}, keys=()),
+    Call("GET /", get_page, "The operator's page", {200: {"text/html": {}}}, keys=()),
     Call("GET /openapi.json", get_openapi, "This document", SOME, keys=()),
 )
 
@@ -9178,9 +8816,7 @@ THIS_FILE = os.path.realpath(__file__)
 PASSED_ON = ("PATH", "HOME", "LANG", "TERM", "TMPDIR")
 RESTART_PAUSE_S = 1.0
 FORGET_IT = f"put back a good copy, or forget the local world: rm -r {LOCAL_FOLDER}"
-DIRECTIONS = {"inbound": "in", "note": "note"}
 FLY_ROOT, TWILIO_ROOT = "/_local/fly/v1", "/_local/twilio"
-ADDRESSES = {"private_v6": "fdaa:0:1::", "shared_v4": "192.0.2.", "v6": "2001:db8::"}
 
 
 @web.middleware
@@ -9192,19 +8828,22 @@ async def loopback_only(request: web.Request, handler: Handler) -> web.StreamRes
     is_at_home = is_loopback(urlsplit(gateway.public_url).hostname or "")
     # A page elsewhere may point its own name at this machine (DNS rebinding).
     if (is_local_path or is_at_home) and not is_loopback(host):
-        url = f"http://127.0.0.1:{gateway.port}"
-        raise Refusal("forbidden", f"local mode answers by a loopback name only: use {url}")
+        raise Refusal("forbidden", f"in local mode use http://127.0.0.1:{gateway.port}")
     if is_local_path:
         names = [name.lower() for name in request.headers]
         is_forwarded = any(name.startswith(("forwarded", "x-forwarded")) for name in names)
         if is_forwarded or not is_loopback(request.remote or ""):
-            reason = "/_local answers this machine only, without a proxy or tunnel"
-            raise Refusal("forbidden", reason)
+            raise Refusal("forbidden", "/_local answers this machine only, without a proxy")
         # A page elsewhere may post a form without being asked, but not JSON.
         is_form = request.method == "POST" and request.content_type != JSON_TYPE
         if is_form and request.can_read_body and not request.path.startswith(TWILIO_ROOT):
             raise Refusal("unsupported_media_type", f"send Content-Type: {JSON_TYPE}")
     return await handler(request)
+
+
+def require_authorization(request: web.Request, wanted: str) -> None:
+    if request.headers.get("Authorization") != wanted:
+        raise unauthorized("the stand-ins answer this gateway only")
 
 
 def make_private_folder(folder: Path) -> None:
@@ -9216,13 +8855,14 @@ def make_private_folder(folder: Path) -> None:
         raise StoreError(f"the folder {folder} cannot be made: {error.strerror}") from error
 
 
-def choose_port(wanted: int = 0) -> int:
-    """The wanted port if it is free, else another (blocking)."""
+def open_to_append(file: Path) -> int:
+    """Open a file for this user alone, made if need be (blocking)."""
+    return os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
-        try:
-            probe.bind(("127.0.0.1", wanted))
-        except OSError:
-            return choose_port()
+        probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
@@ -9232,13 +8872,11 @@ def signal_session(leader: int, number: int) -> list[tuple[int, str]]:
     Returns the id and the start time of each; nothing elsewhere than on Linux.
     """
     signal_group(leader, number)
-    members = []
-    for process in processes():
+    members = [process for process in processes() if process.session == leader]
+    for process in members:
         with suppress(OSError):
-            if process.session == leader:
-                os.kill(process.id, number)
-                members.append((process.id, process.started))
-    return members
+            os.kill(process.id, number)
+    return [(process.id, process.started) for process in members]
 
 
 def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
@@ -9251,72 +8889,53 @@ def end_stopped(stopped: Iterable[tuple[int, str]]) -> None:
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class LocalMachine:
-    """A machine of the stand-in: a child process with its own environment, folder and port."""
+class LocalVm:
+    """An app of the stand-in for Fly, and its machine: a child process in a folder of its own."""
 
     app: str
-    id: str
-    region: str
-    config: Json
-    secrets: dict[str, str]
-    folder: Path
     agent: str
-    state: str = "created"
-    instance_id: str = ""
-    created_at: str = ""
-    port: int = 0
-    events: list[Json] = field(default_factory=list)  # newest first
+    secrets: dict[str, str] = field(default_factory=dict)
+    machine: Json = field(default_factory=dict)  # as Fly shows it; empty until it is made
     stopped: list[tuple[int, str]] = field(default_factory=list)  # processes, while suspended
+    port: int = 0
     process: asyncio.subprocess.Process | None = None
     keeper: asyncio.Task[None] | None = None
 
-    SHOWN = ("id", "region", "config", "state", "instance_id", "created_at", "port")
-    KEPT = (*SHOWN, "app", "secrets", "stopped")
+    KEPT = ("app", "secrets", "machine", "stopped")
 
-    def shown(self) -> Json:
-        record = {name: getattr(self, name) for name in self.SHOWN}
-        return record | {"name": self.id, "events": self.events, "app_name": self.app}
+    @property
+    def folder(self) -> Path:
+        return LOCAL_FOLDER / "vms" / self.app
 
     def become(self, state: str) -> None:
-        self.state = state
-        event = {"id": secrets.token_hex(13), "type": state, "timestamp": int(time.time() * 1000)}
-        self.events = [event, *self.events[:19]]
+        self.machine |= {"state": state, "events": [{"id": secrets.token_hex(13)}]}
 
-    async def start(self) -> None:
-        if self.keeper is None:
-            await self.spawn()
-            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.id}")
-        elif self.state == "suspended" and self.process is not None:
-            self.become("started")
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
+    # Its process
 
-    async def suspend(self) -> None:
-        """Its processes stop where they are: memory survives."""
-        assert self.process is not None
-        self.become("suspended")
-        leader = self.process.pid
-        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
+    async def keep(self) -> None:
+        """The restart policy `always`."""
+        REQUEST_ID.set("")  # it outlives the request that happened to start it
+        while True:
+            try:
+                ended: Json = {"exit_code": await self.live()}
+            except (OSError, StoreError) as error:
+                ended = {"error": str(error)}
+            log_event("local_vm_exited", vm_id=self.app, **ended, restarts_in_s=RESTART_PAUSE_S)
+            await asyncio.sleep(RESTART_PAUSE_S)
 
-    async def spawn(self) -> None:
-        self.port = await asyncio.to_thread(choose_port, self.port)
-        arguments = [
-            "vm",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--until-stdin-closes",
-        ]
+    async def live(self) -> int:
+        """One life of the process; returns its exit code."""
+        self.port = await asyncio.to_thread(free_port)
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--until-stdin-closes"]
         if self.agent:
             arguments += ["--agent", self.agent]
-        output = await asyncio.to_thread(self.open_log)
         environ = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        await asyncio.to_thread(make_private_folder, self.folder)
+        output = await asyncio.to_thread(open_to_append, self.folder / "vm.log")
         try:
             # Its standard input closes with this process, however that ends: then it ends too.
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                THIS_FILE,
-                *arguments,
+            self.process = process = await asyncio.create_subprocess_exec(
+                *(sys.executable, THIS_FILE, "vm", *arguments),
                 cwd=self.folder,
                 env=environ | self.secrets,
                 stdin=asyncio.subprocess.PIPE,
@@ -9327,43 +8946,72 @@ class LocalMachine:
         finally:
             os.close(output)
         self.become("started")
+        try:
+            return await process.wait()
+        finally:
+            self.process, self.machine["state"] = None, "starting"
+            await asyncio.to_thread(signal_session, process.pid, signal.SIGKILL)
+            await process.wait()
 
-    def open_log(self) -> int:
-        make_private_folder(self.folder)
-        return os.open(self.folder / "vm.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-
-    async def keep(self) -> None:
-        """The restart policy `always`."""
-        REQUEST_ID.set("")  # it outlives the request that happened to start it
-        while self.process is not None:
-            code = await self.process.wait()
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-            self.process, self.state = None, "starting"
-            pause_s = RESTART_PAUSE_S
-            log_event("local_vm_exited", vm_id=self.app, exit_code=code, restarts_in_s=pause_s)
-            await asyncio.sleep(pause_s)
-            await self.spawn()
-
-    async def stop(self, state: str) -> None:
+    async def stop(self) -> None:
         if self.keeper is not None:
             self.keeper.cancel()
             await asyncio.wait({self.keeper})
             self.keeper = None
-        if self.process is not None:
-            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGKILL)
-            await self.process.wait()
-            self.process = None
-        self.become(state)
 
+    # What Fly is asked of it
 
-class Asked(NamedTuple):
-    """One call of the stand-in for the Machines API."""
+    async def start(self) -> None:
+        if self.keeper is None:
+            self.keeper = asyncio.create_task(self.keep(), name=f"keep {self.app}")
+        elif self.process is not None and self.machine["state"] == "suspended":
+            self.become("started")
+            await asyncio.to_thread(signal_session, self.process.pid, signal.SIGCONT)
 
-    app: Json
-    machine: LocalMachine
-    body: Json
-    query: Mapping[str, str]
-    verb: str
+    async def restart(self) -> None:
+        await self.stop()
+        await self.start()
+
+    async def suspend(self) -> Any:
+        """Its processes stop where they are: memory survives."""
+        if self.process is None or self.machine["state"] != "started":
+            return 412, {"error": f"failed_precondition: {self.machine['state']}"}
+        self.become("suspended")
+        leader = self.process.pid
+        self.stopped = await asyncio.to_thread(signal_session, leader, signal.SIGSTOP)
+        return {}
+
+    async def wait(self, asked: Json) -> Any:
+        machine, until = self.machine, time.monotonic() + float(asked["timeout"])
+        while time.monotonic() < until:
+            is_new = machine["events"][0]["id"] != asked.get("from_event_id")
+            if is_new and machine["state"] == asked["state"]:
+                return {}
+            await asyncio.sleep(0.05)
+        return 408, {"error": f"deadline_exceeded: {machine['state']}"}
+
+    async def create(self, asked: Json) -> Json:
+        self.machine |= {
+            "id": secrets.token_hex(7),
+            "app_name": self.app,
+            "region": asked["region"].split(",")[0],
+            "created_at": utc_seconds(time.time()),
+        }
+        return await self.update(asked)
+
+    async def update(self, asked: Json) -> Json:
+        await self.stop()
+        self.machine |= {"config": asked["config"], "instance_id": secrets.token_hex(13)}
+        self.become("starting")
+        await self.start()
+        return self.machine
+
+    def set_secrets(self, asked: Json) -> Json:
+        self.secrets |= asked["values"]
+        return {"version": 1}
+
+    def set_metadata(self, asked: Json) -> None:
+        self.machine["config"].setdefault("metadata", {})[asked["name"]] = asked["value"]
 
 
 class LocalFly:
@@ -9373,229 +9021,114 @@ class LocalFly:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
         self.authorization = fly_authorization(settings.fly.token)
+        self.agent = settings.gateway.local_agent
         self.file = LOCAL_FOLDER / "fly.json"
-        self.apps: dict[str, Json] = {}
-        self.machines: dict[str, LocalMachine] = {}
+        self.vms: dict[str, LocalVm] = {}
         self.saving = asyncio.Lock()
 
-    def routes(self) -> list[web.RouteDef]:
-        app = "/apps/{app}"
-        machine = app + "/machines/{machine}"
-        table: list[tuple[str, str, Callable[[Asked], Any]]] = [
-            ("POST", "/apps", self.create_app),
-            ("GET", "/apps", self.list_apps),
-            ("GET", "/orgs/{org}/machines", lambda _: {"machines": self.shown_of()}),
-            ("GET", app, lambda asked: self.shown(asked.app)),
-            ("DELETE", app, self.delete_app),
-            ("POST", app + "/secrets", self.set_secrets),
-            ("GET", app + "/ip_assignments", lambda asked: {"ips": asked.app["ips"]}),
-            ("POST", app + "/ip_assignments", self.allocate_address),
-            ("GET", app + "/volumes", lambda asked: asked.app["volumes"]),
-            ("POST", app + "/volumes", self.create_volume),
-            ("DELETE", app + "/volumes/{volume}", self.delete_volumes),
-            ("GET", app + "/machines", lambda asked: self.shown_of(asked.app["name"])),
-            ("POST", app + "/machines", self.create_machine),
-            ("GET", machine, lambda asked: asked.machine.shown()),
-            ("POST", machine, self.update_machine),
-            ("GET", machine + "/wait", self.wait),
-            ("POST", machine + "/suspend", self.suspend),
-            ("POST", machine + "/{verb:start|stop|restart}", self.command),
-            ("POST", machine + "/metadata/{verb}", self.set_metadata),
-        ]
-        return [
-            web.route("*", "/_local/vm/{app}{path:/.*}", self.proxy),
-            web.post("/_local/vms/{app}/kill", self.kill),
-            *(
-                web.route(method, FLY_ROOT + path, functools.partial(self.answer, call))
-                for method, path, call in table
-            ),
-        ]
+    def add_to(self, app: web.Application) -> None:
+        root, machine = "/apps/{app}", "/apps/{app}/machines/{machine}"
+        # Of an app and what is asked: body, query and path in one.
+        table: dict[str, Callable[[LocalVm, Json], Any]] = {
+            "POST /apps": self.create_app,
+            "GET /apps": lambda *_: {"apps": [{"name": name} for name in self.vms]},
+            "GET /orgs/{org}/machines": lambda *_: {
+                "machines": [vm.machine for vm in self.vms.values() if vm.machine]
+            },
+            f"GET {root}": lambda vm, _: {"name": vm.app},
+            f"DELETE {root}": self.delete_app,
+            f"POST {root}/secrets": LocalVm.set_secrets,
+            f"POST {root}/ip_assignments": lambda *_: None,
+            f"POST {root}/volumes": lambda *_: {"id": "vol_local"},
+            f"POST {root}/machines": LocalVm.create,
+            f"GET {machine}": lambda vm, _: vm.machine,
+            f"POST {machine}": LocalVm.update,
+            f"GET {machine}/wait": LocalVm.wait,
+            f"POST {machine}/start": lambda vm, _: vm.start(),
+            f"POST {machine}/suspend": lambda vm, _: vm.suspend(),
+            f"POST {machine}/restart": lambda vm, _: vm.restart(),
+            f"POST {machine}/metadata/{{name}}": LocalVm.set_metadata,
+        }
+        for call, act in table.items():
+            method, path = call.split(" ")
+            handler = functools.partial(self.answer, act)
+            app.router.add_route(method, FLY_ROOT + path, handler)
+        app.router.add_route("*", "/_local/vm/{app}{path:/.*}", self.proxy)
+        app.router.add_post("/_local/vms/{app}/kill", self.kill)
+        app.cleanup_ctx.append(self.hold)
 
-    async def answer(self, call: Callable[[Asked], Any], request: web.Request) -> web.Response:
+    async def answer(
+        self, call: Callable[[LocalVm, Json], Any], request: web.Request
+    ) -> web.Response:
         """Each call: authorized, about what exists, kept on disk before it is answered."""
-        if request.headers.get("Authorization") != self.authorization:
-            return web.json_response({"error": "unauthorized"}, status=401)
+        require_authorization(request, self.authorization)
         names = request.match_info
-        app = self.apps.get(names.get("app", ""))
-        machine = self.machines.get(names.get("machine", ""))
-        if ("app" in names and app is None) or ("machine" in names and machine is None):
+        vm = self.vms.get(names["app"]) if "app" in names else LocalVm(app="", agent="")
+        if vm is None or names.get("machine") not in (None, vm.machine.get("id")):
             return web.json_response({"error": "not found"}, status=404)
         body = await read_json(request, PROVISION_BODY_BYTES) if request.can_read_body else {}
-        verb = names.get("verb", "")
-        asked = Asked(app or {}, cast(LocalMachine, machine), body, request.query, verb)
-        answer = call(asked)
+        answer = call(vm, {**body, **request.query, **names})
         if asyncio.iscoroutine(answer):
             answer = await answer
         if request.method != "GET":
             await self.save()
-        status, value = answer if isinstance(answer, tuple) else (200, answer)
+        status, value = answer if isinstance(answer, tuple) else (200, answer or {})
         return web.json_response(value, status=status)
 
-    def create_app(self, asked: Asked) -> Any:
-        name = asked.body["name"]
-        if name in self.apps:
-            return 422, {"error": "Name has already been taken", "status": "name_taken"}
-        empty: Json = {"secrets": {}, "version": 0, "ips": [], "volumes": []}
-        self.apps[name] = {"name": name, "network": asked.body.get("network", "")} | empty
-        return 201, {"id": name, "created_at": int(time.time() * 1000)}
+    def create_app(self, _: LocalVm, asked: Json) -> None:
+        self.vms.setdefault(asked["name"], LocalVm(app=asked["name"], agent=self.agent))
 
-    def shown(self, app: Json) -> Json:
-        name, organization = app["name"], {"slug": self.settings.fly.org}
-        known = {"id": name, "name": name, "network": app["network"]}
-        return known | {"organization": organization}
-
-    def list_apps(self, asked: Asked) -> Any:
-        apps = [self.shown(app) for app in self.apps.values()]
-        return {"total_apps": len(apps), "apps": apps}
-
-    async def delete_app(self, asked: Asked) -> Any:
-        name = asked.app["name"]
-        for machine in self.of(name):
-            await machine.stop("destroyed")
-            del self.machines[machine.id]
-        self.apps.pop(name, None)
-        await asyncio.to_thread(shutil.rmtree, LOCAL_FOLDER / "vms" / name, ignore_errors=True)
-        return 202, {}
-
-    def of(self, app: str = "") -> list[LocalMachine]:
-        """The machines of an app, of all apps when none is named."""
-        return [machine for machine in self.machines.values() if app in ("", machine.app)]
-
-    def shown_of(self, app: str = "") -> list[Json]:
-        return [machine.shown() for machine in self.of(app)]
-
-    def set_secrets(self, asked: Asked) -> Any:
-        app = asked.app
-        app["secrets"] |= asked.body["values"]
-        app["version"] += 1
-        return {"secrets": [{"name": name} for name in app["secrets"]], "version": app["version"]}
-
-    def allocate_address(self, asked: Asked) -> Any:
-        kind, ips = asked.body["type"], asked.app["ips"]
-        ips.append({"ip": f"{ADDRESSES[kind]}{len(ips) + 1}", "shared": kind == "shared_v4"})
-        return ips[-1]
-
-    def create_volume(self, asked: Asked) -> Any:
-        volume = {"id": f"vol_{secrets.token_hex(8)}", "state": "created"} | asked.body
-        asked.app["volumes"].append(volume)
-        return volume
-
-    def delete_volumes(self, asked: Asked) -> Any:
-        asked.app["volumes"].clear()
-        return {}
-
-    async def create_machine(self, asked: Asked) -> Any:
-        machine = self.made(
-            asked.app["name"],
-            id=secrets.token_hex(7),
-            region=str(asked.body.get("region") or "iad").split(",")[0],
-            config=asked.body["config"],
-            secrets=dict(asked.app["secrets"]),
-            instance_id=secrets.token_hex(13),
-            created_at=utc_seconds(time.time()),
-        )
-        await machine.start()
-        return machine.shown()
-
-    def made(self, app: str, **record: Any) -> LocalMachine:
-        folder, agent = LOCAL_FOLDER / "vms" / app, self.settings.gateway.local_agent
-        machine = LocalMachine(app=app, folder=folder, agent=agent, **record)
-        self.machines[machine.id] = machine
-        return machine
-
-    async def update_machine(self, asked: Asked) -> Any:
-        machine = asked.machine
-        if asked.body.get("current_version", machine.instance_id) != machine.instance_id:
-            return 409, {"error": "aborted: the machine has another version"}
-        await machine.stop("replacing")
-        machine.config, machine.secrets = asked.body["config"], dict(asked.app["secrets"])
-        machine.instance_id = secrets.token_hex(13)
-        await machine.start()
-        return machine.shown()
-
-    async def wait(self, asked: Asked) -> Any:
-        machine, query = asked.machine, asked.query
-        wanted, after = query["state"], query.get("from_event_id", "")
-        with suppress(TimeoutError):
-            async with asyncio.timeout(float(query["timeout"])):
-                while machine.state != wanted or machine.events[0]["id"] == after:  # noqa: ASYNC110
-                    await asyncio.sleep(0.05)
-                return {"ok": True}
-        return 408, {"error": f"deadline_exceeded: the machine is {machine.state}"}
-
-    async def suspend(self, asked: Asked) -> Any:
-        if asked.machine.state != "started":
-            return 412, {"error": f"failed_precondition: it is {asked.machine.state}"}
-        await asked.machine.suspend()
-        return {"ok": True}
-
-    async def command(self, asked: Asked) -> Any:
-        previous = asked.machine.state
-        if asked.verb in ("stop", "restart"):
-            await asked.machine.stop("stopped")
-        if asked.verb in ("start", "restart"):
-            await asked.machine.start()
-        return {"ok": True, "previous_state": previous}
-
-    def set_metadata(self, asked: Asked) -> Any:
-        asked.machine.config.setdefault("metadata", {})[asked.verb] = asked.body["value"]
-        return {}
+    async def delete_app(self, vm: LocalVm, _: Json) -> None:
+        self.vms.pop(vm.app, None)
+        await vm.stop()
+        await asyncio.to_thread(shutil.rmtree, vm.folder, ignore_errors=True)
 
     # Lasting
 
     async def save(self) -> None:
         async with self.saving:
-            machines = [{name: getattr(m, name) for name in m.KEPT} for m in self.of()]
-            content = to_json({"apps": self.apps, "machines": machines}).encode()
+            kept = [{name: getattr(vm, name) for name in vm.KEPT} for vm in self.vms.values()]
+            content = to_json({"vms": kept}).encode()
             await asyncio.to_thread(write_atomically, self.file, [content])
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """Start again what ran when the last gateway ended; end every VM with this one."""
         with suppress(FileNotFoundError):
             stored = object_in(parse_json(await asyncio.to_thread(read_nofollow, self.file)))
-            if not stored:
+            if "vms" not in stored:
                 raise StoreError(f"{self.file} cannot be read; {FORGET_IT}")
-            self.apps = stored["apps"]
-            for record in stored["machines"]:
-                machine = self.made(**record)
-                await asyncio.to_thread(end_stopped, machine.stopped)
-                if machine.state not in RESTING:
-                    await machine.start()
+            for record in stored["vms"]:
+                vm = self.vms[record["app"]] = LocalVm(agent=self.agent, **record)
+                await asyncio.to_thread(end_stopped, vm.stopped)
+                if vm.machine and vm.machine["state"] not in RESTING:
+                    await vm.start()
         try:
             yield
         finally:
-            for machine in self.of():
-                await machine.stop(machine.state)
+            for vm in self.vms.values():
+                await vm.stop()
 
     # A VM's own address
 
     async def proxy(self, request: web.Request) -> web.StreamResponse:
         """As Fly's: 503 while nothing listens; a connection that the VM drops is dropped here too."""
-        machine = next(iter(self.of(request.match_info["app"])), None)
-        if machine is not None and machine.state == "suspended":
-            await machine.start()  # as `autostart` does
-        if machine is None or machine.process is None:
-            return web.Response(status=503, text="no machine is running")
-        url = f"http://127.0.0.1:{machine.port}{request.match_info['path']}"
-        wanted = ("authorization", "content-type", "idempotency-key")
-        headers = {
-            name: value for name, value in request.headers.items() if name.lower() in wanted
-        }
-        body = await request.read()
-        no_limit = aiohttp.ClientTimeout(total=None)
+        vm = self.vms.get(request.match_info["app"])
+        if vm and vm.machine.get("state") == "suspended":
+            await vm.start()  # as `autostart` does
+        if vm is None or vm.process is None:
+            return web.Response(status=503)
+        url = f"http://127.0.0.1:{vm.port}{request.match_info['path']}"
+        passed = ("Authorization", "Content-Type", "Idempotency-Key")
+        headers = {name: request.headers[name] for name in passed if name in request.headers}
+        more: Any = {"data": await request.read(), "timeout": aiohttp.ClientTimeout(total=None)}
         try:
-            async with (
-                aiohttp.ClientSession(timeout=no_limit) as session,
-                session.request(request.method, url, data=body, headers=headers) as answer,
-            ):
+            async with aiohttp.request(request.method, url, headers=headers, **more) as answer:
                 content = await read_at_most(answer, MAX_UPSTREAM_BYTES)
-                kind = answer.headers.get("Content-Type", "application/octet-stream")
-                headers = {"Content-Type": kind}
-                return web.Response(status=answer.status, body=content, headers=headers)
+                kind = answer.content_type
+                return web.Response(status=answer.status, body=content, content_type=kind)
         except aiohttp.ClientConnectorError:
-            return web.Response(status=503, text="the machine does not listen yet")
+            return web.Response(status=503)
         except aiohttp.ClientError:
             if request.transport is not None:
                 request.transport.abort()
@@ -9603,13 +9136,21 @@ class LocalFly:
 
     async def kill(self, request: web.Request) -> web.Response:
         require_key(request)
-        app = request.match_info["app"]
-        if app not in self.apps:
-            raise Refusal("unknown_vm", f"there is no VM {app}")
-        for machine in self.of(app):
-            if machine.process is not None:
-                signal_group(machine.process.pid, signal.SIGKILL)
+        vm = self.vms.get(request.match_info["app"])
+        if vm is None:
+            raise Refusal("unknown_vm", "there is no such VM here")
+        if vm.process is not None:
+            signal_group(vm.process.pid, signal.SIGKILL)
         return web.Response(status=204)
+
+
+SILENCE = (
+    "No answer: this number has no VM (it is told ONBOARDING_URL once an hour, if that is set)."
+)
+LOCAL_TEXT: Fields = {
+    "from": text_like(PHONE.pattern, "a phone number such as +15551234567"),
+    "body": TEXT,
+}
 
 
 class LocalTwilio:
@@ -9622,14 +9163,13 @@ class LocalTwilio:
         self.file = LOCAL_FOLDER / "twilio.jsonl"
         self.messages: deque[Json] = deque(maxlen=10_000)
 
-    def routes(self) -> list[web.RouteDef]:
+    def add_to(self, app: web.Application) -> None:
         messages = TWILIO_ROOT + "/2010-04-01/Accounts/{account}/Messages.json"
-        return [
-            web.post(messages, self.create),
-            web.get(messages, self.list),
-            web.post("/_local/texts", self.send_text),
-            web.get("/_local/texts", self.show_thread),
-        ]
+        app.router.add_post(messages, self.create)
+        app.router.add_get(messages, self.list)
+        app.router.add_post("/_local/texts", self.send_text)
+        app.router.add_get("/_local/texts", self.show_thread)
+        app.cleanup_ctx.append(self.hold)
 
     async def hold(self, _: web.Application) -> AsyncIterator[None]:
         """The threads of the last time are there again."""
@@ -9641,125 +9181,77 @@ class LocalTwilio:
     async def record(
         self, direction: str, sender: str, recipient: str, body: str, media: Sequence[str] = ()
     ) -> Json:
-        now = format_datetime(datetime.now(UTC))
         message = {
             "sid": f"SM{secrets.token_hex(16)}",
-            "account_sid": self.settings.twilio.account_sid,
             "direction": direction,
             "from": sender,
             "to": recipient,
             "body": body,
-            "media": list(media),
-            "date_created": now,
-            "date_sent": now,
+            "media": media,
+            "date_created": format_datetime(datetime.now(UTC)),
         }
         self.messages.append(message)
         await asyncio.to_thread(self.append, to_json(message).encode() + b"\n")
         return message
 
     def append(self, line: bytes) -> None:
-        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-        with os.fdopen(file, "ab") as log:
+        with os.fdopen(open_to_append(self.file), "ab") as log:
             log.write(line)
 
-    def refusal(self, request: web.Request) -> web.Response | None:
-        is_known = request.headers.get("Authorization") == self.authorization
-        return None if is_known else self.refused(20003, "Authenticate", status=401)
-
-    @staticmethod
-    def refused(code: int, words: str, status: int = 400) -> web.Response:
-        return web.json_response({"code": code, "message": words}, status=status)
-
     async def create(self, request: web.Request) -> web.Response:
-        if refusal := self.refusal(request):
-            return refusal
+        require_authorization(request, self.authorization)
         form = await request.post()
-        recipient, body = str(form.get("To", "")), str(form.get("Body", ""))
-        if not PHONE.fullmatch(recipient.removeprefix(WHATSAPP)):
-            return self.refused(21211, "To is no phone number")
-        if utf16_units(body) > PART_UNITS:
-            return self.refused(21617, "Body is over 1600 units")
-        media = [str(value) for value in form.getall("MediaUrl", [])]
-        sender = str(form.get("From", ""))
+        sender, recipient, body = (str(form.get(name, "")) for name in ("From", "To", "Body"))
+        media = [str(url) for url in form.getall("MediaUrl", [])]
         message = await self.record("outbound-api", sender, recipient, body, media)
         return web.json_response(message, status=201)
 
     async def list(self, request: web.Request) -> web.Response:
-        if refusal := self.refusal(request):
-            return refusal
-        wanted = [(name.lower(), request.query.get(name)) for name in ("To", "From")]
-        found = [
-            message
-            for message in reversed(self.messages)
-            if all(value in (None, message[name]) for name, value in wanted)
-        ]
-        return web.json_response({"messages": found[:1000], "next_page_uri": None})
+        require_authorization(request, self.authorization)
+        wanted = {
+            name.lower(): request.query[name] for name in ("To", "From") if name in request.query
+        }
+        found = [m for m in reversed(self.messages) if wanted.items() <= m.items()]
+        return web.json_response({"messages": found[:1000]})
 
     async def send_text(self, request: web.Request) -> web.Response:
         """Send a text as a phone would."""
         require_key(request)
-        body, errors = await read_json(request, SMS_BODY_BYTES), FieldErrors({}, {})
-        sender, words = body.get("from"), body.get("body")
-        if not isinstance(sender, str) or not PHONE.fullmatch(sender):
-            errors.add("from", "must be a phone number such as +15551234567")
-        if not isinstance(words, str) or len(words) > PART_UNITS:
-            errors.add("body", "must be a text of at most 1600 characters")
-        errors.check()
-        sender, words, number = str(sender), str(words), self.settings.twilio.phone_number
-        message = await self.record("inbound", sender, number, words)
+        body = await read_json(request, SMS_BODY_BYTES)
+        FieldErrors(body, LOCAL_TEXT).check()
+        phone, words, number = body["from"], body["body"], self.settings.twilio.phone_number
+        message = await self.record("inbound", phone, number, words)
         status, document = await self.deliver(message)
         replies = re.findall(r"<Message>(.*?)</Message>", document, re.DOTALL)
-        for reply in replies if status == 200 else ():
-            await self.record("outbound-reply", number, sender, html.unescape(reply))
-        is_known = sender in request.app[GATEWAY].routes.routes
-        if note := self.note(words, is_known=is_known or bool(replies)):
-            await self.record("note", number, sender, note)
+        for reply in replies:
+            await self.record("outbound-reply", number, phone, html.unescape(reply))
+        is_known = replies or phone in request.app[GATEWAY].routes.routes
+        said, note = words.strip().upper(), "" if is_known else SILENCE
+        if said in KEYWORDS and said != "YES":
+            note = f"Twilio itself answers {KEYWORDS[said]}."
+        if note:
+            await self.record("note", number, phone, note)
         return json_response({"sid": message["sid"], "webhook_status": status}, status=201)
 
     async def deliver(self, message: Json) -> tuple[int, str]:
         """Call the gateway's own webhook, signed; its status and answer."""
         twilio, gateway = self.settings.twilio, self.settings.gateway
-        form = {
-            "MessageSid": message["sid"],
-            "AccountSid": twilio.account_sid,
-            "From": message["from"],
-            "To": message["to"],
-            "Body": message["body"],
-            "NumMedia": "0",
-        }
-        url = gateway.public_url + "/sms"
-        signature = twilio_signature(twilio.auth_tokens[0], url, form.items())
-        headers = {"X-Twilio-Signature": signature}
-        own_url = f"http://127.0.0.1:{gateway.port}/sms"
-        async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
-            session.post(own_url, data=form, headers=headers) as answer,
-        ):
+        form = {name.capitalize(): message[name] for name in ("from", "to", "body")}
+        form |= {"MessageSid": message["sid"], "AccountSid": twilio.account_sid}
+        signed = twilio.auth_tokens[0], gateway.public_url + "/sms", form.items()
+        more: Any = {"headers": {"X-Twilio-Signature": twilio_signature(*signed)}}
+        more["timeout"] = aiohttp.ClientTimeout(total=15)
+        url = f"http://127.0.0.1:{gateway.port}/sms"
+        async with aiohttp.request("POST", url, data=form, **more) as answer:
             return answer.status, await answer.text()
-
-    def note(self, words: str, *, is_known: bool) -> str:
-        """What a phone would read of Twilio itself, or why it reads nothing."""
-        said = words.strip().upper()
-        if said != "YES" and (word := KEYWORDS.get(said)):
-            answers = {
-                "STOP": "You have successfully been unsubscribed. Reply START to resubscribe.",
-                "START": "You have successfully been re-subscribed.",
-                "HELP": "Reply STOP to unsubscribe.",
-            }
-            return f"Twilio itself answers {word}, such as: {answers[word]}"
-        if is_known or self.settings.gateway.onboarding_url:
-            return ""
-        return "Nothing is said: this number has no VM, and ONBOARDING_URL is not set."
 
     async def show_thread(self, request: web.Request) -> web.Response:
         """One phone's thread, both directions, oldest first."""
         require_key(request)
         phone = request.query.get("phone", "").replace(" ", "+")
-        names = ("sid", "from", "to", "body", "media")
+        ways = {"inbound": "in", "note": "note"}
         texts = [
-            {name: message[name] for name in names}
-            | {"direction": DIRECTIONS.get(message["direction"], "out")}
-            | {"at": utc_seconds(listed_at(message) or 0)}
+            message | {"direction": ways.get(message["direction"], "out")}
             for message in self.messages
             if phone in (message["from"], message["to"])
         ]
@@ -9768,14 +9260,10 @@ class LocalTwilio:
 
 def add_local_world(app: web.Application, settings: Settings) -> None:
     """The stand-ins for whichever cloud is not configured; after the gateway's context, which locks."""
-    stand_ins: list[LocalFly | LocalTwilio] = []
     if settings.fly.is_local:
-        stand_ins.append(LocalFly(settings))
+        LocalFly(settings).add_to(app)
     if settings.twilio.is_local:
-        stand_ins.append(LocalTwilio(settings))
-    for stand_in in stand_ins:
-        app.add_routes(stand_in.routes())
-        app.cleanup_ctx.append(stand_in.hold)
+        LocalTwilio(settings).add_to(app)
 
 
 # --- Assembly ---
@@ -9860,7 +9348,7 @@ async def bring_up(gateway: Gateway) -> None:
     """Go on where the last process ended, before the door opens."""
     settings, limits, routes = gateway.settings, gateway.settings.limits, gateway.routes
     if settings.gateway.is_production and not (routes.routes or routes.undo):
-        await gateway.adoption.at_start()
+        await gateway.reconciler.adopt_at_start()
     if settings.fly.is_local:  # its VMs are reached at our own port, which may be a new one
         for phone, route in list(routes.routes.items()):
             url = gateway.blueprint.url(route.vm_id, route.machine_id, route.region)
@@ -10197,7 +9685,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="cockpit.py",
         description="Without a command it serves; without settings a whole local world.",
-        epilog="Its first page says where to go on: http://127.0.0.1:8080/ (PORT). README.md lists "
+        epilog="The operator's page is http://127.0.0.1:8080/ (PORT). README.md lists "
         "the settings, which are environment variables.",
     )
     parser.add_argument("--version", action="version", version=f"cockpit {VERSION}")
