@@ -97,7 +97,7 @@ from datetime import UTC, datetime
 from email.utils import format_datetime, parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar, cast
 from urllib.parse import parse_qsl, quote, quote_plus, urlsplit
 from xml.sax.saxutils import escape
 
@@ -4444,8 +4444,8 @@ class Provisioner:
 
 # --- In flight ---
 #
-# What the relay works on: one VmState per VM, in memory, and the MessageStore beneath it. Inbox takes texts
-# in, Runner hands them to VMs, Sender hands what is to be told to Twilio.
+# One VmState per VM, in memory, and the MessageStore beneath. Inbox takes texts in, Runner hands them
+# to VMs, Sender tells their owners.
 
 # What the gateway itself tells an owner.
 NO_VM_YET = "This number has no cockpit VM yet. Sign up: {url}"
@@ -4453,16 +4453,16 @@ SETTING_UP = "Your VM is being set up. Your text is kept."
 QUEUE_FULL = "Your queue is full ({n} waiting). This text was not kept: {texts}"
 TOO_FAST = "More than {n} texts a minute. This text was not kept; wait a minute."
 VM_AWAY = "Your VM is restarting... Your text is kept and will run when it is back."
-AWAY_TOO_LONG = "Not run, your VM was away too long: {texts}"
-AWAY_TWICE = "Your VM went away twice while running this; not tried again: {texts}"
-NO_ANSWER = "No answer after {s:g} s; it may still be running: {texts}"
-VM_ERROR = "Your VM answered with an error ({status}): {texts}"
+NO_ANSWER = {  # by the outcome of a text
+    "expired": "Not run, your VM was away too long: {texts}",
+    "crashed": "Your VM went away twice while running this; not tried again: {texts}",
+    "silent": "No answer after {s:g} s; it may still be running: {texts}",
+    "failed": "Your VM answered with an error ({status}): {texts}",
+}
 DONE = "Done, no output."
 UNREADABLE = "Your VM's answer could not be read."
 VM_GONE = "Your VM is gone."
 SET_UP_FAILED = "Your VM could not be set up."
-NOT_RUN = " Not run: {texts}"
-SIGN_UP = " Sign up: {url}"
 WELCOME = "Your VM is ready. Text me anything."
 STILL_WORKING = "Still working on it."
 STOPPED = "Stopped."
@@ -4470,9 +4470,7 @@ CANNOT_STOP = "Your VM cannot stop a command; cockpit restart restarts it."
 NOT_STOPPED = "Your VM did not answer: nothing was stopped. cockpit cancel drops what waits."
 NOTHING_RUNS = "Nothing is running."
 NEXT_IS_NEW = "The next text starts a new conversation."
-IMAGE_AS_LINK = (
-    "An image that could not be sent as a picture message; for a day it is here: {url}"
-)
+IMAGE_AS_LINK = "An image that could not be sent; for a day it is here: {url}"
 PICTURE_ELSEWHERE = "A picture was not passed on: its address is not Twilio's."
 TEXT_THE_CODE = "Text the code from the sign-up page to connect this phone."
 CONNECTED = "Connected. Text me anything."
@@ -4489,36 +4487,27 @@ Anything else goes to your VM."""
 
 TRACES_KEPT = 10_000
 TEXTS_SHOWN = 20  # of one VM, in its record
-JSON_COLUMNS = {"media", "parts", "images", "in_words"}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Trace:
-    """One text's way through the gateway, without its words; seconds since its receipt, None: not reached."""
+    """One text's way through the gateway, without its words; wall-clock seconds."""
 
     sid: str
     vm_id: str
     request_id: str
-    received: float  # wall clock
-    began: float  # monotonic, the same moment
+    received: float
     outcome: str = "waiting"
-    stored: float | None = None
-    handed_over: float | None = None
-    answered: float | None = None
-    sent: float | None = None
-    delivered: float | None = None
-    attempts: int = 0
+    attempts: int = 0  # by this process
     parts: int = 0
-    errors: list[tuple[float, str]] = field(default_factory=list)
+    reached: dict[str, float] = field(default_factory=dict)  # by step
+    errors: Sequence[tuple[float, str]] = ()
 
-    def to_json(self) -> Json:
-        names = ("stored", "handed_over", "answered", "sent", "delivered")
-        reached = [("received", 0.0), *((name, getattr(self, name)) for name in names)]
-        steps = [
-            {"step": name, "at": utc_millis(self.received + s), "ms": round(s * 1000, 1)}
-            for name, s in reached
-            if s is not None
-        ]
+    def ms_to(self, step: str) -> int | None:
+        at = self.reached.get(step)
+        return None if at is None else round((at - self.received) * 1000)
+
+    def summary(self) -> Json:
         return {
             "message_sid": self.sid,
             "vm_id": self.vm_id or None,
@@ -4526,18 +4515,25 @@ class Trace:
             "outcome": self.outcome,
             "attempts": self.attempts,
             "parts": self.parts,
-            "steps": steps,
-            "errors": [{"at": utc_millis(self.received + s), "error": e} for s, e in self.errors],
         }
 
+    def to_json(self) -> Json:
+        reached = sorted(self.reached.items(), key=lambda step: step[1])
+        steps = [
+            {"step": step, "at": utc_millis(at), "ms": round((at - self.received) * 1000, 1)}
+            for step, at in [("received", self.received), *reached]
+        ]
+        errors = [{"at": utc_millis(at), "error": error} for at, error in self.errors]
+        return {**self.summary(), "steps": steps, "errors": errors}
+
     def note_error(self, now: float, error: str) -> None:
-        """`now`: monotonic. The last ten are kept."""
-        self.errors = [*self.errors[-9:], (now - self.began, error)]
+        """The last ten are kept."""
+        self.errors = *self.errors[-9:], (now, error)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Text:
-    """An accepted text on its way to its VM; wall-clock seconds, for they must survive a restart."""
+    """An accepted text on its way to its VM; wall-clock seconds."""
 
     sid: str
     vm_id: str
@@ -4549,8 +4545,7 @@ class Text:
     may_have_reached: bool = False
     drops: int = 0  # in a row
     dropped_at: float = 0.0
-    busy_since: float | None = None  # monotonic
-    attempts: int = 0
+    busy_since: float | None = None
     is_resumed: bool = False  # an earlier process had handed it over
     trace: Trace
 
@@ -4567,7 +4562,7 @@ class Text:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Outbound:
-    """Something to tell an owner: words in parts, then images of the VM, each a message of its own."""
+    """Something to tell an owner: parts, then images, a message each."""
 
     id: str
     vm_id: str
@@ -4578,8 +4573,7 @@ class Outbound:
     created_at: float  # by Twilio's clock
     sent: int = 0  # of the parts, then of the images
     in_words: list[int] = field(default_factory=list)  # pictures that go as a link
-    # By Twilio's clock: since when an earlier process may have sent it.
-    attempted_at: float | None = None
+    attempted_at: float | None = None  # the same: it may have been sent since
     traces: Sequence[Trace] = ()  # of the texts it answers
 
     @property
@@ -4602,20 +4596,19 @@ class Outbound:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class KeptOfVm:
-    """What is known of one VM and outlives a restart."""
+    """What is known of one VM, also after a restart; wall-clock seconds."""
 
     away_since: float | None = None
     error: str = ""  # why its owner did not hear something
     reply_to: Address = USUAL_ADDRESS  # where its owner last texted from
     opted_out: dict[str, bool] = field(default_factory=dict)  # by channel
     opted_at: dict[str, float] = field(default_factory=dict)
-    # When, how many of Twilio's.
-    vm_messages: list[tuple[float, int]] = field(default_factory=list)
+    vm_messages: list[tuple[float, int]] = field(default_factory=list)  # when, Twilio's count
     answered_at: float = 0.0  # the end of the last text it finished
     owes_restart: bool = False  # asked for by text, not yet begun
     owes_stop: bool = False  # the same
     owes_cancel: bool = False  # the same
-    stopped_sid: str = ""  # the text that was to be stopped: its exit code tells nothing
+    stopped_sid: str = ""  # its exit code tells nothing
     # Texts that begin a conversation; "": the next one does.
     new_sids: list[str] = field(default_factory=list)
     asked_for_code_at: float = 0.0
@@ -4637,16 +4630,16 @@ class VmState(KeptOfVm):
     is_paused: bool = False  # being changed: it is handed nothing
     machine: asyncio.Lock = field(default_factory=asyncio.Lock)  # held to suspend or start it
     is_falling_asleep: bool = False
-    closing_notice: str = ""  # it is no more: what whoever waits here is told
+    closing_notice: str = ""  # it is gone: what is told of it
     was_told_of_setup: bool = False
     last_text: float | None = None
     last_call_failed: bool = False
     has_switched_key: bool = False
-    handed_over_at: float = NEVER  # monotonic: its last command, while its answer is missing
-    probes: int = 0
-    asked_fly_at: float = NEVER  # monotonic
-    still_at: float = NEVER  # monotonic: when its owner hears that the command still runs
-    still_told: int = 0
+    probes: int = 0  # of `/health`, since it last answered a command
+    # Monotonic:
+    handed_over_at: float = NEVER  # its last command, while its answer is missing
+    asked_fly_at: float = NEVER
+    still_at: float = NEVER  # when its owner hears that the command still runs
 
     KEPT = tuple(kept.name for kept in dataclasses.fields(KeptOfVm))
 
@@ -4656,9 +4649,8 @@ class VmState(KeptOfVm):
 
     def restore(self, record: Json, now: float) -> None:
         """Nothing lies in the future, whoever set the clock."""
-        for name in self.KEPT:
-            if name in record:
-                setattr(self, name, record[name])
+        for name in record.keys() & self.KEPT:
+            setattr(self, name, record[name])
         self.reply_to = Address(*self.reply_to)
         self.answered_at = min(self.answered_at, now)
         self.asked_for_code_at = min(self.asked_for_code_at, now)
@@ -4667,43 +4659,43 @@ class VmState(KeptOfVm):
         return not (self.waiting or self.outbox or self.accepting or self.runner or self.sender)
 
     def is_held(self) -> bool:
-        """Whether no lane may begin: it is being changed, or a verb of its owner comes first."""
-        return self.is_paused or self.owes_restart or self.owes_stop
+        """Whether nothing is run: it is changed, gone, or owes a verb."""
+        owes_verb = self.owes_restart or self.owes_stop
+        return self.is_paused or owes_verb or bool(self.closing_notice)
 
     def may_sleep(self) -> bool:
-        """Whether nothing of it is in flight, and nothing is done to it."""
-        return self.is_idle() and not (self.is_held() or self.closing_notice)
+        """Whether nothing of it is in flight or to be done."""
+        return self.is_idle() and not self.is_held()
 
     def is_turning(self) -> bool:
         """Whether it is just falling asleep or waking."""
         return self.machine.locked() or self.waker is not None
 
     def last_sign(self) -> float:
-        """When it last had a text, an answer or a message of its own (wall clock)."""
-        own = self.vm_messages[-1][0] if self.vm_messages else 0.0
-        return max(self.last_text or 0.0, self.answered_at, own)
+        """Its last text, answer or own message (wall clock)."""
+        own = [at for at, _ in self.vm_messages[-1:]]
+        return max(self.last_text or 0.0, self.answered_at, *own)
 
     @property
     def running(self) -> Text | None:
-        """The text that its VM has in hand; one that met 409 waits for the command before it."""
-        if not (self.waiting and self.is_handing_over):
-            return None
-        first = self.waiting[0]
-        return first if first.busy_since is None or first.may_have_reached else None
+        """The text in the VM's hands; one that met 409 waits for another."""
+        first = self.waiting[0] if self.waiting and self.is_handing_over else None
+        waits = first and first.busy_since is not None and not first.may_have_reached
+        return None if waits else first
 
     def queued(self) -> list[Text]:
         """The texts that wait, without the one that runs."""
         return [text for text in self.waiting if text is not self.running]
 
-    def new_without(self, texts: Sequence[Text]) -> list[str]:
-        """A conversation that one of these was to begin is begun by the next text that is run."""
-        sids = [text.sid for text in texts]
-        heir = next((text.sid for text in self.unreached() if text not in texts), "")
-        return [heir if sid in sids else sid for sid in self.new_sids]
-
     def unreached(self) -> list[Text]:
         """Those of them that surely did not reach the VM."""
         return [text for text in self.queued() if not text.may_have_reached]
+
+    def new_without(self, texts: Sequence[Text]) -> list[str]:
+        """What one of these was to begin anew is left to the next text."""
+        sids = [text.sid for text in texts]
+        heir = next((text.sid for text in self.unreached() if text not in texts), "")
+        return [heir if sid in sids else sid for sid in self.new_sids]
 
 
 def quoted(*texts: Text | InboundMessage) -> str:
@@ -4717,12 +4709,12 @@ def about(notice: str, *texts: Text | InboundMessage, **values: object) -> str:
 
 
 def dropped(texts: Sequence[Text]) -> str:
-    """What is told of texts that are not run because their owner said so."""
+    """What an owner is told who dropped texts."""
     return f"Not run: {len(texts)} text{'s' * (len(texts) > 1)} dropped."
 
 
-def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
-    """A VM's answer as parts for a phone; who stopped it knows how it ended."""
+def words_of(answer: Answer, *, is_stopped: bool) -> list[str]:
+    """An answer as parts for a phone; who stopped it knows its exit code."""
     if answer.is_unreadable:
         return [UNREADABLE]
     code = f"Exit code {answer.exit_code}" if answer.exit_code and not is_stopped else ""
@@ -4734,7 +4726,7 @@ def words_of(answer: Answer, *, is_stopped: bool = False) -> list[str]:
 
 
 class RelayState:
-    """The messages in flight and what is known of each VM: in memory, and in the store beneath."""
+    """What is in flight and known of VMs: in memory, and in the store."""
 
     def __init__(self, store: MessageStore, clock: Clock, routes: RouteStore) -> None:
         self.store = store
@@ -4752,20 +4744,17 @@ class RelayState:
         return self.vms[vm_id]
 
     def retire(self, vm: VmState) -> None:
-        """Forget a VM that is gone, its route too, once nothing of it is left to be told."""
-        is_over = vm.closing_notice and vm.is_idle()
-        is_routed = self.routes.find(vm.vm_id)
-        if is_over and not is_routed and self.vms.get(vm.vm_id) is vm:
+        """Forget a VM that is gone, with its route, once all is told."""
+        is_over = vm.closing_notice and vm.is_idle() and not self.routes.find(vm.vm_id)
+        if is_over and self.vms.get(vm.vm_id) is vm:
             del self.vms[vm.vm_id]
             self.store.note(("DELETE FROM vms WHERE vm_id = ?", (vm.vm_id,)))
 
     def trace(self, sid: str, vm_id: str, received: float) -> Trace:
-        began = self.clock.monotonic() - max(0.0, self.clock.now() - received)
-        request_id = REQUEST_ID.get()
-        return Trace(sid=sid, vm_id=vm_id, request_id=request_id, received=received, began=began)
+        return Trace(sid=sid, vm_id=vm_id, request_id=REQUEST_ID.get(), received=received)
 
     def remember(self, trace: Trace) -> None:
-        self.traces.put(trace.sid, trace, trace.began)
+        self.traces.put(trace.sid, trace, trace.received)
 
     def texts_of(self, vm_id: str) -> list[Trace]:
         """The ways of a VM's last 20 texts, the youngest first."""
@@ -4775,22 +4764,22 @@ class RelayState:
     async def once(
         self, vm: VmState, message: InboundMessage, *changes: Change, **values: Any
     ) -> str | None:
-        """Give a VM these values and store that with a text's SID: in memory at once, all or nothing.
+        """Give a VM these values, at once, and store them with a text's SID, or not at all.
 
         None when the SID is new, else the reply of that time; raises StoreError.
         """
-        before = {name: getattr(vm, name) for name in values}
-        for name, value in values.items():
-            setattr(vm, name, value)
-        stored = *changes, vm.put()
+        # What was so already belongs to another text.
+        changed = [name for name, value in values.items() if getattr(vm, name) != value]
+        before = {name: getattr(vm, name) for name in changed}
+        for name in changed:
+            setattr(vm, name, values[name])
         known: str | None = ""
         try:
+            stored = *changes, vm.put()
             known = await self.store.commit_once(message.sid, message.arrived, "", *stored)
         finally:
             for name, value in before.items() if known is not None else ():
-                # What was so already belongs to another text, which may have been stored.
-                if value != values[name]:
-                    setattr(vm, name, value)
+                setattr(vm, name, value)
         return known
 
     def set_mark(self, name: str, at: float) -> Change:
@@ -4802,17 +4791,24 @@ class RelayState:
 
         Raises StoreError.
         """
-        read, now = self.store.read, self.clock.now()
+        read = self.store.read
+        now = self.clock.now()
         self.marks = {row["name"]: row["value"] for row in await read("SELECT * FROM marks")}
         if "begun" not in self.marks:
             await self.store.save(self.set_mark("begun", now))
         for row in await read("SELECT * FROM vms"):
-            self._loaded_vm(row["vm_id"]).restore(parse_json(row["record"]) or {}, now)
+            self._of(row).restore(object_in(parse_json(row["record"])), now)
         for row in await read("SELECT * FROM texts ORDER BY rowid"):
-            self._loaded_vm(row["vm_id"]).waiting.append(self._loaded_text(row, now))
+            vm = self._of(row)
+            is_resumed = bool(row["handed_over"])
+            row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
+            trace = self.trace(row["sid"], vm.vm_id, row["arrived"])
+            self.remember(trace)
+            row |= {"may_have_reached": is_resumed, "is_resumed": is_resumed}
+            vm.waiting.append(Text(**fields_of(row), trace=trace))
         for row in await read("SELECT * FROM outbound ORDER BY rowid"):
             out = Outbound(**fields_of(row), attempted_at=row["created_at"])
-            self._loaded_vm(out.vm_id).outbox.append(out)
+            self._of(row).outbox.append(out)
         for vm in list(self.vms.values()):
             # Long gone, unless its route may yet be found.
             if not (vm.phone or self.routes.closed_because) and vm.is_idle():
@@ -4820,77 +4816,63 @@ class RelayState:
                 self.retire(vm)
         return [row["sid"] for row in await read("SELECT sid FROM sent ORDER BY at")]
 
-    def _loaded_vm(self, vm_id: str) -> VmState:
-        found, undone = self.routes.find(vm_id), self.routes.undo.get(vm_id, {})
-        return self.vm(vm_id, found[0] if found else str(undone.get("phone_number") or ""))
-
-    def _loaded_text(self, row: Row, now: float) -> Text:
-        row |= {name: min(row[name], now) for name in ("arrived", "dropped_at")}
-        trace = self.trace(row["sid"], row["vm_id"], row["arrived"])
-        self.remember(trace)
-        was_handed_over = bool(row["handed_over"])
-        return Text(
-            **fields_of(row),
-            may_have_reached=was_handed_over,
-            is_resumed=was_handed_over,
-            trace=trace,
-        )
+    def _of(self, row: Row) -> VmState:
+        vm_id = row["vm_id"]
+        if found := self.routes.find(vm_id):
+            return self.vm(vm_id, found[0])
+        undone = self.routes.undo.get(vm_id, {})
+        return self.vm(vm_id, str(undone.get("phone_number") or ""))
 
 
 def fields_of(row: Row) -> Row:
     """What a row of `texts` or `outbound` says, as its record names it."""
-    lists = {name: json.loads(row[name]) for name in row.keys() & JSON_COLUMNS}
+    names = row.keys() & {"media", "parts", "images", "in_words"}
     reply_to = Address(row.pop("channel"), row.pop("number"))
-    return {**row, **lists, "reply_to": reply_to}
-
-
-# --- Sending ---
-
-# Callbacks come in any order: a status that does not come later here than one already told says nothing new.
-STATUS_RANKS = {
-    **dict.fromkeys(("accepted", "scheduled"), 0),
-    "queued": 1,
-    "sending": 2,
-    "sent": 3,
-    **dict.fromkeys(("delivered", "undelivered", "failed", "canceled"), 4),
-    "read": 5,
-}
+    return row | {name: json.loads(row[name]) for name in names} | {"reply_to": reply_to}
 
 
 @dataclass(kw_only=True, eq=False)
-class Sender:
-    """The send lane of each VM: in the order they were stored, the next after Twilio took the last."""
+class Part:
+    """What each part of the relay works with."""
 
     settings: Settings
     clock: Clock
     routes: RouteStore
-    keyring: Keyring
-    twilio: TwilioClient
     state: RelayState
     tasks: Tasks
     metrics: Metrics
-    # By the SID of an answer's message, for the report that it was delivered.
+
+
+# --- Sending ---
+
+# Callbacks come in any order: a status of no higher rank than the last says nothing new.
+STATUSES = "accepted scheduled|queued|sending|sent|delivered undelivered failed canceled|read"
+STATUS_RANKS = {
+    status: rank for rank, alike in enumerate(STATUSES.split("|")) for status in alike.split()
+}
+
+
+@dataclass(kw_only=True, eq=False)
+class Sender(Part):
+    """The send lane of each VM: in order, one after the other."""
+
+    keyring: Keyring
+    twilio: TwilioClient
+    # By the SID of an answer's message, for its delivery report.
     sent_as: Recent[Sequence[Trace]] = field(default_factory=lambda: Recent(TRACES_KEPT))
 
     # What is to be told
 
     def outbound(
-        self,
-        vm: VmState,
-        parts: Sequence[str],
-        text: Text | None = None,
-        images: Sequence[str] = (),
-        id: str = "",
-        **more: Any,
+        self, vm: VmState, parts: Sequence[str], text: Text | None = None, **more: Any
     ) -> Outbound:
-        """Something to tell: about a text where that came from, else where the owner last texted."""
+        """About a text where that came from, else where the owner last texted."""
         return Outbound(
-            id=id or f"n-{self.clock.random_id()}",
+            id=more.pop("id", "") or f"n-{self.clock.random_id()}",
             vm_id=vm.vm_id,
             phone=vm.phone,
-            reply_to=text.reply_to if text else vm.reply_to,
+            reply_to=(text or vm).reply_to,
             parts=parts,
-            images=images,
             created_at=self.twilio.now(),
             **more,
         )
@@ -4898,7 +4880,6 @@ class Sender:
     async def notify(
         self, vm: VmState, notice: str, *changes: Change, text: Text | None = None
     ) -> None:
-        """Tell a notice of our own."""
         out = self.outbound(vm, split_text(notice), text)
         await self.state.store.save(out.added(), *changes)
         self.queue(vm, out)
@@ -4913,9 +4894,9 @@ class Sender:
     ) -> None:
         """End these texts with what their owner is told, in one transaction."""
         traces = [text.trace for text in texts]
-        # An earlier process may have sent its answer, and had no disk to note that on.
+        out = self.outbound(vm, parts, texts[-1], images=images, id=texts[0].sid, traces=traces)
+        # An earlier process may have sent its answer, and not noted it.
         resumed = [text.arrived - self.twilio.api.ahead_s for text in texts if text.is_resumed]
-        out = self.outbound(vm, parts, texts[-1], images, id=texts[0].sid, traces=traces)
         out.attempted_at = min(resumed, default=None)
         self.note_ended(texts, outcome, out.size)
         if outcome in ("expired", "cancelled"):
@@ -4934,20 +4915,36 @@ class Sender:
             await self.finish(vm, texts, [dropped(texts)], "cancelled")
 
     def closing_words(self, notice: str, texts: Sequence[Text | InboundMessage]) -> str:
-        """What is told of a VM that is no more, and of texts that were not run."""
-        words = notice + about(NOT_RUN, *texts) if texts else notice
-        url = self.settings.gateway.onboarding_url
-        return words + SIGN_UP.format(url=url) if notice == VM_GONE and url else words
+        """What is told of a VM that is gone, and of texts not run."""
+        url = self.settings.gateway.onboarding_url if notice == VM_GONE else ""
+        not_run = f" Not run: {quoted(*texts)}" if texts else ""
+        return notice + not_run + (f" Sign up: {url}" if url else "")
 
     def note_ended(self, texts: Sequence[Text], outcome: str, parts: int) -> None:
-        now = self.clock.monotonic()
         for text in texts:
             text.trace.outcome = outcome
             text.trace.parts = parts
-            text.trace.answered = now - text.trace.began
+            text.trace.reached["answered"] = self.clock.now()
             if outcome not in ("answered", "cancelled"):
                 self.metrics.note_text(failed=True)
         self.metrics.texts_finished.add(outcome, by=len(texts))
+
+    def command_of(self, vm: VmState, text: Text) -> Json:
+        """What a VM is handed: words, and links to pictures at Twilio."""
+        now = self.clock.now()
+        media = [
+            {"url": self._link(vm.vm_id, path, now), "content_type": kind}
+            for url, kind in text.media
+            if (path := self.twilio.media_path(url))
+        ]
+        more = {"new": True} if text.sid in vm.new_sids else {}
+        return {"text": text.body, "media": media, **more}
+
+    def pictures_elsewhere(self, message: InboundMessage | Text) -> int:
+        """How many of its pictures do not lie at Twilio."""
+        return sum(not self.twilio.media_path(url) for url, _ in message.media)
+
+    # Sending it
 
     def queue(self, vm: VmState, out: Outbound) -> None:
         """Send it after what is queued already; the store has it."""
@@ -4955,12 +4952,10 @@ class Sender:
         vm.outbox.append(out)
         self.start(vm)
 
-    # Sending it
-
     def start(self, vm: VmState) -> None:
-        # A run lane with nothing more to run goes on as the send lane: a task less per text.
-        is_ending = not vm.waiting and vm.runner is asyncio.current_task()
-        if vm.sender is None and vm.outbox and not is_ending:
+        # A run lane at its end goes on as the send lane: a task less per text.
+        goes_on = not vm.waiting and vm.runner is asyncio.current_task()
+        if vm.outbox and not (vm.sender or goes_on):
             vm.sender = self.tasks.start(self.run(vm))
 
     async def run(self, vm: VmState) -> None:
@@ -4977,35 +4972,32 @@ class Sender:
             self.state.retire(vm)
 
     async def _deliver(self, vm: VmState, out: Outbound) -> None:
-        def is_wanted() -> bool:
-            return not self._obstacle(vm, out)
-
         while out.sent < out.size:
             if obstacle := self._obstacle(vm, out):
                 return self._give_up(vm, out, obstacle)
             sms = self._sms(out)
             try:
                 sid = await self.twilio.deliver(
-                    sms, out.attempted_at, is_wanted, vm_id=vm.vm_id, message_sid=out.id
+                    sms,
+                    out.attempted_at,
+                    lambda: not self._obstacle(vm, out),
+                    vm_id=vm.vm_id,
+                    message_sid=out.id,
                 )
             except UpstreamError as error:
-                action = action_for(error)
-                if action == "as_link" and sms.media:
-                    out.in_words.append(out.sent)
-                    # Before it goes: a look-up after a kill must look for these words.
-                    await self.state.store.save(out.updated())
-                    continue
-                if action == "opted_out":
-                    self.opt_out(vm, out.reply_to.channel)
-                is_known = error.code in TWILIO_ERRORS
-                reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
-                return self._give_up(vm, out, reason)
+                if not sms.media or action_for(error) != "as_link":
+                    is_known = error.code in TWILIO_ERRORS
+                    reason = f"{explain_code(error.code)} ({error})" if is_known else str(error)
+                    return self._give_up(vm, out, reason, error.code)
+                out.in_words.append(out.sent)
+                # Before it goes: after a kill these words are looked up.
+                await self.state.store.save(out.updated())
+                continue
             out.sent += 1
             self.metrics.messages_sent.add("sent")
-            if self.callback and out.traces:
+            if out.traces:
                 self.sent_as.put(sid, out.traces, 0)
-            noted = [(NOTE_SENT, (sid, self.clock.now()))] if sid else []
-            self.state.store.note(out.updated(), *noted)
+            self.state.store.note(out.updated(), (NOTE_SENT, (sid, self.clock.now())))
         for trace in out.traces:
             self._note_sent(trace, out.phone)
         return None
@@ -5017,20 +5009,13 @@ class Sender:
             return "the number has another VM, perhaps another owner"
         return explain_code("21610") if vm.opted_out.get(out.reply_to.channel) else ""
 
-    @functools.cached_property
-    def callback(self) -> str:
-        """Where Twilio reports what became of a message, without the vm_id; nothing where it cannot call."""
-        public_url = self.settings.gateway.public_url
-        is_local = is_loopback(urlsplit(public_url).hostname or "")
-        return "" if is_local else f"{public_url}/sms/status?vm="
-
     def _sms(self, out: Outbound) -> Sms:
         """The next message of what is to be told."""
         body, media = "", ""
         if out.sent < len(out.parts):
             body = out.parts[out.sent]
         else:
-            media = self.link(out.vm_id, out.images[out.sent - len(out.parts)], out.created_at)
+            media = self._link(out.vm_id, out.images[out.sent - len(out.parts)], out.created_at)
         if out.sent in out.in_words:
             body, media = IMAGE_AS_LINK.format(url=media), ""
         channel, number = out.reply_to
@@ -5038,143 +5023,117 @@ class Sender:
         callback = self.callback and self.callback + out.vm_id
         return Sms(sender, channel + out.phone, body, media, callback)
 
-    def link(self, vm_id: str, path: str, since: float) -> str:
-        """An address under which a picture can be fetched for a day."""
+    @functools.cached_property
+    def callback(self) -> str:
+        """Where Twilio reports to, without the vm_id; nothing if it cannot."""
         public_url = self.settings.gateway.public_url
-        return f"{public_url}/media/{self.keyring.sign_link(vm_id, path, since)}"
+        is_local = is_loopback(urlsplit(public_url).hostname or "")
+        return "" if is_local else f"{public_url}/sms/status?vm="
 
-    def pictures_elsewhere(self, message: InboundMessage | Text) -> int:
-        """How many of its pictures do not lie at Twilio's own address."""
-        return sum(not self.twilio.media_path(url) for url, _ in message.media)
+    def _link(self, vm_id: str, path: str, since: float) -> str:
+        """An address under which a picture can be fetched for a day."""
+        signed = self.keyring.sign_link(vm_id, path, since)
+        return f"{self.settings.gateway.public_url}/media/{signed}"
 
-    def command_of(self, vm: VmState, text: Text) -> Json:
-        """What a VM is handed: words, and links to what lies at Twilio's own address."""
-        links = []
-        for url, kind in text.media:
-            if path := self.twilio.media_path(url):
-                link = self.link(text.vm_id, path, self.clock.now())
-                links.append({"url": link, "content_type": kind})
-        more = {"new": True} if text.sid in vm.new_sids else {}
-        return {"text": text.body, "media": links, **more}
-
-    def _give_up(self, vm: VmState, out: Outbound, reason: str) -> None:
-        log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
-        self.note_error(vm, reason)
-        self.metrics.messages_sent.add("failed")
-        for trace in out.traces:
-            trace.outcome = "send_failed"
-            trace.note_error(self.clock.monotonic(), reason)
-        self.state.store.note(out.ended())
-
-    def note_error(self, vm: VmState, reason: str) -> None:
-        """Remember why an owner did not hear something; nothing: they hear again."""
-        if vm.error != reason:
-            vm.error = reason
-            self.state.store.note(vm.put())
-
-    def opt_out(self, vm: VmState, channel: str) -> None:
-        """Twilio says that they opted out."""
-        vm.opted_out[channel], vm.opted_at[channel] = True, self.clock.now()
-        self.state.store.note(vm.put())
+    # What came of it
 
     def _note_sent(self, trace: Trace, phone: str) -> None:
         """The one log line of a text with which all is well."""
-        passed_s = trace.sent = self.clock.monotonic() - trace.began
+        now = trace.reached["sent"] = self.clock.now()
         if trace.outcome == "answered":
-            self.metrics.text_answer.observe(passed_s)
-            self.metrics.recent_answers.append(passed_s)
+            self.metrics.text_answer.observe(now - trace.received)
+            self.metrics.recent_answers.append(now - trace.received)
         log_event(
             "text_done",
-            vm_id=trace.vm_id,
             phone=mask_phone(phone),
-            message_sid=trace.sid,
-            request_id=trace.request_id,
-            outcome=trace.outcome,
-            attempts=trace.attempts,
-            parts=trace.parts,
-            ms_to_hand_over=in_ms(trace.handed_over),
-            ms_to_answer=in_ms(trace.answered),
-            ms_to_sent=in_ms(passed_s),
+            **trace.summary(),
+            ms_to_hand_over=trace.ms_to("handed_over"),
+            ms_to_answer=trace.ms_to("answered"),
+            ms_to_sent=trace.ms_to("sent"),
         )
 
+    def _give_up(self, vm: VmState, out: Outbound, reason: str, code: str = "") -> None:
+        log_error("send_failed", vm_id=vm.vm_id, message_sid=out.id, error=reason)
+        self.metrics.messages_sent.add("failed")
+        for trace in out.traces:
+            trace.outcome = "send_failed"
+        self.note_failure(vm, out.reply_to.channel, out.traces, reason, code)
+        self.state.store.note(out.ended())
 
-def in_ms(seconds: float | None) -> int | None:
-    return None if seconds is None else round(seconds * 1000)
+    def note_failure(
+        self, vm: VmState, channel: str, traces: Sequence[Trace], reason: str, code: str
+    ) -> None:
+        """Why an owner did not hear something stands in the VM's record."""
+        now = self.clock.now()
+        for trace in traces:
+            trace.note_error(now, reason)
+        if code in TWILIO_ERRORS and TWILIO_ERRORS[code].action == "opted_out":
+            vm.opted_out[channel] = True
+            vm.opted_at[channel] = now
+        vm.error = reason
+        self.state.store.note(vm.put())
 
 
 @dataclass(kw_only=True, eq=False)
-class DeliveryReports:
-    """What Twilio reports of messages it took: out of order, twice, and before the create's own answer."""
+class DeliveryReports(Part):
+    """What Twilio reports: out of order, twice, before the create's answer."""
 
-    clock: Clock
-    routes: RouteStore
     twilio: TwilioClient
-    state: RelayState
     sender: Sender
-    metrics: Metrics
     # Of a message's last status.
     ranks: Recent[int] = field(default_factory=lambda: Recent(20_000))
 
     def handle(self, form: Mapping[str, str], vm_id: str) -> None:
         """One callback; `vm_id` is what its address named."""
-        sid, status = form.get("MessageSid", ""), form.get("MessageStatus", "")
+        sid, status, to = (form.get(name, "") for name in ("MessageSid", "MessageStatus", "To"))
         rank = STATUS_RANKS.get(status, -1)
+        now = self.clock.now()
         if rank <= self.ranks.get(sid, -1):
             return
-        now = self.clock.monotonic()
         self.ranks.put(sid, rank, now)
         self.metrics.deliveries.add(status)
-        found, recipient = self.routes.find(vm_id), form.get("To", "")
-        phone = recipient.removeprefix(WHATSAPP)
+        found = self.routes.find(vm_id)
+        phone = to.removeprefix(WHATSAPP)
         if found is None or found[0] != phone or rank < STATUS_RANKS["delivered"]:
             return
-        vm, channel = self.state.vm(vm_id, phone), recipient.removesuffix(phone)
+        vm = self.state.vm(vm_id, phone)
+        channel = to.removesuffix(phone)
         traces = self.sender.sent_as.get(sid, ())
         if status in ("delivered", "read"):
             for trace in traces:
-                trace.delivered = now - trace.began
-            if not vm.opted_out.get(channel):
-                self.sender.note_error(vm, "")
+                trace.reached["delivered"] = now
+            if vm.error and not vm.opted_out.get(channel):
+                vm.error = ""
+                self.state.store.note(vm.put())
             return
-        reason = self._undelivered(vm, sid, form.get("ErrorCode", ""), channel)
-        for trace in traces:
-            trace.note_error(now, reason)
-
-    def _undelivered(self, vm: VmState, sid: str, code: str, channel: str) -> str:
-        """It is not sent again: its cause stands in the VM's record."""
-        reason, policy = explain_code(code), TWILIO_ERRORS.get(code)
-        log_warning("undelivered", vm_id=vm.vm_id, message_sid=sid, error=reason)
+        # It is not sent again.
+        code = form.get("ErrorCode", "")
+        reason = explain_code(code)
+        policy = TWILIO_ERRORS.get(code)
+        log_warning("undelivered", vm_id=vm_id, message_sid=sid, error=reason)
         self.metrics.twilio_errors.add(code if policy else "other")
-        if policy and policy.action == "opted_out":
-            self.sender.opt_out(vm, channel)
-        elif policy and policy.action == "retry_and_alert":
+        if policy and policy.action == "retry_and_alert":
             self.twilio.trouble = f"texts do not arrive: {reason}"
-        self.sender.note_error(vm, reason)
-        return reason
+        self.sender.note_failure(vm, channel, traces, reason, code)
 
 
 # --- Running ---
 
 VM_RETURN = Backoff(base_s=0.25, cap_s=4)
 VM_BUSY = Backoff(base_s=0.25, cap_s=10)
-VM_WAKES = Backoff(base_s=0.1, cap_s=0.1)
 WAKE = Backoff(base_s=0.1, cap_s=1, attempts=1000, budget_s=60)
-WAKE_S = 5.0  # so long a VM that sleeps may take to answer, and its owner hears nothing of it
+WAKE_S = 5.0  # so long a sleeper may take to answer without a word to its owner
 BUSY_LIMIT_S = 1800.0
 ASK_FLY_EVERY_S = 15.0
-STILL_AFTER_S, STILL_EVERY_S, STILL_MOST = 60.0, 300.0, 6
+STILL_AFTER_S, STILL_EVERY_S, STILL_UNTIL_S = 60.0, 300.0, 1800.0
 
 
 @dataclass(kw_only=True, eq=False)
-class Watch:
-    """Tells the owners of commands that run long; one task for all, which ends when nothing runs."""
+class Watch(Part):
+    """Tells whose commands run long; one task, while anything runs."""
 
-    clock: Clock
-    state: RelayState
     sender: Sender
-    routes: RouteStore
     vms: VmClient
-    tasks: Tasks
     task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -5182,19 +5141,17 @@ class Watch:
             self.task = self.tasks.start(self._run())
 
     async def _run(self) -> None:
-        vms = self.state.vms
         try:
-            while times := [vm.still_at for vm in vms.values() if vm.is_handing_over]:
-                pause_s = max(1.0, min(times) - self.clock.monotonic())
-                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
-                for vm in list(vms.values()):
+            while busy := [vm for vm in self.state.vms.values() if vm.is_handing_over]:
+                now = self.clock.monotonic()
+                for vm in busy:
                     # Behind anything still to be sent it would only come late.
-                    if vm.running and vm.still_at <= self.clock.monotonic() and not vm.outbox:
-                        vm.still_told += 1
-                        vm.still_at += (
-                            STILL_EVERY_S if vm.still_told < STILL_MOST else float("inf")
-                        )
-                        self.tasks.start(self._tell(vm, vm.running))
+                    if vm.running and vm.still_at <= now and not vm.outbox:
+                        vm.still_at += STILL_EVERY_S
+                        if now < vm.handed_over_at + STILL_UNTIL_S:
+                            self.tasks.start(self._tell(vm, vm.running))
+                pause_s = max(1.0, min(vm.still_at for vm in busy) - now)
+                await self.clock.sleep(min(STILL_AFTER_S, pause_s))
         finally:
             self.task = None
 
@@ -5204,39 +5161,34 @@ class Watch:
             await self.sender.notify(vm, f"{STILL_WORKING} {note}".strip(), text=text)
 
     async def note(self, vm: VmState, within_s: float = VmClient.HEALTH_S) -> str:
-        """A line of what a VM is doing; one that is away or asleep is not asked."""
+        """What a VM is doing, in a line; one away or asleep is not asked."""
         route = self.routes.of(vm.vm_id)
         is_there = vm.away_since is None and not vm.is_paused
-        if route is None or route.state != "ready" or not is_there:
-            return ""
-        return (await self.vms.health(route, within_s)).note
+        if route and route.state == "ready" and is_there:
+            return (await self.vms.health(route, within_s)).note
+        return ""
 
 
 @dataclass(kw_only=True, eq=False)
-class Waker:
-    """Starts machines that rest: those put to sleep, and those found stopped in an outage."""
+class Waker(Part):
+    """Starts machines that rest: put to sleep, or found stopped in an outage."""
 
-    clock: Clock
-    routes: RouteStore
     fly: FlyClient
     vms: VmClient
-    state: RelayState
-    tasks: Tasks
 
     def begin(self, vm: VmState) -> asyncio.Task[bool]:
-        """Start it, if it rests; tells whether Fly did.
-
-        Fly may take minutes: nobody has to wait.
-        """
+        """Start it, if it rests; whether Fly did, which may take minutes."""
         if vm.waker is None:
             vm.asked_fly_at = self.clock.monotonic()
             vm.waker = self.tasks.start(self._wake(vm))
         return vm.waker
 
-    def ask_again(self, vm: VmState) -> None:
-        """A machine that rests does not come back by itself."""
-        if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
-            self.begin(vm)
+    async def rouse(self, vm: VmState, within_s: float = WAKE_S) -> bool:
+        """Wake a sleeper; whether it answers within so long."""
+        with suppress(TimeoutError):
+            async with self.clock.time_limit(within_s):
+                return await asyncio.shield(self.begin(vm))
+        return False
 
     async def _wake(self, vm: VmState) -> bool:
         try:
@@ -5244,7 +5196,7 @@ class Waker:
             async with self.clock.time_limit(WAKE.budget_s):
                 # What is handed to it before its `/health` answers is refused.
                 while (route := self._sleeper(vm.vm_id)) and not await self.vms.is_healthy(route):
-                    await VM_WAKES.pause(self.clock, 1)
+                    await self.clock.sleep(0.05)
             await self.note_awake(vm.vm_id)
             return True
         except (UpstreamError, TimeoutError) as error:
@@ -5260,31 +5212,30 @@ class Waker:
 
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
+
+        def is_passing(error: UpstreamError) -> bool:
+            # While it is still falling asleep Fly refuses to start it.
+            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
+
         async with vm.machine:
-            if route := self._sleeper(vm.vm_id):
-                await self._resume(vm.vm_id, route.machine_id)
+            route = self.routes.of(vm.vm_id)
+            if route and route.state == "asleep":
+                start = functools.partial(self._start_sleeper, route)
+                await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm.vm_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
-            elif route := self.routes.of(vm.vm_id):
+            elif route:
                 machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
                 if machine.state in RESTING and machine.host_ok:
                     log_event("machine_started", vm_id=vm.vm_id, was=machine.state)
                     await self.fly.start_machine(vm.vm_id, machine.id)
 
-    async def _resume(self, vm_id: str, machine_id: str) -> None:
-        """While it is still falling asleep Fly refuses to start it: 412."""
-
-        def is_worth_repeating(error: UpstreamError) -> bool:
-            return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
-
-        async def start() -> None:
-            try:
-                await self.fly.start_machine(vm_id, machine_id)
-            except UpstreamRejected:
-                machine = await self.fly.get_machine(vm_id, machine_id)
-                if machine.state not in ("starting", "started"):
-                    raise
-
-        await retry(start, WAKE, self.clock, when=is_worth_repeating, vm_id=vm_id)
+    async def _start_sleeper(self, route: Route) -> None:
+        try:
+            await self.fly.start_machine(route.vm_id, route.machine_id)
+        except UpstreamRejected:
+            machine = await self.fly.get_machine(route.vm_id, route.machine_id)
+            if machine.state not in ("starting", "started"):
+                raise
 
     async def note_awake(self, vm_id: str) -> None:
         """It is `ready` from now on, whoever woke it."""
@@ -5293,34 +5244,21 @@ class Waker:
                 await self.routes.update(vm_id, state="ready")
 
     async def look(self, vm_id: str) -> None:
-        """Ask Fly whether one that is said to sleep is awake; raises UpstreamError."""
-        route, vm = self.routes.of(vm_id), self.state.vms.get(vm_id)
-        if route is None:
-            return
-        machine = await self.fly.get_machine(vm_id, route.machine_id)
-        if machine.state == "started" and machine.host_ok and not (vm and vm.is_falling_asleep):
-            await self.note_awake(vm_id)
-
-    async def rouse(self, vm: VmState, within_s: float = WAKE_S) -> bool:
-        """Wake a sleeper; whether it answers within so long."""
-        with suppress(TimeoutError):
-            async with self.clock.time_limit(within_s):
-                return await asyncio.shield(self.begin(vm))
-        return False
+        """Whether a sleeper is awake, as Fly says; raises UpstreamError."""
+        if route := self.routes.of(vm_id):
+            machine = await self.fly.get_machine(vm_id, route.machine_id)
+            is_up = machine.state == "started" and machine.host_ok
+            vm = self.state.vms.get(vm_id)
+            if is_up and not (vm and vm.is_falling_asleep):
+                await self.note_awake(vm_id)
 
 
 @dataclass(kw_only=True, eq=False)
-class Runner:
-    """The run lane of each VM: one text at a time, in order; outages and deadlines."""
+class Runner(Part):
+    """The run lane of each VM: a text at a time, in order; outages, deadlines."""
 
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
     vms: VmClient
-    state: RelayState
     sender: Sender
-    tasks: Tasks
-    metrics: Metrics
     watch: Watch
     waker: Waker
 
@@ -5328,56 +5266,53 @@ class Runner:
 
     def is_free(self, vm: VmState, route: Route) -> bool:
         """Whether a text that came now would be handed over at once."""
-        is_well = route.state == "ready" and vm.away_since is None and not vm.is_held()
-        return is_well and not (vm.waiting or vm.accepting or vm.runner)
+        is_there = route.state == "ready" and vm.away_since is None
+        return is_there and not (vm.waiting or vm.accepting or vm.runner or vm.is_held())
 
     def start(self, vm: VmState) -> None:
-        is_held = vm.runner or vm.closing_notice or vm.is_held() or self.state.is_draining
-        if vm.waiting and not is_held and self._route(vm):
+        if vm.runner is None and self._next(vm):
             vm.runner = self.tasks.start(self._run(vm))
 
-    def _route(self, vm: VmState) -> Route | None:
-        """The route of a VM that can be handed a text."""
+    def _next(self, vm: VmState) -> tuple[Route, Text] | None:
+        """What is to be run now, and by whom."""
+        if not vm.waiting or vm.is_held() or self.state.is_draining:
+            return None
         found = self.routes.find(vm.vm_id)
         if found is None or found[1].state == "provisioning":
             return None
-        vm.phone = found[0]
-        return found[1]
+        vm.phone, route = found
+        return route, vm.waiting[0]
 
     async def _run(self, vm: VmState) -> None:
-        """Ends when nothing waits (no await between that look and its end)."""
+        """No await between the look that finds nothing and its end."""
         REQUEST_ID.set("")  # it outlives the request that happened to start it
         try:
-            while vm.waiting and not (vm.is_paused or self.state.is_draining):
-                route = self._route(vm)
-                if route is None:
-                    break
-                await self.hand_over(vm, route, vm.waiting[0])
+            while job := self._next(vm):
+                await self._step(vm, *job)
             vm.runner = None
             await self.sender.run(vm)
         finally:
             if vm.runner is asyncio.current_task():
                 vm.runner = None
                 self.sender.start(vm)
-            self.state.retire(vm)
 
     async def stop(self, vm: VmState) -> None:
         """Give up what is in the VM's hands; it is not finished by that."""
-        if vm.runner is not None:
+        if vm.runner:
             vm.runner.cancel()
             await asyncio.wait({vm.runner})
             vm.runner = None  # one that had not begun yet did not say so itself
 
     async def pause(self, vm: VmState, patience_s: float) -> None:
-        """Hand the VM nothing more until `resume`; what it is running has so long to end."""
+        """Hand it nothing more until `resume`; what it runs has so long to end."""
         vm.is_paused = True
-        if vm.runner is not None and vm.is_handing_over:
+        if vm.runner and vm.is_handing_over:
             with suppress(TimeoutError):
                 async with self.clock.time_limit(patience_s):
                     await asyncio.wait({vm.runner})
 
     async def resume(self, vm: VmState, *, answered_at: float = 0.0) -> None:
-        """Go on with a VM; `answered_at`: it was restarted and well then, what it ran is cut off."""
+        """Go on; `answered_at`: it was restarted by then, what it ran is cut off."""
         if answered_at:
             await self.stop(vm)
             vm.answered_at = max(vm.answered_at, answered_at)
@@ -5386,15 +5321,35 @@ class Runner:
 
     # One text
 
-    async def hand_over(self, vm: VmState, route: Route, text: Text) -> None:
-        """One attempt to run the first text, or one wait for the VM's return."""
+    async def _step(self, vm: VmState, route: Route, text: Text) -> None:
+        """One step towards an answer to the first text; then all is looked at anew."""
+        is_away = vm.away_since is not None
         if text.drops >= 2:
-            return await self._finish(vm, text, "crashed", AWAY_TWICE)
-        if not text.attempts and self.is_late(vm, text):
-            return await self._expire(vm)
-        if not await self._may_hand_over(vm, route, text):
-            return None
-        self._note_hand_over(vm, text)
+            await self._finish(vm, [text], "crashed")
+        elif (is_away or not text.trace.attempts) and self.is_late(vm, text):
+            await self._expire(vm, text)
+        elif not (route.is_paired or text.may_have_reached):  # locked since it came
+            await self.sender.drop(vm)
+        elif route.state == "asleep" and not is_away:
+            if not await self.waker.rouse(vm) and text in vm.waiting:
+                await self._announce_outage(vm, text)
+        elif not is_away or await self._is_back(vm, route, text):
+            if not text.handed_over:
+                text.handed_over = True
+                await self.state.store.save(text.updated())
+            # It may have been cancelled, or its VM changed.
+            if self._next(vm) == (route, text):
+                await self._attempt(vm, route, text)
+
+    async def _attempt(self, vm: VmState, route: Route, text: Text) -> None:
+        vm.is_handing_over = True
+        vm.handed_over_at = self.clock.monotonic()
+        vm.still_at = vm.handed_over_at + STILL_AFTER_S
+        self.watch.start()
+        text.trace.attempts += 1
+        if text.trace.attempts == 1:
+            now = text.trace.reached["handed_over"] = self.clock.now()
+            self.metrics.text_handover.observe(now - text.arrived)
         try:
             answer = await self.vms.command(route, text.sid, self.sender.command_of(vm, text))
         except VmAway as error:
@@ -5403,21 +5358,26 @@ class Runner:
             await self._wait_while_busy(vm, text)
         except VmSilent:
             vm.last_call_failed = True
-            await self._finish(vm, text, "silent", NO_ANSWER, s=self.vms.command_timeout_s)
+            await self._finish(vm, [text], "silent", s=self.vms.command_timeout_s)
         except VmFailed as error:
             if error.status == HTTPStatus.UNAUTHORIZED and await self._switch_key(vm, route):
-                return None  # it goes again
-            self._record_answer(vm, ends_outage=error.status < 500)
-            await self._finish(vm, text, "failed", VM_ERROR, status=error.status)
+                return  # it goes again
+            self._note_answer(vm, ends_outage=error.status < 500)
+            await self._finish(vm, [text], "failed", status=error.status)
         else:
-            self._record_answer(vm)
+            self._note_answer(vm)
             parts = words_of(answer, is_stopped=text.sid == vm.stopped_sid)
             await self.sender.finish(vm, [text], parts, "answered", answer.images)
         finally:
             vm.is_handing_over = False
 
+    async def _finish(self, vm: VmState, texts: list[Text], outcome: str, **more: object) -> None:
+        """End texts that have no answer."""
+        words = about(NO_ANSWER[outcome], *texts, **more)
+        await self.sender.finish(vm, texts, split_text(words), outcome)
+
     async def _switch_key(self, vm: VmState, route: Route) -> bool:
-        """After a rotation that was killed another secret's token may hold: it is tried once, and noted."""
+        """A killed rotation may have left another token: it is tried once."""
         others = [key_id for key_id in self.sender.keyring.ids if key_id != route.key_id]
         if vm.has_switched_key or not others:
             return False
@@ -5427,76 +5387,41 @@ class Runner:
             await self.routes.update(vm.vm_id, key_id=others[0])
         return True
 
-    async def _finish(
-        self, vm: VmState, text: Text, outcome: str, notice: str, **values: object
-    ) -> None:
-        await self.sender.finish(vm, [text], [about(notice, text, **values)], outcome)
-
-    async def _may_hand_over(self, vm: VmState, route: Route, text: Text) -> bool:
-        """Whether the first text may go now: its VM is back, and the store says that it goes."""
-        if not (route.is_paired or text.may_have_reached):  # locked since it came
-            await self.sender.drop(vm)
-            return False
-        if vm.away_since is not None:
-            if not await self._wait_for_return(vm, route, text):
-                return False
-            await self.waker.note_awake(vm.vm_id)
-        elif route.state == "asleep":
-            if not await self.waker.rouse(vm) and text in vm.waiting:
-                await self._announce_outage(vm, text)
-            return False  # its route is another by now
-        if not text.handed_over:
-            text.handed_over = True
-            await self.state.store.save(text.updated())
-        # A VM that was changed while this waited is looked at again; the text may have been cancelled.
-        is_first = bool(vm.waiting) and vm.waiting[0] is text
-        return is_first and not vm.is_paused and self._route(vm) is route
-
-    def _note_hand_over(self, vm: VmState, text: Text) -> None:
-        now, trace = self.clock.monotonic(), text.trace
-        vm.is_handing_over, vm.handed_over_at = True, now
-        vm.still_at, vm.still_told = now + STILL_AFTER_S, 0
-        self.watch.start()
-        text.attempts += 1
-        trace.attempts += 1
-        if trace.handed_over is None:
-            trace.handed_over = now - trace.began
-            self.metrics.text_handover.observe(trace.handed_over)
-
     # How its VM is
 
-    def _record_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
-        """The VM answered on /command: what is behind waits from now on; below 500 that ends an outage."""
+    def _note_answer(self, vm: VmState, *, ends_outage: bool = True) -> None:
+        """It answered on /command: what waits does so from now; below 500 it is back."""
         vm.answered_at = self.clock.now()
-        vm.probes, vm.has_switched_key = 0, False
+        vm.probes = 0
+        vm.has_switched_key = False
         if ends_outage:
-            vm.last_call_failed, vm.handed_over_at = False, NEVER
+            vm.last_call_failed = False
+            vm.handed_over_at = NEVER
             if vm.away_since is not None:
                 vm.away_since = None
                 self.state.store.note(vm.put())
                 log_event("vm_back", vm_id=vm.vm_id)
 
     async def _on_unreachable(self, vm: VmState, route: Route, text: Text, error: VmAway) -> None:
-        text.trace.note_error(self.clock.monotonic(), str(error))
         vm.last_call_failed = True
-        about_it = {"vm_id": vm.vm_id, "message_sid": text.sid, "attempt": text.attempts}
-        log_warning("vm_unreachable", **about_it, error=str(error))
-        if not error.may_have_reached:
-            if not text.may_have_reached:
-                text.handed_over = False
-                self.state.store.note(text.updated())
-            return await self._announce_outage(vm, text)
-        is_healthy = await self.vms.is_healthy(route)
-        # A proxy's 502 counts only against a VM that is there.
-        is_drop = error.is_drop or is_healthy
-        if is_drop or not text.may_have_reached:  # 502s again and again do not prolong the wait
-            text.dropped_at = self.clock.now()
-        text.may_have_reached = True
-        text.drops += is_drop
+        trace = text.trace
+        reason = str(error)
+        trace.note_error(self.clock.now(), reason)
+        whose = {"message_sid": text.sid, "attempt": trace.attempts}
+        log_warning("vm_unreachable", vm_id=vm.vm_id, **whose, error=reason)
+        is_healthy = False
+        if error.may_have_reached:
+            is_healthy = await self.vms.is_healthy(route)
+            # A proxy's 502 counts only if the VM is there; many prolong no wait.
+            is_drop = error.is_drop or is_healthy
+            if is_drop or not text.may_have_reached:
+                text.dropped_at = self.clock.now()
+            text.may_have_reached = True
+            text.drops += is_drop
+        text.handed_over = text.may_have_reached
         await self.state.store.save(text.updated())
-        if not is_healthy:  # else the road may be at fault: it goes again at once, under its key
+        if not is_healthy:  # else the road may be at fault: it goes again at once
             await self._announce_outage(vm, text)
-        return None
 
     async def _announce_outage(self, vm: VmState, text: Text) -> None:
         """Once per outage, also across restarts."""
@@ -5505,42 +5430,39 @@ class Runner:
             self.metrics.outages.add()
             await self.sender.notify(vm, VM_AWAY, vm.put(), text=text)
 
-    async def _wait_for_return(self, vm: VmState, route: Route, text: Text) -> bool:
-        """Until the VM answers /health; False when the text's time ran out, or the VM is being changed."""
-        while vm.waiting and vm.waiting[0] is text and not vm.is_paused:
-            left_s = self._deadline(vm, text) - self.clock.now()
-            if left_s <= 0:
-                await self._expire(vm)
-                return False
-            self.waker.ask_again(vm)
-            vm.probes += 1
-            await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
-            # One that is just being put to sleep still answers, but not for long.
-            if await self.vms.is_healthy(route) and not vm.is_falling_asleep:
-                return True
-        return False
+    async def _is_back(self, vm: VmState, route: Route, text: Text) -> bool:
+        """After a pause: whether an absent VM answers /health."""
+        # A machine that rests does not come back by itself.
+        if self.clock.monotonic() - vm.asked_fly_at >= ASK_FLY_EVERY_S:
+            self.waker.begin(vm)
+        vm.probes += 1
+        left_s = self._deadline(vm, text) - self.clock.now()
+        await VM_RETURN.pause(self.clock, vm.probes, at_most=left_s + 0.001)
+        # One that is just being put to sleep still answers, but not for long.
+        if not await self.vms.is_healthy(route) or vm.is_falling_asleep:
+            return False
+        await self.waker.note_awake(vm.vm_id)
+        return True
 
     async def _wait_while_busy(self, vm: VmState, text: Text) -> None:
-        """409: wait without a notice, which does not count as the VM being away."""
-        self._record_answer(vm)
+        """409: wait without a notice; the VM is not away."""
+        self._note_answer(vm)
         text.drops = 0  # the VM lived through it
-        now = self.clock.monotonic()
-        if text.busy_since is None:
-            text.busy_since, text.attempts = now, 1
-        if now - text.busy_since > BUSY_LIMIT_S:
-            return await self._finish(vm, text, "failed", VM_ERROR, status=409)
-        if text.attempts % 10 == 1:
+        text.busy_since = text.busy_since or vm.answered_at
+        if vm.answered_at - text.busy_since > BUSY_LIMIT_S:
+            return await self._finish(vm, [text], "failed", status=409)
+        if text.trace.attempts % 10 == 1:
             self.state.store.note(vm.put())
-        await VM_BUSY.pause(self.clock, text.attempts)
-        vm.answered_at = self.clock.now()  # nor does this pause, should the VM be away behind it
+        await VM_BUSY.pause(self.clock, text.trace.attempts)
+        vm.answered_at = self.clock.now()  # nor does this pause, should it be away then
         return None
 
     # Deadlines
 
     def _deadline(self, vm: VmState, text: Text) -> float:
-        """Until when a text waits for its VM (wall clock): from its arrival or its cut.
+        """Until when a text waits for its VM (wall clock), from its arrival or its cut.
 
-        The gateway's start is no cut: what was handed over before waits from then on.
+        What was handed over before the gateway's start waits from then on.
         """
         cut_at = text.dropped_at or self.state.began
         since = cut_at if text.may_have_reached else text.arrived
@@ -5549,15 +5471,13 @@ class Runner:
     def is_late(self, vm: VmState, text: Text) -> bool:
         return self._deadline(vm, text) <= self.clock.now()
 
-    async def _expire(self, vm: VmState) -> None:
-        """The first text's time is over; those behind it are judged at once and share the notice."""
-        first = vm.waiting[0]
-        if first.may_have_reached:
-            limit_s = self.settings.limits.vm_away_limit_s
-            await self._finish(vm, first, "silent", NO_ANSWER, s=limit_s)
-        if late := [text for text in vm.unreached() if self.is_late(vm, text)]:
-            parts = split_text(about(AWAY_TOO_LONG, *late))
-            await self.sender.finish(vm, late, parts, "expired")
+    async def _expire(self, vm: VmState, text: Text) -> None:
+        """Its time is over; those it is over for too share the notice."""
+        if text.may_have_reached:
+            await self._finish(vm, [text], "silent", s=self.settings.limits.vm_away_limit_s)
+        else:
+            late = [one for one in vm.unreached() if self.is_late(vm, one)]
+            await self._finish(vm, late, "expired")
 
 
 # --- Taking in ---
@@ -5775,8 +5695,8 @@ class OwnerCommands:
         if text := vm.running:
             now = about("Running: {texts}", text)
             if note is not None:
-                handed_over = text.trace.began + (text.trace.handed_over or 0)
-                now += f", for {self.clock.monotonic() - handed_over:.0f} s."
+                age_s = self.clock.now() - text.trace.reached["handed_over"]
+                now += f", for {age_s:.0f} s."
         elif vm.waiting and vm.waiting[0].busy_since is not None:
             now = "Waiting for the command before it."
         return f"{now[:-1]} ({note})." if note else now
@@ -5938,7 +5858,7 @@ class Inbox:
 
     async def _enqueue(self, vm: VmState, text: Text) -> None:
         self.state.remember(text.trace)
-        text.trace.stored = self.clock.monotonic() - text.trace.began
+        text.trace.reached["stored"] = self.clock.now()
         self.metrics.note_text()
         vm.last_text = text.arrived
         vm.waiting.append(text)
@@ -6966,7 +6886,7 @@ class Gateway:
 
     def _make(self, part: type[T], **more: Any) -> T:
         """A part, given those made so far that its fields name, and `more`."""
-        names = part.__annotations__.keys() & vars(self)
+        names = {one.name for one in dataclasses.fields(cast(Any, part))} & vars(self).keys()
         return part(**{name: getattr(self, name) for name in names}, **more)
 
 
