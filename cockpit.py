@@ -5523,19 +5523,15 @@ def pairing_code_in(body: str) -> str:
 
 
 @dataclass(kw_only=True, eq=False)
-class PhoneDoor:
+class PhoneDoor(Part):
     """Whose phone it is: the sign-up page's code pairs it, a lock undoes that.
 
     Both hold at once, and are on disk before a SID is. A code is neither kept nor passed on.
     """
 
-    clock: Clock
-    routes: RouteStore
     keyring: Keyring
     twilio: TwilioClient
-    state: RelayState
     sender: Sender
-    tasks: Tasks
     stamp: Callable[[str], Awaitable[None]]  # (vm_id): tells Fly
     closed: set[str] = field(init=False)  # VMs that may be accepting no code
 
@@ -5633,15 +5629,12 @@ class PhoneDoor:
 
 
 @dataclass(kw_only=True, eq=False)
-class OwnerCommands:
+class OwnerCommands(Part):
     """What an owner asks the gateway by text: it works with the VM dead too.
 
     What is to be done is owed from its SID on, until it is done and told.
     """
 
-    clock: Clock
-    routes: RouteStore
-    state: RelayState
     sender: Sender
     watch: Watch
     vms: VmClient
@@ -5770,19 +5763,13 @@ def keyword_of(message: InboundMessage, vm: VmState) -> str:
 
 
 @dataclass(kw_only=True, eq=False)
-class Inbox:
+class Inbox(Part):
     """Takes texts in: once, if allowed, stored before the answer."""
 
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
-    state: RelayState
     sender: Sender
     runner: Runner
     commands: OwnerCommands
     door: PhoneDoor
-    tasks: Tasks
-    metrics: Metrics
     # When what of which phone came or was told (monotonic).
     times: Recent[deque[float]] = field(default_factory=lambda: Recent(20_000))
 
@@ -5975,18 +5962,13 @@ VM_MESSAGE_LIMITS = ((60.0, 40), (86_400.0, 500))  # seconds, how many of Twilio
 
 
 @dataclass(kw_only=True, eq=False)
-class Relay:
+class Relay(Part):
     """The relay as one: what happens to VMs, its start and its end."""
 
-    clock: Clock
-    routes: RouteStore
     twilio: TwilioClient
-    state: RelayState
     runner: Runner
     sender: Sender
     commands: OwnerCommands
-    tasks: Tasks
-    metrics: Metrics
     is_started: bool = False
 
     @property
@@ -6162,14 +6144,10 @@ class Relay:
 
 
 @dataclass(kw_only=True, eq=False)
-class Backfill:
+class Backfill(Part):
     """Fetches texts that came while nobody listened, to the same door."""
 
-    settings: Settings
-    clock: Clock
-    routes: RouteStore
     twilio: TwilioClient
-    state: RelayState
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
 
