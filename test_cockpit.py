@@ -8855,6 +8855,21 @@ async def test_texts_older_than_the_route_are_left_alone(world):
     assert not vm.ran and world.twilio.count("list")
 
 
+async def test_a_missed_text_that_a_slow_disk_stores_at_the_start_is_run(world, monkeypatch):
+    await world.ready()
+    await world.stop()
+    world.twilio.missed(ANN, "missed")
+    commit_once = cockpit.MessageStore.commit_once
+
+    async def slowly(*given: Any) -> str | None:
+        known = await commit_once(*given)
+        await world.clock.sleep(6)
+        return known
+    monkeypatch.setattr(cockpit.MessageStore, "commit_once", slowly)
+    await world.start(BACKFILL_S=60)
+    await world.hears("ran: missed")
+
+
 async def test_a_text_fetched_too_late_is_not_run(world):
     vm = await world.ready(BACKFILL_S=60)
     await world.stop()
