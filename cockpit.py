@@ -4780,6 +4780,8 @@ class RelayState:
         finally:
             for name, value in before.items() if known is not None else ():
                 setattr(vm, name, value)
+        if known is not None and before:  # what was stored meanwhile may tell otherwise
+            self.store.note(vm.put())
         return known
 
     def set_mark(self, name: str, at: float) -> Change:
@@ -6151,7 +6153,7 @@ class Backfill(Part):
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
 
-    PAGES = 500
+    PAGES = 5000
     OVERLAP_S = 900.0
     LONG_S = 86_400.0  # lists have been seen hours late
     LONG_EVERY_S = 3600.0
