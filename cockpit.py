@@ -6294,6 +6294,8 @@ class VmChanges:
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
             raise Refusal("wrong_state", reason)
+        if self.provisioner.is_draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         return found
 
     def resume_all(self) -> None:

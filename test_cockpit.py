@@ -8947,6 +8947,24 @@ async def test_shutdown_settles_what_it_can(live):
     await live.hears("ran: quick")
 
 
+@pytest.mark.parametrize("path", ["/provision", "/provision/{}/restart"], ids=["sign-up", "restart"])
+@beside
+async def test_who_shuts_down_takes_nothing_on(live, path):
+    child = await live.spawn(DRAIN_S=5)
+    vm = await live.sign_up()
+    gate = await live.occupies(vm, "quick")
+    child.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while (await live.ask("GET", "/health", key=None)).status != 503:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    form = sign_up_form(BOB) if path == "/provision" else None
+    answer = await live.ask("POST", path.format(vm.app), json=form)
+    assert (answer.status, answer.body["code"]) == (503, "draining")
+    gate.open()
+    assert await child.ends() == 0
+
+
 @pytest.mark.parametrize("call, path", [("restart_machine", "/provision/{}/restart"), ("create_app", "/provision")], ids=["restart", "sign-up"])
 @beside
 async def test_who_waits_for_what_a_shutdown_cuts_off_is_told_so(live, call, path):
