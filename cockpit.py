@@ -2269,7 +2269,7 @@ class Machine:
 
 
 def parse_machine(stored: Any) -> Machine:
-    """Raises KeyError, TypeError, AttributeError or ValueError when it is none."""
+    """Raises what `_call` takes for nonsense when it is none."""
     config = stored.get("config") or {}
     known = config or stored.get("incomplete_config") or {}
     image = stored.get("image_ref") or {}
@@ -2363,7 +2363,7 @@ class FlyClient:
             self.trouble = ""
             try:
                 return parse(answer)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 

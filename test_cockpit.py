@@ -4995,6 +4995,29 @@ NONSENSE = [("list_apps", {"foo": 1}), ("list_apps", []), ("list_apps", {"apps":
             ("org_machines", {"machines": [{"id": 7}]}), ("org_machines", {"machines": [], "error_regions": ["iad"]})]
 
 
+@pytest.mark.parametrize("call, answer", [
+    ("org_machines", {"machines": [{"id": "m", "state": "started", "config": {"guest": {"memory_mb": float("inf")}}}]}),
+    ("get_machine", {"id": "m", "state": "started", "config": {"guest": {"memory_mb": float("inf")}}})])
+async def test_a_number_without_an_end_does_not_end_the_adoption(world, call, answer):
+    vm = await world.ready()
+    await world.clock.advance(10)
+    await world.stop()
+    world.loses_its_routes()
+    world.fly.fails(call, 200, 20, body=answer)
+    await world.start()
+    await world.clock.advance(60)
+    world.fly.heals(call)
+    await world.clock.advance(300)
+    assert ANN in world.saved["routes"] and vm.app in world.fly.apps
+
+
+async def test_a_version_of_secrets_without_an_end_is_no_fault_of_ours(world):
+    await world.start()
+    world.fly.fails("set_secrets", 200, 1000, body={"version": float("inf")})
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (503, "fly_unavailable")
+
+
 @pytest.mark.parametrize("call, answer", NONSENSE)
 async def test_an_answer_from_fly_that_makes_no_sense_deletes_nothing(world, call, answer):
     await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=10)
