@@ -4112,7 +4112,7 @@ class Builder:
                 version = await when_visible(lambda: fly.set_secrets(vm_id, values))
                 job.secrets_version = version
             with self._step(job, "address"):
-                await when_visible(lambda: self._allocate(vm_id))
+                await self._allocate(vm_id)
             with self._step(job, "volume"):
                 await self._in_a_region(job, self._make_volume)
             with self._step(job, "machine"):
@@ -4136,12 +4136,13 @@ class Builder:
         job.moved.set()
 
     async def _allocate(self, vm_id: str) -> None:
+        # A private one on the network its callers are on: the gateway's, not the app's own.
+        wanted = {"private_v6": self.settings.fly.network}
         if self.settings.vm.is_public:
-            await self.fly.ensure_address(vm_id, "shared_v4")
-            await self.fly.ensure_address(vm_id, "v6")
-        else:  # on the network its callers are on: the gateway's, not the app's own
-            network = self.settings.fly.network
-            await self.fly.ensure_address(vm_id, "private_v6", network)
+            wanted = {"shared_v4": "", "v6": ""}
+        for address in wanted.items():
+            ensure = functools.partial(self.fly.ensure_address, vm_id, *address)
+            await self.when_visible(ensure)
 
     async def _in_a_region(
         self, job: Provisioning, make: Callable[[Provisioning], Awaitable[T]]

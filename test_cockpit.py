@@ -2133,6 +2133,15 @@ async def test_addresses_are_private_unless_asked_otherwise(world, changes, aske
         assert [(port["port"], port["handlers"]) for port in ports if "tls" in port["handlers"]] == [(443, ["tls", "http"])]
 
 
+async def test_an_address_is_not_allocated_again_because_the_next_is_asked_for_too_early(world):
+    await world.start(VM_NETWORK="public")
+    gate, job = await world.begin(world.fly, "allocate_ip", after=True)
+    world.fly.fails("allocate_ip", 404)
+    gate.open()
+    await world.clock.run(job)
+    assert [address["ip"].count(":") > 0 for app in world.fly.apps.values() for address in app.ips] == [False, True]
+
+
 @pytest.mark.parametrize("changes, url", [
     ({"VM_NETWORK": "private"}, "http://{app}.flycast:3000"), ({"VM_NETWORK": "public"}, "https://{app}.fly.dev"),
     ({"VM_URL": "http://proxy.example.com/base/{region}/{machine_id}/{app}/"}, "http://proxy.example.com/base/{region}/{machine_id}/{app}")])
