@@ -5424,6 +5424,12 @@ async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, capsys, chang
     live.twilio.objections.clear()
 
 
+async def test_the_doctor_knows_the_webhook_that_the_readme_names(live, capsys):
+    live.twilio.number["sms_url"] += re.search(r"/sms(#\S+?)`", Path(cockpit.__file__).with_name("README.md").read_text())[1]
+    code, said = await doctor(live, capsys)
+    assert code == 0 and "webhook" not in said, said
+
+
 # Verbs that work with the VM dead
 
 async def test_the_gateway_answers_its_verbs_at_once_with_the_vm_dead(world):
