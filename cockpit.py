@@ -1899,11 +1899,6 @@ class MessageStore:
         query = "SELECT sid FROM seen WHERE sid IN (SELECT value FROM json_each(?))"
         return {row["sid"] for row in await self.read(query, to_json(sids))}
 
-    @property
-    def is_writing(self) -> bool:
-        """Whether the thread is at work, or has something to write that the disk did not refuse yet."""
-        return self.at_work > 0 or (self.writer is not None and not self.trouble)
-
     async def commit(self, *changes: Change) -> None:
         """Wait until these are on disk; raises StoreError, and then they are not."""
         await self._wait_for(Entry(changes=changes))
@@ -5213,7 +5208,7 @@ class Waker(Part):
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
 
-        def is_passing(error: UpstreamError) -> bool:
+        def may_start_yet(error: UpstreamError) -> bool:
             # While it is still falling asleep Fly refuses to start it.
             return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
 
@@ -5221,7 +5216,7 @@ class Waker(Part):
             route = self.routes.of(vm.vm_id)
             if route and route.state == "asleep":
                 start = functools.partial(self._start_sleeper, route)
-                await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm.vm_id)
+                await retry(start, WAKE, self.clock, when=may_start_yet, vm_id=vm.vm_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
             elif route:
                 machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
