@@ -7810,6 +7810,12 @@ def vm_processes(child: Child) -> list[int]:
     return [int(vm) for vm in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def has_ended(process: int | str) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return not Path(f"/proc/{process}/cmdline").read_text()
+    return True
+
+
 async def thread(live: World, phone: str = ANN) -> str:
     return (await live.ask("GET", f"/_local/texts?phone=%2B{phone[1:]}", key="local")).text
 
@@ -7925,7 +7931,7 @@ async def test_what_an_agent_started_ends_with_its_vm(live):
     await live.clock.until(lambda: agents.exists() and agents.read_text().endswith("\n"))
     os.kill(vm_processes(child)[0], signal.SIGKILL)
     agent = agents.read_text().split()[0]
-    await live.clock.until(lambda: not Path(f"/proc/{agent}/cmdline").exists() or not Path(f"/proc/{agent}/cmdline").read_text())
+    await live.clock.until(lambda: has_ended(agent))
 
 
 @beside
@@ -7937,7 +7943,7 @@ async def test_the_local_world_outlives_a_kill_of_the_gateway(live):
     vm, = vm_processes(child)
     await texts_locally(live, "sleep 2")
     await child.ends(signal.SIGKILL)
-    await live.clock.until(lambda: not Path(f"/proc/{vm}/cmdline").exists() or not Path(f"/proc/{vm}/cmdline").read_text())
+    await live.clock.until(lambda: has_ended(vm))
     child = await a_laptop(live)
     await reads(live, "before the kill", "Slept 2 s.")
     assert (await live.ask("GET", f"/provision/{vm_id}", key="local")).body["phone_number"] == ANN
