@@ -232,11 +232,11 @@ class FakeClock:
                 await self._wake_next(end, condition)
         return found
 
-    async def run(self, work, within: float = 1000, real: float = 15) -> Any:
+    async def run(self, work) -> Any:
         """Awaits `work` while letting time run."""
         task = asyncio.ensure_future(work)
         try:
-            await self.until(task.done, within, real)
+            await self.until(task.done, 1000, 15)
             return task.result()
         finally:
             task.cancel()
@@ -345,8 +345,8 @@ class Fake:
     def drops(self, name: str, *, after: bool = False, times: float = 1) -> None:
         self._faults[name].append(Fault(after, left=times))
 
-    def answers_late(self, name: str, status: int = 504, times: float = 1) -> None:
-        self.fails(name, status, times, after=True)
+    def answers_late(self, name: str, status: int = 504) -> None:
+        self.fails(name, status, after=True)
 
     def holds(self, name: str, *, after: bool = False) -> Gate:
         gate = Gate()
@@ -3205,10 +3205,10 @@ async def fetch(world, url: str, method: str = "GET") -> tuple[int, bytes, Any]:
         return response.status, await response.read(), response.headers
 
 
-async def an_image(world, content: bytes = PNG, kind: str = "image/png") -> tuple[FakeVM, str]:
+async def an_image(world) -> tuple[FakeVM, str]:
     """A VM, and the link to an image that it has just shown."""
     vm = await world.sign_up()
-    world.vms.images["x.png"] = (kind, content)
+    world.vms.images["x.png"] = ("image/png", PNG)
     vm.answer = shows("/images/x.png")
     await world.text("show me")
     await world.hears("look", "")
@@ -3439,7 +3439,7 @@ async def test_words_in_a_picture_s_place_are_looked_up_after_a_kill(world):
 
 async def test_delivery_callbacks_are_counted_once_in_whatever_order_they_come(world):
     await world.start()
-    vm = await world.sign_up()
+    await world.sign_up()
     answer = await world.twilio.posts("/sms/status", {"MessageSid": "SMx", "MessageStatus": "sent", "AccountSid": ACCOUNT}, signature="forged")
     assert answer.status == 403
     await world.text("hello", MessageSid="SM" + "7" * 32)
@@ -3533,7 +3533,8 @@ async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_foun
 
 
 async def test_a_stop_delivered_twice_does_not_undo_the_start_between(world):
-    vm, sid = await world.ready(), "SM" + "5" * 32
+    await world.ready()
+    sid = "SM" + "5" * 32
     for word, more in (("STOP", {"MessageSid": sid}), ("START", {}), ("STOP", {"MessageSid": sid})):
         await world.text(word, **more)
     await world.text("hello")
@@ -7483,8 +7484,8 @@ class Tab:
             await self.ask(f"{domain}.enable")
         await self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
 
-    async def show(self, url: str, width: int = 1440, scheme: str = "light", before: str = "") -> None:
-        await self.looks(width, scheme)
+    async def show(self, url: str, width: int = 1440, before: str = "") -> None:
+        await self.looks(width)
         await self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         await self.ask("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && document.activeElement.id === 'key'")
@@ -8488,7 +8489,7 @@ async def said_to(port: int, words: str) -> str:
 
 UNREADABLE = (f"GET /provision HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\0\r\n\r\n", f"GET /provision HTTP/1.1\r\nHost: a\r\n{GITHUB} {ANN}\r\n\r\n",
               f"{GITHUB} {ANN} {KEY}\r\n\r\n", f"GET /{GITHUB} HTTP/1.1\r\nHost: a\r\nX: {'x' * 20_000}{GITHUB}\r\n\r\n",
-              f"GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
+              "GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
 
 
 @beside
@@ -9129,7 +9130,7 @@ async def test_a_text_with_a_date_that_makes_no_sense_holds_up_no_other(world):
 
 async def test_a_missed_text_is_fetched_though_the_list_failed_at_first(world):
     await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
-    vm = await world.sign_up()
+    await world.sign_up()
     await world.text("before")
     await world.hears("ran: before")
     await world.stop()
