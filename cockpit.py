@@ -6674,6 +6674,7 @@ class Reconciler:
             except CockpitError as error:
                 failures += 1
                 self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
+                log_failure("adoption_refused", self.fly, error)
                 await ADOPT_LATER.pause(self.clock, failures)
 
     def _choose(self, found: set[str]) -> str:

@@ -5360,7 +5360,7 @@ def without(route: dict, *names: str) -> dict:
     return {name: value for name, value in route.items() if name not in names}
 
 
-async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world):
+async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world, told):
     vm = await world.ready()
     before = world.saved
     await world.clock.advance(5)
@@ -5375,6 +5375,7 @@ async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(wo
     assert "set GATEWAY_ID" in refused.body["detail"]
     assert before["gateway_id"] in refused.body["detail"] and "another0" in refused.body["detail"]
     assert "third000" not in refused.body["detail"], "a stamp without proof counts for nothing"
+    assert any(line["event"] == "adoption_refused" and "set GATEWAY_ID" in line["error"] for line in told())
     await world.restart(GATEWAY_ID=before["gateway_id"])
     assert set(world.saved["routes"]) == {ANN}
     assert world.saved["gateway_id"] == before["gateway_id"]
