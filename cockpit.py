@@ -25,16 +25,16 @@ Sections, each knowing only those above it:
   Agents              server of the contract, what a VM runs, `say`
   Provisioning        a machine's config and its stamp; one VM's steps; undoing; admission and teardown
   In flight           texts, what is to be told, one record per VM; notices
-  Sending             Sender, DeliveryReports
+  Sending             Sender: the send lane of each VM; DeliveryReports
   Running             Watch, Waker, Runner: the run lane of each VM, outages, deadlines
-  Taking in           PhoneDoor, OwnerCommands, Inbox
+  Taking in           PhoneDoor: pairing and lock; OwnerCommands: `cockpit stop`; Inbox
   Relay               its start and end, what happens to VMs, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk, sleep
-  HTTP                thin handlers, and what they check; /health, /metrics
+  HTTP                Gateway, all parts put together; thin handlers; /health, /metrics
   Page                the operator's page
   Description         the table of calls, /openapi.json
   Local world         stand-ins for both clouds that last
-  Assembly            the parts put together; what a start goes on with; doctor; command line
+  Assembly            what a start opens and goes on with; its end; doctor; command line
 """
 
 from __future__ import annotations
@@ -1898,11 +1898,6 @@ class MessageStore:
         """Which of these SIDs were seen; raises StoreError."""
         query = "SELECT sid FROM seen WHERE sid IN (SELECT value FROM json_each(?))"
         return {row["sid"] for row in await self.read(query, to_json(sids))}
-
-    @property
-    def is_writing(self) -> bool:
-        """Whether the thread is at work, or has something to write that the disk did not refuse yet."""
-        return self.at_work > 0 or (self.writer is not None and not self.trouble)
 
     async def commit(self, *changes: Change) -> None:
         """Wait until these are on disk; raises StoreError, and then they are not."""
@@ -5214,7 +5209,7 @@ class Waker(Part):
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
 
-        def is_passing(error: UpstreamError) -> bool:
+        def may_start_yet(error: UpstreamError) -> bool:
             # While it is still falling asleep Fly refuses to start it.
             return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
 
@@ -5222,7 +5217,7 @@ class Waker(Part):
             route = self.routes.of(vm.vm_id)
             if route and route.state == "asleep":
                 start = functools.partial(self._start_sleeper, route)
-                await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm.vm_id)
+                await retry(start, WAKE, self.clock, when=may_start_yet, vm_id=vm.vm_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
             elif route:
                 machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
@@ -6682,6 +6677,7 @@ class Reconciler:
             except CockpitError as error:
                 failures += 1
                 self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
+                log_failure("adoption_refused", self.fly, error)
                 await ADOPT_LATER.pause(self.clock, failures)
 
     def _choose(self, found: set[str]) -> str:
@@ -9398,7 +9394,9 @@ async def look_at_number(twilio: TwilioClient, settings: Settings) -> str:
     wanted = f"{settings.gateway.public_url}/sms"
     is_posted = number.get("sms_method", "POST") == "POST"
     has_application = number.get("sms_application_sid")
-    if number.get("sms_url") != wanted or not is_posted or has_application:
+    # Behind a `#` stands how often Twilio tries.
+    url = str(number.get("sms_url")).partition("#")[0]
+    if url != wanted or not is_posted or has_application:
         remedy = f"set its messaging webhook to {wanted} with POST, no TwiML application"
         raise CockpitError(f"its texts go elsewhere; {remedy}")
     return ""
@@ -9473,7 +9471,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("--agent", "LOCAL_AGENT", "", f"{', '.join(PRESETS)}, or a command: {words}"),
         ("--folder", "WORKSPACE", ".", "where it works"),
     ):
-        value, told = os.environ.get(name) or default, f"{more} ({name}; default: %(default)s)"
+        value = os.environ.get(name) or default
+        told = f"{more} ({name}; default: {'%(default)s' if value else 'one that echoes'})"
         vm.add_argument(option, default=value, help=told, type=int if name == "PORT" else str)
     vm.add_argument("--user", default="", help="as root: work as this user")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)

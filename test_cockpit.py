@@ -232,11 +232,11 @@ class FakeClock:
                 await self._wake_next(end, condition)
         return found
 
-    async def run(self, work, within: float = 1000, real: float = 15) -> Any:
+    async def run(self, work) -> Any:
         """Awaits `work` while letting time run."""
         task = asyncio.ensure_future(work)
         try:
-            await self.until(task.done, within, real)
+            await self.until(task.done, 1000, 15)
             return task.result()
         finally:
             task.cancel()
@@ -345,8 +345,8 @@ class Fake:
     def drops(self, name: str, *, after: bool = False, times: float = 1) -> None:
         self._faults[name].append(Fault(after, left=times))
 
-    def answers_late(self, name: str, status: int = 504, times: float = 1) -> None:
-        self.fails(name, status, times, after=True)
+    def answers_late(self, name: str, status: int = 504) -> None:
+        self.fails(name, status, after=True)
 
     def holds(self, name: str, *, after: bool = False) -> Gate:
         gate = Gate()
@@ -1146,6 +1146,11 @@ class Threads(ThreadPoolExecutor):
         self.at_work -= 1
 
 
+def is_writing(store: cockpit.MessageStore) -> bool:
+    """Whether its thread is at work, or has something to write that the disk did not refuse yet."""
+    return store.at_work > 0 or store.writer is not None and not store.trouble
+
+
 class World:
     """One gateway between a Fly, a Twilio and VMs of its own, with its files in a folder of its own."""
 
@@ -1184,7 +1189,7 @@ class World:
         self.environ |= {name: str(value) for name, value in changes.items()}
         app = cockpit.make_app(cockpit.Settings.from_env(self.environ | {"ROUTES_FILE": str(self.file)}), self.clock.clock)
         self.server = Server(app, runner=cockpit.GatewayRunner(app, shutdown_timeout=0.02))
-        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and app[cockpit.GATEWAY].messages.is_writing
+        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and is_writing(app[cockpit.GATEWAY].messages)
         await self.clock.run(self.server.start())
         self.twilio.gateway = self.server.url
 
@@ -1953,7 +1958,7 @@ async def test_a_row_that_sqlite_refuses_is_put_aside_alone(world):
         await store.commit(seen("SM0"), seen("SM1"))
     store.note(seen("SM1"))  # nobody waits for it: it is told in the log, and not tried again
     await store.commit(seen("SM4"))
-    assert not store.is_writing and not store.trouble
+    assert not is_writing(store) and not store.trouble
     await store.close()
     assert [sid for sid, in world.rows("SELECT sid FROM seen ORDER BY sid")] == ["SM1", "SM2", "SM3", "SM4"]
 
@@ -3209,10 +3214,10 @@ async def fetch(world, url: str, method: str = "GET") -> tuple[int, bytes, Any]:
         return response.status, await response.read(), response.headers
 
 
-async def an_image(world, content: bytes = PNG, kind: str = "image/png") -> tuple[FakeVM, str]:
+async def an_image(world) -> tuple[FakeVM, str]:
     """A VM, and the link to an image that it has just shown."""
     vm = await world.sign_up()
-    world.vms.images["x.png"] = (kind, content)
+    world.vms.images["x.png"] = ("image/png", PNG)
     vm.answer = shows("/images/x.png")
     await world.text("show me")
     await world.hears("look", "")
@@ -3443,7 +3448,7 @@ async def test_words_in_a_picture_s_place_are_looked_up_after_a_kill(world):
 
 async def test_delivery_callbacks_are_counted_once_in_whatever_order_they_come(world):
     await world.start()
-    vm = await world.sign_up()
+    await world.sign_up()
     answer = await world.twilio.posts("/sms/status", {"MessageSid": "SMx", "MessageStatus": "sent", "AccountSid": ACCOUNT}, signature="forged")
     assert answer.status == 403
     await world.text("hello", MessageSid="SM" + "7" * 32)
@@ -3537,7 +3542,8 @@ async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_foun
 
 
 async def test_a_stop_delivered_twice_does_not_undo_the_start_between(world):
-    vm, sid = await world.ready(), "SM" + "5" * 32
+    await world.ready()
+    sid = "SM" + "5" * 32
     for word, more in (("STOP", {"MessageSid": sid}), ("START", {}), ("STOP", {"MessageSid": sid})):
         await world.text(word, **more)
     await world.text("hello")
@@ -5386,7 +5392,7 @@ def without(route: dict, *names: str) -> dict:
     return {name: value for name, value in route.items() if name not in names}
 
 
-async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world):
+async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world, told):
     vm = await world.ready()
     before = world.saved
     await world.clock.advance(5)
@@ -5401,6 +5407,7 @@ async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(wo
     assert "set GATEWAY_ID" in refused.body["detail"]
     assert before["gateway_id"] in refused.body["detail"] and "another0" in refused.body["detail"]
     assert "third000" not in refused.body["detail"], "a stamp without proof counts for nothing"
+    assert any(line["event"] == "adoption_refused" and "set GATEWAY_ID" in line["error"] for line in told())
     await world.restart(GATEWAY_ID=before["gateway_id"])
     assert set(world.saved["routes"]) == {ANN}
     assert world.saved["gateway_id"] == before["gateway_id"]
@@ -5454,6 +5461,12 @@ async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, capsys, chang
     assert code == 1 and any(line.startswith("wrong") and named in line for line in said.splitlines()), said
     live.fly.objections.clear()
     live.twilio.objections.clear()
+
+
+async def test_the_doctor_knows_the_webhook_that_the_readme_names(live, capsys):
+    live.twilio.number["sms_url"] += re.search(r"/sms(#\S+?)`", Path(cockpit.__file__).with_name("README.md").read_text())[1]
+    code, said = await doctor(live, capsys)
+    assert code == 0 and "webhook" not in said, said
 
 
 # Verbs that work with the VM dead
@@ -6630,7 +6643,7 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     others = len(world.server.connections)
     _, writer = await connect(world)
     writer.write(webhook(text_form(0)))
-    while not world.server.runner.app[cockpit.GATEWAY].messages.is_writing:
+    while not is_writing(world.server.runner.app[cockpit.GATEWAY].messages):
         await asyncio.sleep(0)
     writer.transport.abort()
     while len(connections := world.server.connections) > others and all(connection.transport for connection in connections):
@@ -7504,8 +7517,8 @@ class Tab:
             await self.ask(f"{domain}.enable")
         await self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
 
-    async def show(self, url: str, width: int = 1440, scheme: str = "light", before: str = "") -> None:
-        await self.looks(width, scheme)
+    async def show(self, url: str, width: int = 1440, before: str = "") -> None:
+        await self.looks(width)
         await self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         await self.ask("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && document.activeElement.id === 'key'")
@@ -8509,7 +8522,7 @@ async def said_to(port: int, words: str) -> str:
 
 UNREADABLE = (f"GET /provision HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\0\r\n\r\n", f"GET /provision HTTP/1.1\r\nHost: a\r\n{GITHUB} {ANN}\r\n\r\n",
               f"{GITHUB} {ANN} {KEY}\r\n\r\n", f"GET /{GITHUB} HTTP/1.1\r\nHost: a\r\nX: {'x' * 20_000}{GITHUB}\r\n\r\n",
-              f"GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
+              "GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
 
 
 @beside
@@ -9168,7 +9181,7 @@ async def test_a_text_with_a_date_that_makes_no_sense_holds_up_no_other(world):
 
 async def test_a_missed_text_is_fetched_though_the_list_failed_at_first(world):
     await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
-    vm = await world.sign_up()
+    await world.sign_up()
     await world.text("before")
     await world.hears("ran: before")
     await world.stop()
