@@ -2264,7 +2264,7 @@ class Machine:
 
 
 def parse_machine(stored: Any) -> Machine:
-    """Raises KeyError, TypeError, AttributeError or ValueError when it is none."""
+    """Raises what `_call` takes for nonsense when it is none."""
     config = stored.get("config") or {}
     known = config or stored.get("incomplete_config") or {}
     image = stored.get("image_ref") or {}
@@ -2358,7 +2358,7 @@ class FlyClient:
             self.trouble = ""
             try:
                 return parse(answer)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 
@@ -4107,7 +4107,7 @@ class Builder:
                 version = await when_visible(lambda: fly.set_secrets(vm_id, values))
                 job.secrets_version = version
             with self._step(job, "address"):
-                await when_visible(lambda: self._allocate(vm_id))
+                await self._allocate(vm_id)
             with self._step(job, "volume"):
                 await self._in_a_region(job, self._make_volume)
             with self._step(job, "machine"):
@@ -4131,12 +4131,13 @@ class Builder:
         job.moved.set()
 
     async def _allocate(self, vm_id: str) -> None:
+        # A private one on the network its callers are on: the gateway's, not the app's own.
+        wanted = {"private_v6": self.settings.fly.network}
         if self.settings.vm.is_public:
-            await self.fly.ensure_address(vm_id, "shared_v4")
-            await self.fly.ensure_address(vm_id, "v6")
-        else:  # on the network its callers are on: the gateway's, not the app's own
-            network = self.settings.fly.network
-            await self.fly.ensure_address(vm_id, "private_v6", network)
+            wanted = {"shared_v4": "", "v6": ""}
+        for address in wanted.items():
+            ensure = functools.partial(self.fly.ensure_address, vm_id, *address)
+            await self.when_visible(ensure)
 
     async def _in_a_region(
         self, job: Provisioning, make: Callable[[Provisioning], Awaitable[T]]
@@ -6289,6 +6290,8 @@ class VmChanges:
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
             raise Refusal("wrong_state", reason)
+        if self.provisioner.is_draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         return found
 
     def resume_all(self) -> None:

@@ -2138,6 +2138,15 @@ async def test_addresses_are_private_unless_asked_otherwise(world, changes, aske
         assert [(port["port"], port["handlers"]) for port in ports if "tls" in port["handlers"]] == [(443, ["tls", "http"])]
 
 
+async def test_an_address_is_not_allocated_again_because_the_next_is_asked_for_too_early(world):
+    await world.start(VM_NETWORK="public")
+    gate, job = await world.begin(world.fly, "allocate_ip", after=True)
+    world.fly.fails("allocate_ip", 404)
+    gate.open()
+    await world.clock.run(job)
+    assert [address["ip"].count(":") > 0 for app in world.fly.apps.values() for address in app.ips] == [False, True]
+
+
 @pytest.mark.parametrize("changes, url", [
     ({"VM_NETWORK": "private"}, "http://{app}.flycast:3000"), ({"VM_NETWORK": "public"}, "https://{app}.fly.dev"),
     ({"VM_URL": "http://proxy.example.com/base/{region}/{machine_id}/{app}/"}, "http://proxy.example.com/base/{region}/{machine_id}/{app}")])
@@ -4999,6 +5008,29 @@ async def test_two_that_claim_one_number_are_left_alone_and_named_masked(world):
 
 NONSENSE = [("list_apps", {"foo": 1}), ("list_apps", []), ("list_apps", {"apps": [1]}), ("org_machines", {"foo": 1}), ("org_machines", []),
             ("org_machines", {"machines": [{"id": 7}]}), ("org_machines", {"machines": [], "error_regions": ["iad"]})]
+
+
+@pytest.mark.parametrize("call, answer", [
+    ("org_machines", {"machines": [{"id": "m", "state": "started", "config": {"guest": {"memory_mb": float("inf")}}}]}),
+    ("get_machine", {"id": "m", "state": "started", "config": {"guest": {"memory_mb": float("inf")}}})])
+async def test_a_number_without_an_end_does_not_end_the_adoption(world, call, answer):
+    vm = await world.ready()
+    await world.clock.advance(10)
+    await world.stop()
+    world.loses_its_routes()
+    world.fly.fails(call, 200, 20, body=answer)
+    await world.start()
+    await world.clock.advance(60)
+    world.fly.heals(call)
+    await world.clock.advance(300)
+    assert ANN in world.saved["routes"] and vm.app in world.fly.apps
+
+
+async def test_a_version_of_secrets_without_an_end_is_no_fault_of_ours(world):
+    await world.start()
+    world.fly.fails("set_secrets", 200, 1000, body={"version": float("inf")})
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (503, "fly_unavailable")
 
 
 @pytest.mark.parametrize("call, answer", NONSENSE)
@@ -8964,6 +8996,24 @@ async def test_shutdown_settles_what_it_can(live):
     gate.open()
     assert await child.ends() == 0
     await live.hears("ran: quick")
+
+
+@pytest.mark.parametrize("path", ["/provision", "/provision/{}/restart"], ids=["sign-up", "restart"])
+@beside
+async def test_who_shuts_down_takes_nothing_on(live, path):
+    child = await live.spawn(DRAIN_S=5)
+    vm = await live.sign_up()
+    gate = await live.occupies(vm, "quick")
+    child.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while (await live.ask("GET", "/health", key=None)).status != 503:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    form = sign_up_form(BOB) if path == "/provision" else None
+    answer = await live.ask("POST", path.format(vm.app), json=form)
+    assert (answer.status, answer.body["code"]) == (503, "draining")
+    gate.open()
+    assert await child.ends() == 0
 
 
 @pytest.mark.parametrize("call, path", [("restart_machine", "/provision/{}/restart"), ("create_app", "/provision")], ids=["restart", "sign-up"])
