@@ -4776,6 +4776,8 @@ class RelayState:
         finally:
             for name, value in before.items() if known is not None else ():
                 setattr(vm, name, value)
+        if known is not None and before:  # what was stored meanwhile may tell otherwise
+            self.store.note(vm.put())
         return known
 
     def set_mark(self, name: str, at: float) -> Change:
@@ -6147,7 +6149,7 @@ class Backfill(Part):
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
 
-    PAGES = 500
+    PAGES = 5000
     OVERLAP_S = 900.0
     LONG_S = 86_400.0  # lists have been seen hours late
     LONG_EVERY_S = 3600.0
@@ -6156,7 +6158,8 @@ class Backfill(Part):
         """Before the door opens: whatever Twilio tells within 5 s."""
         with suppress(TimeoutError):
             async with self.clock.time_limit(5):
-                await self.once()
+                # What it is just storing, no lane would know of.
+                await asyncio.shield(self.tasks.start(self.once()))
 
     async def run(self) -> None:
         """Again every BACKFILL_S, until Twilio says that this account may not list."""

@@ -5751,6 +5751,25 @@ async def test_a_new_conversation_that_is_asked_for_again_by_the_same_text_begin
     assert vm.ran == ["one", "two"]
 
 
+async def test_a_repeated_cancel_is_not_owed_though_the_vm_s_state_was_stored_meanwhile(world):
+    vm = await world.ready()
+    await world.text("cockpit cancel", MessageSid="SM" + "c" * 32)
+    gate = await world.occupies(vm, "first")
+    await world.text("second")
+    store, writing = world.server.runner.app[cockpit.GATEWAY].messages, threading.Event()
+    store.thread.submit(writing.wait, 10)
+    repeated = asyncio.ensure_future(world.text("cockpit cancel", MessageSid="SM" + "c" * 32))
+    await real_until(lambda: store.at_work)
+    asked = asyncio.ensure_future(world.text("cockpit new"))
+    await real_until(lambda: store.queue)
+    writing.set()
+    await asyncio.gather(repeated, asked)
+    await world.clock.settle()
+    await world.crash_and_restart()
+    gate.open()
+    await world.clock.until(lambda: vm.ran == ["first", "second"])
+
+
 async def test_a_repeated_text_is_not_the_next_one(world):
     vm = await world.ready()
     sid = "SM" + "e" * 32
@@ -7004,6 +7023,18 @@ async def test_a_list_of_more_than_20_pages_is_read_on_until_its_end(world):
     await world.start(BACKFILL_S=60)
     await world.clock.advance(200)
     assert sorted(vm.ran) == sorted(f"missed {n}" for n in range(50))
+
+
+async def test_a_missed_text_is_found_behind_more_than_500_pages(world):
+    vm = await world.ready(VM_AWAY_LIMIT_S=6000)
+    await world.clock.advance(5)
+    await world.stop()
+    world.twilio.page_cap = 1
+    world.twilio.missed(ANN, "missed")
+    for n in range(510):
+        world.twilio.missed(EVE, f"of a stranger {n}")
+    await world.start(BACKFILL_S=60)
+    await world.clock.until(lambda: vm.ran == ["missed"])
 
 
 async def test_fetched_texts_beyond_the_queue_s_limit_stay_in_twilio_s_list_until_there_is_room(world):
@@ -8904,6 +8935,21 @@ async def test_texts_older_than_the_route_are_left_alone(world):
     vm = await world.ready(BACKFILL_S=60)
     await world.clock.advance(200)
     assert not vm.ran and world.twilio.count("list")
+
+
+async def test_a_missed_text_that_a_slow_disk_stores_at_the_start_is_run(world, monkeypatch):
+    await world.ready()
+    await world.stop()
+    world.twilio.missed(ANN, "missed")
+    commit_once = cockpit.MessageStore.commit_once
+
+    async def slowly(*given: Any) -> str | None:
+        known = await commit_once(*given)
+        await world.clock.sleep(6)
+        return known
+    monkeypatch.setattr(cockpit.MessageStore, "commit_once", slowly)
+    await world.start(BACKFILL_S=60)
+    await world.hears("ran: missed")
 
 
 async def test_a_text_fetched_too_late_is_not_run(world):
