@@ -2602,7 +2602,7 @@ async def test_who_tears_a_set_up_down_at_the_same_time_is_told_the_same(world):
 
 async def test_a_failure_that_nobody_foresaw_frees_the_number_too(world):
     await world.start()
-    world.fly.fails("create_machine", 200, body={"id": "1", "state": "started", "config": {"guest": {"memory_mb": 1e999}}}, after=True)  # fits into no int
+    world.fly.fails("create_machine", 200, body={"id": "1", "state": "started", "instance_id": "\ud800"}, after=True)  # half a character fits into no URL
     assert (await world.provision()).body["code"] == "internal"
     await world.clock.until(lambda: not world.fly.everything and not world.saved["undo"] and not world.saved["routes"])
 
