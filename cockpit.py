@@ -2902,8 +2902,9 @@ class Sms(NamedTuple):
     def form(self) -> bytes:
         form = {"From": self.sender, "To": self.recipient, "Body": self.body}
         form |= {"MediaUrl": self.media, "StatusCallback": self.callback}
-        fields = [f"&{name}={quote_plus(value)}" for name, value in form.items() if value]
-        return ("SmartEncoded=true" + "".join(fields)).encode()
+        fields = {name: value for name, value in form.items() if value}
+        # A query is written as a form is, and several times faster than by urllib.
+        return URL.build(query={"SmartEncoded": "true", **fields}).raw_query_string.encode()
 
 
 def comparable(body: str) -> str:
