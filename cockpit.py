@@ -2717,8 +2717,10 @@ def is_signed(
 def parse_form(raw: bytes) -> list[tuple[str, str]]:
     """A form's decoded fields in order, blank ones kept; raises ValueError."""
     text = raw.decode()
-    fields = {"keep_blank_values": True, "max_num_fields": 1000}
-    return parse_qsl(text, errors="strict", **fields)  # type: ignore[arg-type]
+    if text.count("&") > 1000:
+        raise ValueError("over 1000 fields")
+    # Read as a query: several times faster than by urllib.
+    return list(URL.build(query_string=text, encoded=True).query.items())
 
 
 def parse_inbound(pairs: Sequence[tuple[str, str]], arrived: float) -> InboundMessage:
