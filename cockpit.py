@@ -25,16 +25,16 @@ Sections, each knowing only those above it:
   Agents              server of the contract, what a VM runs, `say`
   Provisioning        a machine's config and its stamp; one VM's steps; undoing; admission and teardown
   In flight           texts, what is to be told, one record per VM; notices
-  Sending             Sender, DeliveryReports
+  Sending             Sender: the send lane of each VM; DeliveryReports
   Running             Watch, Waker, Runner: the run lane of each VM, outages, deadlines
-  Taking in           PhoneDoor, OwnerCommands, Inbox
+  Taking in           PhoneDoor: pairing and lock; OwnerCommands: `cockpit stop`; Inbox
   Relay               its start and end, what happens to VMs, Backfill
   Fleet               changes, reconciling with Fly, adoption after a lost disk, sleep
-  HTTP                thin handlers, and what they check; /health, /metrics
+  HTTP                Gateway, all parts put together; thin handlers; /health, /metrics
   Page                the operator's page
   Description         the table of calls, /openapi.json
   Local world         stand-ins for both clouds that last
-  Assembly            the parts put together; what a start goes on with; doctor; command line
+  Assembly            what a start opens and goes on with; its end; doctor; command line
 """
 
 from __future__ import annotations
@@ -1899,11 +1899,6 @@ class MessageStore:
         query = "SELECT sid FROM seen WHERE sid IN (SELECT value FROM json_each(?))"
         return {row["sid"] for row in await self.read(query, to_json(sids))}
 
-    @property
-    def is_writing(self) -> bool:
-        """Whether the thread is at work, or has something to write that the disk did not refuse yet."""
-        return self.at_work > 0 or (self.writer is not None and not self.trouble)
-
     async def commit(self, *changes: Change) -> None:
         """Wait until these are on disk; raises StoreError, and then they are not."""
         await self._wait_for(Entry(changes=changes))
@@ -2269,7 +2264,7 @@ class Machine:
 
 
 def parse_machine(stored: Any) -> Machine:
-    """Raises KeyError, TypeError, AttributeError or ValueError when it is none."""
+    """Raises what `_call` takes for nonsense when it is none."""
     config = stored.get("config") or {}
     known = config or stored.get("incomplete_config") or {}
     image = stored.get("image_ref") or {}
@@ -2363,7 +2358,7 @@ class FlyClient:
             self.trouble = ""
             try:
                 return parse(answer)
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+            except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
                 reason = f"an answer that makes no sense ({type(error).__name__})"
                 raise UpstreamUnreadable("fly", action, reason, may_have_happened=True) from error
 
@@ -4115,7 +4110,7 @@ class Builder:
                 version = await when_visible(lambda: fly.set_secrets(vm_id, values))
                 job.secrets_version = version
             with self._step(job, "address"):
-                await when_visible(lambda: self._allocate(vm_id))
+                await self._allocate(vm_id)
             with self._step(job, "volume"):
                 await self._in_a_region(job, self._make_volume)
             with self._step(job, "machine"):
@@ -4139,12 +4134,13 @@ class Builder:
         job.moved.set()
 
     async def _allocate(self, vm_id: str) -> None:
+        # A private one on the network its callers are on: the gateway's, not the app's own.
+        wanted = {"private_v6": self.settings.fly.network}
         if self.settings.vm.is_public:
-            await self.fly.ensure_address(vm_id, "shared_v4")
-            await self.fly.ensure_address(vm_id, "v6")
-        else:  # on the network its callers are on: the gateway's, not the app's own
-            network = self.settings.fly.network
-            await self.fly.ensure_address(vm_id, "private_v6", network)
+            wanted = {"shared_v4": "", "v6": ""}
+        for address in wanted.items():
+            ensure = functools.partial(self.fly.ensure_address, vm_id, *address)
+            await self.when_visible(ensure)
 
     async def _in_a_region(
         self, job: Provisioning, make: Callable[[Provisioning], Awaitable[T]]
@@ -4783,6 +4779,8 @@ class RelayState:
         finally:
             for name, value in before.items() if known is not None else ():
                 setattr(vm, name, value)
+        if known is not None and before:  # what was stored meanwhile may tell otherwise
+            self.store.note(vm.put())
         return known
 
     def set_mark(self, name: str, at: float) -> Change:
@@ -5216,7 +5214,7 @@ class Waker(Part):
     async def start_machine(self, vm: VmState) -> None:
         """Never while it is being suspended; raises UpstreamError."""
 
-        def is_passing(error: UpstreamError) -> bool:
+        def may_start_yet(error: UpstreamError) -> bool:
             # While it is still falling asleep Fly refuses to start it.
             return is_unavailable(error) or error.status == HTTPStatus.PRECONDITION_FAILED
 
@@ -5224,7 +5222,7 @@ class Waker(Part):
             route = self.routes.of(vm.vm_id)
             if route and route.state == "asleep":
                 start = functools.partial(self._start_sleeper, route)
-                await retry(start, WAKE, self.clock, when=is_passing, vm_id=vm.vm_id)
+                await retry(start, WAKE, self.clock, when=may_start_yet, vm_id=vm.vm_id)
                 log_event("vm_woken", vm_id=vm.vm_id)
             elif route:
                 machine = await self.fly.get_machine(vm.vm_id, route.machine_id)
@@ -6154,7 +6152,7 @@ class Backfill(Part):
     inbox: Inbox
     long_at: float = NEVER  # monotonic: the last long look
 
-    PAGES = 500
+    PAGES = 5000
     OVERLAP_S = 900.0
     LONG_S = 86_400.0  # lists have been seen hours late
     LONG_EVERY_S = 3600.0
@@ -6163,7 +6161,8 @@ class Backfill(Part):
         """Before the door opens: whatever Twilio tells within 5 s."""
         with suppress(TimeoutError):
             async with self.clock.time_limit(5):
-                await self.once()
+                # What it is just storing, no lane would know of.
+                await asyncio.shield(self.tasks.start(self.once()))
 
     async def run(self) -> None:
         """Again every BACKFILL_S, until Twilio says that this account may not list."""
@@ -6297,6 +6296,8 @@ class VmChanges:
         if found is None or state not in ("ready", "asleep"):
             reason = f"{vm_id} is {state}; this needs it to be ready or asleep"
             raise Refusal("wrong_state", reason)
+        if self.provisioner.is_draining:
+            raise Refusal("draining", "this gateway is shutting down; try again in a moment")
         return found
 
     def resume_all(self) -> None:
@@ -6682,6 +6683,7 @@ class Reconciler:
             except CockpitError as error:
                 failures += 1
                 self.routes.closed_because = f"{NOT_ADOPTED}: {error}"
+                log_failure("adoption_refused", self.fly, error)
                 await ADOPT_LATER.pause(self.clock, failures)
 
     def _choose(self, found: set[str]) -> str:
@@ -9398,7 +9400,9 @@ async def look_at_number(twilio: TwilioClient, settings: Settings) -> str:
     wanted = f"{settings.gateway.public_url}/sms"
     is_posted = number.get("sms_method", "POST") == "POST"
     has_application = number.get("sms_application_sid")
-    if number.get("sms_url") != wanted or not is_posted or has_application:
+    # Behind a `#` stands how often Twilio tries.
+    url = str(number.get("sms_url")).partition("#")[0]
+    if url != wanted or not is_posted or has_application:
         remedy = f"set its messaging webhook to {wanted} with POST, no TwiML application"
         raise CockpitError(f"its texts go elsewhere; {remedy}")
     return ""
@@ -9473,7 +9477,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
         ("--agent", "LOCAL_AGENT", "", f"{', '.join(PRESETS)}, or a command: {words}"),
         ("--folder", "WORKSPACE", ".", "where it works"),
     ):
-        value, told = os.environ.get(name) or default, f"{more} ({name}; default: %(default)s)"
+        value = os.environ.get(name) or default
+        told = f"{more} ({name}; default: {'%(default)s' if value else 'one that echoes'})"
         vm.add_argument(option, default=value, help=told, type=int if name == "PORT" else str)
     vm.add_argument("--user", default="", help="as root: work as this user")
     vm.add_argument("--until-stdin-closes", action="store_true", help=argparse.SUPPRESS)

@@ -232,11 +232,11 @@ class FakeClock:
                 await self._wake_next(end, condition)
         return found
 
-    async def run(self, work, within: float = 1000, real: float = 15) -> Any:
+    async def run(self, work) -> Any:
         """Awaits `work` while letting time run."""
         task = asyncio.ensure_future(work)
         try:
-            await self.until(task.done, within, real)
+            await self.until(task.done, 1000, 15)
             return task.result()
         finally:
             task.cancel()
@@ -345,8 +345,8 @@ class Fake:
     def drops(self, name: str, *, after: bool = False, times: float = 1) -> None:
         self._faults[name].append(Fault(after, left=times))
 
-    def answers_late(self, name: str, status: int = 504, times: float = 1) -> None:
-        self.fails(name, status, times, after=True)
+    def answers_late(self, name: str, status: int = 504) -> None:
+        self.fails(name, status, after=True)
 
     def holds(self, name: str, *, after: bool = False) -> Gate:
         gate = Gate()
@@ -1146,6 +1146,11 @@ class Threads(ThreadPoolExecutor):
         self.at_work -= 1
 
 
+def is_writing(store: cockpit.MessageStore) -> bool:
+    """Whether its thread is at work, or has something to write that the disk did not refuse yet."""
+    return store.at_work > 0 or store.writer is not None and not store.trouble
+
+
 class World:
     """One gateway between a Fly, a Twilio and VMs of its own, with its files in a folder of its own."""
 
@@ -1184,7 +1189,7 @@ class World:
         self.environ |= {name: str(value) for name, value in changes.items()}
         app = cockpit.make_app(cockpit.Settings.from_env(self.environ | {"ROUTES_FILE": str(self.file)}), self.clock.clock)
         self.server = Server(app, runner=cockpit.GatewayRunner(app, shutdown_timeout=0.02))
-        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and app[cockpit.GATEWAY].messages.is_writing
+        self.clock.is_writing = lambda: self.threads.at_work > 0 or cockpit.GATEWAY in app and is_writing(app[cockpit.GATEWAY].messages)
         await self.clock.run(self.server.start())
         self.twilio.gateway = self.server.url
 
@@ -1953,7 +1958,7 @@ async def test_a_row_that_sqlite_refuses_is_put_aside_alone(world):
         await store.commit(seen("SM0"), seen("SM1"))
     store.note(seen("SM1"))  # nobody waits for it: it is told in the log, and not tried again
     await store.commit(seen("SM4"))
-    assert not store.is_writing and not store.trouble
+    assert not is_writing(store) and not store.trouble
     await store.close()
     assert [sid for sid, in world.rows("SELECT sid FROM seen ORDER BY sid")] == ["SM1", "SM2", "SM3", "SM4"]
 
@@ -2131,6 +2136,15 @@ async def test_addresses_are_private_unless_asked_otherwise(world, changes, aske
     if changes.get("VM_NETWORK") == "public":
         ports = world.fly.machines[0].config["services"][0]["ports"]
         assert [(port["port"], port["handlers"]) for port in ports if "tls" in port["handlers"]] == [(443, ["tls", "http"])]
+
+
+async def test_an_address_is_not_allocated_again_because_the_next_is_asked_for_too_early(world):
+    await world.start(VM_NETWORK="public")
+    gate, job = await world.begin(world.fly, "allocate_ip", after=True)
+    world.fly.fails("allocate_ip", 404)
+    gate.open()
+    await world.clock.run(job)
+    assert [address["ip"].count(":") > 0 for app in world.fly.apps.values() for address in app.ips] == [False, True]
 
 
 @pytest.mark.parametrize("changes, url", [
@@ -3200,10 +3214,10 @@ async def fetch(world, url: str, method: str = "GET") -> tuple[int, bytes, Any]:
         return response.status, await response.read(), response.headers
 
 
-async def an_image(world, content: bytes = PNG, kind: str = "image/png") -> tuple[FakeVM, str]:
+async def an_image(world) -> tuple[FakeVM, str]:
     """A VM, and the link to an image that it has just shown."""
     vm = await world.sign_up()
-    world.vms.images["x.png"] = (kind, content)
+    world.vms.images["x.png"] = ("image/png", PNG)
     vm.answer = shows("/images/x.png")
     await world.text("show me")
     await world.hears("look", "")
@@ -3434,7 +3448,7 @@ async def test_words_in_a_picture_s_place_are_looked_up_after_a_kill(world):
 
 async def test_delivery_callbacks_are_counted_once_in_whatever_order_they_come(world):
     await world.start()
-    vm = await world.sign_up()
+    await world.sign_up()
     answer = await world.twilio.posts("/sms/status", {"MessageSid": "SMx", "MessageStatus": "sent", "AccountSid": ACCOUNT}, signature="forged")
     assert answer.status == 403
     await world.text("hello", MessageSid="SM" + "7" * 32)
@@ -3528,7 +3542,8 @@ async def test_of_stop_and_start_the_later_one_counts_though_the_earlier_is_foun
 
 
 async def test_a_stop_delivered_twice_does_not_undo_the_start_between(world):
-    vm, sid = await world.ready(), "SM" + "5" * 32
+    await world.ready()
+    sid = "SM" + "5" * 32
     for word, more in (("STOP", {"MessageSid": sid}), ("START", {}), ("STOP", {"MessageSid": sid})):
         await world.text(word, **more)
     await world.text("hello")
@@ -4995,6 +5010,29 @@ NONSENSE = [("list_apps", {"foo": 1}), ("list_apps", []), ("list_apps", {"apps":
             ("org_machines", {"machines": [{"id": 7}]}), ("org_machines", {"machines": [], "error_regions": ["iad"]})]
 
 
+@pytest.mark.parametrize("call, answer", [
+    ("org_machines", {"machines": [{"id": "m", "state": "started", "config": {"guest": {"memory_mb": float("inf")}}}]}),
+    ("get_machine", {"id": "m", "state": "started", "config": {"guest": {"memory_mb": float("inf")}}})])
+async def test_a_number_without_an_end_does_not_end_the_adoption(world, call, answer):
+    vm = await world.ready()
+    await world.clock.advance(10)
+    await world.stop()
+    world.loses_its_routes()
+    world.fly.fails(call, 200, 20, body=answer)
+    await world.start()
+    await world.clock.advance(60)
+    world.fly.heals(call)
+    await world.clock.advance(300)
+    assert ANN in world.saved["routes"] and vm.app in world.fly.apps
+
+
+async def test_a_version_of_secrets_without_an_end_is_no_fault_of_ours(world):
+    await world.start()
+    world.fly.fails("set_secrets", 200, 1000, body={"version": float("inf")})
+    answer = await world.provision()
+    assert (answer.status, answer.body["code"]) == (503, "fly_unavailable")
+
+
 @pytest.mark.parametrize("call, answer", NONSENSE)
 async def test_an_answer_from_fly_that_makes_no_sense_deletes_nothing(world, call, answer):
     await world.start(RECONCILE_S=EVERY, PROVISION_TIMEOUT_S=10)
@@ -5354,7 +5392,7 @@ def without(route: dict, *names: str) -> dict:
     return {name: value for name, value in route.items() if name not in names}
 
 
-async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world):
+async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(world, told):
     vm = await world.ready()
     before = world.saved
     await world.clock.advance(5)
@@ -5369,6 +5407,7 @@ async def test_several_gateways_of_one_host_are_named_and_one_is_to_be_chosen(wo
     assert "set GATEWAY_ID" in refused.body["detail"]
     assert before["gateway_id"] in refused.body["detail"] and "another0" in refused.body["detail"]
     assert "third000" not in refused.body["detail"], "a stamp without proof counts for nothing"
+    assert any(line["event"] == "adoption_refused" and "set GATEWAY_ID" in line["error"] for line in told())
     await world.restart(GATEWAY_ID=before["gateway_id"])
     assert set(world.saved["routes"]) == {ANN}
     assert world.saved["gateway_id"] == before["gateway_id"]
@@ -5422,6 +5461,12 @@ async def test_the_doctor_names_what_is_wrong_and_what_to_do(live, capsys, chang
     assert code == 1 and any(line.startswith("wrong") and named in line for line in said.splitlines()), said
     live.fly.objections.clear()
     live.twilio.objections.clear()
+
+
+async def test_the_doctor_knows_the_webhook_that_the_readme_names(live, capsys):
+    live.twilio.number["sms_url"] += re.search(r"/sms(#\S+?)`", Path(cockpit.__file__).with_name("README.md").read_text())[1]
+    code, said = await doctor(live, capsys)
+    assert code == 0 and "webhook" not in said, said
 
 
 # Verbs that work with the VM dead
@@ -5704,6 +5749,25 @@ async def test_a_new_conversation_that_is_asked_for_again_by_the_same_text_begin
     await world.text("two")
     await world.hears("The next text starts a new conversation.", "ran: anew one", "ran: two")
     assert vm.ran == ["one", "two"]
+
+
+async def test_a_repeated_cancel_is_not_owed_though_the_vm_s_state_was_stored_meanwhile(world):
+    vm = await world.ready()
+    await world.text("cockpit cancel", MessageSid="SM" + "c" * 32)
+    gate = await world.occupies(vm, "first")
+    await world.text("second")
+    store, writing = world.server.runner.app[cockpit.GATEWAY].messages, threading.Event()
+    store.thread.submit(writing.wait, 10)
+    repeated = asyncio.ensure_future(world.text("cockpit cancel", MessageSid="SM" + "c" * 32))
+    await real_until(lambda: store.at_work)
+    asked = asyncio.ensure_future(world.text("cockpit new"))
+    await real_until(lambda: store.queue)
+    writing.set()
+    await asyncio.gather(repeated, asked)
+    await world.clock.settle()
+    await world.crash_and_restart()
+    gate.open()
+    await world.clock.until(lambda: vm.ran == ["first", "second"])
 
 
 async def test_a_repeated_text_is_not_the_next_one(world):
@@ -6598,7 +6662,7 @@ async def test_a_caller_who_hangs_up_before_the_acknowledgement_leaves_a_text_th
     others = len(world.server.connections)
     _, writer = await connect(world)
     writer.write(webhook(text_form(0)))
-    while not world.server.runner.app[cockpit.GATEWAY].messages.is_writing:
+    while not is_writing(world.server.runner.app[cockpit.GATEWAY].messages):
         await asyncio.sleep(0)
     writer.transport.abort()
     while len(connections := world.server.connections) > others and all(connection.transport for connection in connections):
@@ -6959,6 +7023,18 @@ async def test_a_list_of_more_than_20_pages_is_read_on_until_its_end(world):
     await world.start(BACKFILL_S=60)
     await world.clock.advance(200)
     assert sorted(vm.ran) == sorted(f"missed {n}" for n in range(50))
+
+
+async def test_a_missed_text_is_found_behind_more_than_500_pages(world):
+    vm = await world.ready(VM_AWAY_LIMIT_S=6000)
+    await world.clock.advance(5)
+    await world.stop()
+    world.twilio.page_cap = 1
+    world.twilio.missed(ANN, "missed")
+    for n in range(510):
+        world.twilio.missed(EVE, f"of a stranger {n}")
+    await world.start(BACKFILL_S=60)
+    await world.clock.until(lambda: vm.ran == ["missed"])
 
 
 async def test_fetched_texts_beyond_the_queue_s_limit_stay_in_twilio_s_list_until_there_is_room(world):
@@ -7472,8 +7548,8 @@ class Tab:
             await self.ask(f"{domain}.enable")
         await self.ask("Emulation.setFocusEmulationEnabled", enabled=True)
 
-    async def show(self, url: str, width: int = 1440, scheme: str = "light", before: str = "") -> None:
-        await self.looks(width, scheme)
+    async def show(self, url: str, width: int = 1440, before: str = "") -> None:
+        await self.looks(width)
         await self.ask("Page.addScriptToEvaluateOnNewDocument", source=before)
         await self.ask("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && document.activeElement.id === 'key'")
@@ -7799,6 +7875,12 @@ def vm_processes(child: Child) -> list[int]:
     return [int(vm) for vm in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def has_ended(process: int | str) -> bool:
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return not Path(f"/proc/{process}/cmdline").read_text()
+    return True
+
+
 async def thread(live: World, phone: str = ANN) -> str:
     return (await live.ask("GET", f"/_local/texts?phone=%2B{phone[1:]}", key="local")).text
 
@@ -7914,7 +7996,7 @@ async def test_what_an_agent_started_ends_with_its_vm(live):
     await live.clock.until(lambda: agents.exists() and agents.read_text().endswith("\n"))
     os.kill(vm_processes(child)[0], signal.SIGKILL)
     agent = agents.read_text().split()[0]
-    await live.clock.until(lambda: not Path(f"/proc/{agent}/cmdline").exists() or not Path(f"/proc/{agent}/cmdline").read_text())
+    await live.clock.until(lambda: has_ended(agent))
 
 
 @beside
@@ -7926,7 +8008,7 @@ async def test_the_local_world_outlives_a_kill_of_the_gateway(live):
     vm, = vm_processes(child)
     await texts_locally(live, "sleep 2")
     await child.ends(signal.SIGKILL)
-    await live.clock.until(lambda: not Path(f"/proc/{vm}/cmdline").exists() or not Path(f"/proc/{vm}/cmdline").read_text())
+    await live.clock.until(lambda: has_ended(vm))
     child = await a_laptop(live)
     await reads(live, "before the kill", "Slept 2 s.")
     assert (await live.ask("GET", f"/provision/{vm_id}", key="local")).body["phone_number"] == ANN
@@ -8471,7 +8553,7 @@ async def said_to(port: int, words: str) -> str:
 
 UNREADABLE = (f"GET /provision HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {KEY}\0\r\n\r\n", f"GET /provision HTTP/1.1\r\nHost: a\r\n{GITHUB} {ANN}\r\n\r\n",
               f"{GITHUB} {ANN} {KEY}\r\n\r\n", f"GET /{GITHUB} HTTP/1.1\r\nHost: a\r\nX: {'x' * 20_000}{GITHUB}\r\n\r\n",
-              f"GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
+              "GET /health HTTP/1.1\r\nHost: a\r\n" + f"X: {GITHUB}\r\n" * 100 + "\r\n")
 
 
 @beside
@@ -8855,6 +8937,21 @@ async def test_texts_older_than_the_route_are_left_alone(world):
     assert not vm.ran and world.twilio.count("list")
 
 
+async def test_a_missed_text_that_a_slow_disk_stores_at_the_start_is_run(world, monkeypatch):
+    await world.ready()
+    await world.stop()
+    world.twilio.missed(ANN, "missed")
+    commit_once = cockpit.MessageStore.commit_once
+
+    async def slowly(*given: Any) -> str | None:
+        known = await commit_once(*given)
+        await world.clock.sleep(6)
+        return known
+    monkeypatch.setattr(cockpit.MessageStore, "commit_once", slowly)
+    await world.start(BACKFILL_S=60)
+    await world.hears("ran: missed")
+
+
 async def test_a_text_fetched_too_late_is_not_run(world):
     vm = await world.ready(BACKFILL_S=60)
     await world.stop()
@@ -8945,6 +9042,24 @@ async def test_shutdown_settles_what_it_can(live):
     gate.open()
     assert await child.ends() == 0
     await live.hears("ran: quick")
+
+
+@pytest.mark.parametrize("path", ["/provision", "/provision/{}/restart"], ids=["sign-up", "restart"])
+@beside
+async def test_who_shuts_down_takes_nothing_on(live, path):
+    child = await live.spawn(DRAIN_S=5)
+    vm = await live.sign_up()
+    gate = await live.occupies(vm, "quick")
+    child.process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 3
+    while (await live.ask("GET", "/health", key=None)).status != 503:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    form = sign_up_form(BOB) if path == "/provision" else None
+    answer = await live.ask("POST", path.format(vm.app), json=form)
+    assert (answer.status, answer.body["code"]) == (503, "draining")
+    gate.open()
+    assert await child.ends() == 0
 
 
 @pytest.mark.parametrize("call, path", [("restart_machine", "/provision/{}/restart"), ("create_app", "/provision")], ids=["restart", "sign-up"])
@@ -9112,7 +9227,7 @@ async def test_a_text_with_a_date_that_makes_no_sense_holds_up_no_other(world):
 
 async def test_a_missed_text_is_fetched_though_the_list_failed_at_first(world):
     await world.start(BACKFILL_S=60, VM_AWAY_LIMIT_S=7200)
-    vm = await world.sign_up()
+    await world.sign_up()
     await world.text("before")
     await world.hears("ran: before")
     await world.stop()
