@@ -4902,8 +4902,13 @@ class Sender(Part):
         self.note_ended(texts, outcome, out.size)
         if outcome in ("expired", "cancelled"):
             vm.new_sids = vm.new_without(texts)
-        added = [out.added()] if out.size else []
-        await self.state.store.save(*(text.ended() for text in texts), *added, vm.put())
+        changes = [text.ended() for text in texts]
+        if out.size:
+            changes.append(out.added())
+        # With an answer only `answered_at` is new: what waits needs it, and nothing else.
+        if outcome != "answered" or len(vm.waiting) > 1:
+            changes.append(vm.put())
+        await self.state.store.save(*changes)
         for text in texts:
             if text in vm.waiting:
                 vm.waiting.remove(text)
